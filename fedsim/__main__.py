@@ -1,0 +1,219 @@
+"""The command line: fields of Config, and nothing of its own.
+
+argparse reads the flags and pydantic, in Config, checks them: types, ranges and defaults are then the same in
+Python, in YAML and here. (jsonargparse, tried on paper, wants import paths of classes in the YAML, and checks
+ranges only of what came through the command line; tyro makes a subcommand of every component.)
+"""
+
+import argparse
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from fedsim.config import Config, merged, read_yaml
+from fedsim.errors import InputError, listing
+from fedsim.registry import KINDS, available, find
+
+COMMANDS = ("run", "compare")
+USAGE = "fedsim run [FLAGS]   or   fedsim compare RUN RUN ... [--out DIR];  --help after either tells more"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(USAGE)
+            return 0
+        if argv[0] not in COMMANDS:
+            raise InputError(f"no command {argv[0]!r}; there are: {listing(COMMANDS)}")
+        return run_command(argv[1:]) if argv[0] == "run" else compare_command(argv[1:])
+    except InputError as error:
+        print(f"fedsim: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfedsim: interrupted; the same command goes on from the last round", file=sys.stderr)
+        return 130
+
+
+def run_command(argv: list[str]) -> int:
+    """fedsim run: one experiment, with its progress and a small table at the end."""
+    config, origin = parse_run(argv)
+    from fedsim.simulate import run
+
+    console = Console()
+    console.print(f"{origin}\n-> {config.folder()}", highlight=False)
+    with _bars(console) as bars:
+        report = run(config, _on(bars))
+    _show(console, report, config.folder())
+    return 0
+
+
+def parse_run(argv: list[str]) -> tuple[Any, str]:
+    """The Config that the flags of `fedsim run` describe, and a sentence on where it starts from."""
+    flags = _flags(argv)
+    file = flags.pop("config", None)
+    # The embedded experiment is tuned for its own images and model; with any other, defaults are the papers'.
+    embedded = file is None and flags.get("dataset", "glyphs") == "glyphs" and not flags.get("backbone")
+    if embedded:
+        file = "glyphs"
+    below = read_yaml(file) if file else {}
+    origin = f"config {file}" if file else "the papers' defaults"
+    if embedded:
+        origin = "the embedded experiment (glyphs.yaml, tuned on validation rows; --config paper has FedCLIP's values)"
+    return Config(**merged(below, flags)), origin
+
+
+def compare_command(argv: list[str]) -> int:
+    """fedsim compare: runs side by side, as a table and a page."""
+    parser = _Parser(prog="fedsim compare", description="Lay finished runs side by side.", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folder of a finished run")
+    parser.add_argument("--out", type=Path, default=Path("compare.html"), help="the page (default: %(default)s)")
+    args = parser.parse_args(argv)
+    from fedsim.compare import compare
+
+    table, page = compare(args.runs, args.out)
+    console = Console()
+    console.print(_rich(table))
+    console.print(f"page  {page}", highlight=False)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """Flags for every field of Config, and for every field of every component below its kind."""
+    parser = _Parser(
+        prog="fedsim run",
+        description="Run one experiment; the same command again resumes it.",
+        epilog=describe_components(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these fields, or the name of an embedded one")
+    for name, field in Config.model_fields.items():
+        switch = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        about = f"{field.description} (default: {field.get_default(call_default_factory=True)})"
+        parser.add_argument(_flag(name), dest=name, metavar=_metavar(name), help=about.replace("%", "%%"), **switch)
+    for kind in KINDS:
+        fields = {field for name in available(kind) for field in find(kind, name).__pydantic_fields__}
+        for field in sorted(fields):
+            parser.add_argument(_flag(f"{kind}.{field}"), dest=f"{kind}.{field}", help=argparse.SUPPRESS)
+    return parser
+
+
+def describe_components() -> str:
+    """Every component with its source, and each of its hyperparameters with default and range."""
+    lines = []
+    for kind in KINDS:
+        lines.append(f"--{kind} NAME, one of:")
+        for name in available(kind):
+            component = find(kind, name)
+            source = (sys.modules[component.__module__].__doc__ or "").partition("Source: ")[2].split("\n\n")[0]
+            lines.append(f"  {name}  {(component.__doc__ or '').strip().splitlines()[0]}")
+            lines.append(f"      source: {' '.join(source.split())}")
+            for field, about in component.__pydantic_fields__.items():
+                limits = " ".join(map(str, about.metadata))
+                lines.append(f"      --{kind}.{field} {about.default}  {about.description} {limits}".rstrip())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _flags(argv: list[str]) -> dict[str, Any]:
+    """Flags as nested fields: `--method fedclip --method.lr 1e-3` -> {"method": {"name": "fedclip", "lr": "1e-3"}}."""
+    parser = run_parser()
+    args, unknown = parser.parse_known_args([_dashed(word) for word in argv])
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        close = get_close_matches(flag, parser._option_string_actions, n=3)
+        hint = f"did you mean {listing(close)}?" if close else "fedsim run --help lists all"
+        raise InputError(f"no flag {flag}; {hint}")
+    fields: dict[str, Any] = {}
+    for name, value in vars(args).items():
+        value = None if value.lower() in ("none", "null") else value
+        kind, _, field = name.partition(".")
+        if kind in KINDS:
+            fields.setdefault(kind, {})[field or "name"] = value
+        else:
+            fields[name] = value
+    return fields
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _metavar(name: str) -> str:
+    known = {"out": "DIR", "data_dir": "DIR", "cache_dir": "DIR", "held_out": "DOMAIN", "address": "ADDR"}
+    known |= {"pretrained": "TAG_OR_FILE", "prompt": "TEXT"} | dict.fromkeys((*KINDS, "backbone"), "NAME")
+    return known.get(name, "N")
+
+
+def _dashed(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def _bars(console: Console) -> Progress:
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(TextColumn("{task.description:16}"), *columns, TextColumn("{task.fields[note]}"), console=console)
+
+
+def _on(bars: Progress):
+    tasks: dict[str, Any] = {}
+
+    def show(event) -> None:
+        if event.stage not in tasks:
+            tasks[event.stage] = bars.add_task(event.stage, total=event.total, note="")
+        bars.update(tasks[event.stage], completed=event.done, note=event.note)
+
+    return show
+
+
+def _show(console: Console, report, folder: Path) -> None:
+    round = report.chosen_round
+    table = Table(title=f"accuracy in percent, round {round} of {report.last_round} (chosen on validation rows)")
+    held_out = listing(report.held_out) or "none"
+    for head in ("", f"held-out domain ({held_out})", "clients' own test rows", "worst tenth of clients"):
+        table.add_column(head, justify="right" if head else "left")
+    method, server = report.experiment["method"]["name"], report.experiment["server"]["name"]
+    for name, means in (
+        ("zero-shot CLIP", report.zero_shot_summary()),
+        (f"{method}, {server}", report.summary()),
+    ):
+        cells = (means[key] for key in ("generalization", "personalization", "worst_tenth"))
+        table.add_row(name, *("-" if cell != cell else f"{100 * cell:.1f}" for cell in cells))
+    console.print(table)
+    for file in ("report.html", "scores.parquet", "rounds.parquet", "adapter.safetensors", "config.yaml"):
+        console.print(f"  {folder / file}", highlight=False, soft_wrap=True)
+
+
+def _rich(frame) -> Table:
+    table = Table()
+    for column in frame.columns:
+        table.add_column(str(column))
+    for row in frame.itertuples(index=False):
+        table.add_row(*map(str, row))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The experiment as a value: checked where it is made, in Python, in YAML and on the command line alike.
+
+pydantic checks types and ranges, of the components' hyperparameters too, so that there is one sentence for one
+mistake wherever it is made.
+"""
+
+import os
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    ValidationError,
+)
+
+from fedsim.datasets import Dataset
+from fedsim.errors import InputError, listing
+from fedsim.methods import Method
+from fedsim.partitions import Partition
+from fedsim.registry import KINDS, name_of, parse
+from fedsim.servers import Server
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+# What may differ between two runs of one experiment: where, and with how many hands.
+EXECUTION = ("out", "actors", "gpus_per_actor", "address", "cache_dir")
+
+
+def fields_of(thing: Any) -> dict[str, Any]:
+    """A component as it is written in YAML."""
+    return {"name": name_of(thing)} | {name: getattr(thing, name) for name in thing.__pydantic_fields__}
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedsim"
+
+
+def _component(kind: str, base: type) -> Any:
+    return Annotated[InstanceOf[base], BeforeValidator(partial(parse, kind)), PlainSerializer(fields_of)]
+
+
+def _names(value: Any) -> Any:
+    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+
+
+class Config(BaseModel):
+    """One experiment. Every component is an object, its name, or `{"name": ..., field: value}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    dataset: _component("dataset", Dataset) = Field("glyphs", description="where images or features come from")
+    data_dir: Path | None = Field(None, description="the data set's folder; glyphs needs none")
+    skip_unreadable: bool = Field(False, description="leave corrupt images out, and count them")
+    backbone: str | None = Field(None, description="any open_clip model name; none given: tiny, the embedded one")
+    pretrained: str | None = Field(None, description="tag of open_clip, or a checkpoint file")
+    prompt: str = Field("a picture of a {}", description="text of a class; {} is its name")
+    held_out: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (), description="domains that nobody trains on, separated by commas"
+    )
+    partition: _component("partition", Partition) = Field("by_domain", description="how rows go to clients")
+    clients: int | None = Field(None, ge=1, description="number of clients; by_domain has one per domain")
+    partition_seed: int = Field(0, ge=0, description="draws the partition and each client's splits")
+    train_share: float = Field(0.6, gt=0, lt=1, description="of a client's rows; half of the rest validates")
+    method: _component("method", Method) = Field("fedclip", description="what is trained")
+    server: _component("server", Server) = Field("fedavg", description="how updates are combined")
+    cohort: int | None = Field(None, ge=1, description="clients that train in a round; none given: all")
+    rounds: int = Field(200, ge=0, description="rounds of aggregation; FedCLIP's README runs 200")
+    seed: int = Field(0, ge=0, description="draws everything but the partition")
+    chunk: int | None = Field(None, ge=1, description="clients of one call; none given: a 32nd of the cohort")
+    dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and training")
+
+    out: Path | None = Field(None, description="folder of the run; none given: runs/ and a name of its own")
+    actors: int | None = Field(None, ge=0, description="client actors; 0: in this process; none given: by the cluster")
+    gpus_per_actor: float | None = Field(None, ge=0, le=1, description="share of a GPU; none given: by the cluster")
+    address: str | None = Field(
+        None, description="join this Ray cluster (host:port or auto); none given: a private one"
+    )
+    cache_dir: Path = Field(default_factory=_cache, description="folder of encoded features")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(sentence(error)) from None
+
+    def experiment(self) -> dict[str, Any]:
+        """What decides the result, as plain values."""
+        return {name: value for name, value in self.plain().items() if name not in EXECUTION}
+
+    def plain(self) -> dict[str, Any]:
+        """All fields as plain values, as in YAML."""
+        return self.model_dump(mode="json")
+
+    def folder(self) -> Path:
+        """`out`, or a folder that this experiment has to itself."""
+        if self.out is not None:
+            return self.out
+        digest = blake2b(yaml.safe_dump(self.experiment()).encode(), digest_size=4).hexdigest()
+        parts = (
+            name_of(self.dataset),
+            "-".join(self.held_out),
+            name_of(self.method),
+            name_of(self.server),
+            digest,
+        )
+        return Path("runs") / "-".join(filter(None, parts))
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The fields in a YAML file, or in one of the experiments that come with fedsim, by its name.
+
+    Raises:
+        InputError: there is no such file, or it is no YAML mapping.
+    """
+    path = Path(file)
+    if not path.is_file():
+        bundled = {path.stem: path for path in sorted(EXPERIMENTS.glob("*.yaml"))}
+        if str(file) not in bundled:
+            raise InputError(f"no config file {str(file)!r}; there are the embedded ones: {listing(bundled)}")
+        path = bundled[str(file)]
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} wants a mapping of fields to values, not {type(fields).__name__}")
+    return fields
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `below` overridden by those of `above`; a component that changes its name starts afresh."""
+    result = dict(below)
+    for name, value in above.items():
+        if name in KINDS:
+            old, new = _as_fields(result.get(name, {})), _as_fields(value)
+            same = new.get("name") in (None, old.get("name"))
+            default = {} if old.get("name") else {"name": Config.model_fields[name].default}
+            value = (default | old | new) if same else new
+        result[name] = value
+    return result
+
+
+def sentence(error: ValidationError) -> str:
+    """The first of pydantic's complaints: what was wanted, what came, what there is."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return str(cause)
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"no field {place!r} in {error.title}; there are: {listing(_fields_named(error.title), 60)}"
+    wanted = first["msg"].replace("Input should be", "wants").replace("a valid", "a")
+    came = "" if first["type"] == "missing" else f", not {first['input']!r}"
+    return f"{place} {wanted}{came}"
+
+
+def _fields_named(title: str) -> list[str]:
+    from fedsim.registry import available, find
+
+    classes = [find(kind, name) for kind in KINDS for name in available(kind)]
+    for cls in classes:
+        if cls.__name__ == title:
+            return list(cls.__pydantic_fields__)
+    return list(Config.model_fields)
+
+
+def _as_fields(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"name": value}
+    return dict(value) if isinstance(value, dict) else fields_of(value)

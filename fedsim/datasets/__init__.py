@@ -1,0 +1,150 @@
+"""Data sets: where images (or features of one's own) come from.
+
+A data set's file says `load(root)`. Pixels stay where they are until somebody asks for one image.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from fedsim.errors import InputError
+
+TRAIN, VAL, TEST, UNSAID = 0, 1, 2, -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """What is known of N rows without looking at them.
+
+    Attributes:
+        y: (N,) int64, index into `classes`.
+        domain: (N,) int64, index into `domains`.
+        classes: C class names, as they go into the prompt.
+        domains: names of the visual domains.
+        split: (N,) int8 of TRAIN, VAL, TEST, or UNSAID where the set leaves the split to us.
+        unseen_test: True where TEST rows show concepts that no other row shows, in any domain; held-out
+            domains are then judged on these rows only.
+    """
+
+    y: np.ndarray
+    domain: np.ndarray
+    classes: tuple[str, ...]
+    domains: tuple[str, ...]
+    split: np.ndarray
+    unseen_test: bool = False
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(Labelled):
+    """N labelled images; their pixels stay where they are.
+
+    Attributes:
+        files: N images, each a path or the bytes of an encoded file.
+        names: N names for people, used in messages.
+    """
+
+    files: Sequence[Path | bytes]
+    names: Sequence[str]
+
+    def open(self, index: int) -> Image.Image:
+        """One image, decoded to RGB.
+
+        Raises:
+            InputError: the file is corrupt or cut short; the message names it.
+        """
+        file = self.files[index]
+        try:
+            with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on bad bytes
+            raise InputError(f"{self.names[index]} is not a whole image: {error}") from None
+
+    def take(self, rows: np.ndarray) -> "Images":
+        """The same set with only these rows, in this order."""
+        return replace(
+            self,
+            files=[self.files[row] for row in rows],
+            names=[self.names[row] for row in rows],
+            y=self.y[rows],
+            domain=self.domain[rows],
+            split=self.split[rows],
+        )
+
+    def fingerprint(self) -> str:
+        """Changes when any image is added, removed, replaced or touched (paths: size and time)."""
+        digest = blake2b(digest_size=16)
+        for file, name in zip(self.files, self.names, strict=True):
+            if isinstance(file, bytes):
+                digest.update(blake2b(file).digest())
+            else:
+                stat = file.stat()
+                digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features(Labelled):
+    """What a frozen image tower says of N images, and its text tower of C classes.
+
+    Pickled, it carries the path of its rows and not the rows: each process maps the file for itself.
+
+    Attributes:
+        file: Arrow IPC file that holds `x`; None while the rows are only in memory.
+        x: (N, D) float16 or float32, read-only; rows need not have unit length.
+        prototypes: (C, D) float32, unit rows: the text feature of each class.
+        logit_scale: exp of CLIP's temperature parameter, about 100 for OpenAI's weights.
+    """
+
+    file: Path | None
+    x: np.ndarray
+    prototypes: np.ndarray
+    logit_scale: float
+
+    def __getstate__(self) -> dict:
+        if self.file is None:
+            raise TypeError("features that are not in a file yet cannot be sent to another process")
+        return {**self.__dict__, "x": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, x=map_matrix(state["file"]))
+
+
+def write_matrix(file: Path, x: np.ndarray) -> None:
+    """Writes (N, D) as one Arrow IPC batch, whole or not at all, so that it can be mapped as it lies."""
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), x.shape[1])
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("x", rows.type)])) as out:
+        out.write_batch(pa.record_batch([rows], names=["x"]))
+    part.replace(file)
+
+
+def map_matrix(file: Path) -> np.ndarray:
+    """The (N, D) matrix of `write_matrix`, memory-mapped and read-only."""
+    try:
+        rows = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0).column(0)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{file} is not a whole feature file ({error}); delete it") from None
+    return rows.values.to_numpy(zero_copy_only=True).reshape(len(rows), rows.type.list_size)
+
+
+class Dataset(ABC):
+    """A source of images. Subclasses are components: frozen dataclasses of their own options."""
+
+    @abstractmethod
+    def load(self, root: Path | None) -> Images | Features:
+        """Lists the images below `root` (`--data-dir`) and decodes none; or reads features of one's own.
+
+        Raises:
+            InputError: a folder, a domain or a class is missing or empty.
+        """

@@ -1,0 +1,46 @@
+"""Finds the images that cannot be decoded, before hours are spent on the others.
+
+Source: ours.
+"""
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from fedsim.datasets import Images
+
+
+def unreadable(images: Images, threads: int | None = None) -> list[tuple[int, str]]:
+    """Decodes every image, JPEG at an eighth of its size: all bytes are still read, few pixels made.
+
+    Args:
+        threads: how many decode at a time (Pillow lets other threads run meanwhile); one a CPU if None.
+
+    Returns:
+        (index, reason) of each corrupt, truncated or missing file, by index.
+
+    Raises:
+        RuntimeError: Pillow was told to accept truncated files, so that none would be found.
+    """
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise RuntimeError("ImageFile.LOAD_TRUNCATED_IMAGES is on; truncated images would look whole")
+    # Blocks, since a future for each of 0.6 million images would take more memory than the images' names.
+    blocks = [range(start, min(start + 64, len(images))) for start in range(0, len(images), 64)]
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # of odd EXIF data, say: a file is readable or it is not
+        found = pool.map(lambda block: [(row, _fault(images.files[row])) for row in block], blocks)
+        return [(row, fault) for block in found for row, fault in block if fault]
+
+
+def _fault(file) -> str | None:
+    try:
+        with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
+            image.draft(None, (1, 1))
+            image.load()
+    except UnidentifiedImageError:  # its own message holds a memory address
+        return "no known image format"
+    except Exception as error:  # decoders raise whatever the bad bytes lead to: struct.error, IndexError, ...
+        return str(error) or type(error).__name__

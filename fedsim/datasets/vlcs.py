@@ -1,0 +1,49 @@
+"""VLCS: photos of 5 things from four older data sets, which differ in how they were collected.
+
+Source: Fang et al. 2013, "Unbiased metric learning", ICCV. Layouts: the archive that JigenDG and Dassl use
+(`VLCS/CALTECH/train/0/`), DomainBed (`VLCS/Caltech101/bird/`).
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from fedsim.datasets import TEST, TRAIN, UNSAID, VAL, Dataset, Images
+from fedsim.datasets._tree import Part, checked, find_domains, folders, list_tree
+from fedsim.errors import InputError, listing
+from fedsim.registry import component
+
+DOMAINS = {"Caltech101": ["CALTECH"], "LabelMe": [], "SUN09": ["SUN"], "VOC2007": ["PASCAL", "VOC"]}
+CLASSES = {"0": "bird", "1": "car", "2": "chair", "3": "dog", "4": "person"}
+
+# Caltech's 1,415 images are 991 in the first two and 424 in the third; `full` repeats images of these.
+SPLITS = {"train": TRAIN, "crossval": VAL, "test": TEST}
+
+
+@component
+class VLCS(Dataset):
+    """Domains `Caltech101`, `LabelMe`, `SUN09`, `VOC2007` (or `CALTECH`, `LABELME`, `SUN`, `PASCAL`).
+
+    They lie at most two folders below `--data-dir`. A domain holds class folders, or the folders `train`,
+    `crossval`, `test` of class folders, or only `full`; a class folder has a name, or a number from 0 to 4.
+
+    Attributes:
+        split: "own" takes `train`, `crossval`, `test` as they are; "seeded" leaves the split to us.
+    """
+
+    split: Literal["own", "seeded"] = "seeded"
+
+    def load(self, root: Path | None) -> Images:
+        base, domains = find_domains(checked(root, "vlcs"), DOMAINS)
+        parts = [part for domain, folder in domains.items() for part in self._parts(domain, folder)]
+        return list_tree(base, parts, CLASSES)
+
+    def _parts(self, domain: str, folder: Path) -> list[Part]:
+        inside = {sub.name: sub for sub in folders(folder)}
+        if self.split == "seeded" and not SPLITS.keys() & inside.keys():
+            return [Part(domain, inside.get("full", folder))]
+        if absent := [name for name in SPLITS if name not in inside]:
+            raise InputError(
+                f"wanted the split folders {listing(SPLITS)} in {folder}; it lacks {listing(absent)} "
+                f"and has: {listing(inside) or 'no folders'}"
+            )
+        return [Part(domain, inside[name], code if self.split == "own" else UNSAID) for name, code in SPLITS.items()]

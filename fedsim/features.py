@@ -1,0 +1,115 @@
+"""Images -> features, once: by a pool of workers, resumable, into one memory-mapped file.
+
+The file's name is a key of everything that made it: the architecture, the bytes of the weights, the
+preprocessing, and the list of images with their sizes and times.
+"""
+
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from fedsim.clip import Clip, Weights
+from fedsim.datasets import Features, Images, map_matrix, write_matrix
+from fedsim.pool import Event, Progress, Sizing, open_pool
+
+BLOCK = 64  # images of one call: fixed, since a tower's sums may follow the size of its batch
+
+
+class Encoder:
+    """Turns blocks of images, and prompts, into features; loads CLIP when first asked."""
+
+    def __init__(self, images: Images, weights: Weights, device: str) -> None:
+        self.images, self.weights, self.device = images, weights, device
+        self.loaded: Clip | None = None
+
+    @property
+    def clip(self) -> Clip:
+        self.loaded = self.loaded or Clip(self.weights, self.device)
+        return self.loaded
+
+    def encode(self, block: int) -> np.ndarray:
+        """(n, D) float16 of the images of one block."""
+        stop = min((block + 1) * BLOCK, len(self.images))
+        return self.clip.encode_images([self.images.open(index) for index in range(block * BLOCK, stop)])
+
+    def prototypes(self, prompts: list[str]) -> tuple[np.ndarray, float]:
+        """(C, D) float32 unit rows, and the logit scale."""
+        return self.clip.encode_texts(prompts), self.clip.logit_scale
+
+
+def feature_file(images: Images, weights: Weights, cache: Path) -> Path:
+    """Where the features of these images under these weights are, or will be."""
+    return cache / f"{_digest(weights.key, images.fingerprint())}.arrow"
+
+
+def encode(images: Images, weights: Weights, prompt: str, cache: Path, sizing: Sizing, progress: Progress) -> Features:
+    """Features of all images and prototypes of all classes, from the cache where they are there.
+
+    Args:
+        prompt: with `{}` where the class name goes.
+        cache: a folder that all nodes of the cluster see.
+
+    Raises:
+        InputError: an image is corrupt, or the weights are.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    file = feature_file(images, weights, cache)
+    prompts = [prompt.format(name) for name in images.classes]
+    text_file = cache / f"{_digest(weights.key, *prompts)}.text.npz"
+    parts = [file.with_suffix(f".{block:06d}.npy") for block in range(-(-len(images) // BLOCK))]
+    todo = [] if file.exists() else [block for block, part in enumerate(parts) if not part.exists()]
+    if todo or not text_file.exists():
+        with open_pool(sizing, len(todo), Encoder, images, weights) as pool:
+            for done, (block, x) in enumerate(zip(todo, pool.map("encode", todo), strict=True), 1):
+                _save(parts[block], x)
+                ready = (len(parts) - len(todo) + done) * BLOCK
+                progress(Event("encoding images", min(ready, len(images)), len(images)))
+            if not text_file.exists():
+                prototypes, scale = next(pool.map("prototypes", [prompts]))
+                _save(text_file, prototypes=prototypes, scale=np.float64(scale))
+    if not file.exists():
+        write_matrix(file, np.concatenate([np.load(part) for part in parts]))
+        for part in parts:
+            part.unlink()
+    text = np.load(text_file)
+    return _with_labels(images, file, text["prototypes"], float(text["scale"]))
+
+
+def keep(features: Features, cache: Path) -> Features:
+    """Features of one's own, written where actors can map them."""
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / f"{_digest(features.x)}.arrow"
+    if not file.exists():
+        write_matrix(file, features.x)
+    return _with_labels(features, file, features.prototypes, features.logit_scale)
+
+
+def _with_labels(rows, file: Path, prototypes: np.ndarray, logit_scale: float) -> Features:
+    return Features(
+        y=rows.y,
+        domain=rows.domain,
+        classes=rows.classes,
+        domains=rows.domains,
+        split=rows.split,
+        unseen_test=rows.unseen_test,
+        file=file,
+        x=map_matrix(file),
+        prototypes=prototypes,
+        logit_scale=logit_scale,
+    )
+
+
+def _digest(*things) -> str:
+    digest = blake2b(digest_size=12)
+    for thing in things:
+        digest.update(thing.encode() + b"\n" if isinstance(thing, str) else np.ascontiguousarray(thing).data)
+    return digest.hexdigest()
+
+
+def _save(file: Path, array: np.ndarray | None = None, **arrays: np.ndarray) -> None:
+    """Whole or not at all, so that a kill leaves nothing half-written."""
+    part = file.with_name(f"part-{file.name}")
+    with part.open("wb") as stream:
+        np.savez(stream, **arrays) if array is None else np.save(stream, array)
+    part.replace(file)

@@ -1,0 +1,32 @@
+"""A linear head on the image feature that starts as zero-shot CLIP.
+
+Source: linear probing as in Radford et al. 2021, arXiv 2103.00020; the start from the text features is that of
+WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903. Its training hyperparameters are ours.
+"""
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from fedsim.methods import Backbone, Method
+from fedsim.registry import component
+
+
+@component
+class Probe(Method):
+    """C x D weights, no bias; logits are scaled cosines until training changes the length of a row."""
+
+    lr: float = Field(1e-3, gt=0, description="step size")
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        return _Head(backbone)
+
+
+class _Head(nn.Module):
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(backbone.prototypes.clone())
+        self.scale = backbone.logit_scale
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+        return self.scale * normalize(x, dim=-1) @ self.weight.T

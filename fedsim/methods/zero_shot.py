@@ -1,0 +1,28 @@
+"""Zero-shot CLIP: nothing is trained and nothing travels. Every run is laid beside it.
+
+Source: Radford et al. 2021, arXiv 2103.00020.
+"""
+
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from fedsim.methods import Backbone, Method
+from fedsim.registry import component
+
+
+@component
+class ZeroShot(Method):
+    """The nearest class prototype."""
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        return _Nearest(backbone)
+
+
+class _Nearest(nn.Module):
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.register_buffer("text", backbone.prototypes, persistent=False)
+        self.scale = backbone.logit_scale
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+        return self.scale * normalize(x, dim=-1) @ self.text.T

@@ -1,0 +1,72 @@
+"""The folder is the registry: `methods/lora.py` *is* `lora`, and its one public component is `Lora`.
+
+A component is a frozen dataclass of hyperparameters. Adding one edits no list: the command line, the
+YAML files, the help and the contract tests find it because the file is there.
+"""
+
+from importlib import import_module
+from inspect import isclass
+from pkgutil import iter_modules
+from typing import Any, dataclass_transform
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from fedsim.errors import InputError, listing
+
+KINDS = ("dataset", "partition", "method", "server")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+def component(cls: type) -> type:
+    """Makes a class a frozen dataclass whose values are checked wherever it is made.
+
+    pydantic does the checking, so that `FedCLIP(lr=-1)` in a notebook and `--method.lr -1` on the
+    command line fail with the same sentence.
+    """
+    return dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
+
+
+def available(kind: str) -> list[str]:
+    """Names of all components of a kind (one of `KINDS`), in alphabetical order."""
+    package = import_module(f"fedsim.{kind}s")
+    return sorted(m.name for m in iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def find(kind: str, name: str) -> type:
+    """The component class of that name.
+
+    Raises:
+        InputError: there is no such file; the message lists those that there are.
+    """
+    name = name.replace("-", "_")
+    if name not in available(kind):
+        raise InputError(f"no {kind} {name!r}; there are: {listing(available(kind), 40)}")
+    module = import_module(f"fedsim.{kind}s.{name}")
+    found = [
+        thing
+        for thing in vars(module).values()
+        if isclass(thing) and thing.__module__ == module.__name__ and hasattr(thing, "__pydantic_fields__")
+    ]
+    public = [thing for thing in found if not thing.__name__.startswith("_")]
+    if len(public) != 1:
+        raise TypeError(f"{kind}s/{name}.py must hold one public component, not {len(public)}")
+    return public[0]
+
+
+def parse(kind: str, value: Any) -> Any:
+    """A component from how it is written: an object, `"fedclip"`, or `{"name": "fedclip", "lr": 1e-3}`."""
+    if isinstance(value, str):
+        return find(kind, value)()
+    if isinstance(value, dict):
+        fields = dict(value)
+        name = fields.pop("name", None)
+        if not isinstance(name, str):
+            raise InputError(f"{kind} wants a name; there are: {listing(available(kind), 40)}")
+        return find(kind, name)(**fields)
+    return value
+
+
+def name_of(thing: Any) -> str:
+    """How a component is called on the command line: the name of its file."""
+    return type(thing).__module__.rpartition(".")[2]

@@ -1,0 +1,15 @@
+"""The mean of what clients trained.
+
+Source: McMahan et al. 2017, arXiv 1602.05629.
+"""
+
+from fedsim.registry import component
+from fedsim.servers import Server, mean_delta, moved
+
+
+@component
+class FedAvg(Server):
+    """Uniform by default, as in FedCLIP's code; `weighting: rows` is the rule of the FedAvg paper."""
+
+    def step(self, params, slots, total):
+        return moved(params, mean_delta(total, params)), slots

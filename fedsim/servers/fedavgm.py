@@ -1,0 +1,24 @@
+"""FedAvg with momentum on the server.
+
+Source: Hsu et al. 2019, arXiv 1909.06335.
+"""
+
+import torch
+from pydantic import Field
+
+from fedsim.registry import component
+from fedsim.servers import Server, mean_delta, moved
+
+
+@component
+class FedAvgM(Server):
+    """The momentum keeps past means; with beta 0 and lr 1 it is FedAvg."""
+
+    lr: float = Field(1.0, gt=0, description="step size of the server")
+    beta: float = Field(0.9, ge=0, lt=1, description="share of the past momentum that is kept")
+
+    def step(self, params, slots, total):
+        delta = mean_delta(total, params)
+        past = slots.get("momentum", {name: torch.zeros_like(value) for name, value in delta.items()})
+        momentum = {name: self.beta * past[name] + delta[name] for name in params}
+        return moved(params, {name: self.lr * momentum[name] for name in params}), {"momentum": momentum}
