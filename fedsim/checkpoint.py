@@ -23,11 +23,7 @@ def save_checkpoint(folder: Path, experiment: dict[str, Any], state: ServerState
         tensors |= {f"slots/{slot}/{name}": tensor for name, tensor in values.items()}
     tensors |= {f"private/{client}": torch.from_numpy(vector) for client, vector in state.private.items()}
     tensors |= {f"report/{name}": tensor for name, tensor in report.tensors().items()}
-    about = {
-        "experiment": json.dumps(experiment),
-        "round": str(state.round),
-        "report": json.dumps(report.about()),
-    }
+    about = {"experiment": experiment, "round": state.round, "report": report.about()}
     write_safetensors(folder / NAME, tensors, about)
 
 
@@ -42,9 +38,9 @@ def load_checkpoint(folder: Path, experiment: dict[str, Any]) -> tuple[ServerSta
         return None
     try:
         with safe_open(file, "pt") as reader:
-            about = reader.metadata() or {}
+            about = json.loads((reader.metadata() or {})["fedsim"])
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-        theirs = json.loads(about["experiment"])
+        theirs = about["experiment"]
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"{file} is not a whole checkpoint ({error}); delete it to start again") from None
     refuse_another(folder, theirs, experiment)
@@ -53,8 +49,8 @@ def load_checkpoint(folder: Path, experiment: dict[str, Any]) -> tuple[ServerSta
         slot, _, param = name.partition("/")
         slots.setdefault(slot, {})[param] = tensor
     private = {int(client): tensor.numpy() for client, tensor in _below("private/", tensors).items()}
-    state = ServerState(int(about["round"]), _below("params/", tensors), slots, private)
-    return state, Report.restore(_below("report/", tensors), json.loads(about["report"]))
+    state = ServerState(about["round"], _below("params/", tensors), slots, private)
+    return state, Report.restore(_below("report/", tensors), about["report"])
 
 
 def refuse_another(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -69,14 +65,12 @@ def refuse_another(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -
         raise InputError(f"{folder} holds another experiment ({listing(differ)}); give another --out")
 
 
-def write_safetensors(file: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Writes a safetensors file whole or not at all."""
+def write_safetensors(file: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """Writes a safetensors file whole or not at all, with `about` as JSON in its metadata."""
     part = file.with_name(f"part-{file.name}")
-    save_file(
-        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
-        part,
-        metadata=about,
-    )
+    whole = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    # One entry: safetensors writes several in any order, and the same run would not give the same bytes.
+    save_file(whole, part, metadata={"fedsim": json.dumps(about)})
     part.replace(file)
 
 

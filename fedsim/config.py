@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -46,6 +47,10 @@ def _component(kind: str, base: type) -> Any:
     return Annotated[InstanceOf[base], BeforeValidator(partial(parse, kind)), PlainSerializer(fields_of)]
 
 
+def _absolute(value: Path | None) -> Path | None:
+    return value and value.expanduser().absolute()
+
+
 def _names(value: Any) -> Any:
     return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
@@ -56,7 +61,9 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     dataset: _component("dataset", Dataset) = Field("glyphs", description="where images or features come from")
-    data_dir: Path | None = Field(None, description="the data set's folder; glyphs needs none")
+    data_dir: Annotated[Path | None, AfterValidator(_absolute)] = Field(
+        None, description="the data set's folder; glyphs needs none"
+    )
     skip_unreadable: bool = Field(False, description="leave corrupt images out, and count them")
     backbone: str | None = Field(None, description="any open_clip model name; none given: tiny, the embedded one")
     pretrained: str | None = Field(None, description="tag of open_clip, or a checkpoint file")

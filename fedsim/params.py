@@ -11,17 +11,21 @@ Params = dict[str, Tensor]  # on the CPU when at rest
 
 
 def flatten(params: Params) -> np.ndarray:
-    """All tensors in the order of the dict, as one (P,) vector of their dtype; a copy."""
+    """All tensors, as one (P,) vector of their dtype; a copy.
+
+    In the order of their names, and not of the dict: one that comes out of a file has an order of its own.
+    """
     if not params:
         return np.empty(0, np.float32)
-    return torch.cat([tensor.detach().reshape(-1).cpu() for tensor in params.values()]).numpy()
+    return torch.cat([params[name].detach().reshape(-1).cpu() for name in sorted(params)]).numpy()
 
 
 def unflatten(vector: np.ndarray, like: Params) -> Params:
     """The inverse of `flatten`, with the names and shapes of `like` and the dtype of the vector; a copy."""
+    names = sorted(like)
     # A copy: the vector may lie in Ray's shared memory, where a write in place would reach every actor.
-    pieces = torch.from_numpy(vector.copy()).split([tensor.numel() for tensor in like.values()])
-    return {name: piece.view(like[name].shape).clone() for name, piece in zip(like, pieces, strict=True)}
+    pieces = torch.from_numpy(vector.copy()).split([like[name].numel() for name in names])
+    return {name: piece.view(like[name].shape).clone() for name, piece in zip(names, pieces, strict=True)}
 
 
 def payload_bytes(params: Params) -> int:

@@ -7,6 +7,7 @@ that dies costs the calls it held, done again elsewhere, to the same bits.
 import os
 import secrets
 import socket
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -258,18 +259,16 @@ def check_reachable(address: str | None) -> None:
 @contextmanager
 def _session(address: str | None):
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None:
-        # A cluster of our own, which nobody else can use and which leaves no token in the home folder.
-        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        # A cluster of our own, which nobody else can use and which leaves no token in the home folder. Ray reads
+        # this once, when it is imported; where that has happened, its own choice stands.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "fedsim"}
     try:
-        if address is None:
-            ray.init(address="local", include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
+        # Said in so many words: without an address, Ray joins whatever cluster it finds on the machine.
+        ray.init(address=address or "local", **quiet, **({} if address else {"include_dashboard": False}))
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(f"cannot join a cluster at {address or 'this machine'}: {error}") from error
     try:

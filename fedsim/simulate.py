@@ -98,6 +98,7 @@ def simulate(experiment: Experiment, progress: Progress) -> Report:
         if not len(report.scores):
             report.add_zero_shot(federation.zero_shot())
             report.add_scores(0, federation.evaluate(state))
+            save_checkpoint(folder, config.experiment(), state, report)
         for round in range(state.round + 1, config.rounds + 1):
             began = time.perf_counter()
             total = federation.train(state, round)
@@ -130,6 +131,8 @@ class _Federation:
         total = None
         for partial in self.pool.map("train", chunks, self.task, round, flatten(state.params)):
             total = partial if total is None else total + partial
+        if not np.isfinite(total.delta).all():
+            raise InputError(f"training diverged: in round {round} an update is not finite; try a smaller --method.lr")
         return total
 
     def evaluate(self, state: ServerState) -> np.ndarray:
@@ -235,6 +238,6 @@ def _note(report: Report, round: int) -> str:
 
 def _write(report: Report, folder: Path) -> None:
     write_tables(report, folder)
-    about = {"round": str(report.chosen_round), "method": report.experiment["method"]["name"]}
+    about = {"round": report.chosen_round, "method": report.experiment["method"]}
     write_safetensors(folder / "adapter.safetensors", report.adapter, about)
     write_page(report, folder / "report.html")

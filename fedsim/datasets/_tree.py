@@ -123,7 +123,7 @@ def list_tree(base: Path, parts: Sequence[Part], class_names: Mapping[str, str] 
         raise InputError(f"no images in {listing(empty)} of {base}; wanted files that end in: {ends}")
     return Images(
         files=files,
-        names=[str(file).removeprefix(f"{base}/") for file in files],  # relative_to is ten times slower
+        names=[str(file).removeprefix(f"{base}/") for file in files],  # relative_to: twenty times slower
         y=y,
         domain=domain,
         classes=tuple(classes),

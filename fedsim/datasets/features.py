@@ -3,6 +3,7 @@
 Source: ours.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ class FeatureFiles(Dataset):
 
     def load(self, root: Path | None) -> Features:
         if root is None:
-            raise InputError("data set features wants --data-dir with features.parquet, classes.parquet; none given")
+            raise InputError("data set features wants --data-dir, the folder of features.parquet; none was given")
         root = root.expanduser().absolute()
         table = _read(root / "classes.parquet", ["class", "prototype"])
         classes = _class_names(table["class"])
@@ -60,16 +61,17 @@ class FeatureFiles(Dataset):
         )
 
 
-def _read(file: Path, wanted: list[str], perhaps: list[str] | None = None) -> pa.Table:
+def _read(file: Path, wanted: list[str], perhaps: Sequence[str] = ()) -> pa.Table:
     if not file.is_file():
         there = listing(sorted(entry.name for entry in file.parent.glob("*"))) or "nothing"
         raise InputError(f"no {file.name} in {file.parent}; there is: {there}")
     try:
-        columns = pq.read_schema(file).names
+        parquet = pq.ParquetFile(file)
+        columns = parquet.schema_arrow.names
         if absent := [name for name in wanted if name not in columns]:
-            raise InputError(f"{file.name} lacks the columns {listing(absent)}; there are: {listing(columns)}")
-        table = pq.read_table(file, columns=[*wanted, *(name for name in perhaps or [] if name in columns)])
-    except (pa.ArrowException, OSError) as error:  # pyarrow's message of many lines would be no sentence
+            raise InputError(f"{file.name} lacks the columns {listing(absent)}; it has: {listing(columns)}")
+        table = parquet.read([name for name in (*wanted, *perhaps) if name in columns])
+    except (pa.ArrowException, OSError) as error:  # pyarrow may add lines of its own to the sentence
         raise InputError(f"{file} is not a whole Parquet file: {str(error).splitlines()[0]}") from None
     if not len(table):
         raise InputError(f"{file.name} has no rows")
@@ -95,11 +97,8 @@ def _matrix(column: pa.ChunkedArray, what: str, width: int | None = None) -> np.
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         widths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
         flat = array.flatten()
-        values = None
-        if pa.types.is_floating(flat.type):
-            if flat.null_count:  # a list with holes: reported as NaN is
-                flat = flat.fill_null(pa.scalar(np.float16("nan"), flat.type))
-            values = flat.to_numpy(zero_copy_only=False)
+        # A null inside a list becomes NaN here, and is refused with it below.
+        values = flat.to_numpy(zero_copy_only=False) if pa.types.is_floating(flat.type) else None
     else:
         values = None
     if values is None:
@@ -108,12 +107,13 @@ def _matrix(column: pa.ChunkedArray, what: str, width: int | None = None) -> np.
     width = int(widths[0]) if width is None else width
     if (wrong := np.flatnonzero(widths != width)).size:
         came = listing(sorted(set(widths[wrong].tolist())))
-        raise InputError(f"{what} wants {width} numbers a row, as the first prototype has; {_rows(wrong)}: {came}")
+        raise InputError(f"{what} wants {width} numbers, like the first prototype; {came} in {_rows(wrong)}")
     with np.errstate(over="ignore"):  # a double too large for a float becomes infinite, and is refused below
         x = values.astype(np.float16 if values.dtype == np.float16 else np.float32, copy=False)
     x = x.reshape(len(array), width)
     if (bad := np.flatnonzero(~np.isfinite(x).all(axis=1))).size:
         raise InputError(f"{what} wants finite numbers; NaN or infinite in {_rows(bad)}")
+    x.flags.writeable = False
     return x
 
 
@@ -126,7 +126,10 @@ def _class_names(column: pa.ChunkedArray) -> tuple[str, ...]:
 
 def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
     """(N,) int64 into the sorted distinct values, and these."""
-    coded = column.cast(pa.string()).combine_chunks().dictionary_encode()
+    try:
+        coded = column.cast(pa.string()).combine_chunks().dictionary_encode()
+    except pa.ArrowException:
+        raise InputError(f"features.parquet: label and domain want text or integers, not {column.type}") from None
     found = coded.dictionary.to_pylist()
     names = sorted(found)
     return np.array([names.index(name) for name in found])[coded.indices.to_numpy()], tuple(names)
@@ -155,7 +158,8 @@ def _splits(rows: pa.Table) -> np.ndarray:
         return np.full(len(rows), UNSAID, np.int8)
     names = rows["split"].to_pylist()
     if unknown := set(names) - SPLITS.keys():
-        raise InputError(f"features.parquet: split wants train, val, test or null, not: {listing(sorted(unknown))}")
+        came = listing(sorted(map(str, unknown)))
+        raise InputError(f"features.parquet: split wants train, val, test or null, not: {came}")
     return np.array([SPLITS[name] for name in names], np.int8)
 
 

@@ -15,7 +15,7 @@ from fedsim.registry import component
 DOMAINS = {"Caltech101": ["CALTECH"], "LabelMe": [], "SUN09": ["SUN"], "VOC2007": ["PASCAL", "VOC"]}
 CLASSES = {"0": "bird", "1": "car", "2": "chair", "3": "dog", "4": "person"}
 
-# Caltech's 1,415 images are 991 in the first two and 424 in the third; `full` repeats images of these.
+# Disjoint: in JigenDG's lists Caltech has 891 + 100 + 424 images, and `full` repeats some of them.
 SPLITS = {"train": TRAIN, "crossval": VAL, "test": TEST}
 
 

@@ -1,0 +1,62 @@
+"""Small real data that several tests train on."""
+
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+DOMAINS = "ink", "oil", "photo"
+CLASSES = "cat", "dog", "owl", "pig"
+WIDTH = 24
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real PACS pictures and features, where the machine has them."""
+    path = Path(os.environ.get("FEDSIM_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip("no real PACS data here: set FEDSIM_SHARED_DATA to a folder with pacs_mini and pacs_conse")
+    return path
+
+
+@pytest.fixture(scope="session")
+def features_dir(tmp_path_factory) -> Path:
+    """Features of 3 domains x 4 classes, 30 rows each: prototypes, a shift per domain, and noise."""
+    rng = np.random.default_rng(7)
+    prototypes = rng.standard_normal((len(CLASSES), WIDTH))
+    shifts = rng.standard_normal((len(DOMAINS), WIDTH))
+    rows = [
+        {"feature": prototypes[c] + shifts[d] + 1.5 * rng.standard_normal(WIDTH), "label": CLASSES[c], "domain": name}
+        for d, name in enumerate(DOMAINS)
+        for c in range(len(CLASSES))
+        for _ in range(30)
+    ]
+    folder = tmp_path_factory.mktemp("features")
+    pd.DataFrame(rows).to_parquet(folder / "features.parquet")
+    pd.DataFrame({"class": CLASSES, "prototype": list(prototypes)}).to_parquet(folder / "classes.parquet")
+    return folder
+
+
+# Ray reads this once, when it is imported: every cluster of the tests is then open to the tests alone.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> None:
+    """A cache of the tests' own."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def config(features_dir, tmp_path):
+    """Makes a Config of a quick run on the small features, in this process."""
+    from fedsim import Config
+
+    def make(**fields):
+        quick = {"dataset": "features", "data_dir": features_dir, "held_out": ("ink",), "rounds": 3, "actors": 0}
+        return Config(**(quick | {"out": tmp_path / "run"} | fields))
+
+    return make

@@ -1,0 +1,153 @@
+"""The same report, to the bit, whatever the actors do and whatever kills them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedsim import run
+from fedsim.checkpoint import NAME, load_checkpoint
+from fedsim.pool import Sizing, open_pool, plan
+
+FILES = "scores.parquet", "zero_shot.parquet", "partition.parquet", "adapter.safetensors"
+
+
+def result(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Command lines of all processes below one, from /proc."""
+    parents, names = {}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            names[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace")
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended since
+            continue
+    below, grown = {pid}, True
+    while grown:
+        more = {child for child, parent in parents.items() if parent in below} - below
+        below, grown = below | more, bool(more)
+    return {child: names[child] for child in below - {pid}}
+
+
+def workers() -> list[int]:
+    return sorted(pid for pid, name in descendants(os.getpid()).items() if name.startswith("ray::_Worker"))
+
+
+@pytest.fixture(scope="module")
+def alone(features_dir, tmp_path_factory):
+    """The run that the others must equal: in this process, 6 clients in 6 chunks."""
+    from fedsim import Config
+
+    folder = tmp_path_factory.mktemp("alone")
+    fields = {"dataset": "features", "data_dir": features_dir, "held_out": "ink", "rounds": 40, "clients": 6}
+    run(Config(**fields, actors=0, out=folder))
+    return fields, result(folder)
+
+
+@pytest.mark.parametrize("actors", [1, 3])
+def test_any_number_of_actors_gives_the_same_bits(alone, actors, tmp_path):
+    from fedsim import Config
+
+    fields, expected = alone
+    run(Config(**fields, actors=actors, out=tmp_path))
+    assert result(tmp_path) == expected
+
+
+def test_a_killed_actor_changes_nothing(alone, tmp_path):
+    from fedsim import Config
+
+    fields, expected = alone
+    killed = []
+
+    def kill_one(event):
+        if event.stage == "training" and event.done >= 5 and not killed:
+            killed.append(workers()[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    run(Config(**fields, actors=2, out=tmp_path), kill_one)
+    assert killed and killed[0] not in workers()
+    assert result(tmp_path) == expected
+
+
+def test_a_killed_run_resumes_to_the_same_bits(alone, tmp_path):
+    from fedsim import Config
+
+    fields, expected = alone
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in fields.items()]
+    command = [sys.executable, "-m", "fedsim", "run", *flags, "--actors=0", f"--out={tmp_path}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (tmp_path / NAME).exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    config = Config(**fields, actors=0, out=tmp_path)
+    state, _ = load_checkpoint(tmp_path, config.experiment())
+    assert state.round < fields["rounds"], "it was killed too late to show anything"
+    rounds = []
+    run(config, lambda event: rounds.append(event.done))
+    assert rounds[0] == state.round + 1
+    assert result(tmp_path) == expected
+
+
+def test_a_finished_run_is_not_run_again(alone, tmp_path):
+    from fedsim import Config
+
+    fields, _ = alone
+    config = Config(**(fields | {"rounds": 2}), actors=0, out=tmp_path)
+    first = run(config)
+    events = []
+    assert run(config, events.append).score_table().equals(first.score_table())
+    assert events == []
+
+
+class Doubler:
+    """A worker that dies of one item as often as it is told to."""
+
+    def __init__(self, folder, device):
+        self.folder = folder
+
+    def double(self, item):
+        deaths = self.folder / f"deaths-{item}"
+        if deaths.exists() and (left := int(deaths.read_text())):
+            deaths.write_text(str(left - 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 2 * item
+
+
+@pytest.fixture
+def cluster():
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_a_pool_gives_results_in_order_past_deaths_and_stops_at_a_deadly_item(cluster, tmp_path):
+    (tmp_path / "deaths-3").write_text("2")
+    with open_pool(Sizing(actors=2, gpus_per_actor=0), 20, Doubler, tmp_path) as pool:
+        assert list(pool.map("double", range(20))) == list(range(0, 40, 2))
+        assert (tmp_path / "deaths-3").read_text() == "0"
+        (tmp_path / "deaths-7").write_text("99")
+        with pytest.raises(RuntimeError, match="double of item 7 ended 4 actors"):
+            list(pool.map("double", range(20)))
+    assert not plan(Sizing(), 4, cluster.cluster_resources())[1]["num_gpus"] > 0.5
+    with open_pool(Sizing(gpus_per_actor=0.5), 4, Doubler, tmp_path) as pool:  # two logical GPUs, two actors on each
+        assert list(pool.map("double", range(3))) == [0, 2, 4]
+        assert len(pool.actors) == 4
+
+
+def test_actors_are_sized_by_the_cluster():
+    assert plan(Sizing(), 10, {"CPU": 8.0}) == (8, {"num_cpus": 1.0, "num_gpus": 0.0})
+    assert plan(Sizing(), 3, {"CPU": 8.0}) == (3, {"num_cpus": 1.0, "num_gpus": 0.0})
+    assert plan(Sizing(actors=16), 99, {"CPU": 8.0}) == (16, {"num_cpus": 0.5, "num_gpus": 0.0})
+    assert plan(Sizing(), 99, {"CPU": 8.0, "GPU": 2.0}) == (4, {"num_cpus": 1.0, "num_gpus": 0.5})
+    assert plan(Sizing(actors=5), 99, {"CPU": 8.0, "GPU": 2.0}) == (5, {"num_cpus": 1.0, "num_gpus": 0.3333})

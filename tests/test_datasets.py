@@ -1,0 +1,603 @@
+"""Data sets: real files in, rows, names and sentences out."""
+
+import os
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageFile
+
+from fedsim.datasets import TEST, TRAIN, UNSAID, VAL, Features, Images
+from fedsim.datasets._check import unreadable
+from fedsim.errors import InputError
+from fedsim.registry import available, parse
+
+PACS = ["art_painting", "cartoon", "photo", "sketch"]
+DOMAINNET = ["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
+VLCS = ["Caltech101", "LabelMe", "SUN09", "VOC2007"]
+
+
+def a_picture(file: Path, shade: int = 0) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(file)
+    return file
+
+
+def a_tree(root: Path, domains, classes=("cat", "dog"), files=("1.png", "2.jpg")) -> Path:
+    for domain in domains:
+        for name in classes:
+            for file in files:
+                a_picture(root / domain / name / file)
+    return root
+
+
+def lists(folder: Path, form: str, domains, lines) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for domain in domains:
+        text = "".join(f"{domain}/{line}\n" for line in lines)
+        (folder / form.format(domain)).write_text(text)
+
+
+def load(name: str, root: Path | None, **options):
+    return parse("dataset", {"name": name, **options}).load(root)
+
+
+def refusal(name: str, root: Path | None, **options) -> str:
+    with pytest.raises(InputError) as caught:
+        load(name, root, **options)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+@pytest.fixture
+def shared() -> Path:
+    """Data that the project may look at and not keep."""
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    place = Path(os.environ.get("FEDSIM_SHARED_DATA", beside))
+    if not place.is_dir():
+        pytest.skip("no shared data: FEDSIM_SHARED_DATA names no folder, nor is there one beside the repository")
+    return place
+
+
+# --- any folder
+
+
+def test_a_folder_is_read_in_sorted_order_and_nothing_is_decoded(tmp_path):
+    a_tree(tmp_path, ["b", "a"], classes=["dog", "alarm_clock"])
+    (tmp_path / "a" / "dog" / "1.png").write_bytes(b"not looked at")
+    images = load("folder", tmp_path)
+    assert images.domains == ("a", "b")
+    assert images.classes == ("alarm_clock", "dog")  # underscores and all
+    assert images.names[:4] == ["a/alarm_clock/1.png", "a/alarm_clock/2.jpg", "a/dog/1.png", "a/dog/2.jpg"]
+    assert images.y.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert images.domain.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert images.files[7] == tmp_path / "b" / "dog" / "2.jpg"
+    assert images.open(7).size == (8, 8)
+
+
+def test_what_is_no_image_in_a_folder_is_passed_over(tmp_path):
+    a_tree(tmp_path, ["a"])
+    for stray in ["readme.txt", "a/list.csv", "a/dog/notes.txt", "a/dog/._1.png", ".git/hooks/x", "a/.cache/1.png"]:
+        (tmp_path / stray).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / stray).write_bytes(b"")
+    assert load("folder", tmp_path).names == ["a/cat/1.png", "a/cat/2.jpg", "a/dog/1.png", "a/dog/2.jpg"]
+
+
+def test_a_folder_given_relatively_is_found_from_another_working_directory(tmp_path, monkeypatch):
+    a_tree(tmp_path / "mine", ["a"])
+    monkeypatch.chdir(tmp_path)
+    images = load("folder", Path("mine"))
+    monkeypatch.chdir("/")
+    assert images.open(0).size == (8, 8)
+
+
+@pytest.mark.parametrize("name", ["folder", "pacs", "vlcs", "office_home", "domainnet", "features"])
+def test_no_data_dir_is_refused(name):
+    assert refusal(name, None).startswith(f"data set {name} wants --data-dir")
+
+
+@pytest.mark.parametrize("name", ["folder", "pacs", "vlcs", "office_home", "domainnet"])
+def test_a_data_dir_that_is_no_folder_is_refused(name, tmp_path):
+    assert refusal(name, tmp_path / "nowhere").endswith(f"{tmp_path / 'nowhere'} is no folder")
+    assert refusal(name, a_picture(tmp_path / "x.png")).endswith("x.png is no folder")
+
+
+def test_a_folder_without_folders_is_refused(tmp_path):
+    a_picture(tmp_path / "x.png")
+    assert refusal("folder", tmp_path) == f"wanted domain/class/file in {tmp_path}; there are no folders"
+
+
+def test_domains_without_classes_are_refused(tmp_path):
+    a_picture(tmp_path / "a" / "x.png")
+    assert refusal("folder", tmp_path).endswith("no class folders in: a")
+
+
+def test_a_class_that_a_domain_lacks_is_named_with_the_domain(tmp_path):
+    a_tree(tmp_path, ["a", "b"])
+    a_tree(tmp_path, ["b"], classes=["owl"])
+    assert refusal("folder", tmp_path) == (
+        f"wanted every class in every domain of {tmp_path}; missing: a/owl; there are the classes: cat, dog, owl"
+    )
+
+
+def test_a_class_without_images_is_named_with_the_domain(tmp_path):
+    a_tree(tmp_path, ["a", "b"])
+    for file in (tmp_path / "b" / "dog").iterdir():
+        file.rename(file.with_suffix(".txt"))
+    sentence = refusal("folder", tmp_path)
+    assert sentence.startswith(f"no images in b/dog of {tmp_path}; wanted files that end in: .jpg, .jpeg, .png")
+
+
+# --- well-known sets, as they lie on disks
+
+
+@pytest.mark.parametrize("wrapped", ["", "kfold", "PACS", "PACS/kfold", "pacs/images"])
+def test_pacs_is_found_in_what_archives_wrap_around_it(tmp_path, wrapped):
+    a_tree(tmp_path / wrapped, PACS)
+    images = load("pacs", tmp_path)
+    assert list(images.domains) == PACS
+    assert images.names[0] == "art_painting/cat/1.png"
+    assert (images.split == UNSAID).all()
+
+
+@pytest.mark.parametrize("place", ["pacs/splits", "pacs", "pacs/images", "."])
+def test_pacs_reads_the_authors_lists(tmp_path, place):
+    a_tree(tmp_path / "pacs" / "images", PACS, files=["1.png", "2.png", "3.png"])
+    if place == ".":
+        tmp_path = tmp_path / "pacs"
+    lists(tmp_path / place, "{}_train_kfold.txt", PACS, ["cat/1.png 1", "dog/2.png 2"])
+    lists(tmp_path / place, "{}_crossval_kfold.txt", PACS, ["cat/3.png 1", "dog/3.png 2"])
+    images = load("pacs", tmp_path, split="own")
+    assert [name for name in images.names if name.startswith("photo")] == [
+        "photo/cat/1.png",
+        "photo/cat/3.png",
+        "photo/dog/2.png",
+        "photo/dog/3.png",
+    ]
+    assert images.split.tolist() == [TRAIN, VAL, TRAIN, VAL] * 4
+    assert images.y.tolist() == [0, 0, 1, 1] * 4
+
+
+def test_lists_outside_of_the_data_dir_are_not_read(tmp_path):
+    a_tree(tmp_path / "pacs" / "images", PACS)
+    lists(tmp_path / "pacs", "{}_train_kfold.txt", PACS, ["cat/1.png 1"])
+    lists(tmp_path / "pacs", "{}_crossval_kfold.txt", PACS, ["dog/1.png 2"])
+    assert len(load("pacs", tmp_path / "pacs", split="own")) == 8
+    assert "photo_train_kfold.txt" in refusal("pacs", tmp_path / "pacs" / "images", split="own")
+
+
+def test_own_split_without_lists_names_them(tmp_path):
+    a_tree(tmp_path, PACS)
+    sentence = refusal("pacs", tmp_path, split="own")
+    assert f"{tmp_path} lacks art_painting_train_kfold.txt, cartoon_train_kfold.txt" in sentence
+    assert sentence.endswith("split 'seeded' needs none")
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("cat/1.png", "photo_train_kfold.txt:1 wants 'domain/class/file number', not 'photo/cat/1.png'"),
+        ("cat/9.png 1", "photo_train_kfold.txt:1 names photo/cat/9.png, which is not in "),
+        ("dog/2.jpg 2", "photo_crossval_kfold.txt:1 names photo/dog/2.jpg, which another split has too"),
+    ],
+)
+def test_a_bad_line_of_a_list_is_told_by_file_and_number(tmp_path, line, complaint):
+    a_tree(tmp_path, PACS)
+    lists(tmp_path, "{}_train_kfold.txt", PACS, ["cat/1.png 1"])
+    lists(tmp_path, "{}_crossval_kfold.txt", PACS, ["dog/2.jpg 2"])
+    lists(tmp_path, "{}_train_kfold.txt", ["photo"], [line])
+    assert refusal("pacs", tmp_path, split="own").startswith(complaint)
+
+
+def test_domains_that_are_missing_are_told_with_those_that_there_are(tmp_path):
+    a_tree(tmp_path / "PACS", PACS[:3])
+    assert refusal("pacs", tmp_path) == (
+        f"wanted the folders art_painting, cartoon, photo, sketch; {tmp_path / 'PACS'} lacks sketch "
+        "and has: art_painting, cartoon, photo"
+    )
+
+
+@pytest.mark.parametrize("name", ["pacs", "vlcs", "office_home", "domainnet"])
+def test_a_wrong_root_is_told_what_was_expected_and_what_is_there(tmp_path, name):
+    a_tree(tmp_path, ["north", "south"])
+    sentence = refusal(name, tmp_path)
+    assert sentence.startswith("wanted the folders ")
+    assert sentence.endswith("and has: north, south")
+    (tmp_path / "empty").mkdir()
+    assert refusal(name, tmp_path / "empty").endswith("and has: no folders")
+
+
+def test_two_copies_of_a_set_are_not_chosen_between(tmp_path):
+    a_tree(tmp_path / "small", PACS)
+    a_tree(tmp_path / "large", PACS)
+    assert refusal("pacs", tmp_path).endswith(f"there are: {tmp_path / 'large'}, {tmp_path / 'small'}")
+    assert len(load("pacs", tmp_path / "small")) == 16
+
+
+@pytest.mark.parametrize("real", ["Real World", "Real_World", "RealWorld", "Real", "real_world"])
+def test_office_home_is_found_however_real_world_is_spelled(tmp_path, real):
+    a_tree(tmp_path / "office_home", ["Art", "Clipart", "product", real], classes=["Alarm_Clock"])
+    images = load("office_home", tmp_path)
+    assert images.domains == ("Art", "Clipart", "Product", "Real World")
+    assert images.classes == ("Alarm_Clock",)
+    assert images.names[-1] == f"{real}/Alarm_Clock/2.jpg"
+
+
+@pytest.mark.parametrize("beside", ["domain_net", "domain_net/splits"])
+def test_domainnet_reads_the_authors_lists(tmp_path, beside):
+    a_tree(tmp_path / "domain_net", DOMAINNET)
+    lists(tmp_path / beside, "{}_train.txt", DOMAINNET, ["cat/1.png 0", "dog/1.png 1"])
+    lists(tmp_path / beside, "{}_test.txt", DOMAINNET, ["cat/2.jpg 0"])  # dog/2.jpg: a duplicate, say
+    images = load("domainnet", tmp_path, split="own")
+    assert list(images.domains) == DOMAINNET
+    assert images.split.tolist() == [TRAIN, TEST, TRAIN] * 6
+    assert len(load("domainnet", tmp_path)) == 24
+
+
+def test_vlcs_of_domainbed_is_read(tmp_path):
+    a_tree(tmp_path / "VLCS", VLCS, classes=["bird", "car", "chair", "dog", "person"])
+    images = load("vlcs", tmp_path)
+    assert list(images.domains) == VLCS
+    assert images.classes == ("bird", "car", "chair", "dog", "person")
+
+
+def old_vlcs(root: Path) -> Path:
+    for domain in ["CALTECH", "LABELME", "PASCAL", "SUN"]:
+        for split in ["train", "crossval", "test"]:
+            a_tree(root / "VLCS" / domain, [split], classes="01234", files=[f"{split}_imgs_1.jpg"])
+            a_tree(root / "VLCS" / domain, ["full"], classes="01234", files=[f"{split}_imgs_1.jpg"])
+    return root
+
+
+def test_vlcs_in_numbered_folders_gets_names_and_no_image_twice(tmp_path):
+    images = load("vlcs", old_vlcs(tmp_path))
+    assert list(images.domains) == VLCS
+    assert images.classes == ("bird", "car", "chair", "dog", "person")
+    assert len(images) == 4 * 5 * 3
+    assert images.names[5] == "CALTECH/crossval/0/crossval_imgs_1.jpg"
+    assert (images.split == UNSAID).all()
+
+
+def test_vlcs_keeps_its_own_split(tmp_path):
+    images = load("vlcs", old_vlcs(tmp_path), split="own")
+    for code, name in [(TRAIN, "train"), (VAL, "crossval"), (TEST, "test")]:
+        assert [f"/{name}/" in image for image in images.names] == (images.split == code).tolist()
+
+
+def test_vlcs_with_nothing_but_full_is_read(tmp_path):
+    for domain in VLCS:
+        a_tree(tmp_path / domain, ["full"], classes="01234")
+    assert load("vlcs", tmp_path).names[0] == "Caltech101/full/0/1.png"
+
+
+def test_vlcs_lacking_a_split_folder_is_refused(tmp_path):
+    a_tree(tmp_path, VLCS, classes=["bird"])
+    assert refusal("vlcs", tmp_path, split="own") == (
+        f"wanted the split folders train, crossval, test in {tmp_path / 'Caltech101'}; "
+        "it lacks train, crossval, test and has: bird"
+    )
+    a_tree(tmp_path / "SUN09", ["train"])
+    assert "it lacks crossval, test and has: bird, train" in refusal("vlcs", tmp_path)
+
+
+# --- features of one's own
+
+HALF = pa.list_(pa.float16(), 2)
+X = [[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]
+
+
+def halves(rows) -> pa.Array:
+    return pa.array([np.array(row, "<f2").tobytes() for row in rows], pa.binary(4))
+
+
+def parquet(root: Path, *, classes=None, metadata=None, **rows) -> Path:
+    classes = {"class": ["cat", "dog"], "prototype": [[3.0, 4.0], [0.0, 2.0]], **(classes or {})}
+    table = pa.table({name: column for name, column in classes.items() if column is not None})
+    pq.write_table(table.replace_schema_metadata(metadata), root / "classes.parquet")
+    rows = {"feature": X, "label": ["cat", "dog", "cat"], "domain": ["b", "a", "b"], **rows}
+    rows = {name: column for name, column in rows.items() if column is not None}
+    pq.write_table(pa.table(rows), root / "features.parquet", row_group_size=2)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("column", "dtype"),
+    [
+        (pa.array(X, HALF), np.float16),
+        (pa.array(X, pa.list_(pa.float16())), np.float16),
+        (halves(X), np.float16),
+        (pa.array(X, pa.list_(pa.float32(), 2)), np.float32),
+        (pa.array(X, pa.large_list(pa.float32())), np.float32),
+        (pa.array(X, pa.list_(pa.float64())), np.float32),
+    ],
+)
+def test_features_come_as_halves_or_floats_in_every_usual_column(tmp_path, column, dtype):
+    features = load("features", parquet(tmp_path, feature=column))
+    assert features.x.dtype == dtype
+    assert features.x.tolist() == X
+    assert not features.x.flags.writeable
+    assert features.file is None
+
+
+def test_features_have_labels_domains_and_unit_prototypes(tmp_path):
+    features = load("features", parquet(tmp_path))
+    assert features.classes == ("cat", "dog") and features.y.tolist() == [0, 1, 0]
+    assert features.domains == ("a", "b") and features.domain.tolist() == [1, 0, 1]
+    assert features.y.dtype == features.domain.dtype == np.int64
+    assert (features.split == UNSAID).all()
+    assert features.prototypes.dtype == np.float32
+    assert features.prototypes == pytest.approx(np.array([[0.6, 0.8], [0.0, 1.0]]))
+
+
+def test_features_take_label_numbers_and_dictionaries_too(tmp_path):
+    coded = pa.array(["b", "a", "b"]).dictionary_encode()
+    features = load("features", parquet(tmp_path, label=pa.array([1, 0, 1], pa.int8()), domain=coded))
+    assert features.y.tolist() == [1, 0, 1]
+    assert features.domain.tolist() == [1, 0, 1]
+
+
+def test_features_may_bring_their_split(tmp_path):
+    assert load("features", parquet(tmp_path, split=["train", None, "test"])).split.tolist() == [TRAIN, UNSAID, TEST]
+    assert refusal("features", parquet(tmp_path, split=["train", "dev", "test"])) == (
+        "features.parquet: split wants train, val, test or null, not: dev"
+    )
+
+
+def test_the_logit_scale_is_what_the_user_says_then_the_file_then_100(tmp_path):
+    assert load("features", parquet(tmp_path)).logit_scale == 100
+    parquet(tmp_path, metadata={"logit_scale": "12.5"})
+    assert load("features", tmp_path).logit_scale == 12.5
+    assert load("features", tmp_path, logit_scale=7).logit_scale == 7
+    for wrong in ["high", "-1", "nan"]:
+        assert refusal("features", parquet(tmp_path, metadata={"logit_scale": wrong})).endswith(f"not '{wrong}'")
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ({"label": None}, "features.parquet lacks the columns label; it has: feature, domain"),
+        ({"classes": {"prototype": None}}, "classes.parquet lacks the columns prototype; it has: class"),
+        (
+            {"feature": [[1, 0], [np.nan, 2], [3, np.inf]]},
+            "features.parquet: feature wants finite numbers; NaN or infinite in 2 rows (1, 2)",
+        ),
+        (
+            {"feature": [[1.0, 0.0], [None, 2.0], [3.0, 4.0]]},
+            "features.parquet: feature wants finite numbers; NaN or infinite in 1 row (1)",
+        ),
+        (
+            {"feature": [[1.0, 1e300], [0.0, 2.0], [3.0, 4.0]]},
+            "features.parquet: feature wants finite numbers; NaN or infinite in 1 row (0)",
+        ),
+        ({"feature": pa.array([X[0], None, None], HALF)}, "features.parquet: feature is null in 2 rows (1, 2)"),
+        ({"domain": ["a", None, "b"]}, "features.parquet: domain is null in 1 row (1)"),
+        (
+            {"feature": [[1.0, 0.0], [0.0, 2.0], [3.0, 4.0, 5.0]]},
+            "features.parquet: feature wants 2 numbers, like the first prototype; 3 in 1 row (2)",
+        ),
+        (
+            {"feature": pa.array([[1.0] * 3] * 3, pa.list_(pa.float32(), 3))},
+            "features.parquet: feature wants 2 numbers, like the first prototype; 3 in 3 rows (0, 1, 2)",
+        ),
+        (
+            {"feature": [[1, 0], [0, 2], [3, 4]]},
+            "features.parquet: feature wants lists of half, float or double, or bytes of halves, "
+            "not list<element: int64>",
+        ),
+        (
+            {"feature": pa.array([b"abc"] * 3, pa.binary(3))},
+            "features.parquet: feature wants lists of half, float or double, or bytes of halves, "
+            "not fixed_size_binary[3]",
+        ),
+        (
+            {"feature": [1.0, 2.0, 3.0]},
+            "features.parquet: feature wants lists of half, float or double, or bytes of halves, not double",
+        ),
+        (
+            {"label": ["cat", "owl", "elk"]},
+            "features.parquet: labels that classes.parquet does not have: elk, owl; it has: cat, dog",
+        ),
+        (
+            {"label": [0, 2, -1]},
+            "features.parquet: label wants a row of classes.parquet, 0 to 1, not: -1, 2",
+        ),
+        (
+            {"domain": [["a"], ["b"], ["a"]]},
+            "features.parquet: label and domain want text or integers, not list<element: string>",
+        ),
+        (
+            {"classes": {"class": ["cat", "cat"]}},
+            "classes.parquet wants each class once; more than once: cat",
+        ),
+        (
+            {"classes": {"prototype": [[3.0, 4.0], [0.0, 0.0]]}},
+            "classes.parquet: a prototype wants a length above 0, not that of: dog",
+        ),
+        (
+            {"classes": {"prototype": [[3.0, 4.0], [1.0]]}},
+            "classes.parquet: prototype wants 2 numbers, like the first prototype; 1 in 1 row (1)",
+        ),
+        (
+            {"classes": {"prototype": [[3.0, np.nan], [1.0, 0.0]]}},
+            "classes.parquet: prototype wants finite numbers; NaN or infinite in 1 row (0)",
+        ),
+        ({"feature": pa.array([], HALF), "label": [], "domain": []}, "features.parquet has no rows"),
+    ],
+)
+def test_features_that_cannot_be_used_are_refused(tmp_path, rows, complaint):
+    assert refusal("features", parquet(tmp_path, **rows)) == complaint
+
+
+def test_feature_files_that_are_missing_or_broken_are_told(tmp_path):
+    assert refusal("features", tmp_path) == f"no classes.parquet in {tmp_path}; there is: nothing"
+    parquet(tmp_path)
+    (tmp_path / "features.parquet").rename(tmp_path / "feature.parquet")
+    assert refusal("features", tmp_path) == (
+        f"no features.parquet in {tmp_path}; there is: classes.parquet, feature.parquet"
+    )
+    whole = (tmp_path / "feature.parquet").read_bytes()
+    (tmp_path / "features.parquet").write_bytes(whole[: len(whole) // 2])
+    assert refusal("features", tmp_path).startswith(f"{tmp_path}/features.parquet is not a whole Parquet file: ")
+
+
+# --- glyphs
+
+
+@pytest.fixture
+def glyphs() -> Images:
+    import fedsim
+
+    if not (Path(fedsim.__file__).parent / "assets" / "glyphs" / "glyphs.parquet").exists():
+        pytest.skip("fedsim/assets/glyphs/glyphs.parquet is not built yet")
+    return load("glyphs", None)
+
+
+def test_glyphs_are_embedded_and_bring_their_split(glyphs):
+    assert all(isinstance(file, bytes) for file in glyphs.files)
+    assert glyphs.unseen_test and set(glyphs.split.tolist()) == {TRAIN, TEST}
+    assert unreadable(glyphs) == []
+
+
+def test_glyphs_have_every_class_in_every_domain(glyphs):
+    cells = set(zip(glyphs.domain.tolist(), glyphs.y.tolist(), strict=True))
+    assert len(cells) == len(glyphs.domains) * len(glyphs.classes)
+
+
+def test_glyphs_take_no_data_dir(tmp_path):
+    assert refusal("glyphs", tmp_path) == (
+        f"data set glyphs is embedded and takes no --data-dir, but {tmp_path} was given"
+    )
+
+
+# --- images that cannot be decoded
+
+
+def in_memory(files: list[bytes]) -> Images:
+    zeros = np.zeros(len(files), np.int64)
+    return Images(
+        files=files,
+        names=[f"image {row}" for row in range(len(files))],
+        y=zeros,
+        domain=zeros,
+        classes=("cat",),
+        domains=("a",),
+        split=zeros.astype(np.int8),
+    )
+
+
+def encoded(kind: str, **options) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8)
+    out = BytesIO()
+    Image.fromarray(noise).save(out, kind, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [encoded("JPEG"), encoded("JPEG", progressive=True), encoded("PNG"), encoded("WEBP")],
+    ids=["jpeg", "progressive", "png", "webp"],
+)
+def test_a_truncated_image_is_found_wherever_it_ends(whole):
+    images = in_memory([whole, whole[:-40], whole[: len(whole) // 2], whole[:40], b"", whole])
+    assert [row for row, _ in unreadable(images)] == [1, 2, 3, 4]
+    for row, _ in unreadable(images):
+        with pytest.raises(InputError, match=f"image {row} is not a whole image"):
+            images.open(row)
+
+
+def test_unreadable_files_come_by_index_with_a_reason(tmp_path):
+    a_tree(tmp_path, ["a", "b"], files=[f"{n:03}.png" for n in range(50)])
+    images = load("folder", tmp_path)
+    images.files[150].write_text("<html>404</html>")
+    images.files[3].unlink()
+    found = unreadable(images, threads=4)
+    assert [row for row, _ in found] == [3, 150]
+    assert found[0][1].startswith("[Errno 2] No such file")
+    assert found[1][1] == "no known image format"
+
+
+def test_the_check_refuses_to_run_blindfold(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES"):
+        unreadable(in_memory([]))
+
+
+# --- every data set, by being there
+
+
+@pytest.fixture
+def a_root(tmp_path):
+    """A small data set on disk for each name; a file in fedsim/datasets without one fails its tests."""
+
+    def root_of(name: str) -> Path | None:
+        if name == "glyphs":
+            return None
+        if name == "features":
+            return parquet(tmp_path)
+        domains = {
+            "pacs": PACS,
+            "domainnet": DOMAINNET,
+            "vlcs": VLCS,
+            "office_home": ["Art", "Clipart", "Product", "Real"],
+        }
+        return a_tree(tmp_path, domains.get(name, ["a", "b"]))
+
+    return root_of
+
+
+@pytest.mark.parametrize("name", available("dataset"))
+def test_every_data_set_keeps_the_contract(name, a_root, request):
+    if name == "glyphs":
+        request.getfixturevalue("glyphs")
+    data = load(name, a_root(name))
+    n = len(data)
+    assert n > 0
+    assert data.y.shape == data.domain.shape == data.split.shape == (n,)
+    assert data.y.dtype == data.domain.dtype == np.int64 and data.split.dtype == np.int8
+    assert set(data.y.tolist()) == set(range(len(data.classes)))
+    assert set(data.domain.tolist()) == set(range(len(data.domains)))
+    assert set(data.split.tolist()) <= {TRAIN, VAL, TEST, UNSAID}
+    assert isinstance(data.classes, tuple) and isinstance(data.domains, tuple)
+    if isinstance(data, Features):
+        assert data.x.shape == (n, data.prototypes.shape[1])
+    else:
+        assert len(data.files) == len(data.names) == len(set(data.names)) == n
+        assert data.open(n - 1).mode == "RGB"
+        assert data.take(np.array([n - 1, 0])).names == [data.names[n - 1], data.names[0]]
+
+
+@pytest.mark.parametrize("name", available("dataset"))
+def test_every_data_set_loads_the_same_rows_twice(name, a_root, request):
+    if name == "glyphs":
+        request.getfixturevalue("glyphs")
+    root = a_root(name)
+    first, second = load(name, root), load(name, root)
+    assert (first.y == second.y).all() and (first.domain == second.domain).all()
+    assert isinstance(first, Features) or first.fingerprint() == second.fingerprint()
+
+
+def test_an_option_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="split"):
+        parse("dataset", {"name": "pacs", "split": "mine"})
+
+
+# --- data that the project may look at
+
+
+def test_real_pacs_pictures_are_whole(shared):
+    images = load("pacs", shared / "pacs_mini")
+    assert len(images) == 4 * 7 * 12
+    assert images.classes == ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
+    assert unreadable(images) == []
+
+
+def test_real_features_are_told_apart_by_their_prototypes(shared):
+    features = load("features", shared / "pacs_conse")
+    assert features.x.shape == (9991, 384) and features.x.dtype == np.float16
+    assert features.prototypes.shape == (7, 384)
+    right = (features.x.astype(np.float32) @ features.prototypes.T).argmax(1) == features.y
+    assert right.mean() > 2 / 7  # twice what guessing gives

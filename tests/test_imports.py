@@ -1,0 +1,40 @@
+"""Imports follow the arrows of the design and never go back."""
+
+import ast
+from pathlib import Path
+
+import fedsim
+
+# A module may import those that stand before it; a package's files, their package and those before it.
+ORDER = (
+    "errors rng registry params datasets partitions methods servers clients clip pool features evaluate local "
+    "config report page checkpoint simulate compare __init__ __main__"
+).split()
+
+
+def stage(module: str) -> int:
+    return ORDER.index(module.split(".")[1] if "." in module else "__init__")
+
+
+def imported(path: Path) -> list[str]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    names = [(node.module, [alias.name for alias in node.names]) for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules = [f"fedsim.{name}" if module == "fedsim" else module for module, all in names for name in all]
+    return [module for module in modules if module and module.startswith("fedsim.")]
+
+
+def test_imports_go_one_way():
+    root = Path(fedsim.__file__).parent
+    for path in root.rglob("*.py"):
+        where = path.relative_to(root)
+        if where.parts[0] == "assets":
+            continue
+        own = where.parts[0].removesuffix(".py")
+        for module in imported(path):
+            assert stage(module) <= ORDER.index(own), f"{where} imports {module}"
+
+
+def test_every_module_has_its_place():
+    root = Path(fedsim.__file__).parent
+    there = {path.stem for path in root.glob("*.py")} | {path.parent.name for path in root.glob("*/__init__.py")}
+    assert there == set(ORDER)
