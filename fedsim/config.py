@@ -26,11 +26,12 @@ from fedsim.datasets import Dataset
 from fedsim.errors import InputError, listing
 from fedsim.methods import Method
 from fedsim.partitions import Partition
-from fedsim.registry import KINDS, name_of, parse
+from fedsim.registry import KINDS, name_of, parse, sentence
 from fedsim.servers import Server
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 # What may differ between two runs of one experiment: where, and with how many hands.
+DEFAULTS = {"dataset": "glyphs", "partition": "by_domain", "method": "fedclip", "server": "fedavg"}
 EXECUTION = ("out", "actors", "gpus_per_actor", "address", "cache_dir")
 
 
@@ -40,11 +41,19 @@ def fields_of(thing: Any) -> dict[str, Any]:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedsim"
+    named = os.environ.get("FEDSIM_CACHE_DIR")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedsim"
 
 
 def _component(kind: str, base: type) -> Any:
-    return Annotated[InstanceOf[base], BeforeValidator(partial(parse, kind)), PlainSerializer(fields_of)]
+    read = partial(parse, kind, default=DEFAULTS[kind])
+    return Annotated[InstanceOf[base], BeforeValidator(read), PlainSerializer(fields_of)]
+
+
+def _prompt(value: str) -> str:
+    if "{}" not in value:
+        raise InputError(f"prompt wants {{}} where the class name goes, not {value!r}")
+    return value
 
 
 def _absolute(value: Path | None) -> Path | None:
@@ -60,23 +69,27 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    dataset: _component("dataset", Dataset) = Field("glyphs", description="where images or features come from")
+    dataset: _component("dataset", Dataset) = Field(
+        DEFAULTS["dataset"], description="where images or features come from"
+    )
     data_dir: Annotated[Path | None, AfterValidator(_absolute)] = Field(
         None, description="the data set's folder; glyphs needs none"
     )
     skip_unreadable: bool = Field(False, description="leave corrupt images out, and count them")
     backbone: str | None = Field(None, description="any open_clip model name; none given: tiny, the embedded one")
     pretrained: str | None = Field(None, description="tag of open_clip, or a checkpoint file")
-    prompt: str = Field("a picture of a {}", description="text of a class; {} is its name")
+    prompt: Annotated[str, AfterValidator(_prompt)] = Field(
+        "a picture of a {}", description="text of a class; {} is its name"
+    )
     held_out: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (), description="domains that nobody trains on, separated by commas"
     )
-    partition: _component("partition", Partition) = Field("by_domain", description="how rows go to clients")
+    partition: _component("partition", Partition) = Field(DEFAULTS["partition"], description="how rows go to clients")
     clients: int | None = Field(None, ge=1, description="number of clients; by_domain has one per domain")
     partition_seed: int = Field(0, ge=0, description="draws the partition and each client's splits")
     train_share: float = Field(0.6, gt=0, lt=1, description="of a client's rows; half of the rest validates")
-    method: _component("method", Method) = Field("fedclip", description="what is trained")
-    server: _component("server", Server) = Field("fedavg", description="how updates are combined")
+    method: _component("method", Method) = Field(DEFAULTS["method"], description="what is trained")
+    server: _component("server", Server) = Field(DEFAULTS["server"], description="how updates are combined")
     cohort: int | None = Field(None, ge=1, description="clients that train in a round; none given: all")
     rounds: int = Field(200, ge=0, description="rounds of aggregation; FedCLIP's README runs 200")
     seed: int = Field(0, ge=0, description="draws everything but the partition")
@@ -89,13 +102,13 @@ class Config(BaseModel):
     address: str | None = Field(
         None, description="join this Ray cluster (host:port or auto); none given: a private one"
     )
-    cache_dir: Path = Field(default_factory=_cache, description="folder of encoded features")
+    cache_dir: Path = Field(default_factory=_cache, description="folder of encoded features; or $FEDSIM_CACHE_DIR")
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise InputError(sentence(error)) from None
+            raise InputError(sentence(error, "", type(self).model_fields)) from None
 
     def experiment(self) -> dict[str, Any]:
         """What decides the result, as plain values."""
@@ -147,35 +160,10 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for name, value in above.items():
         if name in KINDS:
             old, new = _as_fields(result.get(name, {})), _as_fields(value)
-            same = new.get("name") in (None, old.get("name"))
-            default = {} if old.get("name") else {"name": Config.model_fields[name].default}
-            value = (default | old | new) if same else new
+            same = new.get("name") in (None, old.get("name", DEFAULTS[name]))
+            value = (old | new) if same else new
         result[name] = value
     return result
-
-
-def sentence(error: ValidationError) -> str:
-    """The first of pydantic's complaints: what was wanted, what came, what there is."""
-    first = error.errors()[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        return str(cause)
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"no field {place!r} in {error.title}; there are: {listing(_fields_named(error.title), 60)}"
-    wanted = first["msg"].replace("Input should be", "wants").replace("a valid", "a")
-    came = "" if first["type"] == "missing" else f", not {first['input']!r}"
-    return f"{place} {wanted}{came}"
-
-
-def _fields_named(title: str) -> list[str]:
-    from fedsim.registry import available, find
-
-    classes = [find(kind, name) for kind in KINDS for name in available(kind)]
-    for cls in classes:
-        if cls.__name__ == title:
-            return list(cls.__pydantic_fields__)
-    return list(Config.model_fields)
 
 
 def _as_fields(value: Any) -> dict[str, Any]:

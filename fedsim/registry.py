@@ -4,12 +4,13 @@ A component is a frozen dataclass of hyperparameters. Adding one edits no list: 
 YAML files, the help and the contract tests find it because the file is there.
 """
 
+from collections.abc import Iterable
 from importlib import import_module
 from inspect import isclass
 from pkgutil import iter_modules
 from typing import Any, dataclass_transform
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fedsim.errors import InputError, listing
@@ -54,17 +55,39 @@ def find(kind: str, name: str) -> type:
     return public[0]
 
 
-def parse(kind: str, value: Any) -> Any:
-    """A component from how it is written: an object, `"fedclip"`, or `{"name": "fedclip", "lr": 1e-3}`."""
+def parse(kind: str, value: Any, default: str | None = None) -> Any:
+    """A component from how it is written: an object, `"fedclip"`, or `{"name": "fedclip", "lr": 1e-3}`.
+
+    Raises:
+        InputError: no such component or field, or a value of the wrong type or out of its range.
+    """
     if isinstance(value, str):
-        return find(kind, value)()
-    if isinstance(value, dict):
-        fields = dict(value)
-        name = fields.pop("name", None)
-        if not isinstance(name, str):
-            raise InputError(f"{kind} wants a name; there are: {listing(available(kind), 40)}")
-        return find(kind, name)(**fields)
-    return value
+        value = {"name": value}
+    if not isinstance(value, dict):
+        return value
+    fields = {"name": default} | value
+    name = fields.pop("name")
+    if not isinstance(name, str):
+        raise InputError(f"{kind} wants a name, not {name!r}; there are: {listing(available(kind), 40)}")
+    component = find(kind, name)
+    try:
+        return component(**fields)
+    except ValidationError as error:
+        raise InputError(sentence(error, f"{kind}.", component.__pydantic_fields__)) from None
+
+
+def sentence(error: ValidationError, prefix: str, names: Iterable[str]) -> str:
+    """The first of pydantic's complaints: what was wanted, what came, what there is."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return str(cause)
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"no field {place!r} in {error.title}; there are: {listing(names, 60)}"
+    wanted = first["msg"].partition(", unable")[0].removeprefix("Input should be ")
+    wanted = wanted.replace("a valid integer", "an integer").replace("a valid", "a")
+    return f"{prefix}{place} wants {wanted}, not {first['input']!r}"
 
 
 def name_of(thing: Any) -> str:

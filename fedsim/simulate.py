@@ -1,6 +1,6 @@
 """One experiment, top to bottom."""
 
-import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,8 +162,11 @@ def _check_folder(folder: Path, config: Config) -> None:
         theirs = Config(**read_yaml(there))
         refuse_another(folder, theirs.experiment(), config.experiment())
     standing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
-        raise InputError(f"--out {folder} cannot be written: {standing} is no folder that this user may write to")
+    try:
+        with tempfile.TemporaryFile(dir=standing):  # leaves nothing; and os.access tells root that all is well
+            pass
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written: {standing}: {error.strerror}") from None
 
 
 def _weights(config: Config) -> Weights:

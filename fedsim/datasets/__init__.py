@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fedsim.errors import InputError
 
@@ -67,8 +67,8 @@ class Images(Labelled):
         try:
             with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
                 return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on bad bytes
-            raise InputError(f"{self.names[index]} is not a whole image: {error}") from None
+        except Exception as error:  # decoders raise whatever the bad bytes lead to: struct.error, IndexError, ...
+            raise InputError(f"{self.names[index]} is not a whole image: {fault(error)}") from None
 
     def take(self, rows: np.ndarray) -> "Images":
         """The same set with only these rows, in this order."""
@@ -91,6 +91,11 @@ class Images(Labelled):
                 stat = file.stat()
                 digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
+
+
+def fault(error: Exception) -> str:
+    """What is wrong with an image, in the same words each time (Pillow's may hold a memory address)."""
+    return "no known image format" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
 
 
 @dataclass(frozen=True, kw_only=True)

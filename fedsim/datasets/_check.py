@@ -8,9 +8,9 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
 
-from fedsim.datasets import Images
+from fedsim.datasets import Images, fault
 
 
 def unreadable(images: Images, threads: int | None = None) -> list[tuple[int, str]]:
@@ -40,7 +40,5 @@ def _fault(file) -> str | None:
         with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
             image.draft(None, (1, 1))
             image.load()
-    except UnidentifiedImageError:  # its own message holds a memory address
-        return "no known image format"
-    except Exception as error:  # decoders raise whatever the bad bytes lead to: struct.error, IndexError, ...
-        return str(error) or type(error).__name__
+    except Exception as error:  # as in Images.open
+        return fault(error)

@@ -7,6 +7,8 @@ the authors' archives unpacked side by side, DomainBed (`domain_net/`), Dassl (`
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from fedsim.datasets import TEST, TRAIN, Dataset, Images
 from fedsim.datasets._tree import Part, apply_lists, checked, find_domains, list_tree
 from fedsim.registry import component
@@ -26,7 +28,9 @@ class DomainNet(Dataset):
             version, `painting_train.txt` lacks the class t-shirt); "seeded" leaves the split to us.
     """
 
-    split: Literal["own", "seeded"] = "seeded"
+    split: Literal["own", "seeded"] = Field(
+        "seeded", description="seeded: by the partition's seed; own: the set's {domain}_train.txt and {domain}_test.txt"
+    )
 
     def load(self, root: Path | None) -> Images:
         root = checked(root, "domainnet")

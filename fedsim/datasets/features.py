@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import PositiveFloat
+from pydantic import Field
 
 from fedsim.datasets import TEST, TRAIN, UNSAID, VAL, Dataset, Features
 from fedsim.errors import InputError, listing
@@ -27,12 +27,11 @@ class FeatureFiles(Dataset):
     halves), `label` (a class name, or its row in `classes.parquet`), `domain`, and perhaps `split` (train,
     val, test or null). `classes.parquet`: `class` (its name), `prototype` (D numbers, of any length but 0).
 
-    Attributes:
-        logit_scale: exp of the tower's temperature; None takes `logit_scale` of the metadata of
-            `classes.parquet`, or 100 (OpenAI's CLIP) where it has none.
     """
 
-    logit_scale: PositiveFloat | None = None
+    logit_scale: float | None = Field(
+        None, gt=0, description="exp of the tower's temperature; none given: as classes.parquet says, or 100"
+    )
 
     def load(self, root: Path | None) -> Features:
         if root is None:

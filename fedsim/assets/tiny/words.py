@@ -4,6 +4,7 @@ Sources: CLDR emoji subgroups by way of emojibase-data, and WordNet 3.1 by way o
 """
 
 import re
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -151,7 +152,7 @@ HYPERNYMS = {  # a lemma of WordNet above the name -> class
     "dwelling": "house",
     "tower": "building",
     "vehicle": "vehicle",
-    "vessel": "boat",
+    "watercraft": "boat",
     "boat": "boat",
     "aircraft": "aircraft",
     "bicycle": "bike",
@@ -243,27 +244,167 @@ TEMPLATES = (
 )
 
 # Words that name nothing: they may stand before a prompt without changing what it shows.
-FILLERS = (
-    "a an the this that my our one some of in on with for from good bad nice clean clear blurry "
-    "dark bright close up cropped large small low high resolution quality jpeg corrupted pixelated "
-    "rendered rendition photo picture image sketch drawing painting art style showing there is "
-    "we see here it itap weird cool simple detailed"
-).split()
+FILLERS = [
+    "a",
+    "an",
+    "the",
+    "this",
+    "that",
+    "my",
+    "our",
+    "one",
+    "some",
+    "of",
+    "in",
+    "on",
+    "with",
+    "for",
+    "from",
+    "good",
+    "bad",
+    "nice",
+    "clean",
+    "clear",
+    "blurry",
+    "dark",
+    "bright",
+    "close",
+    "up",
+    "cropped",
+    "large",
+    "small",
+    "low",
+    "high",
+    "resolution",
+    "quality",
+    "jpeg",
+    "corrupted",
+    "pixelated",
+    "rendered",
+    "rendition",
+    "photo",
+    "picture",
+    "image",
+    "sketch",
+    "drawing",
+    "painting",
+    "art",
+    "style",
+    "showing",
+    "there",
+    "is",
+    "we",
+    "see",
+    "here",
+    "it",
+    "itap",
+    "weird",
+    "cool",
+    "simple",
+    "detailed",
+]
 
 _PHYSICAL = {5, 6, 8, 13, 17, 19, 20}  # animal artifact body food object phenomenon plant
 _PERSON = 18
 _VAGUE = set(
-    "entity,physical entity,object,physical object,whole,unit,artifact,artefact,abstraction,thing,"
-    "matter,attribute,causal agent,cause,causal agency,instrumentality,instrumentation,process,act,"
-    "event,group,grouping,measure,state,location,part,portion,substance,organism,being,living thing,"
-    "animate thing,way,structure,construction,article,commodity,trade good,good,consumer goods,"
-    "covering,device,conveyance,container,social group,point,region,line,content,creation,system,"
-    "change,activity,vertebrate,craniate,chordate,solid,equipment,material,stuff,extremity,land,"
-    "dry land,earth,external body part,psychological feature,relation,implement,placental,eutherian,"
-    "placental mammal,eutherian mammal,invertebrate,carnivore,ungulate,hoofed mammal,vascular plant,"
-    "tracheophyte,woody plant,ligneous plant,natural object,plant part,plant structure,nutriment,"
-    "nourishment,nutrition,sustenance,aliment,alimentation,victuals,foodstuff,food product,"
-    "reproductive structure,arthropod,phenomenon,natural phenomenon".split(",")
+    [
+        "entity",
+        "physical entity",
+        "object",
+        "physical object",
+        "whole",
+        "unit",
+        "artifact",
+        "artefact",
+        "abstraction",
+        "thing",
+        "matter",
+        "attribute",
+        "causal agent",
+        "cause",
+        "causal agency",
+        "instrumentality",
+        "instrumentation",
+        "process",
+        "act",
+        "event",
+        "group",
+        "grouping",
+        "measure",
+        "state",
+        "location",
+        "part",
+        "portion",
+        "substance",
+        "organism",
+        "being",
+        "living thing",
+        "animate thing",
+        "way",
+        "structure",
+        "construction",
+        "article",
+        "commodity",
+        "trade good",
+        "good",
+        "consumer goods",
+        "covering",
+        "device",
+        "conveyance",
+        "container",
+        "social group",
+        "point",
+        "region",
+        "line",
+        "content",
+        "creation",
+        "system",
+        "change",
+        "activity",
+        "vertebrate",
+        "craniate",
+        "chordate",
+        "solid",
+        "equipment",
+        "material",
+        "stuff",
+        "extremity",
+        "land",
+        "dry land",
+        "earth",
+        "external body part",
+        "psychological feature",
+        "relation",
+        "implement",
+        "placental",
+        "eutherian",
+        "placental mammal",
+        "eutherian mammal",
+        "invertebrate",
+        "carnivore",
+        "ungulate",
+        "hoofed mammal",
+        "vascular plant",
+        "tracheophyte",
+        "woody plant",
+        "ligneous plant",
+        "natural object",
+        "plant part",
+        "plant structure",
+        "nutriment",
+        "nourishment",
+        "nutrition",
+        "sustenance",
+        "aliment",
+        "alimentation",
+        "victuals",
+        "foodstuff",
+        "food product",
+        "reproductive structure",
+        "arthropod",
+        "phenomenon",
+        "natural phenomenon",
+    ]
 )
 _DEPTH = 9  # hypernyms of higher levels are all in _VAGUE
 
@@ -283,13 +424,21 @@ def class_of_emoji(subgroup: str, label: str) -> str | None:
     return SUBGROUPS.get(subgroup)
 
 
+@dataclass(frozen=True)
 class HeldOut:
-    """The concepts of the evaluation set's test split, of which no picture is trained on."""
+    """Names of concepts of which no picture is trained on."""
 
-    def __init__(self, file: Path) -> None:
-        lines = file.read_text(encoding="utf8").splitlines()
-        names = {plain(name.replace("’", "")) for line in lines for name in line.split("|")}
-        self.names = names | {plain(name) for line in lines for name in line.split("|")}
+    names: frozenset[str]
+
+    @classmethod
+    def read(cls, file: Path) -> "HeldOut":
+        """One concept a line, its names separated by bars."""
+        names = (x for line in file.read_text(encoding="utf8").splitlines() for x in line.split("|"))
+        return cls.of({name for x in names for name in (x, x.replace("’", ""))})
+
+    @classmethod
+    def of(cls, names: set[str]) -> "HeldOut":
+        return cls(frozenset(map(plain, names)))
 
     def covers(self, name: str) -> bool:
         """Whether a held-out name stands in `name` as whole words, in singular or plural."""

@@ -1,0 +1,198 @@
+"""Bad input: one sentence, exit code 2, nothing written, and Ray never started."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import fedsim
+from fedsim import Config, InputError, run
+from fedsim.__main__ import main, parse_run, run_parser
+from fedsim.checkpoint import NAME
+from fedsim.registry import KINDS, available, find
+
+BAD = {
+    "a command": (["rum"], "no command 'rum'; there are: run, compare"),
+    "a flag": (["run", "--roundz", "3"], "no flag --roundz; did you mean --rounds"),
+    "a word": (["run", "glyphs"], "no flag glyphs"),
+    "a flag without its value": (["run", "--rounds"], "argument --rounds: expected one argument"),
+    "a method": (["run", "--method", "fedklip"], "no method 'fedklip'; there are: fedclip, probe, zero_shot"),
+    "a server": (["run", "--server", "x"], "no server 'x'; there are: fedadam, fedavg, fedavgm, fedprox, local_only"),
+    "a partition": (["run", "--partition", "x"], "no partition 'x'; there are: by_domain, dirichlet"),
+    "a data set": (["run", "--dataset", "x"], "no dataset 'x'; there are: domainnet, features, folder, glyphs"),
+    "a field of another": (["run", "--method.alpha", "1"], "no flag --method.alpha"),
+    "a field of a component": (
+        ["run", "--method", "probe", "--method.objective", "contrastive"],
+        "no field 'objective' in Probe; there are: optimizer, lr",
+    ),
+    "a type": (["run", "--rounds", "many"], "rounds wants an integer, not 'many'"),
+    "a range": (["run", "--method.lr", "-1"], "method.lr wants greater than 0, not '-1'"),
+    "a choice": (["run", "--dtype", "int8"], "dtype wants 'float32' or 'float64', not 'int8'"),
+    "a domain": (["run", "--held-out", "sketch"], "no domain 'sketch' to hold out; there are: clipart, ink, noto"),
+    "clients": (["run", "--partition", "iid", "--clients", "9999"], "9999 clients for"),
+    "a cohort": (["run", "--cohort", "40"], "a cohort of 40 from 4 clients"),
+    "a config": (
+        ["run", "--config", "nowhere.yaml"],
+        "no config file 'nowhere.yaml'; there are the embedded ones: glyphs, paper",
+    ),
+    "a GPU": (["run", "--gpus-per-actor", "0.5"], "--gpus-per-actor 0.5, but torch finds no GPU on this machine"),
+    "an address": (["run", "--address", "127.0.0.1:9"], "no cluster answers at 127.0.0.1:9"),
+    "a form of address": (["run", "--address", "nowhere"], "--address wants host:port or auto, not 'nowhere'"),
+    "a backbone": (
+        ["run", "--backbone", "ViT-B-33", "--pretrained", "openai"],
+        "no backbone 'ViT-B-33' in open_clip; there are: ViT-B-32",
+    ),
+    "a tag": (
+        ["run", "--backbone", "ViT-B-32", "--pretrained", "clozedai"],
+        "no file and no tag 'clozedai' for ViT-B-32; its tags: openai",
+    ),
+    "a data folder": (["run", "--dataset", "pacs", "--data-dir", "/nowhere"], "/nowhere is no folder"),
+    "a prompt": (["run", "--prompt", "a picture"], "prompt wants {} where the class name goes, not 'a picture'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(case, tmp_path, capsys, monkeypatch):
+    if case == "a GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    monkeypatch.chdir(tmp_path)
+    argv, expected = BAD[case]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fedsim: ") and expected in err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_exit_code_reaches_the_shell_and_ray_is_not_imported(tmp_path):
+    code = (
+        "import sys; from fedsim.__main__ import main; code = main(); assert 'ray' not in sys.modules; sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "run", "--cohort", "40"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "a cohort of 40 from 4 clients" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("rounds: [", "is not YAML"),
+        ("- rounds", "wants a mapping of fields to values, not list"),
+        ("roundz: 3", "no field 'roundz' in Config; there are: dataset, data_dir"),
+        ("server: {name: 7}", "server wants a name, not 7; there are: fedadam"),
+        ("method: {name: fedclip, lr: high}", "method.lr wants a number, not 'high'"),
+    ],
+)
+def test_a_bad_config_file_is_named_for_what_it_is(text, expected, tmp_path, capsys):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    assert main(["run", "--config", str(file)]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_refused(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"wants a folder; .*file is a file"):
+        run(config(out=tmp_path / "file"))
+    with pytest.raises(InputError, match="cannot be written"):
+        run(config(out=tmp_path / "file" / "below"))
+    with pytest.raises(InputError, match="cannot be written"):
+        run(config(out="/proc/fedsim"))
+
+
+def test_a_folder_of_another_experiment_is_refused_by_the_fields_that_differ(config):
+    run(config(rounds=1))
+    with pytest.raises(InputError, match=r"holds another experiment \(rounds 1 there, 2 here, seed 0 there, 5 here\)"):
+        run(config(rounds=2, seed=5))
+    run(config(rounds=1))
+
+
+def test_a_checkpoint_cut_short_is_named(config):
+    ours = config(rounds=1)
+    run(ours)
+    (ours.folder() / "report.html").unlink()
+    file = ours.folder() / NAME
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=rf"{NAME} is not a whole checkpoint"):
+        run(ours)
+
+
+def test_training_that_diverges_says_so(config):
+    with pytest.raises(InputError, match=r"training diverged: in round \d+ an update is not finite"):
+        run(config(method={"name": "probe", "optimizer": "sgd", "lr": 1e38, "weight_decay": 1e3}, rounds=5))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """2 domains x 2 classes x 6 real PNG files, one of them cut short."""
+    for domain in ("ink", "oil"):
+        for label in ("cat", "dog"):
+            (tmp_path / "pictures" / domain / label).mkdir(parents=True)
+            for k in range(6):
+                image = Image.effect_noise((40, 40), 50 + k).convert("RGB")
+                image.save(tmp_path / "pictures" / domain / label / f"{k}.png")
+    cut = tmp_path / "pictures" / "ink" / "cat" / "3.png"
+    cut.write_bytes(cut.read_bytes()[:500])
+    return tmp_path / "pictures"
+
+
+def test_a_truncated_image_is_named_and_skipped_only_when_asked_for(pictures, config, tmp_path):
+    fields = {"dataset": "folder", "data_dir": pictures, "held_out": ("oil",), "rounds": 1, "partition": "iid"}
+    with pytest.raises(InputError, match=r"ink/cat/3.png cannot be read \(.*\); --skip-unreadable leaves them out"):
+        run(config(**fields, clients=2))
+    report = run(config(**fields, clients=2, skip_unreadable=True))
+    assert report.facts["skipped"] == ["ink/cat/3.png"] and report.facts["images"] == 23
+
+
+def test_weights_that_are_none_are_refused_and_never_unpickled(tmp_path, config, pictures):
+    evil = tmp_path / "evil.pt"
+    trap = tmp_path / "trap"
+
+    class Trap:
+        def __reduce__(self):
+            return open, (str(trap), "w")
+
+    torch.save({"state_dict": Trap()}, evil)
+    fields = {"dataset": "folder", "data_dir": pictures, "skip_unreadable": True, "backbone": "ViT-B-32"}
+    with pytest.raises(InputError, match=r"evil.pt holds no weights of ViT-B-32"):
+        run(config(**fields, held_out=("oil",), pretrained=str(evil)))
+    assert not trap.exists()
+
+
+def test_flags_override_the_config_file_and_underscores_work_as_well(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"rounds": 7, "method": {"name": "fedclip", "lr": 0.5}, "held_out": ["ink"]}))
+    config, _ = parse_run(["--config", str(file), "--method.weight_decay=0.1", "--held_out=noto,clipart"])
+    assert (config.rounds, config.method.lr, config.method.weight_decay) == (7, 0.5, 0.1)
+    assert config.held_out == ("noto", "clipart")
+    config, _ = parse_run(["--config", str(file), "--method", "probe"])
+    assert config.method == find("method", "probe")()  # another method starts from its own defaults
+
+
+def test_a_config_survives_its_own_yaml():
+    config, _ = parse_run(["--method", "probe", "--method.lr", "3e-4", "--partition", "shards", "--clients", "9"])
+    assert Config(**yaml.safe_load(yaml.safe_dump(config.plain()))) == config
+
+
+def test_without_flags_the_embedded_experiment_runs_and_with_other_data_the_papers_defaults():
+    assert parse_run([])[0].method.weight_decay == 0.0
+    assert parse_run(["--config", "paper"])[0].method == find("method", "fedclip")()
+    assert parse_run(["--dataset", "features", "--data-dir", "x"])[0].method == find("method", "fedclip")()
+
+
+def test_help_lists_every_component_with_its_source_and_every_field():
+    text = run_parser().format_help()
+    for kind in KINDS:
+        for name in available(kind):
+            component = find(kind, name)
+            assert f"  {name}  " in text
+            assert "Source: " in sys.modules[component.__module__].__doc__, f"{kind}s/{name}.py names no source"
+            for field in component.__pydantic_fields__:
+                assert f"--{kind}.{field} " in text
+
+
+def test_everything_for_sale_is_at_the_one_door():
+    assert all(hasattr(fedsim, name) for name in fedsim.__all__)

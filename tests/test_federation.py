@@ -1,0 +1,259 @@
+"""Partitions, clients, methods and server rules: what each promises, for every one that is there."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim import Backbone, InputError, available, run
+from fedsim.clients import make_clients, sample_cohort, training_clients
+from fedsim.datasets import TEST, UNSAID, Labelled
+from fedsim.local import Task, start
+from fedsim.params import flatten, unflatten
+from fedsim.registry import parse
+from fedsim.servers import Partial, Trained
+
+rng = np.random.default_rng
+
+
+def rows(count=240, domains=3, classes=4, split=UNSAID, **fields):
+    index = np.arange(count)
+    labels = {"y": index % classes, "domain": index // classes % domains}
+    names = {"classes": tuple("abcd"[:classes]), "domains": ("ink", "oil", "photo")[:domains]}
+    return Labelled(**(labels | names | {"split": np.full(count, split, np.int8)} | fields))
+
+
+def an_update(weight, **delta):
+    params = {name: torch.tensor(value, dtype=torch.float64) for name, value in delta.items()}
+    return Partial(weight * flatten(params), weight, [Trained(0, 1, 0.0, 0, 0)])
+
+
+# Partitions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", available("partition"))
+@pytest.mark.parametrize("count", [3, 6])
+def test_every_partition_deals_rows_once_and_by_its_seed(name, count):
+    data, partition = rows(), parse("partition", name)
+    dealt = partition.split(data.y, data.domain, count, rng(1))
+    again = partition.split(data.y, data.domain, count, rng(1))
+    everyone = np.concatenate(dealt)
+    assert len(dealt) == count and all(len(part) for part in dealt)
+    assert len(np.unique(everyone)) == len(everyone) and set(everyone) <= set(range(len(data)))
+    assert all((a == b).all() for a, b in zip(dealt, again, strict=True))
+
+
+@pytest.mark.parametrize("name", set(available("partition")) - {"by_domain"})
+def test_partitions_say_what_number_of_clients_they_want(name):
+    data, partition = rows(), parse("partition", name)
+    with pytest.raises(InputError, match="wants --clients N, a number of clients from 1 to 240"):
+        partition.split(data.y, data.domain, None, rng())
+    with pytest.raises(InputError, match="300 clients for 240 rows"):
+        partition.split(data.y, data.domain, 300, rng())
+
+
+def test_by_domain_gives_each_client_one_domain():
+    data = rows()
+    for count in (None, 6):
+        dealt = parse("partition", "by_domain").split(data.y, data.domain, count, rng())
+        assert [len(set(data.domain[part])) for part in dealt] == [1] * (count or 3)
+    with pytest.raises(InputError, match="a multiple of the 3 training domains, not 4 clients"):
+        parse("partition", "by_domain").split(data.y, data.domain, 4, rng())
+
+
+def test_shards_give_a_client_few_classes_from_all_domains():
+    data = rows()
+    dealt = parse("partition", {"name": "shards", "per_client": 1}).split(data.y, data.domain, 4, rng())
+    assert [len(set(data.y[part])) for part in dealt] == [1, 1, 1, 1]
+    assert [len(set(data.domain[part])) for part in dealt] == [3, 3, 3, 3]
+
+
+def test_a_smaller_alpha_skews_labels_more():
+    data = rows()
+
+    def skew(alpha):
+        dealt = parse("partition", {"name": "dirichlet", "alpha": alpha, "min_rows": 1}).split(
+            data.y, data.domain, 6, rng(0)
+        )
+        return np.mean([np.bincount(data.y[part], minlength=4).max() / len(part) for part in dealt])
+
+    assert skew(0.05) > 0.7 > 0.35 > skew(100.0)
+    with pytest.raises(InputError, match="fewer than 60 rows"):
+        parse("partition", {"name": "dirichlet", "alpha": 0.01, "min_rows": 60}).split(data.y, data.domain, 6, rng())
+
+
+# Clients --------------------------------------------------------------------------------------------------------
+
+
+def test_a_domain_of_eighty_rows_is_split_48_16_16_and_a_held_out_one_is_all_test():
+    data = rows()
+    clients = make_clients(data, parse("partition", "by_domain"), None, ("oil",), seed=0)
+    sizes = [(len(client.train), len(client.val), len(client.test)) for client in clients]
+    assert sizes == [(48, 16, 16), (48, 16, 16), (0, 0, 80)]
+    assert set(data.domain[clients[2].test]) == {1}
+    other = make_clients(data, parse("partition", "by_domain"), None, ("oil",), seed=1)
+    assert not np.array_equal(other[0].train, clients[0].train)
+
+
+def test_a_sets_own_test_rows_are_never_trained_on_and_judge_held_out_domains():
+    split = np.where(np.arange(240) % 5 == 0, TEST, UNSAID).astype(np.int8)
+    clients = make_clients(rows(split=split, unseen_test=True), parse("partition", "iid"), 4, ("ink",), seed=0)
+    for client in clients:
+        assert set(split[client.test]) == {TEST}
+        assert TEST not in split[client.train] and TEST not in split[client.val]
+    for client in clients[:4]:  # 3 in 4 of the other rows train, as 60 are to 20
+        assert abs(len(client.train) - 3 * len(client.val)) <= 2
+
+
+def test_the_door_names_domains_and_clients():
+    partition = parse("partition", "by_domain")
+    with pytest.raises(InputError, match="no domain 'sketch' to hold out; there are: ink, oil, photo"):
+        make_clients(rows(), partition, None, ("sketch",), 0)
+    with pytest.raises(InputError, match="all domains are held out"):
+        make_clients(rows(), partition, None, ("ink", "oil", "photo"), 0)
+    with pytest.raises(InputError, match="clients 0, 1, 2 have no train rows"):
+        make_clients(rows(3, classes=1), partition, None, (), 0)
+
+
+def test_cohorts_are_ascending_drawn_by_round_and_without_replacement():
+    drawn = [sample_cohort(100, 10, seed=0, round=round) for round in (1, 2, 1)]
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert all(cohort == sorted(set(cohort)) and len(cohort) == 10 for cohort in drawn)
+    assert sample_cohort(3, None, 0, 1) == [0, 1, 2]
+
+
+# Methods --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backbone():
+    text = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    return Backbone(text, 100.0)
+
+
+@pytest.mark.parametrize("name", available("method"))
+def test_every_method_scores_classes_and_learns_only_what_travels(name, backbone):
+    method = parse("method", name)
+    module = method.build(backbone)
+    x, y = torch.randn(6, 8), torch.tensor([0, 1, 2, 3, 0, 1])
+    assert module(x).shape == (6, 4)
+    assert method.loss(module, x, y).shape == ()
+    assert {n for n, _ in module.named_parameters()} <= set(module.state_dict())
+    assert all(tensor.is_floating_point() for tensor in module.state_dict().values())
+
+
+@pytest.mark.parametrize("name", available("method"))
+def test_every_method_starts_the_same_from_the_same_seed(name, backbone):
+    def at(seed):
+        return flatten(start(Task(parse("method", name), parse("server", "fedavg"), seed), backbone))
+
+    assert np.array_equal(at(5), at(5))
+
+
+def test_the_adapter_of_vit_b_32_has_525312_parameters():
+    module = parse("method", "fedclip").build(Backbone(torch.eye(512)[:7], 100.0))
+    assert sum(p.numel() for p in module.parameters()) == 525_312
+
+
+def test_the_probe_starts_as_zero_shot_clip(backbone):
+    x = torch.randn(6, 8)
+    probe, plain = (parse("method", name).build(backbone) for name in ("probe", "zero_shot"))
+    assert torch.equal(probe(x), plain(x))
+
+
+# Server rules ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", available("server"))
+def test_every_server_leaves_its_arguments_alone_and_keeps_shapes_and_dtypes(name):
+    params, server = {"w": torch.tensor([1.0, 2.0])}, parse("server", name)
+    total = an_update(1.0, w=[3.0, 4.0])
+    once, slots = server.step(params, {}, total)
+    kept = {slot: {n: t.clone() for n, t in values.items()} for slot, values in slots.items()}
+    twice, _ = server.step(once, slots, total)
+    assert params["w"].tolist() == [1.0, 2.0] and total.delta.tolist() == [3.0, 4.0]
+    assert twice["w"].dtype == torch.float32 and twice["w"].shape == (2,)
+    assert all(torch.equal(slots[slot][n], kept[slot][n]) for slot in kept for n in kept[slot])
+
+
+def test_a_client_with_three_times_the_rows_counts_three_times():
+    server = parse("server", {"name": "fedavg", "weighting": "rows"})
+    total = an_update(server.weight(30), w=1.0) + an_update(server.weight(10), w=5.0)
+    assert server.step({"w": torch.tensor(0.0)}, {}, total)[0]["w"] == 2.0  # (30 * 1 + 10 * 5) / 40
+    uniform = parse("server", "fedavg")
+    total = an_update(uniform.weight(30), w=1.0) + an_update(uniform.weight(10), w=5.0)
+    assert uniform.step({"w": torch.tensor(0.0)}, {}, total)[0]["w"] == 3.0  # (1 + 5) / 2
+
+
+def test_fedavgm_keeps_its_momentum():
+    server, params, slots = parse("server", {"name": "fedavgm", "beta": 0.5}), {"w": torch.tensor(0.0)}, {}
+    for expected in (1.0, 2.5, 4.25):  # steps of 1, then 0.5 * 1 + 1, then 0.5 * 1.5 + 1
+        params, slots = server.step(params, slots, an_update(1.0, w=1.0))
+        assert params["w"] == expected
+
+
+def test_fedadam_takes_the_steps_of_the_paper():
+    fields = {"name": "fedadam", "lr": 1.0, "beta1": 0.5, "beta2": 0.75, "tau": 0.5}
+    params, _ = parse("server", fields).step({"w": torch.tensor(0.0)}, {}, an_update(1.0, w=2.0))
+    # m = 0.5 * 2; v = 0.75 * 0.5**2 + 0.25 * 2**2 = 1.1875
+    assert params["w"].item() == pytest.approx(1.0 / (1.1875**0.5 + 0.5))
+
+
+def test_fedprox_pulls_with_a_real_gradient():
+    server = parse("server", {"name": "fedprox", "mu": 0.5})
+    live, received = {"w": torch.tensor([3.0, 1.0], requires_grad=True)}, {"w": torch.tensor([1.0, 1.0])}
+    term = server.local_term(live, received)
+    assert term.item() == 1.0  # 0.5 / 2 * (2**2 + 0**2)
+    assert torch.autograd.grad(term, live["w"])[0].tolist() == [1.0, 0.0]  # 0.5 * (3 - 1)
+
+
+def test_fedprox_with_mu_0_is_fedavg_and_with_mu_trains_elsewhere(config, tmp_path):
+    def adapter(**server):
+        method = {"name": "fedclip", "lr": 1e-2}
+        out = tmp_path / "-".join(map(str, server.values()))
+        return flatten(run(config(server=server, method=method, out=out)).adapter)
+
+    plain = adapter(name="fedavg")
+    assert np.array_equal(plain, adapter(name="fedprox", mu=0.0))
+    assert not np.allclose(plain, adapter(name="fedprox", mu=10.0))
+
+
+def test_fedavgm_without_momentum_is_fedavg(config, tmp_path):
+    plain = run(config(out=tmp_path / "a"))
+    same = run(config(out=tmp_path / "b", server={"name": "fedavgm", "beta": 0.0}))
+    assert np.array_equal(flatten(plain.adapter), flatten(same.adapter))
+
+
+def test_local_only_sends_nothing_and_judges_held_out_domains_by_every_client(config):
+    report = run(config(server="local_only", clients=4, rounds=2))
+    rounds, scores = report.round_table(), report.score_table()
+    assert rounds.bytes_up.tolist() == [0, 0] and rounds.bytes_down.tolist() == [0, 0]
+    away = scores[(scores.domain == "ink") & (scores["round"] == 2)]
+    assert away.client.tolist() == [0, 1, 2, 3] and away.total.tolist() == [120] * 4
+    assert {name for name in report.adapter if name.startswith("client_")} == {f"client_{k}" for k in range(4)}
+
+
+def test_bytes_are_those_of_the_tensors_that_travel(config):
+    rounds = run(config(clients=4, cohort=3, rounds=1)).round_table()
+    assert rounds.bytes_up.item() == rounds.bytes_down.item() == 3 * 4 * 2 * (24 * 24 + 24)
+    assert rounds.clients.item() == 3
+
+
+def test_the_size_of_a_chunk_belongs_to_the_result_and_actors_do_not(config, tmp_path):
+    one, four = (run(config(clients=4, chunk=size, out=tmp_path / str(size))) for size in (1, 4))
+    assert np.allclose(flatten(one.adapter), flatten(four.adapter), rtol=1e-5)
+
+
+def test_flat_vectors_come_back_by_name_whatever_the_order():
+    params = {"b": torch.tensor([1.0, 2.0]), "a": torch.tensor([[3.0]])}
+    vector = flatten(params)
+    assert vector.tolist() == [3.0, 1.0, 2.0]
+    back = unflatten(vector, dict(reversed(params.items())))
+    assert all(torch.equal(back[name], params[name]) for name in params)
+    back["b"][0] = 9.0
+    assert vector.tolist() == [3.0, 1.0, 2.0]  # a copy: the vector may be everybody's
+
+
+def test_every_round_is_trained_by_its_own_cohort(config):
+    report = run(config(clients=6, cohort=2, rounds=3))
+    assert report.round_table().clients.tolist() == [2, 2, 2]
+    assert len(training_clients(make_clients(rows(), parse("partition", "iid"), 6, (), 0))) == 6
