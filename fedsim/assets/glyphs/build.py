@@ -44,7 +44,7 @@ EMOJI = {  # domain: pinned npm package
 }
 CLIPART = "openclipart-png=1:0.18+dfsg-19"
 CLIPART_ROOT = "./usr/share/openclipart/png/"
-# label: salt of its split, the first number that put a fair share (a fifth to a third) of the label's
+# label: salt of its split, the first number that put a fair share (a fifth to a third) of its
 # drawings into test. Counts decided, no model was asked. Fixed: other assets keep clear of test.
 SALTS = {
     "bird": 16,

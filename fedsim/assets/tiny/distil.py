@@ -5,7 +5,6 @@ Source: ours; the prompt lengths follow CoOp, Zhou et al. 2022, arXiv 2109.01134
 """
 
 import random
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from captions import Texts, Thing, tokens
 from words import FILLERS, TEMPLATES
 
 CONFIG = Path(__file__).with_name("tiny.json")
-MINUTES, BATCH = 12.0, 256
+STEPS, BATCH = 4000, 256
 RATE, WARMUP = 2e-3, 60
 _SPREAD = 0.03  # of the first token vectors
 _SHARPNESS = 20.0  # of the similarities within a batch that are matched besides the directions
@@ -90,7 +89,7 @@ def start(clip: nn.Module, head: TextHead, texts: Texts) -> None:
     clip.token_embedding.weight[list(numbers.values())] = _SPREAD * found / found.std()
 
 
-def train(clip: nn.Module, head: TextHead, texts: Texts, things: list[Thing], minutes=MINUTES):
+def train(clip: nn.Module, head: TextHead, texts: Texts, things: list[Thing], steps: int = STEPS):
     """Trains the text tower of `clip` in place."""
     torch.manual_seed(0)
     random.seed(0)
@@ -101,10 +100,10 @@ def train(clip: nn.Module, head: TextHead, texts: Texts, things: list[Thing], mi
     chances = _chances(texts, things, prompts)
     weights = text_parameters(clip)
     optimiser = torch.optim.AdamW(weights, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    began, step, smooth = time.monotonic(), 0, 0.0
-    while (share := (time.monotonic() - began) / 60 / minutes) < 1:
+    smooth = 0.0
+    for step in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = RATE * schedule(share, step, WARMUP)
+            group["lr"] = RATE * schedule(step / steps, step, WARMUP)
         rows = torch.multinomial(chances, BATCH)
         ids, vectors = prompts.batch(rows.tolist(), clip.token_embedding.embedding_dim)
         loss, cosine = _loss(encode(clip, ids, vectors), targets[rows])
@@ -112,9 +111,9 @@ def train(clip: nn.Module, head: TextHead, texts: Texts, things: list[Thing], mi
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
-        step, smooth = step + 1, cosine if step == 0 else 0.98 * smooth + 0.02 * cosine
-        if step % 200 == 0:
-            print(f"distil {step} cosine {smooth:.4f}, {share:.0%} of the time", flush=True)
+        smooth += (cosine - smooth) * max(0.02, 1 / (step + 1))
+        if (step + 1) % 200 == 0:
+            print(f"distil {step + 1} cosine {smooth:.4f}", flush=True)
 
 
 def text_parameters(clip: nn.Module) -> list[nn.Parameter]:

@@ -1,0 +1,138 @@
+"""Images through the real open_clip, into one file, once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from fedsim import run
+from fedsim.clip import EMBEDDED, Clip, find_weights
+from fedsim.datasets import Images
+from fedsim.features import BLOCK, encode, feature_file
+from fedsim.pool import Sizing
+from fedsim.registry import parse
+
+
+def quiet(event):
+    pass
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return find_weights(*EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Every eighth embedded image: about 5 blocks."""
+    glyphs = parse("dataset", "glyphs").load(None)
+    return glyphs.take(np.arange(0, len(glyphs), 8))
+
+
+@pytest.fixture(scope="module")
+def features(images, weights, tmp_path_factory):
+    return encode(images, weights, "a picture of a {}", tmp_path_factory.mktemp("one"), Sizing(actors=0), quiet)
+
+
+def test_features_are_what_open_clip_itself_says(images, weights, features):
+    model, _, preprocess = open_clip.create_model_and_transforms("tiny", pretrained=str(weights.file))
+    model.eval()
+    pixels = torch.stack([preprocess(images.open(k)) for k in range(8)])
+    tokens = open_clip.get_tokenizer("tiny")([f"a picture of a {name}" for name in images.classes])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.from_numpy(features.x[:8]).float(), model.encode_image(pixels), rtol=2e-3, atol=2e-3
+        )
+        torch.testing.assert_close(
+            torch.from_numpy(features.prototypes), model.encode_text(tokens, normalize=True), rtol=1e-4, atol=1e-5
+        )
+    assert features.logit_scale == pytest.approx(model.logit_scale.exp().item())
+
+
+def test_two_actors_write_the_same_file_as_this_process(images, weights, features, tmp_path):
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        theirs = encode(images, weights, "a picture of a {}", tmp_path, Sizing(actors=2), quiet)
+    finally:
+        ray.shutdown()
+    assert theirs.file.read_bytes() == features.file.read_bytes()
+
+
+def test_a_killed_encoding_goes_on_where_it_stopped(images, weights, features, tmp_path):
+    code = f"""
+import numpy as np
+from pathlib import Path
+from fedsim.clip import *; from fedsim.features import *; from fedsim.pool import Sizing; from fedsim.registry import parse
+glyphs = parse("dataset", "glyphs").load(None)
+images = glyphs.take(np.arange(0, len(glyphs), 8))
+encode(images, find_weights(*EMBEDDED), "a picture of a {{}}", Path({str(tmp_path)!r}), Sizing(actors=0), print)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("*.npy"))) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len(list(tmp_path.glob("[!p]*.npy")))
+    assert done >= 2 and not list(tmp_path.glob("*.arrow"))
+    seen = []
+    again = encode(images, weights, "a picture of a {}", tmp_path, Sizing(actors=0), lambda e: seen.append(e.done))
+    assert seen[0] == min((done + 1) * BLOCK, len(images)) and seen[-1] == len(images)
+    assert again.file.read_bytes() == features.file.read_bytes()
+    assert [file.suffix for file in sorted(tmp_path.iterdir())] == [".arrow", ".npz"]
+
+
+def test_encoded_images_are_not_encoded_again_and_another_prompt_only_asks_the_text_tower(images, weights, features):
+    seen = []
+    cache = features.file.parent
+    assert encode(images, weights, "a picture of a {}", cache, Sizing(actors=0), seen.append).file == features.file
+    other = encode(images, weights, "{}", cache, Sizing(actors=0), seen.append)
+    assert seen == [] and other.file == features.file
+    assert not np.allclose(other.prototypes, features.prototypes)
+
+
+def test_the_key_changes_with_a_touched_image_and_with_the_weights(tmp_path, weights):
+    file = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(file)
+    one = np.zeros(1, np.int64)
+    fields = {"y": one, "domain": one, "classes": ("a",), "domains": ("b",), "split": one.astype(np.int8)}
+    images = Images(files=[file], names=["a.png"], **fields)
+    first = feature_file(images, weights, tmp_path)
+    assert feature_file(images, weights, tmp_path) == first
+    os.utime(file, (1, 1))
+    touched = feature_file(images, weights, tmp_path)
+    state = open_clip.load_state_dict(str(weights.file))
+    state["logit_scale"] = state["logit_scale"] + 1
+    torch.save(state, tmp_path / "other.pt")
+    other = feature_file(images, find_weights("tiny", str(tmp_path / "other.pt")), tmp_path)
+    assert len({first, touched, other}) == 3
+
+
+def test_a_checkpoint_of_ones_own_is_loaded_through_open_clip(tmp_path):
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-S-32-alt")
+    torch.save(model.state_dict(), tmp_path / "mine.pt")
+    clip = Clip(find_weights("ViT-S-32-alt", str(tmp_path / "mine.pt")))
+    x = clip.encode_images([Image.new("RGB", (50, 30), "red")])
+    assert x.shape == (1, 256) and x.dtype == np.float16 and np.isfinite(x).all()
+    assert np.allclose(np.linalg.norm(clip.encode_texts(["a", "b"]), axis=1), 1, atol=1e-5)
+
+
+def test_real_pictures_run_from_folders_to_report(shared_data, tmp_path, config):
+    report = run(config(dataset="pacs", data_dir=shared_data / "pacs_mini", held_out="sketch", rounds=1))
+    assert report.facts["images"] == 336
+    held_out = report.score_table()[lambda t: (t.domain == "sketch") & (t["round"] == 1)]
+    assert held_out.total.tolist() == [84]
+
+
+def test_real_features_are_as_good_as_when_they_were_made(shared_data, config):
+    report = run(config(dataset="features", data_dir=shared_data / "pacs_conse", held_out="photo", rounds=0))
+    assert report.zero_shot_summary()["generalization"] == pytest.approx(0.669, abs=5e-4)
