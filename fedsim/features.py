@@ -4,10 +4,12 @@ The file's name is a key of everything that made it: the architecture, the bytes
 preprocessing, and the list of images with their sizes and times.
 """
 
+import os
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from fedsim.clip import Clip, Weights
 from fedsim.datasets import Features, Images, map_matrix, write_matrix
@@ -55,8 +57,13 @@ def encode(images: Images, weights: Weights, prompt: str, cache: Path, sizing: S
     """
     cache.mkdir(parents=True, exist_ok=True)
     file = feature_file(images, weights, cache)
+    with FileLock(file.with_suffix(".lock")):  # the next process finds it done
+        return _encode(images, weights, prompt, file, sizing, progress)
+
+
+def _encode(images: Images, weights: Weights, prompt: str, file: Path, sizing: Sizing, progress: Progress) -> Features:
     prompts = [prompt.format(name) for name in images.classes]
-    text_file = cache / f"{_digest(weights.key, *prompts)}.text.npz"
+    text_file = file.parent / f"{_digest(weights.key, *prompts)}.text.npz"
     parts = [file.with_suffix(f".{block:06d}.npy") for block in range(-(-len(images) // BLOCK))]
     todo = [] if file.exists() else [block for block, part in enumerate(parts) if not part.exists()]
     if todo or not text_file.exists():
@@ -109,7 +116,7 @@ def _digest(*things) -> str:
 
 def _save(file: Path, array: np.ndarray | None = None, **arrays: np.ndarray) -> None:
     """Whole or not at all, so that a kill leaves nothing half-written."""
-    part = file.with_name(f"part-{file.name}")
+    part = file.with_name(f"part-{os.getpid()}-{file.name}")
     with part.open("wb") as stream:
         np.savez(stream, **arrays) if array is None else np.save(stream, array)
     part.replace(file)

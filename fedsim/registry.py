@@ -91,5 +91,7 @@ def sentence(error: ValidationError, prefix: str, names: Iterable[str]) -> str:
 
 
 def name_of(thing: Any) -> str:
-    """How a component is called on the command line: the name of its file."""
-    return type(thing).__module__.rpartition(".")[2]
+    """How a component is called on the command line: the name of its file; one from elsewhere by its full name."""
+    cls = type(thing)
+    package, _, file = cls.__module__.rpartition(".")
+    return file if package in {f"fedsim.{kind}s" for kind in KINDS} else f"{cls.__module__}.{cls.__qualname__}"

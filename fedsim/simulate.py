@@ -2,17 +2,20 @@
 
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from fedsim.checkpoint import load_checkpoint, refuse_another, save_checkpoint, write_safetensors
 from fedsim.clients import Client, make_clients, sample_cohort, training_clients
 from fedsim.clip import EMBEDDED, Weights, find_weights
-from fedsim.config import Config, read_yaml
+from fedsim.config import EXECUTION, Config, read_yaml
 from fedsim.datasets import Features, Images, Labelled
 from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError
@@ -89,6 +92,12 @@ def simulate(experiment: Experiment, progress: Progress) -> Report:
     config, folder = experiment.config, experiment.folder
     sizing = Sizing(config.actors, config.gpus_per_actor)
     folder.mkdir(parents=True, exist_ok=True)
+    with _alone_in(folder):
+        return _simulate(experiment, sizing, progress)
+
+
+def _simulate(experiment: Experiment, sizing: Sizing, progress: Progress) -> Report:
+    config, folder = experiment.config, experiment.folder
     write_text(folder / "config.yaml", to_yaml(config.plain()))
     features = _features(experiment, sizing, progress)
     task = Task(config.method, config.server, config.seed, config.dtype)
@@ -154,13 +163,23 @@ class _Federation:
         return [clients[first : first + size] for first in range(0, len(clients), size)]
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise InputError(f"another process is running in {folder}; wait for it, or give another --out") from None
+
+
 def _check_folder(folder: Path, config: Config) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out wants a folder; {folder} is a file")
     there = folder / "config.yaml"
     if there.exists():
-        theirs = Config(**read_yaml(there))
-        refuse_another(folder, theirs.experiment(), config.experiment())
+        # As plain values, for a method of the user's own can be compared and not made from its name.
+        theirs = {name: value for name, value in read_yaml(there).items() if name not in EXECUTION}
+        refuse_another(folder, theirs, config.experiment())
     standing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=standing):  # leaves nothing; and os.access tells root that all is well

@@ -196,3 +196,13 @@ def test_help_lists_every_component_with_its_source_and_every_field():
 
 def test_everything_for_sale_is_at_the_one_door():
     assert all(hasattr(fedsim, name) for name in fedsim.__all__)
+
+
+def test_two_processes_do_not_run_in_one_folder(config):
+    from filelock import FileLock
+
+    ours = config(rounds=1)
+    ours.folder().mkdir()
+    with FileLock(ours.folder() / ".lock"), pytest.raises(InputError, match="another process is running in"):
+        run(ours)
+    run(ours)

@@ -128,7 +128,7 @@ class Features(Labelled):
 def write_matrix(file: Path, x: np.ndarray) -> None:
     """Writes (N, D) as one Arrow IPC batch, whole or not at all, so that it can be mapped as it lies."""
     rows = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), x.shape[1])
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part = file.with_name(f"part-{os.getpid()}-{file.name}")  # of our own: the cache is everybody's
     with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("x", rows.type)])) as out:
         out.write_batch(pa.record_batch([rows], names=["x"]))
     part.replace(file)
