@@ -9,8 +9,9 @@ import argparse
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -103,7 +104,7 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="YAML file of these fields, or the name of an embedded one")
     for name, field in Config.model_fields.items():
         switch = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-        about = f"{field.description} (default: {field.get_default(call_default_factory=True)})"
+        about = f"{field.description} (default: {_default(field)}{_range(field)})"
         parser.add_argument(_flag(name), dest=name, metavar=_metavar(name), help=about.replace("%", "%%"), **switch)
     for kind in KINDS:
         fields = {field for name in available(kind) for field in find(kind, name).__pydantic_fields__}
@@ -123,8 +124,7 @@ def describe_components() -> str:
             lines.append(f"  {name}  {(component.__doc__ or '').strip().splitlines()[0]}")
             lines.append(f"      source: {' '.join(source.split())}")
             for field, about in component.__pydantic_fields__.items():
-                limits = " ".join(map(str, about.metadata))
-                lines.append(f"      --{kind}.{field} {about.default}  {about.description} {limits}".rstrip())
+                lines.append(f"      --{kind}.{field} {_default(about)}{_range(about)}: {about.description}")
         lines.append("")
     return "\n".join(lines)
 
@@ -149,13 +149,31 @@ def _flags(argv: list[str]) -> dict[str, Any]:
     return fields
 
 
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    return "none" if value in (None, ()) else str(value)
+
+
+def _range(field: FieldInfo) -> str:
+    """`, > 0, < 1` or `, one of adam, sgd`, as the field itself declares it."""
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    limits = [
+        f"{sign} {getattr(limit, name):g}"
+        for limit in field.metadata
+        for name, sign in signs.items()
+        if hasattr(limit, name)
+    ]
+    choices = [f"one of {' | '.join(get_args(field.annotation))}"] if get_origin(field.annotation) is Literal else []
+    return "".join(f", {text}" for text in limits + choices)
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 def _metavar(name: str) -> str:
     known = {"out": "DIR", "data_dir": "DIR", "cache_dir": "DIR", "held_out": "DOMAIN", "address": "ADDR"}
-    known |= {"pretrained": "TAG_OR_FILE", "prompt": "TEXT"} | dict.fromkeys((*KINDS, "backbone"), "NAME")
+    known |= {"pretrained": "TAG_OR_FILE", "prompt": "TEXT"} | dict.fromkeys((*KINDS, "backbone", "dtype"), "NAME")
     return known.get(name, "N")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fedsim.errors import InputError, listing
@@ -70,7 +70,7 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor], about: dict[str, A
     part = file.with_name(f"part-{file.name}")
     whole = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     # One entry: safetensors writes several in any order, and the same run would not give the same bytes.
-    save_file(whole, part, metadata={"fedsim": json.dumps(about)})
+    part.write_bytes(save(whole, metadata={"fedsim": json.dumps(about)}))  # save_file would hide it from the group
     part.replace(file)
 
 

@@ -192,6 +192,8 @@ def test_help_lists_every_component_with_its_source_and_every_field():
             assert "Source: " in sys.modules[component.__module__].__doc__, f"{kind}s/{name}.py names no source"
             for field in component.__pydantic_fields__:
                 assert f"--{kind}.{field} " in text
+    assert "--method.beta2 0.98, >= 0, < 1: of adam and adamw" in text
+    assert "--method.objective contrastive, one of contrastive | cross_entropy: " in text
 
 
 def test_everything_for_sale_is_at_the_one_door():
