@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from fedsim import run
 from fedsim.clip import EMBEDDED, Clip, find_weights
@@ -139,3 +140,28 @@ def test_real_pictures_run_from_folders_to_report(shared_data, tmp_path, config)
 def test_real_features_are_as_good_as_when_they_were_made(shared_data, config):
     report = run(config(dataset="features", data_dir=shared_data / "pacs_conse", held_out="photo", rounds=0))
     assert report.zero_shot_summary()["generalization"] == pytest.approx(0.669, abs=5e-4)
+
+
+def test_openai_weights_get_the_activation_they_were_trained_with(tmp_path):
+    """The tag `openai` of ViT-B-32, from a hub cache as huggingface_hub lays it out, here with random weights."""
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32-quickgelu").half()
+    repository = tmp_path / "hub" / "models--timm--vit_base_patch32_clip_224.openai"
+    (repository / "snapshots" / "1").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1")
+    save_file(model.state_dict(), repository / "snapshots" / "1" / "open_clip_model.safetensors")
+    code = """
+import sys, numpy as np
+from PIL import Image
+from safetensors.torch import save_file
+from fedsim.clip import Clip, find_weights
+weights = find_weights("ViT-B-32", "openai")
+np.save(sys.argv[1], Clip(weights).encode_images([Image.linear_gradient("L").convert("RGB")]))
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "x.npy"], check=True, env=environment)
+    _, _, preprocess = open_clip.create_model_and_transforms("ViT-B-32-quickgelu")
+    with torch.no_grad():
+        expected = model.float().encode_image(preprocess(Image.linear_gradient("L").convert("RGB"))[None])
+    assert np.allclose(np.load(tmp_path / "x.npy"), expected.numpy(), atol=2e-3)
