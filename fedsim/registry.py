@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from importlib import import_module
 from inspect import isclass
 from pkgutil import iter_modules
-from typing import Any, dataclass_transform
+from typing import Any
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+from typing_extensions import dataclass_transform  # in typing from Python 3.11 on
 
 from fedsim.errors import InputError, listing
 

@@ -140,7 +140,7 @@ class _Federation:
         total = None
         for partial in self.pool.map("train", chunks, self.task, round, flatten(state.params)):
             total = partial if total is None else total + partial
-        if not np.isfinite(total.delta).all():
+        if not all(np.isfinite(vector).all() for vector in (total.delta, *total.private.values())):
             raise InputError(f"training diverged: in round {round} an update is not finite; try a smaller --method.lr")
         return total
 

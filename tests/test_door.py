@@ -1,5 +1,6 @@
 """Bad input: one sentence, exit code 2, nothing written, and Ray never started."""
 
+import os
 import subprocess
 import sys
 
@@ -118,6 +119,24 @@ def test_a_checkpoint_cut_short_is_named(config):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match=rf"{NAME} is not a whole checkpoint"):
         run(ours)
+
+
+def test_weights_that_cannot_be_fetched_say_what_to_do(tmp_path):
+    # A hub at a closed port of this machine, and nothing in its cache.
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
+    command = [sys.executable, "-m", "fedsim", "run", "--backbone", "ViT-B-32", "--pretrained", "openai"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    assert "the weights 'openai' of ViT-B-32 are not on this machine and the hub cannot be reached" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_goes_wrong_in_an_actor_is_one_sentence_too(features_dir, tmp_path, capsys):
+    flags = ["--dataset=features", f"--data-dir={features_dir}", "--actors=1", f"--out={tmp_path / 'run'}"]
+    diverging = ["--method=probe", "--method.optimizer=sgd", "--method.lr=1e38", "--method.weight_decay=1e3"]
+    assert main(["run", *flags, *diverging]) == 2
+    err = capsys.readouterr().err
+    assert "fedsim: training diverged: in round 1 an update is not finite" in err and "Traceback" not in err
 
 
 def test_training_that_diverges_says_so(config):

@@ -214,7 +214,8 @@ def _chances(things: list[Thing]) -> Tensor:
     rare = [min((counts[name] for name in thing.classes), default=0) for thing in things]
     return torch.tensor(
         [
-            2.5 / math.sqrt(max(1, count / 20)) if thing.classes else 0.8 if thing.above else 0.25
+            thing.weight
+            * (2.5 / math.sqrt(max(1, count / 20)) if thing.classes else 0.8 if thing.above else 0.25)
             for thing, count in zip(things, rare, strict=True)
         ]
     )

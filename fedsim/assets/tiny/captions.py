@@ -16,6 +16,7 @@ from torch import Tensor
 from words import CLASSES
 
 ABOVE = 6  # hypernyms used of an icon; further ones say little
+EMOJI_WEIGHT = 4.0  # their labels come from CLDR, those of other icons from their file names
 _TOKENS = 14_000  # whole-word tokens, the most frequent first, that learn from a vector of their own
 _NOUNS = 8_000
 
@@ -28,6 +29,7 @@ class Thing:
     classes: tuple[str, ...]
     above: tuple[str, ...]
     tags: tuple[str, ...]
+    weight: float = 1.0  # how often it is drawn, beside what its captions say
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -48,7 +50,10 @@ class Texts:
 
 def of_icons(icons: list[corpus.Icon]) -> list[Thing]:
     """One thing an icon, in order."""
-    return [Thing(i.name, i.classes, i.above[:ABOVE], i.tags) for i in icons]
+    return [
+        Thing(i.name, i.classes, i.above[:ABOVE], i.tags, EMOJI_WEIGHT if i.family in corpus.EMOJI else 1.0)
+        for i in icons
+    ]
 
 
 def of_photos(downloads: Path) -> list[Thing]:

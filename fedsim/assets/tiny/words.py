@@ -304,6 +304,16 @@ FILLERS = [
     "detailed",
 ]
 
+MODIFIERS = frozenset(  # words by which interfaces tell states of one picture
+    "up down left right top bottom x check checked checkmark cross plus minus add remove delete off "
+    "on no not disabled slash alert warning info question exclamation error pause play stop start "
+    "ai lock locked unlock cog setting settings edit search share star dollar euro pound yen bolt "
+    "arrow arrows in out circle square small large big mini double simple multiple new open close "
+    "closed empty full half line dots dot user outline upload download sync refresh auto advanced "
+    "free premium android ios bluetooth wifi usb code cancel clock time heart favorite favourite "
+    "badge box low high medium".split()
+)
+
 _PHYSICAL = {5, 6, 8, 13, 17, 19, 20}  # animal artifact body food object phenomenon plant
 _PERSON = 18
 _VAGUE = set(
@@ -523,12 +533,14 @@ class Namer:
 
     def name(self, name: str) -> tuple[str | None, list[str]]:
         """(class or None, telling hypernyms) of a name."""
-        name = re.sub(r"(?<=\w) (head|face)$", "", name)  # "hyena head" is a mammal, no body part
-        above = self.wordnet.hypernyms(name)
-        words = name.split()
-        parts = (name, " ".join(words[-2:]), *words[-1:], *words[:1])
+        words = [word for word in name.split() if word not in MODIFIERS] or name.split()
+        if len(words) > 1 and words[-1] in ("head", "face"):
+            words = words[:-1]  # "hyena head" is a mammal, no body part
+        above = self.wordnet.hypernyms(" ".join(words))
+        parts = [" ".join(words[start:]) for start in range(len(words))]
+        parts = [x for part in parts for x in _singulars(part)]
         by_emoji = next((self.emoji[part] for part in parts if part in self.emoji), None)
-        by_lemma = next((HYPERNYMS[x] for x in [name, *above] if x in HYPERNYMS), None)
+        by_lemma = next((HYPERNYMS[x] for x in [*parts, *above] if x in HYPERNYMS), None)
         return by_emoji or by_lemma, [x for x in above if x not in _VAGUE]
 
     def photos(self) -> list[tuple[str, str | None, list[str]]]:
