@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsim.config import Config, merged, read_yaml
-from fedsim.errors import InputError, listing
+from fedsim.errors import InputError, Stopped, listing
 from fedsim.registry import KINDS, available, find
 
 COMMANDS = ("run", "compare")
@@ -26,7 +26,7 @@ USAGE = "fedsim run [FLAGS]   or   fedsim compare RUN RUN ... [--out DIR];  --he
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Returns the exit code: 0, 2 for bad input, 1 for a run that was stopped, 130 for one that was interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise InputError(f"no command {argv[0]!r}; there are: {listing(COMMANDS)}")
         return run_command(argv[1:]) if argv[0] == "run" else compare_command(argv[1:])
-    except InputError as error:
-        print(f"fedsim: {error}", file=sys.stderr)
-        return 2
+    except (InputError, Stopped) as error:
+        print(f"fedsim: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("\nfedsim: interrupted; the same command goes on from the last round", file=sys.stderr)
         return 130
@@ -234,9 +234,11 @@ def _show(console: Console, report, folder: Path) -> None:
 
 
 def _rich(frame) -> Table:
+    if len(frame) < len(frame.columns):  # a few runs stand side by side, or their many columns would not fit
+        frame = frame.set_index("name").T.reset_index(names="name")
     table = Table()
-    for column in frame.columns:
-        table.add_column(str(column))
+    for place, column in enumerate(frame.columns):
+        table.add_column(str(column), justify="right" if place else "left", overflow="fold", no_wrap=not place)
     for row in frame.itertuples(index=False):
         table.add_row(*map(str, row))
     return table

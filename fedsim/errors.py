@@ -1,8 +1,12 @@
-"""What a user handed over cannot be used: one sentence, exit code 2, never a traceback."""
+"""What a user is told in one sentence, never in a traceback."""
 
 
 class InputError(ValueError):
-    """Says what was wanted, what came, and what there is."""
+    """What was handed over cannot be used: says what was wanted, what came, and what there is. Exit code 2."""
+
+
+class Stopped(RuntimeError):
+    """The run ended for a reason outside of it; its checkpoint is whole, and the same command goes on. Exit code 1."""
 
 
 def listing(names, limit: int = 12) -> str:

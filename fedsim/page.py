@@ -5,7 +5,6 @@ A page is data, sections of words, plots and tables; `page.html.j2` is the only 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 # Okabe & Ito's palette: told apart with any colour vision.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 GREY = "#767676"
+TAIL = PALETTE[4]
 # What a line shows: its column in `curves`, colour and name.
 SHOWN = {
     "personalization": (PALETTE[0], "own test rows, mean over clients"),
@@ -32,6 +32,7 @@ SHOWN = {
 FOLD = 20  # rows of a table that are shown without being asked for
 LONGEST = 1000  # rows of a table: a page of 10 000 clients would otherwise be over a megabyte
 BARS = 40  # clients that get a bar each
+DOTS = 600  # of half a kilobyte each
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,12 @@ def title_of(experiment: dict[str, Any]) -> str:
 def sections_of(report: Report) -> list[Section]:
     """What the page of a run says, top to bottom."""
     lines = curves(report.score_table(), report.held_out)
-    partition = _partition(report)
     return [
         Section("", _how_chosen(report), tables=[_summary(report)]),
         Section("Round by round", *_by_round(report, lines)),
         Section("By domain", plots=[_domains(report)], tables=[_domain_table(report)]),
-        Section("By client", plots=[_clients(report)], tables=[_client_table(report)]),
-        Section("Who holds what", plots=[partition]),
+        Section("By client", *_by_client(report), tables=[_client_table(report)]),
+        Section("Who holds what", plots=[_partition(report)]),
         Section("What was run", tables=_facts(report), code=to_yaml(portable(report.experiment))),
     ]
 
@@ -129,7 +129,7 @@ def size(count: float) -> str:
     """Bytes for people: three digits and a unit."""
     scale, unit = unit_of(count)
     value = count / scale
-    return f"{value:.{2 - len(str(int(value))) + 1 if value < 100 and scale > 1 else 0}f} {unit}"
+    return f"{value:.{0 if scale == 1 else max(0, 3 - len(str(int(value))))}f} {unit}"
 
 
 def short(name: str, most: int = 28) -> str:
@@ -181,7 +181,9 @@ def _summary(report: Report) -> Table:
     before, after = report.zero_shot_summary(), report.summary()
     held_out = listing(report.held_out)
     rows = {
-        "generalization": f"generalization: held-out domain {held_out}" if held_out else "generalization: none held out",
+        "generalization": f"generalization: held-out domain {held_out}"
+        if held_out
+        else "generalization: none held out",
         "personalization": "personalization: own test rows, mean over clients",
         "worst_tenth": "worst tenth of the clients on their own test rows",
         "validation": "validation rows, mean over clients",
@@ -229,13 +231,18 @@ def _domain_table(report: Report) -> Table:
     return _folding("Rows by domain, and accuracy in percent on its test rows", "domain", rows)
 
 
+def _by_client(report: Report) -> tuple[list[str], list[Plot]]:
+    if _client_accuracies(report)[1].empty:
+        return ["No client has test rows of its own."], []
+    return [], [_clients(report)]
+
+
 def _client_table(report: Report) -> Table:
     table = report.holding_table()
     held = table.pivot_table(index="client", columns="split", values="rows", aggfunc="sum")
     held = held.reindex(columns=["train", "val", "test"]).fillna(0).astype(int)
     held = held[held.train > 0]
-    of_domain = table.groupby(["client", "domain"]).rows.sum().sort_values(ascending=False, kind="stable")
-    domains = {client: [d for _, d in group.index] for client, group in of_domain.groupby("client", sort=False)}
+    homes = _homes(report)
     before, after = _client_accuracies(report)
     caption = "Rows by client, and accuracy in percent on its own test rows"
     order = list(held.index)
@@ -243,10 +250,16 @@ def _client_table(report: Report) -> Table:
         order = sorted(after.sort_values(kind="stable").index[:LONGEST])
         caption += f"; the lowest {LONGEST} of {len(held)} clients, all of them in scores.parquet"
     rows = [
-        (str(c), *_numbers(held.loc[c], before.get(c, np.nan), after.get(c, np.nan)), listing(domains[c], 3))
+        (str(c), *_numbers(held.loc[c], before.get(c, np.nan), after.get(c, np.nan)), listing(homes[c], 3))
         for c in order
     ]
     return _folding(caption, "client", rows, "domains, most rows first")
+
+
+def _homes(report: Report) -> dict[int, list[str]]:
+    """Each client's domains, most rows first."""
+    held = report.holding_table().groupby(["client", "domain"]).rows.sum().sort_values(ascending=False, kind="stable")
+    return {client: [domain for _, domain in group.index] for client, group in held.groupby("client", sort=False)}
 
 
 def _numbers(held: pd.Series, before: float, after: float) -> list[str]:
@@ -260,7 +273,6 @@ def _folding(caption: str, of: str, rows: list[tuple[str, ...]], *more: str) -> 
 
 def _facts(report: Report) -> list[Table]:
     costs, clients = report.round_table(), np.unique(report.holdings[report.holdings[:, 3] == 0, 0])
-    # The columns of `rounds`, and whatever else a run found worth telling.
     known = {
         "domains": f"{len(report.domains)}: {listing(report.domains)}",
         "held-out domains": listing(report.held_out) or "none",
@@ -311,7 +323,7 @@ def draw(
     caption: str,
     alt: str,
     paint: Callable[["Figure"], None],
-    inches: tuple[float, float] = (6.6, 4.2),
+    inches: tuple[float, float] = (5.8, 3.9),
     wide: bool = False,
 ) -> Plot:
     """A plot as inline SVG, the same bytes each time.
@@ -342,9 +354,9 @@ def draw(
         figure = Figure(figsize=inches, layout="constrained")
         paint(figure)
         text = StringIO()
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(text, format="svg", dpi=150, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace(' id="', f' id="{name}-').replace("#", "#")
+    svg = svg[svg.index("<svg") :].replace(' id="', f' id="{name}-')
     svg = svg.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
     return Plot(caption, alt, Markup(svg), wide)
 
@@ -366,7 +378,7 @@ def _rounds(report: Report, lines: pd.DataFrame) -> Plot:
         whole_ticks(axes)
 
     chosen = report.chosen_round
-    caption = f"Accuracy by round. Dashed: zero-shot CLIP on the same rows. Dotted: round {chosen}, the one reported."
+    caption = f"Accuracy by round. Dashed: zero-shot CLIP on the same rows. Dotted: the chosen round, {chosen}."
     return draw("rounds", caption, _ends("Accuracy by round", lines), paint)
 
 
@@ -389,22 +401,22 @@ def _accuracies(report: Report, lines: pd.DataFrame, figure: "Figure", axes: "Ax
     for key, (colour, name) in SHOWN.items():
         if lines[key].notna().any():
             handles += axes.plot(x, 100 * lines[key], color=colour, marker=marker, markersize=3)
-            labels.append(f"{name}: {report.held_out[0]}" if key == "generalization" and _one(report) else name)
+            labels.append(short(f"{name}: {', '.join(report.held_out)}", 44) if key == "generalization" else name)
             axes.axhline(100 * zero[key], color=colour, linestyle="--", linewidth=1)
     at = x[list(lines.index).index(report.chosen_round)]
     chosen = axes.axvline(at, color="black", linestyle=":", linewidth=1.2)
     dashed = axes.plot([], [], color=GREY, linestyle="--", linewidth=1)
-    legend(figure, [*handles, *dashed, chosen], [*labels, "zero-shot CLIP", f"reported: round {report.chosen_round}"])
-
-
-def _one(report: Report) -> bool:
-    return len(report.held_out) == 1
+    legend(figure, [*handles, *dashed, chosen], [*labels, "zero-shot CLIP", f"chosen round: {report.chosen_round}"])
 
 
 def _ends(what: str, lines: pd.DataFrame) -> str:
     """For those who hear the page: where each line starts and ends."""
-    ends = (f"{key} from {percent(lines[key].iloc[0])} to {percent(lines[key].iloc[-1])} percent" for key in SHOWN)
-    return f"{what}: " + ", ".join(end for end in ends if "-" not in end)
+    ends = [
+        f"{key} from {percent(lines[key].iloc[0])} to {percent(lines[key].iloc[-1])} percent"
+        for key in SHOWN
+        if lines[key].notna().all()
+    ]
+    return f"{what}: {', '.join(ends)}"
 
 
 def _loss(costs: pd.DataFrame) -> Plot:
@@ -443,16 +455,19 @@ def _domains(report: Report) -> Plot:
 
     told = ", ".join(f"{n} {percent(before[n])} to {percent(after[n])}" for n in report.domains[:12])
     caption = f"Accuracy by domain: zero-shot CLIP, and round {report.chosen_round}."
-    return draw("domains", caption, f"Accuracy by domain in percent: {told}", paint, (9.6, 1.4 + 0.6 * count), wide=True)
+    return draw(
+        "domains", caption, f"Accuracy by domain in percent: {told}", paint, (11.6, 1.4 + 0.6 * count), wide=True
+    )
 
 
-_SIDES = (False, "reported round, trained on"), (True, "reported round, held out")
+_SIDES = (False, "chosen round, trained on"), (True, "chosen round, held out")
 
 
 def _clients(report: Report) -> Plot:
     before, after = _client_accuracies(report)
     after = after.sort_values(kind="stable")
-    worst = max(1, len(after) // 10)
+    worst = max(1, int(0.1 * len(after)))  # as `tail_mean` has it
+    home = {client: domains[0] for client, domains in _homes(report).items()}
 
     def paint(figure: "Figure") -> None:
         axes = figure.add_subplot(ylabel="accuracy on own test rows (%)", ylim=(0, 102))
@@ -461,23 +476,28 @@ def _clients(report: Report) -> Plot:
 
     def paint_bars(figure: "Figure", axes: "Axes") -> None:
         x = np.arange(len(after))
-        bars = axes.bar(x, 100 * after, color=[PALETTE[1] if place < worst else PALETTE[0] for place in x])
-        dots = axes.plot(x, 100 * before.reindex(after.index), "D", color="black", markersize=5, markerfacecolor="white")
-        axes.set_xticks(x, [str(client) for client in after.index], fontsize="small")
-        axes.set_xlabel("client, by accuracy")
-        axes.set_xlim(-0.7, max(4, len(after)) - 0.3)
+        bars = axes.bar(x, 100 * after, color=[TAIL if place < worst else PALETTE[0] for place in x])
+        dots = axes.plot(
+            x, 100 * before.reindex(after.index), "D", color="black", markersize=5, markerfacecolor="white"
+        )
+        labels = [f"{client}\n{short(home[client], 18)}" if len(after) <= 8 else str(client) for client in after.index]
+        axes.set_xticks(x, labels, fontsize="small")
+        axes.set_xlabel("client, lowest accuracy first")
+        spare = max(0, 8 - len(after)) / 2  # three bars are not walls
+        axes.set_xlim(-0.7 - spare, len(after) - 0.3 + spare)
         handles, labels = [bars[0], dots[0]], ["worst tenth", "zero-shot CLIP"]
         if len(after) > worst:
-            handles, labels = [bars[worst], *handles], ["reported round", *labels]
+            handles, labels = [bars[worst], *handles], ["chosen round", *labels]
         legend(figure, handles, labels, 3)
 
     def paint_strip(figure: "Figure", axes: "Axes") -> None:
         edges, values = np.arange(len(after) + 1), 100 * after.to_numpy()
+        axes.axvspan(0, worst, color=TAIL, alpha=0.2, linewidth=0)  # seen even where the tail is all zero
         rest = axes.stairs(values, edges, fill=True, color=PALETTE[0], alpha=0.85)
-        tail = axes.stairs(values[:worst], edges[: worst + 1], fill=True, color=PALETTE[1])
+        tail = axes.stairs(values[:worst], edges[: worst + 1], fill=True, color=TAIL)
         zero = axes.stairs(100 * before.sort_values().to_numpy(), baseline=None, color="black", linewidth=1.3)
-        axes.set(xlabel="number of clients, by accuracy", xlim=(0, len(after)))
-        labels = "reported round", "worst tenth", "zero-shot CLIP, clients sorted anew"
+        axes.set(xlabel="number of clients, lowest accuracy first", xlim=(0, len(after)))
+        labels = "chosen round", "worst tenth", "zero-shot CLIP, clients sorted anew"
         legend(figure, (rest, tail, zero), labels, 3)
 
     caption = (
@@ -485,7 +505,7 @@ def _clients(report: Report) -> Plot:
         f"{worst} of {len(after)} clients, mean {percent(tail_mean(after))}%."
     )
     alt = f"Accuracy by client from {percent(after.min())} to {percent(after.max())} percent, median "
-    return draw("clients", caption, alt + percent(after.median()), paint, (9.6, 3.8), wide=True)
+    return draw("clients", caption, alt + percent(after.median()), paint, (11.6, 3.8), wide=True)
 
 
 def _partition(report: Report) -> Plot:
@@ -494,7 +514,7 @@ def _partition(report: Report) -> Plot:
     clients, column = np.unique(held[:, 0], return_inverse=True)
     rows = np.zeros((len(report.domains), len(report.classes), len(clients)), np.int64)
     np.add.at(rows, (held[:, 1], held[:, 2], column), held[:, 4])
-    few = len(clients) <= 30 and len(report.classes) <= 40
+    few = len(clients) <= 30 and len(report.classes) <= 40 and np.count_nonzero(rows) <= DOTS
     alt = (
         f"Train rows of {len(clients)} clients by class and domain: {rows.sum()} in all, "
         f"{rows.sum((0, 1)).min()} to {rows.sum((0, 1)).max()} a client"
@@ -515,15 +535,14 @@ def _dots(report: Report, clients: np.ndarray, rows: np.ndarray, alt: str) -> Pl
     def paint(figure: "Figure") -> None:
         axes = figure.add_subplot(xlabel="client", ylabel="class", xlim=(-0.5, len(clients) - 0.5))
         # Points across: the narrower of a class's height and a domain's share of a client's width.
-        across = min(0.36 * 72, 7.5 * 72 / len(clients) / most) * 0.95
-        handles = {}
-        for d, name in enumerate(report.domains):
+        across = min(0.36 * 72, 10 * 72 / len(clients) / most) * 0.95
+        for d in range(len(report.domains)):
             label, client = np.nonzero(rows[d])
             if len(label):
                 place = holds[:d].sum(0) - (holds.sum(0) - 1) / 2
                 area = across**2 * rows[d][label, client] / rows.max()
                 x = client + place[client] * 0.9 / most
-                handles[short(name)] = axes.scatter(x, label, area, color=_colour(d), edgecolors="none")
+                axes.scatter(x, label, area, color=_colour(d), edgecolors="none")
         axes.set_xticks(range(len(clients)), [str(client) for client in clients])
         axes.set_xticks(np.arange(1, len(clients)) - 0.5, minor=True)
         axes.grid(False)
@@ -532,10 +551,10 @@ def _dots(report: Report, clients: np.ndarray, rows: np.ndarray, alt: str) -> Pl
         axes.tick_params(which="minor", length=0)
         axes.set_yticks(range(len(report.classes)), [short(name) for name in report.classes])
         axes.set_ylim(len(report.classes) - 0.4, -0.6)
-        legend(figure, _swatches(handles.values()), list(handles), 5)
+        _domain_legend(report, figure, rows)
 
     caption = f"Train rows by client, class and domain: a dot's area; the largest is {rows.max()} rows."
-    return draw("partition", caption, alt, paint, (9.6, height), wide=True)
+    return draw("partition", caption, alt, paint, (11.6, height), wide=True)
 
 
 def _heat(report: Report, clients: np.ndarray, rows: np.ndarray, alt: str) -> Plot:
@@ -547,13 +566,13 @@ def _heat(report: Report, clients: np.ndarray, rows: np.ndarray, alt: str) -> Pl
 
     def paint(figure: "Figure") -> None:
         from matplotlib.colors import PowerNorm
+        from matplotlib.ticker import MaxNLocator
 
         top, heat = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
-        handles, edges = {}, np.arange(len(clients) + 1) - 0.5
-        for d, name in enumerate(report.domains):
-            if by_domain[d].any():
-                below = stacked[d] - by_domain[d, order]
-                handles[short(name)] = top.stairs(stacked[d], edges, baseline=below, fill=True, color=_colour(d))
+        edges = np.arange(len(clients) + 1) - 0.5
+        for d, held in enumerate(by_domain[:, order]):
+            strip = top.stairs(stacked[d], edges, baseline=stacked[d] - held, fill=True, color=_colour(d))
+            strip.set_rasterized(len(clients) > 300)  # as a path, half the page at 1000 clients
         top.set(ylabel="train rows")
         top.grid(False, axis="x")
         # A square root, or the many small cells of a skewed partition would all be white.
@@ -563,22 +582,23 @@ def _heat(report: Report, clients: np.ndarray, rows: np.ndarray, alt: str) -> Pl
         heat.set_xticks([])
         if named:
             heat.set_yticks(range(len(report.classes)), [short(name) for name in report.classes], fontsize="small")
-        bar = figure.colorbar(image, ax=heat, label="train rows", pad=0.01)
+        bar = figure.colorbar(image, ax=heat, label="train rows", pad=0.01, ticks=MaxNLocator(integer=True))
         bar.solids.set_rasterized(True)  # one small picture in place of 256 paths
-        legend(figure, _swatches(handles.values()), list(handles), 5)
+        _domain_legend(report, figure, rows)
 
     caption = f"Train rows by client: domains stacked above, classes below; the fullest cell has {cells.max()} rows."
     height = 3.2 + (0.2 * len(report.classes) if named else 5)
-    return draw("partition", caption, alt, paint, (9.6, height), wide=True)
+    return draw("partition", caption, alt, paint, (11.6, height), wide=True)
 
 
-def _swatches(drawn: Any) -> list[Any]:
-    """Squares of the colours of what was drawn, since a dot's size in a legend would say something untrue."""
+def _domain_legend(report: Report, figure: "Figure", rows: np.ndarray) -> None:
+    # Squares, since a dot of one size in the legend would say something untrue of the others.
     from matplotlib.patches import Patch
 
-    return [Patch(color=thing.get_facecolor()[0] if thing.get_facecolor().ndim else None) for thing in drawn]
+    there = [d for d in range(len(report.domains)) if rows[d].any()]
+    names = [short(report.domains[d]) for d in there]
+    legend(figure, [Patch(color=_colour(d)) for d in there], names, 5)
 
 
-@cache
 def _colour(index: int) -> str:
     return PALETTE[index % len(PALETTE)]

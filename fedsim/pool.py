@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fedsim.errors import InputError
+from fedsim.errors import InputError, Stopped
 
 Progress = Callable[["Event"], None]
 QUEUED = 2  # calls given to an actor: one that runs, one that waits, so that it never idles on the driver
@@ -123,7 +123,7 @@ class _Actors(Pool):
                 except self.ray.exceptions.RayActorError:
                     deaths[index] += 1
                     if deaths[index] == DEATHS:
-                        raise RuntimeError(
+                        raise Stopped(
                             f"{name} of item {index} ended {DEATHS} actors; is there memory for it?"
                         ) from None
                     todo = deque(sorted([(index, item), *todo], key=lambda pair: pair[0]))
@@ -215,6 +215,10 @@ def drive(work: Callable[..., Any], args: tuple, address: str | None, progress: 
             return ray.get(result)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
+        except ray.exceptions.RayActorError as error:
+            raise Stopped(
+                f"the driver actor has died; the same command goes on from the last round ({error})"
+            ) from None
 
 
 def plan(sizing: Sizing, jobs: int, resources: dict[str, float]) -> tuple[int, dict[str, float]]:

@@ -77,14 +77,7 @@ class Report:
 
     @property
     def chosen_round(self) -> int:
-        """The first round of the best mean validation accuracy over clients, zero-shot not among them.
-
-        Without validation rows, the last round. Test rows never choose.
-        """
-        val = accuracy_per_client(self.score_table()[lambda t: (t.split == "val") & (t["round"] > 0)])
-        if val.empty:
-            return self.last_round
-        return int(val.groupby("round").mean().idxmax())
+        return choose_round(self.score_table())
 
     def score_table(self) -> pd.DataFrame:
         """round, client, domain, split, correct, total: one row per client, domain and split."""
@@ -159,6 +152,17 @@ def accuracy_per_domain(scores: pd.DataFrame) -> pd.Series:
     """Accuracy in [0, 1] by (round, domain), over all clients and splits of the given rows."""
     counts = scores.groupby(["round", "domain"])[["correct", "total"]].sum()
     return (counts.correct / counts.total).dropna()
+
+
+def choose_round(scores: pd.DataFrame) -> int:
+    """The first round of the best mean validation accuracy over clients, zero-shot not among them.
+
+    Without validation rows, the last round. Test rows never choose.
+    """
+    val = accuracy_per_client(scores[(scores.split == "val") & (scores["round"] > 0)])
+    if val.empty:
+        return int(scores["round"].max()) if len(scores) else 0
+    return int(val.groupby("round").mean().idxmax())
 
 
 def tail_mean(accuracy: pd.Series, share: float = 0.1) -> float:

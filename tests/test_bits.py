@@ -11,6 +11,7 @@ import pytest
 
 from fedsim import run
 from fedsim.checkpoint import NAME, load_checkpoint
+from fedsim.errors import Stopped
 from fedsim.pool import Sizing, open_pool, plan
 
 FILES = "scores.parquet", "zero_shot.parquet", "partition.parquet", "adapter.safetensors"
@@ -36,8 +37,8 @@ def descendants(pid: int) -> dict[int, str]:
     return {child: names[child] for child in below - {pid}}
 
 
-def workers() -> list[int]:
-    return sorted(pid for pid, name in descendants(os.getpid()).items() if name.startswith("ray::_Worker"))
+def workers(name: str = "ray::_Worker") -> list[int]:
+    return sorted(pid for pid, line in descendants(os.getpid()).items() if line.startswith(name))
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,24 @@ def test_a_killed_actor_changes_nothing(alone, tmp_path):
 
     run(Config(**fields, actors=2, out=tmp_path), kill_one)
     assert killed and killed[0] not in workers()
+    assert result(tmp_path) == expected
+
+
+def test_a_killed_driver_stops_the_run_and_loses_no_round(alone, tmp_path):
+    from fedsim import Config
+
+    fields, expected = alone
+
+    def kill_driver(event):
+        if event.stage == "training" and event.done >= 5:
+            for pid in workers("ray::_Driver"):
+                os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(Stopped, match="the driver actor has died; the same command goes on"):
+        run(Config(**fields, actors=1, out=tmp_path), kill_driver)
+    config = Config(**fields, actors=0, out=tmp_path)
+    assert load_checkpoint(tmp_path, config.experiment())[0].round >= 5
+    run(config)
     assert result(tmp_path) == expected
 
 
@@ -137,7 +156,7 @@ def test_a_pool_gives_results_in_order_past_deaths_and_stops_at_a_deadly_item(cl
         assert list(pool.map("double", range(20))) == list(range(0, 40, 2))
         assert (tmp_path / "deaths-3").read_text() == "0"
         (tmp_path / "deaths-7").write_text("99")
-        with pytest.raises(RuntimeError, match="double of item 7 ended 4 actors"):
+        with pytest.raises(Stopped, match="double of item 7 ended 4 actors"):
             list(pool.map("double", range(20)))
     assert not plan(Sizing(), 4, cluster.cluster_resources())[1]["num_gpus"] > 0.5
     with open_pool(Sizing(gpus_per_actor=0.5), 4, Doubler, tmp_path) as pool:  # two logical GPUs, two actors on each

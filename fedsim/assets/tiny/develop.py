@@ -4,19 +4,18 @@ Drawings: three emoji families with CLDR subgroups as labels; a part of the conc
 Photographs: the stamps of Tux Paint from Debian (GPL-2: measured on, never trained on or shipped).
 """
 
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-import corpus
 import numpy as np
 import torch
-import tower
 from PIL import Image
 from torch import Tensor
-from words import HeldOut
+
+from fedsim.assets.tiny import corpus, tower
+from fedsim.assets.tiny.words import HeldOut
 
 STAMPS = "tuxpaint-stamps-default"
 LABELS = {  # label of the development set: the classes of `words.CLASSES` that it takes in
@@ -78,16 +77,15 @@ class Sample:
 def unseen(icons: list[corpus.Icon]) -> HeldOut:
     """A quarter of the concepts of the development families' emoji, as names to hold out."""
     names = {i.name for i in icons if i.family in corpus.DEVELOPMENT and _label(i)}
-    chosen = {n for n in names if blake2b(n.encode(), digest_size=1).digest()[0] < 256 * UNSEEN_SHARE}
-    return HeldOut.of(chosen)
+    digests = {name: blake2b(name.encode(), digest_size=1).digest()[0] for name in names}
+    return HeldOut.of({name for name in names if digests[name] < 256 * UNSEEN_SHARE})
 
 
 def drawings(icons: list[corpus.Icon], features: Tensor, rows: Tensor, hidden: HeldOut) -> Sample:
     """The first view of each icon of the development families; domain "family unseen" or "seen"."""
     first = dict(reversed([(row, i) for i, row in enumerate(rows.tolist())]))
-    chosen = [
-        (i, icon) for row, i in first.items() if (icon := icons[row]).family in corpus.DEVELOPMENT and _label(icon)
-    ]
+    shown = [(i, icons[row]) for row, i in first.items()]
+    chosen = [(i, x) for i, x in shown if x.family in corpus.DEVELOPMENT and _label(x)]
     names = list(LABELS)
     kinds = ["unseen" if hidden.covers(icon.name) else "seen" for _, icon in chosen]
     return Sample(
@@ -100,7 +98,7 @@ def drawings(icons: list[corpus.Icon], features: Tensor, rows: Tensor, hidden: H
 
 def photographs(downloads: Path) -> tuple[Sample, Sample]:
     """The stamps by folder and by the noun in their description."""
-    root = _stamps(downloads)
+    root = corpus.unpack_debian(STAMPS, downloads) / "usr/share/tuxpaint/stamps"
     files = [f for f in sorted(root.rglob("*.png")) if _is_photo(f)]
     labels = [_folder_label(f.relative_to(root)) for f in files]
     files = [f for f, x in zip(files, labels, strict=True) if x]
@@ -120,15 +118,6 @@ def _sample(features: Tensor, labels: list[str], domain: str) -> Sample:
 def _label(icon: corpus.Icon) -> str | None:
     found = icon.classes[0] if icon.classes else None
     return next((label for label, classes in LABELS.items() if found in classes), None)
-
-
-def _stamps(downloads: Path) -> Path:
-    target = downloads / STAMPS
-    if not target.exists():
-        subprocess.run(["apt-get", "download", STAMPS], cwd=downloads, check=True)
-        archive = next(downloads.glob(f"{STAMPS}_*.deb"))
-        subprocess.run(["dpkg-deb", "-x", str(archive), str(target)], check=True)
-    return target / "usr/share/tuxpaint/stamps"
 
 
 def _is_photo(file: Path) -> bool:

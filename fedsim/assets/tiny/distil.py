@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from align import TextHead, schedule
-from captions import Texts, Thing, tokens
-from words import FILLERS, TEMPLATES
+from fedsim.assets.tiny.align import TextHead, schedule
+from fedsim.assets.tiny.captions import Texts, Thing, tokens
+from fedsim.assets.tiny.words import FILLERS, PROMPT, TEMPLATES
 
 CONFIG = Path(__file__).with_name("tiny.json")
-STEPS, BATCH = 4000, 256
+STEPS, BATCH = 3600, 256
 RATE, WARMUP = 2e-3, 60
 _SPREAD = 0.03  # of the first token vectors
 _SHARPNESS = 20.0  # of the similarities within a batch that are matched besides the directions
 _MODES = ("short", "filled", "vectors")
-_MODE_SHARES = (0.6, 0.2, 0.2)
+_MODE_SHARES = (0.5, 0.25, 0.25)  # in the second half; before it, all are short
 _VECTORS = (1, 2, 4, 8, 16)  # random vectors before a name, as prompt tuning begins with
 _VECTOR_SPREAD = 0.02
 _MOST_FILLERS = 14
@@ -63,9 +63,9 @@ class Prompts:
         self.tokenizer = open_clip.get_tokenizer(CONFIG.stem)
         self.lengths = [len(self.tokenizer.encode(name)) for name in names]
 
-    def batch(self, rows: list[int], width: int) -> tuple[Tensor, Tensor | None]:
+    def batch(self, rows: list[int], width: int, short: bool) -> tuple[Tensor, Tensor | None]:
         """(B, context) token numbers, and vectors to put before them or None."""
-        mode = random.choices(_MODES, _MODE_SHARES)[0]
+        mode = "short" if short else random.choices(_MODES, _MODE_SHARES)[0]
         names = [self.names[row] for row in rows]
         if mode == "vectors":
             spread = _VECTOR_SPREAD * random.choice((0.5, 1, 2))
@@ -89,6 +89,15 @@ def start(clip: nn.Module, head: TextHead, texts: Texts) -> None:
     clip.token_embedding.weight[list(numbers.values())] = _SPREAD * found / found.std()
 
 
+@torch.inference_mode()
+def embed(clip: nn.Module, texts: Texts, template: str = PROMPT) -> Tensor:
+    """(N, DIM) what the text tower makes of each text in the one prompt that users begin with."""
+    tokenizer = open_clip.get_tokenizer(CONFIG.stem)
+    names = [template.format(name) for name in texts.names]
+    parts = [names[start : start + BATCH] for start in range(0, len(names), BATCH)]
+    return torch.cat([encode(clip, tokenizer(part)) for part in parts]).clone()
+
+
 def train(clip: nn.Module, head: TextHead, texts: Texts, things: list[Thing], steps: int = STEPS):
     """Trains the text tower of `clip` in place."""
     torch.manual_seed(0)
@@ -105,7 +114,8 @@ def train(clip: nn.Module, head: TextHead, texts: Texts, things: list[Thing], st
         for group in optimiser.param_groups:
             group["lr"] = RATE * schedule(step / steps, step, WARMUP)
         rows = torch.multinomial(chances, BATCH)
-        ids, vectors = prompts.batch(rows.tolist(), clip.token_embedding.embedding_dim)
+        short = step < steps // 2  # long prompts cost twice as much, and are learned in no time
+        ids, vectors = prompts.batch(rows.tolist(), clip.token_embedding.embedding_dim, short)
         loss, cosine = _loss(encode(clip, ids, vectors), targets[rows])
         optimiser.zero_grad()
         loss.backward()

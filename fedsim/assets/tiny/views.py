@@ -6,10 +6,11 @@ import numpy as np
 import resvg_py
 import torch
 import torch.nn.functional as F
-from corpus import Icon
 from PIL import Image
 from torch import Tensor
-from tower import SIZE
+
+from fedsim.assets.tiny.corpus import EMOJI_FAMILIES, Icon
+from fedsim.assets.tiny.tower import SIZE
 
 RASTER = 128  # pixels a side at which an icon is drawn
 SMALL = 64  # the size of many stored drawings: half of the views pass through it
@@ -34,16 +35,16 @@ class Views:
         self.rng = np.random.default_rng(seed)
 
     def of(self, icon: Icon) -> list[Tensor]:
-        """(3, SIZE, SIZE) views in [0, 1]: more for what is coloured or has a class."""
+        """(3, SIZE, SIZE) views in [0, 1]: more where more is known of the icon."""
         drawn = draw(icon)
         if drawn is None:
             return []
-        telling = bool(icon.classes or icon.above)
-        if icon.inked:
-            kinds = [self.inked, self.tinted] if telling else [self.inked]
-        else:
-            kinds = [self.plain, self.varied]
-            kinds += [self.varied, self.sketched] if telling else []
+        plain, varied = (self.inked, self.tinted) if icon.inked else (self.plain, self.varied)
+        kinds = [plain]
+        if icon.classes or icon.above:
+            kinds += [varied] if icon.inked else [varied, self.sketched]
+        if icon.family in EMOJI_FAMILIES:
+            kinds += [plain, varied] if icon.inked else [varied, varied, self.sketched]
         return [self._finish(kind(drawn)) for kind in kinds]
 
     def plain(self, drawn: Tensor) -> Tensor:
@@ -64,7 +65,8 @@ class Views:
         rng = self.rng
         grey = _on(self._move(drawn, 0.75, 1.05, flip=0.5), torch.ones(3, 1, 1)).mean(0)[None]
         edges = (_swell(grey, 2) - _shrink(grey, 2)).mul(rng.uniform(1.5, 5)).clamp(0, 1)
-        level = torch.quantile(grey[grey < 0.97], rng.uniform(0.2, 0.6)) if grey.min() < 0.9 else 0.5
+        drawn_on = grey[grey < 0.97]
+        level = torch.quantile(drawn_on, rng.uniform(0.2, 0.6)) if len(drawn_on) else 0.5
         dark = torch.sigmoid((level - grey) * 25)
         ink = (edges, torch.maximum(dark, edges), dark)[rng.choice(3, p=(0.45, 0.4, 0.15))]
         return (1 - ink).expand(3, -1, -1)
@@ -100,9 +102,8 @@ class Views:
         scale = 1 / rng.uniform(low, high)
         side = -scale if rng.random() < flip else scale
         x, y = rng.uniform(-0.08, 0.08, 2)
-        grid = F.affine_grid(
-            torch.tensor([[[side, 0, x], [0, scale, y]]]).float(), (1, 4, RASTER, RASTER), align_corners=False
-        )
+        turn = torch.tensor([[[side, 0, x], [0, scale, y]]]).float()
+        grid = F.affine_grid(turn, (1, 4, RASTER, RASTER), align_corners=False)
         colour = drawn[:3] * drawn[3:]  # what is transparent must not bleed in
         moved = F.grid_sample(torch.cat([colour, drawn[3:]])[None], grid, align_corners=False)[0]
         return torch.cat([moved[:3] / moved[3:].clamp(min=1e-3), moved[3:]])

@@ -222,9 +222,10 @@ PHOTO_CLASSES = {
     "palace": "building",
 }
 
+PROMPT = "a picture of a {}"  # what FedCLIP and fedsim begin with
 TEMPLATES = (
+    *(PROMPT,) * 4,
     *("{}",) * 3,
-    *("a picture of a {}",) * 4,
     *("a photo of a {}",) * 2,
     "a photo of a {}.",
     "a drawing of a {}",
@@ -304,15 +305,16 @@ FILLERS = [
     "detailed",
 ]
 
-MODIFIERS = frozenset(  # words by which interfaces tell states of one picture
-    "up down left right top bottom x check checked checkmark cross plus minus add remove delete off "
-    "on no not disabled slash alert warning info question exclamation error pause play stop start "
-    "ai lock locked unlock cog setting settings edit search share star dollar euro pound yen bolt "
-    "arrow arrows in out circle square small large big mini double simple multiple new open close "
-    "closed empty full half line dots dot user outline upload download sync refresh auto advanced "
-    "free premium android ios bluetooth wifi usb code cancel clock time heart favorite favourite "
-    "badge box low high medium".split()
+_STATES = (
+    "up down left right top bottom x check checked checkmark cross plus minus add remove delete "
+    "off on no not disabled slash alert warning info question exclamation error pause play stop "
+    "start ai lock locked unlock cog setting settings edit search share star dollar euro pound yen "
+    "bolt arrow arrows in out circle square small large big mini double simple multiple new open "
+    "close closed empty full half line dots dot user outline upload download sync refresh auto "
+    "advanced free premium android ios bluetooth wifi usb code cancel clock time heart favorite "
+    "favourite badge box low high medium"
 )
+MODIFIERS = frozenset(_STATES.split())  # by such words interfaces tell states of one picture
 
 _PHYSICAL = {5, 6, 8, 13, 17, 19, 20}  # animal artifact body food object phenomenon plant
 _PERSON = 18
@@ -443,8 +445,9 @@ class HeldOut:
     @classmethod
     def read(cls, file: Path) -> "HeldOut":
         """One concept a line, its names separated by bars."""
-        names = (x for line in file.read_text(encoding="utf8").splitlines() for x in line.split("|"))
-        return cls.of({name for x in names for name in (x, x.replace("’", ""))})
+        lines = file.read_text(encoding="utf8").splitlines()
+        names = {name for line in lines for name in line.split("|")}
+        return cls.of(names | {name.replace("\u2019", "") for name in names})
 
     @classmethod
     def of(cls, names: set[str]) -> "HeldOut":

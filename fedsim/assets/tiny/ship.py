@@ -1,0 +1,54 @@
+"""The last stage: one file of half-precision weights that open_clip loads.  Source: ours."""
+
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fedsim.assets.tiny.align import ImageHead
+from fedsim.assets.tiny.distil import CONFIG
+from fedsim.assets.tiny.words import PROMPT
+
+
+@torch.no_grad()
+def assemble(clip: nn.Module, network: nn.Module, head: ImageHead, scale: Tensor) -> None:
+    """Puts the tower without its classifier, the folded projection and the scale into `clip`."""
+    trunk = {k: v for k, v in network.state_dict().items() if not k.startswith("classifier")}
+    clip.visual.trunk.load_state_dict(trunk)
+    weight, bias = head.folded()
+    clip.visual.head.proj.weight.copy_(weight)
+    clip.visual.head.proj.bias.copy_(bias)
+    clip.logit_scale.fill_(scale)
+
+
+def save(clip: nn.Module, file: Path) -> None:
+    """Writes half-precision safetensors, whole or not at all."""
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in clip.state_dict().items()}
+    unfinished = file.with_suffix(".part")
+    save_file({k: v.contiguous() for k, v in halves.items()}, unfinished)
+    unfinished.rename(file)
+
+
+def load(file: Path):
+    """(model, preprocessing, tokenizer) just as a user gets them."""
+    open_clip.add_model_config(CONFIG)
+    clip, _, preprocess = open_clip.create_model_and_transforms(CONFIG.stem, pretrained=str(file))
+    return clip.eval(), preprocess, open_clip.get_tokenizer(CONFIG.stem)
+
+
+def towers(clip: nn.Module):
+    """Functions from the tower's features, and from class names, to unit vectors."""
+    tokenizer = open_clip.get_tokenizer(CONFIG.stem)
+
+    @torch.inference_mode()
+    def image(features: Tensor) -> Tensor:
+        return F.normalize(clip.visual.head(features), dim=-1)
+
+    @torch.inference_mode()
+    def text(names: list[str]) -> Tensor:
+        return clip.encode_text(tokenizer([PROMPT.format(name) for name in names]), normalize=True)
+
+    return image, text

@@ -1,0 +1,159 @@
+"""Makes tiny.safetensors from nothing: `uv run --group assets python fedsim/assets/tiny/train.py`.
+
+Every stage leaves a file in the cache, and a second run goes on after the last one that is there.
+`--develop` holds out the development set and measures on it instead of writing the model.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from fedsim.assets.tiny import align, captions, corpus, develop, distil, encode, ship, tower
+from fedsim.assets.tiny.words import HeldOut
+
+MODEL = Path(__file__).with_name("tiny.safetensors")
+CACHE = Path.home() / ".cache/fedsim/tiny"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of one training run, each made from the ones before it."""
+
+    cache: Path
+    developing: bool
+
+    @property
+    def downloads(self) -> Path:
+        return self.cache / "downloads"
+
+    @property
+    def icons_file(self) -> Path:
+        return self.cache / "icons.jsonl"
+
+    @property
+    def texts_file(self) -> Path:
+        return self.cache / "texts.npy"
+
+    @cached_property
+    def icons(self) -> list[corpus.Icon]:
+        return corpus.load(self.icons_file)
+
+    @cached_property
+    def texts(self) -> captions.Texts:
+        return captions.read_texts(self.texts_file)
+
+    @cached_property
+    def views(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return encode.read(self.cache / "features")
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        always = HeldOut.read(corpus.HELD_OUT)
+        hidden = develop.unseen(self.icons).names if self.developing else frozenset()
+        return HeldOut(always.names | hidden)
+
+    def prepare(self) -> None:
+        """Downloads, icons, their features, and the teacher's vectors."""
+        _stage("fetch", None, lambda: corpus.fetch_all(self.downloads))
+        _stage("corpus", self.icons_file, self._write_icons)
+        marker = self.cache / "features" / "complete"
+        _stage("encode", marker, lambda: self._encode(marker))
+        _stage("teacher", self.texts_file, self._write_texts)
+
+    def _write_icons(self) -> None:
+        found, counts = corpus.icons(self.downloads, HeldOut.read(corpus.HELD_OUT))
+        for family, count in counts.items():
+            print(f"  {family}: {dict(count)}")
+        corpus.save(found, self.icons_file)
+
+    def _write_texts(self) -> None:
+        captions.write_texts(self.icons_file, self.downloads, self.texts_file)
+
+    def _encode(self, marker: Path) -> None:
+        encode.encode(self.icons_file, self.downloads, marker.parent)
+        marker.touch()
+
+    @cached_property
+    def corpus(self) -> align.Corpus:
+        """What the heads are trained on, less the held-out concepts and families."""
+        features, rows = self.views
+        photos = captions.of_photos(self.downloads)
+        kept = [i for i, photo in enumerate(photos) if not self.held_out.covers(photo.name)]
+        usable = torch.tensor([self._is_usable(icon) for icon in self.icons])[rows]
+        weights, grey = align.photo_statistics(tower.pretrained(self.downloads))
+        return align.Corpus(
+            features=features[usable],
+            rows=rows[usable],
+            things=captions.of_icons(self.icons) + photos,
+            photos=torch.tensor(kept) + len(self.icons),
+            weights=weights,
+            grey=grey,
+        )
+
+    def _is_usable(self, icon: corpus.Icon) -> bool:
+        hidden = icon.family in corpus.DEVELOPMENT or self.held_out.covers(icon.name)
+        return not (self.developing and hidden)
+
+    def train(self) -> torch.nn.Module:
+        """The finished dual encoder."""
+        kind = "develop" if self.developing else "final"
+        image, text, scale = self._heads(self.cache / f"{kind}-heads.pt")
+        clip = distil.model()
+        file = self.cache / f"{kind}-text.pt"
+        _stage("distil", file, lambda: self._distil(clip, text, file))
+        clip.load_state_dict(torch.load(file))
+        clip.eval()
+        towards = captions.Texts(self.texts.names, distil.embed(clip, self.texts))
+        image, scale = align.refit(self.corpus, towards, image, scale)
+        ship.assemble(clip, tower.pretrained(self.downloads), image, scale)
+        return clip
+
+    def _heads(self, file: Path):
+        _stage("align", file, lambda: torch.save(align.train(self.corpus, self.texts), file))
+        return torch.load(file, weights_only=False)
+
+    def _distil(self, clip: torch.nn.Module, text: align.TextHead, file: Path) -> None:
+        distil.train(clip.train(), text, self.texts, self.corpus.things)
+        torch.save(clip.state_dict(), file)
+
+    def measure(self, clip: torch.nn.Module) -> None:
+        """Accuracy on the development set, in percent, mean over classes."""
+        samples = [develop.drawings(self.icons, *self.views, develop.unseen(self.icons))]
+        samples += develop.photographs(self.downloads)
+        for sample in samples:
+            print(sample.accuracy(*ship.towers(clip)))
+
+
+def _stage(name: str, file: Path | None, work: Callable[[], None]) -> None:
+    if file and file.exists():
+        print(f"{name}: done before", flush=True)
+        return
+    print(f"{name} ...", flush=True)
+    began = time.monotonic()
+    work()
+    print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=CACHE, help="default: %(default)s")
+    parser.add_argument("--develop", action="store_true", help="measure, write no model")
+    parser.add_argument("--out", type=Path, default=MODEL, help="default: %(default)s")
+    options = parser.parse_args()
+    options.cache.mkdir(parents=True, exist_ok=True)
+    stages = Stages(options.cache, options.develop)
+    stages.prepare()
+    clip = stages.train()
+    if options.develop:
+        stages.measure(clip)
+    else:
+        ship.save(clip, options.out)
+
+
+if __name__ == "__main__":
+    main()
