@@ -72,7 +72,10 @@ def prepare(config: Config) -> Experiment:
     check_reachable(config.address)
     if config.gpus_per_actor and config.address is None and not torch.cuda.is_available():
         raise InputError(f"--gpus-per-actor {config.gpus_per_actor:g}, but torch finds no GPU on this machine")
-    source = config.dataset.load(config.data_dir)
+    try:
+        source = config.dataset.load(config.data_dir)
+    except OSError as error:  # a folder that this user may not read, say
+        raise InputError(f"--data-dir cannot be read: {error.filename}: {error.strerror}") from None
     weights = None if isinstance(source, Features) else _weights(config)
     if isinstance(source, Features) and (config.backbone or config.pretrained):
         raise InputError("features of one's own have their encoder behind them; leave --backbone and --pretrained out")

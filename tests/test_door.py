@@ -166,6 +166,12 @@ def test_a_truncated_image_is_named_and_skipped_only_when_asked_for(pictures, co
     assert report.facts["skipped"] == ["ink/cat/3.png"] and report.facts["images"] == 23
 
 
+def test_a_link_to_nowhere_is_named(pictures, config):
+    (pictures / "ink" / "cat" / "9.png").symlink_to("nowhere.png")
+    with pytest.raises(InputError, match=r"ink/cat/9.png cannot be read: No such file"):
+        run(config(dataset="folder", data_dir=pictures, held_out=("oil",)))
+
+
 def test_weights_that_are_none_are_refused_and_never_unpickled(tmp_path, config, pictures):
     evil = tmp_path / "evil.pt"
     trap = tmp_path / "trap"

@@ -88,7 +88,10 @@ class Images(Labelled):
             if isinstance(file, bytes):
                 digest.update(blake2b(file).digest())
             else:
-                stat = file.stat()
+                try:
+                    stat = file.stat()
+                except OSError as error:  # a link to nowhere, say
+                    raise InputError(f"{name} cannot be read: {error.strerror}") from None
                 digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 

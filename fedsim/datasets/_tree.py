@@ -13,6 +13,9 @@ import numpy as np
 from fedsim.datasets import UNSAID, Images
 from fedsim.errors import InputError, listing
 
+# Nobody means these as the only classes; Dassl's office_home_dg has them between domain and class.
+SPLIT_FOLDERS = {"train", "val", "valid", "validation", "crossval", "test", "full"}
+
 
 class Part(NamedTuple):
     """A folder of class folders: a domain, or that much of it which the set itself put into a split."""
@@ -96,6 +99,10 @@ def list_tree(base: Path, parts: Sequence[Part], class_names: Mapping[str, str] 
     classes = sorted({name for _, name in here})
     if not classes:
         raise InputError(f"wanted domain/class/file in {base}; no class folders in: {listing(domains)}")
+    if all(name.lower() in SPLIT_FOLDERS for name in classes):
+        raise InputError(
+            f"wanted domain/class/file in {base}; where classes should be, there are splits: {listing(classes)}"
+        )
     if absent := [f"{d}/{c}" for d in domains for c in classes if (d, c) not in here]:
         raise InputError(
             f"wanted every class in every domain of {base}; missing: {listing(absent)}; "
@@ -143,7 +150,8 @@ def apply_lists(images: Images, root: Path, base: Path, lists: Mapping[str, int]
         lists: split of each kind of file; `{}` in its name stands for the domain.
 
     Raises:
-        InputError: a file is missing, a line is not of that form, is named by two splits, or names no image.
+        InputError: a file is missing, is not UTF-8, or names no image of a domain; a
+            line is not of that form, is named by two splits, or names no image.
     """
     wanted = {form.format(domain): split for form, split in lists.items() for domain in images.domains}
     around = [base] if base == root else [base, base.parent]
@@ -161,7 +169,11 @@ def apply_lists(images: Images, root: Path, base: Path, lists: Mapping[str, int]
     }
     split = np.full(len(images), UNSAID, np.int8)
     for name, code in wanted.items():
-        for number, line in enumerate((place / name).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = (place / name).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{place / name} wants UTF-8 text; {error}") from None
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             image, _, label = line.strip().rpartition(" ")
@@ -173,6 +185,8 @@ def apply_lists(images: Images, root: Path, base: Path, lists: Mapping[str, int]
                 raise InputError(f"{name}:{number} names {image}, which another split has too")
             split[rows[image]] = code
     listed = np.flatnonzero(split != UNSAID)
+    if idle := [d for k, d in enumerate(images.domains) if k not in images.domain[listed]]:
+        raise InputError(f"split 'own': the split files in {place} name no image of {listing(idle)}")
     return replace(images, split=split).take(listed)
 
 
