@@ -578,7 +578,7 @@ def _heat(report: Report, clients: np.ndarray, rows: np.ndarray, alt: str) -> Pl
         # A square root, or the many small cells of a skewed partition would all be white.
         image = heat.imshow(cells, cmap="Blues", norm=PowerNorm(0.5, 0), aspect="auto", interpolation="none")
         heat.grid(False)
-        heat.set(xlabel="clients, grouped by the domain of most rows", ylabel="class")
+        heat.set(xlabel="clients, grouped by the domain of most rows", ylabel="class" if named else "class, by number")
         heat.set_xticks([])
         if named:
             heat.set_yticks(range(len(report.classes)), [short(name) for name in report.classes], fontsize="small")

@@ -79,7 +79,7 @@ class Stages:
         marker.touch()
 
     @cached_property
-    def corpus(self) -> align.Corpus:
+    def material(self) -> align.Corpus:
         """What the heads are trained on, less the held-out concepts and families."""
         features, rows = self.views
         photos = captions.of_photos(self.downloads)
@@ -109,16 +109,16 @@ class Stages:
         clip.load_state_dict(torch.load(file))
         clip.eval()
         towards = captions.Texts(self.texts.names, distil.embed(clip, self.texts))
-        image, scale = align.refit(self.corpus, towards, image, scale)
+        image, scale = align.refit(self.material, towards, image, scale)
         ship.assemble(clip, tower.pretrained(self.downloads), image, scale)
         return clip
 
     def _heads(self, file: Path):
-        _stage("align", file, lambda: torch.save(align.train(self.corpus, self.texts), file))
+        _stage("align", file, lambda: torch.save(align.train(self.material, self.texts), file))
         return torch.load(file, weights_only=False)
 
     def _distil(self, clip: torch.nn.Module, text: align.TextHead, file: Path) -> None:
-        distil.train(clip.train(), text, self.texts, self.corpus.things)
+        distil.train(clip.train(), text, self.texts, self.material.things)
         torch.save(clip.state_dict(), file)
 
     def measure(self, clip: torch.nn.Module) -> None:

@@ -1,0 +1,188 @@
+"""Runs side by side: what differs, means over seeds, and one sentence for a folder that is no finished run."""
+
+import re
+import statistics
+
+import pandas as pd
+import pytest
+import yaml
+
+from fedsim import InputError, run
+from fedsim.__main__ import main
+from fedsim.compare import compare
+
+
+@pytest.fixture
+def runs(config, tmp_path, monkeypatch):
+    """Runs named experiments; returns their folders and reports."""
+    monkeypatch.setattr("fedsim.simulate.write_page", lambda report, file: file.touch())  # test_page.py reads those
+
+    def make(**experiments):
+        folders = [tmp_path / name for name in experiments]
+        made = [config(out=folder, **fields) for folder, fields in zip(folders, experiments.values(), strict=True)]
+        return folders, [run(one) for one in made]
+
+    return make
+
+
+def percent(accuracy: float) -> str:
+    return f"{100 * accuracy:.1f}"
+
+
+def test_a_row_has_what_differs_and_what_its_report_says(runs, tmp_path):
+    folders, reports = runs(slow={"method": {"name": "fedclip", "lr": 1e-4}}, fast={"method": {"lr": 1e-3}})
+    table, page = compare(folders, tmp_path / "pages" / "page.html")
+    assert page == tmp_path / "pages" / "page.html"
+    assert list(table.columns) == [
+        "name",
+        "method.lr",
+        "chosen round",
+        "generalization",
+        "personalization",
+        "worst tenth",
+        "validation",
+        "zero-shot generalization",
+        "megabytes up",
+        "seconds",
+    ]
+    for row, name, lr, report in zip(
+        table.to_dict("records"), ("slow", "fast"), ("0.0001", "0.001"), reports, strict=True
+    ):
+        means = report.summary()
+        assert (row["name"], row["method.lr"], row["chosen round"]) == (name, lr, str(report.chosen_round))
+        assert row["generalization"] == percent(means["generalization"])
+        assert row["personalization"] == percent(means["personalization"])
+        assert row["worst tenth"] == percent(means["worst_tenth"])
+        assert row["validation"] == percent(means["validation"])
+        assert row["zero-shot generalization"] == percent(report.zero_shot_summary()["generalization"])
+        assert float(row["megabytes up"]) == pytest.approx(report.round_table().bytes_up.sum() / 1e6, rel=0.01)
+    text = page.read_text()
+    assert not re.search(r'(src|href)="(?!#|data:image/png)', text)
+    assert all(f"<td>{cell}</td>" in text for cell in table.iloc[:, 1:].to_numpy().ravel())
+    assert str(tmp_path) not in text
+
+
+def test_runs_of_several_seeds_are_also_a_mean_and_a_sample_deviation(runs, tmp_path):
+    probe = {"method": "probe"}
+    folders, reports = runs(
+        a=probe,
+        b=probe | {"seed": 1, "partition_seed": 1},
+        c=probe | {"seed": 2, "partition_seed": 2},
+        z={"method": "zero_shot"},
+    )
+    table, page = compare(folders, tmp_path / "page.html")
+    assert list(table.name) == ["a", "b", "c", "z", "probe (3 seeds)"]
+    assert list(table.n) == ["1", "1", "1", "1", "3"]
+    own = [report.summary()["personalization"] for report in reports[:3]]
+    assert len(set(own)) > 1
+    assert table.personalization[4] == f"{percent(statistics.mean(own))} ± {percent(statistics.stdev(own))}"
+    assert list(table.method) == ["probe", "probe", "probe", "zero_shot", "probe"]
+    assert list(table.seed) == ["0", "1", "2", "0", ""]
+    assert "method.lr" not in table  # of one method there is one value
+    text = page.read_text()
+    assert "deal rows to clients differently (partition_seed)" in text
+    assert "Nothing travels in: z." in text
+
+
+def test_a_seed_that_was_run_twice_counts_once(runs, tmp_path):
+    folders, _ = runs(a={}, again={}, b={"seed": 1})
+    table, page = compare(folders, tmp_path / "page.html")
+    assert list(table.n) == ["1", "1", "1", "2"]
+    assert "Means leave out 1 run of a seed that another run has already." in page.read_text()
+
+
+def test_different_data_and_domains_are_compared_and_said_so(runs, features_dir, tmp_path):
+    (tmp_path / "data").symlink_to(features_dir)
+    folders, _ = runs(
+        a={}, b={"data_dir": tmp_path / "data"}, c={"held_out": ()}, d={"rounds": 0, "server": "local_only"}
+    )
+    table, page = compare(folders, tmp_path / "page.html")
+    assert list(table.data_dir) == [features_dir.name, "data", features_dir.name, features_dir.name]
+    assert list(table.held_out) == ["ink", "ink", "none", "ink"]
+    assert table.generalization[2] == "-"
+    text = page.read_text()
+    assert f"on different data ({features_dir.name}; data)" in text.replace(", ", "; ")
+    assert "hold out different domains (ink, none)" in text
+
+
+def test_folders_of_one_name_are_told_apart(runs, tmp_path):
+    folders, _ = runs(**{"one/run": {"rounds": 0}, "two/run": {"rounds": 0}})
+    table, _ = compare(folders, tmp_path / "page.html")
+    assert list(table.name) == ["one/run", "two/run"]
+
+
+def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
+    folders, _ = runs(a={}, b={"seed": 1})
+    pages = [compare(folders, tmp_path / f"{k}.html")[1].read_bytes() for k in range(2)]
+    assert pages[0] == pages[1]
+
+
+def test_runs_without_rounds_or_bytes_have_words_in_place_of_plots(runs, tmp_path):
+    folders, _ = runs(a={"rounds": 0}, b={"rounds": 0, "held_out": ()})
+    text = compare(folders, tmp_path / "page.html")[1].read_text()
+    assert "<svg" not in text
+    assert "No run did a round" in text and "Nothing travels in: a, b." in text
+
+
+@pytest.fixture
+def bad(runs, tmp_path):
+    """Folders that are no finished runs, by what is wrong with them."""
+    (good,), _ = runs(good={"rounds": 1})
+    (tmp_path / "file").write_text("")
+
+    def like(name, *without):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in good.iterdir():
+            if file.name not in without:
+                (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    tables = "scores.parquet", "zero_shot.parquet", "rounds.parquet"
+    cut = like("cut")
+    (cut / "scores.parquet").write_bytes((cut / "scores.parquet").read_bytes()[:100])
+    other = like("other")
+    pd.DataFrame({"round": [1]}).to_parquet(other / "scores.parquet")
+    short = like("short")
+    fields = yaml.safe_load((short / "config.yaml").read_text())
+    (short / "config.yaml").write_text(yaml.safe_dump(fields | {"rounds": 9}))
+    alien = like("alien")
+    (alien / "config.yaml").write_text("lr: 1\n")
+    return {
+        "nowhere": ([tmp_path / "nowhere"], "nowhere is not there"),
+        "a file": ([tmp_path / "file"], "file is a file"),
+        "no run": (
+            [tmp_path],
+            "is not a run of fedsim: it lacks config.yaml, scores.parquet, zero_shot.parquet, rounds.parquet",
+        ),
+        "no table": ([like("half", "scores.parquet", "checkpoint.safetensors")], "it lacks scores.parquet"),
+        "unfinished": ([like("going", *tables)], "going is not finished (it lacks scores.parquet,"),
+        "cut short": ([cut], "scores.parquet is not a whole Parquet file"),
+        "other columns": ([other], "lacks the columns client, domain, split, correct, total"),
+        "fewer rounds": ([short], "short is not finished: it did 1 of 9 rounds"),
+        "another's config": ([alien], "config.yaml is not a run of fedsim: it lacks dataset"),
+        "twice": ([good, good], "compare wants each run once; given twice"),
+        "none": ([], "compare wants the folder of at least one run"),
+    }
+
+
+def test_what_is_no_finished_run_is_one_sentence(bad, tmp_path):
+    for case, (folders, sentence) in bad.items():
+        with pytest.raises(InputError) as error:
+            compare(folders, tmp_path / "page.html")
+        assert sentence in str(error.value), case
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "page.html").exists()
+    with pytest.raises(InputError, match="--out wants a file for the page"):
+        compare([tmp_path / "good"], tmp_path)
+    with pytest.raises(InputError, match=r"cannot be written: (Not a directory|File exists)"):
+        compare([tmp_path / "good"], tmp_path / "file" / "page.html")
+
+
+def test_the_command_line_shows_the_table_and_the_page(runs, tmp_path, capsys):
+    folders, reports = runs(a={}, b={"seed": 1})
+    assert main(["compare", *map(str, folders), "--out", str(tmp_path / "page.html")]) == 0
+    shown = capsys.readouterr().out
+    assert percent(reports[0].summary()["personalization"]) in shown and "(2 seeds)" in " ".join(shown.split())
+    assert main(["compare", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is not there" in capsys.readouterr().err

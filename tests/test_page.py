@@ -1,0 +1,267 @@
+"""The page of a run says what its report says, in every shape a run can have, and loads nothing."""
+
+from dataclasses import replace
+from functools import cache
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedsim import Config, run
+from fedsim.checkpoint import load_checkpoint
+from fedsim.page import curves, portable, size, write_page
+from fedsim.report import Report
+
+
+class Page(HTMLParser):
+    """Tables by caption as rows of cells, attributes that could load something, and the words."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables, self.links, self.alts, self.ids, self.words = {}, [], [], [], ""
+        self.headings, self.details, self._open = [], 0, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.links += [attrs[name] for name in ("src", "href", "xlink:href", "data", "action") if name in attrs]
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.alts += [attrs["aria-label"]] if attrs.get("role") == "img" else []
+        self.details += tag == "details"
+        if tag == "table":
+            self._rows, self._caption = [], ""
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._rows[-1].append("")
+        self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+        if tag == "table":
+            self.tables[self._caption] = self._rows
+
+    def handle_data(self, data):
+        self.words += data
+        here = self._open[-1] if self._open else ""
+        if here in ("td", "th"):
+            self._rows[-1][-1] += data
+        elif here == "caption":
+            self._caption += data
+        elif here in ("h1", "h2"):
+            self.headings.append(data)
+
+    def table(self, start: str) -> list[list[str]]:
+        return next(rows for caption, rows in self.tables.items() if caption.startswith(start))
+
+
+def percent(accuracy: float) -> str:
+    return "-" if np.isnan(accuracy) else f"{100 * accuracy:.1f}"
+
+
+SHAPES = {
+    "plain": {},
+    "no held-out domain": {"held_out": ()},
+    "two held-out domains": {"held_out": ("ink", "oil"), "partition": "iid", "clients": 3},
+    "no round": {"rounds": 0},
+    "one round": {"rounds": 1},
+    "zero-shot": {"method": "zero_shot"},
+    "everyone alone": {"server": "local_only"},
+    "everyone alone, nothing held out": {"server": "local_only", "held_out": ()},
+    "no validation rows": {"partition": "iid", "clients": 40, "train_share": 0.7},
+    "many clients": {"partition": "iid", "clients": 48},
+}
+
+
+@pytest.fixture(scope="module")
+def shown(features_dir, tmp_path_factory):
+    """Report, page and folder of a shape, run once for all tests."""
+    quick = {"dataset": "features", "data_dir": features_dir, "held_out": ("ink",), "rounds": 3, "actors": 0}
+
+    @cache
+    def show(shape: str) -> tuple[Report, Page, Config]:
+        config = Config(**quick | {"out": tmp_path_factory.mktemp("run") / "run"} | SHAPES[shape])
+        report = run(config)
+        return report, Page((config.folder() / "report.html").read_text()), config
+
+    return show
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_summary_is_the_report_s_and_nothing_is_loaded(shape, shown):
+    report, page, _ = shown(shape)
+    before, after = report.zero_shot_summary(), report.summary()
+    rows = page.table("Top-1 accuracy")
+    assert [row[1:3] for row in rows[1:]] == [
+        [percent(before[key]), percent(after[key])]
+        for key in ("generalization", "personalization", "worst_tenth", "validation")
+    ]
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.headings[1:] == ["Round by round", "By domain", "By client", "Who holds what", "What was run"]
+    assert {len(row) for rows in page.tables.values() for row in rows} <= {2, 4, 7, 8}
+    assert all(len(alt) > 20 for alt in page.alts)
+
+
+def test_words_stand_where_a_plot_would_be_empty(shown):
+    plots = {}
+    for shape in ("plain", "no round", "zero-shot", "everyone alone"):
+        page = shown(shape)[1]
+        plots[shape] = [alt.split(":")[0].split(" from ")[0].split(" of ")[0] for alt in page.alts]
+        assert ("Nothing is trained" in page.words) == (shape == "zero-shot")
+        assert ("Nothing travels" in page.words) == (shape in ("zero-shot", "everyone alone"))
+    always = ["Accuracy by domain in percent", "Accuracy by client", "Train rows"]
+    by_round, by_bytes, loss = "Accuracy by round", "Accuracy against bytes", "Training loss by round"
+    assert plots == {
+        "plain": [by_round, by_bytes, loss, *always],
+        "no round": always,
+        "zero-shot": [by_round, *always],
+        "everyone alone": [by_round, loss, *always],
+    }
+
+
+def test_the_page_says_how_the_round_was_chosen(shown):
+    report, page, _ = shown("plain")
+    assert f"Round {report.chosen_round} of 3 is reported: the first of the best mean validation" in page.words
+    report, page, _ = shown("no validation rows")
+    assert np.isnan(report.summary()["validation"])
+    assert "Round 3 is reported because it is the last: no client has validation rows" in page.words
+    assert "No round was run" in shown("no round")[1].words
+    for shape in SHAPES:
+        own = "Each of 2 clients has a model of its own" in shown(shape)[1].words
+        assert own == (shape == "everyone alone")
+
+
+def test_tables_by_domain_and_client_count_rows_and_accuracy(shown):
+    report, page, _ = shown("plain")
+    scores, zero = report.score_table(), report.zero_shot_table()
+    scores = scores[(scores["round"] == report.chosen_round) & (scores.split == "test")]
+    zero = zero[zero.split == "test"]
+    # 4 classes of 30 rows: a domain has 120, cut 72, 24, 24; the held-out one is all test rows.
+    held = {"ink (held out)": ["0", "0", "120"], "oil": ["72", "24", "24"], "photo": ["72", "24", "24"]}
+    rows = {row[0]: row[1:] for row in page.table("Rows by domain")[1:]}
+    assert {name: cells[:3] for name, cells in rows.items()} == held
+    clients = {row[0]: row[1:] for row in page.table("Rows by client")[1:]}
+    assert {client: cells[-1] for client, cells in clients.items()} == {"0": "oil", "1": "photo"}
+    for domain, name, client in (("ink", "ink (held out)", None), ("oil", "oil", "0"), ("photo", "photo", "1")):
+        of = [table[table.domain == domain] for table in (zero, scores)]
+        accuracies = [float(table.correct.sum() / table.total.sum()) for table in of]
+        assert rows[name][3:5] == [percent(accuracy) for accuracy in accuracies]
+        assert rows[name][5] == f"{round(100 * (accuracies[1] - accuracies[0]), 1) + 0.0:+.1f}"
+        assert client is None or clients[client][3:6] == rows[name][3:]
+
+
+def test_the_same_report_gives_the_same_bytes(shown, config, tmp_path):
+    report, _, ours = shown("plain")
+    bytes_of = (ours.folder() / "report.html").read_bytes()
+    restored = load_checkpoint(ours.folder(), ours.experiment())[1]
+    write_page(restored, tmp_path / "restored.html")
+    assert (tmp_path / "restored.html").read_bytes() == bytes_of
+    again = run(config(out=tmp_path / "again"))
+    again.rounds[:, 4] = report.rounds[:, 4]  # seconds
+    write_page(again, tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_bytes() == bytes_of
+
+
+def test_nothing_of_the_machine_is_on_the_page(shown, features_dir):
+    _, _, ours = shown("plain")
+    text = (ours.folder() / "report.html").read_text()
+    assert str(ours.folder().parent) not in text and str(features_dir.parent) not in text
+    assert f"data_dir: {features_dir.name}" in text
+    assert portable({"a": ["/x/y.pt", "z"], "b": 1}) == {"a": ["y.pt", "z"], "b": 1}
+
+
+def test_names_are_text_and_never_markup(features_dir, config, tmp_path):
+    odd = {"oil": "<script>alert(1)</script>", "photo": "a$b$ & _c"}
+    for file in ("features", "classes"):
+        table = pd.read_parquet(features_dir / f"{file}.parquet")
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        table.replace({"domain": odd}).to_parquet(tmp_path / "odd" / f"{file}.parquet")
+    run(config(data_dir=tmp_path / "odd", rounds=1))
+    text = (tmp_path / "run" / "report.html").read_text()
+    page = Page(text)
+    assert "<script" not in text
+    assert [row[0] for row in page.table("Rows by domain")[1:]] == [
+        "<script>alert(1)</script>",
+        "a$b$ & _c",
+        "ink (held out)",
+    ]
+
+
+def test_skipped_images_are_listed(shown, tmp_path):
+    report = shown("no round")[0]
+    skipped = {"skipped": ["ink/cat/3.png", "/home/me/oil/dog/1.png"]}
+    write_page(replace(report, facts=report.facts | skipped), tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text())
+    assert page.table("Unreadable images")[1:] == [["ink/cat/3.png"], ["1.png"]]
+    assert "2 unreadable images were left out" in page.words
+
+
+def crowd(clients: int, classes: int = 60, domains: int = 5) -> Report:
+    """A report of many clients, of which each tenth is right on 1 of 4 test rows and the others on 3."""
+    ids = np.arange(clients)
+    domain = ids % domains
+    cells = [np.column_stack([ids, domain, (ids * 7 + k) % classes, 0 * ids, 1 + k + 0 * ids]) for k in range(4)]
+    tests = np.column_stack([ids, domain, ids % classes, 2 + 0 * ids, 4 + 0 * ids])
+    counts = np.column_stack([ids, domain, 1 + 0 * ids, np.where(ids % 10, 3, 1), 4 + 0 * ids])
+    config = {
+        "dataset": {"name": "glyphs"},
+        "data_dir": None,
+        "held_out": [],
+        "method": {"name": "probe"},
+        "server": {"name": "fedavg"},
+    }
+    names = [[f"{what} {k}" for k in range(count)] for what, count in (("domain", domains), ("class", classes))]
+    report = Report(config, *names, [], {"versions": {"fedsim": "1"}, "skipped": []})
+    report.holdings = np.concatenate([*cells, tests]).astype(np.int64)
+    report.add_zero_shot(counts)
+    for round in (0, 1):
+        report.add_scores(round, counts)
+    report.rounds = np.array([[1, clients, 4e6, 4e6, 0.5, 1.25]])
+    return report
+
+
+def test_a_thousand_clients_fit_in_one_light_page(tmp_path):
+    write_page(crowd(1000), tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    page = Page(text)
+    assert len(text) < 1_000_000
+    assert page.details == 1
+    rows = page.table("Rows by client")[1:]
+    assert [row[:6] for row in rows[:2]] == [
+        ["0", "10", "0", "4", "25.0", "25.0"],
+        ["1", "10", "0", "4", "75.0", "75.0"],
+    ]
+    assert len(rows) == 1000
+    assert "Worst tenth: 100 of 1000 clients, mean 25.0%." in page.words
+    assert "Train rows of 1000 clients by class and domain: 10000 in all, 10 to 10 a client" in page.alts
+
+
+def test_more_clients_than_fit_are_cut_to_the_lowest(tmp_path):
+    write_page(crowd(3000), tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    rows = Page(text).table("Rows by client")[1:]
+    assert len(text) < 1_000_000 and len(rows) == 1000
+    assert sum(row[5] == "25.0" for row in rows) == 300  # each tenth of 3000 clients is among the lowest 1000
+
+
+def test_curves_are_the_summaries_of_each_round(shown):
+    report = shown("two held-out domains")[0]
+    lines = curves(report.score_table(), report.held_out)
+    assert list(lines.index) == [0, 1, 2, 3]
+    for round in lines.index:
+        summary = report.summary(round)
+        assert lines.loc[round].to_dict() == pytest.approx({key: summary[key] for key in lines.columns}, abs=1e-12)
+
+
+def test_bytes_are_written_for_people():
+    assert [size(count) for count in (0, 999, 1000, 12_345, 106_444_800, 2.5e9)] == [
+        "0 B",
+        "999 B",
+        "1.00 kB",
+        "12.3 kB",
+        "106 MB",
+        "2.50 GB",
+    ]
