@@ -4,13 +4,11 @@ from pathlib import Path
 
 import open_clip
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedsim.assets.tiny.align import ImageHead
 from fedsim.assets.tiny.distil import CONFIG
-from fedsim.assets.tiny.words import PROMPT
 
 
 @torch.no_grad()
@@ -24,11 +22,11 @@ def assemble(clip: nn.Module, network: nn.Module, head: ImageHead, scale: Tensor
     clip.logit_scale.fill_(scale)
 
 
-def save(clip: nn.Module, file: Path) -> None:
+def write(clip: nn.Module, file: Path) -> None:
     """Writes half-precision safetensors, whole or not at all."""
     halves = {k: v.half() if v.is_floating_point() else v for k, v in clip.state_dict().items()}
     unfinished = file.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in halves.items()}, unfinished)
+    unfinished.write_bytes(save({k: v.contiguous() for k, v in halves.items()}))
     unfinished.rename(file)
 
 
@@ -37,18 +35,3 @@ def load(file: Path):
     open_clip.add_model_config(CONFIG)
     clip, _, preprocess = open_clip.create_model_and_transforms(CONFIG.stem, pretrained=str(file))
     return clip.eval(), preprocess, open_clip.get_tokenizer(CONFIG.stem)
-
-
-def towers(clip: nn.Module):
-    """Functions from the tower's features, and from class names, to unit vectors."""
-    tokenizer = open_clip.get_tokenizer(CONFIG.stem)
-
-    @torch.inference_mode()
-    def image(features: Tensor) -> Tensor:
-        return F.normalize(clip.visual.head(features), dim=-1)
-
-    @torch.inference_mode()
-    def text(names: list[str]) -> Tensor:
-        return clip.encode_text(tokenizer([PROMPT.format(name) for name in names]), normalize=True)
-
-    return image, text

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from fedsim.assets.tiny import align, captions, corpus, develop, distil, encode, ship, tower
-from fedsim.assets.tiny.words import HeldOut
+from fedsim.assets.tiny.teacher import Teacher
+from fedsim.assets.tiny.words import HELD_OUT_PHOTOS, HeldOut
 
 MODEL = Path(__file__).with_name("tiny.safetensors")
 CACHE = Path.home() / ".cache/fedsim/tiny"
@@ -83,14 +84,15 @@ class Stages:
         """What the heads are trained on, less the held-out concepts and families."""
         features, rows = self.views
         photos = captions.of_photos(self.downloads)
-        kept = [i for i, photo in enumerate(photos) if not self.held_out.covers(photo.name)]
+        names = [photo.name for photo in photos]
+        hidden = [self.held_out.covers(name) or name in HELD_OUT_PHOTOS for name in names]
         usable = torch.tensor([self._is_usable(icon) for icon in self.icons])[rows]
         weights, grey = align.photo_statistics(tower.pretrained(self.downloads))
         return align.Corpus(
             features=features[usable],
             rows=rows[usable],
             things=captions.of_icons(self.icons) + photos,
-            photos=torch.tensor(kept) + len(self.icons),
+            photos=torch.tensor(hidden).logical_not().nonzero()[:, 0] + len(self.icons),
             weights=weights,
             grey=grey,
         )
@@ -99,34 +101,36 @@ class Stages:
         hidden = icon.family in corpus.DEVELOPMENT or self.held_out.covers(icon.name)
         return not (self.developing and hidden)
 
-    def train(self) -> torch.nn.Module:
+    def heads(self) -> tuple[align.ImageHead, align.TextHead, torch.Tensor]:
+        """The maps into the common space, and the logarithm of the scale."""
+        file = self.cache / ("develop-heads.pt" if self.developing else "heads.pt")
+        _stage("align", file, lambda: torch.save(align.train(self.material, self.texts), file))
+        return torch.load(file, weights_only=False)
+
+    def finish(self) -> torch.nn.Module:
         """The finished dual encoder."""
-        kind = "develop" if self.developing else "final"
-        image, text, scale = self._heads(self.cache / f"{kind}-heads.pt")
-        clip = distil.model()
-        file = self.cache / f"{kind}-text.pt"
+        image, text, scale = self.heads()
+        clip, file = distil.model(), self.cache / "text.pt"
         _stage("distil", file, lambda: self._distil(clip, text, file))
         clip.load_state_dict(torch.load(file))
-        clip.eval()
-        towards = captions.Texts(self.texts.names, distil.embed(clip, self.texts))
+        towards = captions.Texts(self.texts.names, distil.embed(clip.eval(), self.texts))
         image, scale = align.refit(self.material, towards, image, scale)
         ship.assemble(clip, tower.pretrained(self.downloads), image, scale)
         return clip
-
-    def _heads(self, file: Path):
-        _stage("align", file, lambda: torch.save(align.train(self.material, self.texts), file))
-        return torch.load(file, weights_only=False)
 
     def _distil(self, clip: torch.nn.Module, text: align.TextHead, file: Path) -> None:
         distil.train(clip.train(), text, self.texts, self.material.things)
         torch.save(clip.state_dict(), file)
 
-    def measure(self, clip: torch.nn.Module) -> None:
-        """Accuracy on the development set, in percent, mean over classes."""
-        samples = [develop.drawings(self.icons, *self.views, develop.unseen(self.icons))]
-        samples += develop.photographs(self.downloads)
-        for sample in samples:
-            print(sample.accuracy(*ship.towers(clip)))
+    def measure(self) -> None:
+        """Prints accuracies on the development set, with the teacher in the text tower's place."""
+        image, text, _ = self.heads()
+        teacher = Teacher(self.downloads)
+        hidden = develop.unseen(self.icons)
+        samples = [develop.drawings(self.icons, *self.views, hidden)]
+        with torch.inference_mode():
+            for sample in [*samples, *develop.photographs(self.downloads)]:
+                print(sample.accuracy(image, lambda names: text(teacher(names))))
 
 
 def _stage(name: str, file: Path | None, work: Callable[[], None]) -> None:
@@ -148,11 +152,10 @@ def main() -> None:
     options.cache.mkdir(parents=True, exist_ok=True)
     stages = Stages(options.cache, options.develop)
     stages.prepare()
-    clip = stages.train()
     if options.develop:
-        stages.measure(clip)
+        stages.measure()
     else:
-        ship.save(clip, options.out)
+        ship.write(stages.finish(), options.out)
 
 
 if __name__ == "__main__":
