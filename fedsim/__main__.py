@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.clip import EMBEDDED
 from fedsim.config import Config, merged, read_yaml
 from fedsim.errors import InputError, Stopped, listing
 from fedsim.registry import KINDS, available, find
@@ -61,7 +62,8 @@ def parse_run(argv: list[str]) -> tuple[Any, str]:
     flags = _flags(argv)
     file = flags.pop("config", None)
     # The embedded experiment is tuned for its own images and model; with any other, defaults are the papers'.
-    embedded = file is None and flags.get("dataset", "glyphs") == "glyphs" and not flags.get("backbone")
+    ours = {"dataset": {"name": "glyphs"}, "backbone": EMBEDDED[0], "pretrained": EMBEDDED[1]}
+    embedded = file is None and all(flags.get(name) in (None, value) for name, value in ours.items())
     if embedded:
         file = "glyphs"
     below = read_yaml(file) if file else {}
@@ -75,11 +77,14 @@ def compare_command(argv: list[str]) -> int:
     """fedsim compare: runs side by side, as a table and a page."""
     parser = _Parser(prog="fedsim compare", description="Lay finished runs side by side.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folder of a finished run")
-    parser.add_argument("--out", type=Path, default=Path("compare.html"), help="the page (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="where compare.html goes (default: here)"
+    )
     args = parser.parse_args(argv)
     from fedsim.compare import compare
 
-    table, page = compare(args.runs, args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    table, page = compare(args.runs, args.out / "compare.html")
     console = Console()
     console.print(_rich(table))
     console.print(f"page  {page}", highlight=False)
