@@ -17,7 +17,7 @@ from fedsim.assets.tiny.teacher import Teacher
 from fedsim.assets.tiny.words import CLASSES
 
 ABOVE = 6  # hypernyms used of an icon; further ones say little
-EMOJI_WEIGHT = 4.0  # their labels come from CLDR, those of other icons from their file names
+_EMOJI_WEIGHT = 4.0  # CLDR labels them; other icons have but a file name
 _TOKENS = 14_000  # whole-word tokens, the most frequent first, that begin with a word's meaning
 _NOUNS = 8_000
 
@@ -51,11 +51,9 @@ class Texts:
 
 def of_icons(icons: list[corpus.Icon]) -> list[Thing]:
     """One thing an icon, in order."""
-    return [Thing(i.name, i.classes, i.above[:ABOVE], i.tags, _weight(i)) for i in icons]
-
-
-def _weight(icon: corpus.Icon) -> float:
-    return EMOJI_WEIGHT if icon.family in corpus.EMOJI_FAMILIES else 1.0
+    weights = [_EMOJI_WEIGHT if i.family in corpus.EMOJI_FAMILIES else 1.0 for i in icons]
+    found = zip(icons, weights, strict=True)
+    return [Thing(i.name, i.classes, i.above[:ABOVE], i.tags, w) for i, w in found]
 
 
 def of_photos(downloads: Path) -> list[Thing]:

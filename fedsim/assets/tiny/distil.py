@@ -18,7 +18,7 @@ from fedsim.assets.tiny.captions import Texts, Thing, tokens
 from fedsim.assets.tiny.words import FILLERS, PROMPT, TEMPLATES
 
 CONFIG = Path(__file__).with_name("tiny.json")
-STEPS, BATCH = 3600, 256
+STEPS, BATCH = 2800, 256
 RATE, WARMUP = 2e-3, 60
 _SPREAD = 0.03  # of the first token vectors
 _SHARPNESS = 20.0  # of the similarities within a batch that are matched besides the directions

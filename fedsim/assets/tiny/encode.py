@@ -27,9 +27,9 @@ def encode(icons_file: Path, downloads: Path, folder: Path) -> None:
             print(f"encoded {done} of {count} chunks", flush=True)
 
 
-def read(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, 1280) float32 features and (N,) rows of their icons."""
-    parts = [np.load(file) for file in sorted(folder.glob("*.npz"))]
+def read(folder: Path, chunks: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, 1280) float32 features and (N,) rows of their icons, of all or of the first chunks."""
+    parts = [np.load(file) for file in sorted(folder.glob("*.npz"))[:chunks]]
     features = torch.from_numpy(np.concatenate([part["features"] for part in parts])).float()
     return features, torch.from_numpy(np.concatenate([part["icon"] for part in parts]))
 
@@ -41,16 +41,19 @@ def _encode_chunk(job: tuple[Path, Path, Path, int]) -> None:
         return
     torch.set_num_threads(1)
     network, all_icons = _loaded(icons_file, downloads)
-    views, rows, pixels = Views(seed=chunk), [], []
+    views, rows, waiting, found = Views(seed=chunk), [], [], []
     for row in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, len(all_icons))):
         seen = views.of(all_icons[row])
-        pixels += seen
         rows += [row] * len(seen)
-    batches = torch.stack(pixels).split(_BATCH)
-    found = torch.cat([tower.features(network, batch) for batch in batches])
+        waiting += seen
+        while len(waiting) >= _BATCH:
+            found.append(tower.features(network, torch.stack(waiting[:_BATCH])))
+            waiting = waiting[_BATCH:]
+    if waiting:
+        found.append(tower.features(network, torch.stack(waiting)))
     unfinished = file.with_name(f"{file.stem}.part")
     with unfinished.open("wb") as stream:
-        np.savez(stream, features=found.half().numpy(), icon=np.array(rows))
+        np.savez(stream, features=torch.cat(found).half().numpy(), icon=np.array(rows))
     unfinished.rename(file)
 
 

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,10 @@ class ZeroShot:
     @torch.inference_mode()
     def images(self, images: Iterable[Image.Image]) -> torch.Tensor:
         """(N, D) unit rows."""
-        parts = torch.stack([self.preprocess(image) for image in images]).split(_BATCH)
-        return torch.cat([self.clip.encode_image(part, normalize=True) for part in parts])
+        pixels, found = map(self.preprocess, images), []
+        while part := list(islice(pixels, _BATCH)):
+            found.append(self.clip.encode_image(torch.stack(part), normalize=True))
+        return torch.cat(found)
 
     @torch.inference_mode()
     def names(self, names: list[str]) -> torch.Tensor:

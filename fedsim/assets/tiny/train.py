@@ -19,6 +19,9 @@ from fedsim.assets.tiny.words import HELD_OUT_PHOTOS, HeldOut
 
 MODEL = Path(__file__).with_name("tiny.safetensors")
 CACHE = Path.home() / ".cache/fedsim/tiny"
+# About half of the views: they place the texts, and the image head is fitted to all views later.
+# A machine that is short of time can then distil while it encodes the rest.
+_CHUNKS_TO_ALIGN = 24
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class Stages:
     def texts(self) -> captions.Texts:
         return captions.read_texts(self.texts_file)
 
-    @cached_property
-    def views(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return encode.read(self.cache / "features")
+    @property
+    def features(self) -> Path:
+        return self.cache / "features"
 
     @cached_property
     def held_out(self) -> HeldOut:
@@ -62,7 +65,7 @@ class Stages:
         """Downloads, icons, their features, and the teacher's vectors."""
         _stage("fetch", None, lambda: corpus.fetch_all(self.downloads))
         _stage("corpus", self.icons_file, self._write_icons)
-        marker = self.cache / "features" / "complete"
+        marker = self.features / "complete"
         _stage("encode", marker, lambda: self._encode(marker))
         _stage("teacher", self.texts_file, self._write_texts)
 
@@ -80,22 +83,26 @@ class Stages:
         marker.touch()
 
     @cached_property
-    def material(self) -> align.Corpus:
+    def photos(self) -> list[captions.Thing]:
+        return captions.of_photos(self.downloads)
+
+    def material(self, chunks: int | None = None) -> align.Corpus:
         """What the heads are trained on, less the held-out concepts and families."""
-        features, rows = self.views
-        photos = captions.of_photos(self.downloads)
-        names = [photo.name for photo in photos]
-        hidden = [self.held_out.covers(name) or name in HELD_OUT_PHOTOS for name in names]
+        features, rows = encode.read(self.features, chunks)
         usable = torch.tensor([self._is_usable(icon) for icon in self.icons])[rows]
+        shown = [i for i, photo in enumerate(self.photos) if not self._is_hidden(photo)]
         weights, grey = align.photo_statistics(tower.pretrained(self.downloads))
         return align.Corpus(
             features=features[usable],
             rows=rows[usable],
-            things=captions.of_icons(self.icons) + photos,
-            photos=torch.tensor(hidden).logical_not().nonzero()[:, 0] + len(self.icons),
+            things=captions.of_icons(self.icons) + self.photos,
+            photos=torch.tensor(shown) + len(self.icons),
             weights=weights,
             grey=grey,
         )
+
+    def _is_hidden(self, photo: captions.Thing) -> bool:
+        return self.held_out.covers(photo.name) or photo.name in HELD_OUT_PHOTOS
 
     def _is_usable(self, icon: corpus.Icon) -> bool:
         hidden = icon.family in corpus.DEVELOPMENT or self.held_out.covers(icon.name)
@@ -104,8 +111,12 @@ class Stages:
     def heads(self) -> tuple[align.ImageHead, align.TextHead, torch.Tensor]:
         """The maps into the common space, and the logarithm of the scale."""
         file = self.cache / ("develop-heads.pt" if self.developing else "heads.pt")
-        _stage("align", file, lambda: torch.save(align.train(self.material, self.texts), file))
+        _stage("align", file, lambda: self._align(file))
         return torch.load(file, weights_only=False)
+
+    def _align(self, file: Path) -> None:
+        chunks = None if self.developing else _CHUNKS_TO_ALIGN
+        torch.save(align.train(self.material(chunks), self.texts), file)
 
     def finish(self) -> torch.nn.Module:
         """The finished dual encoder."""
@@ -114,12 +125,13 @@ class Stages:
         _stage("distil", file, lambda: self._distil(clip, text, file))
         clip.load_state_dict(torch.load(file))
         towards = captions.Texts(self.texts.names, distil.embed(clip.eval(), self.texts))
-        image, scale = align.refit(self.material, towards, image, scale)
+        image, scale = align.refit(self.material(), towards, image, scale)
         ship.assemble(clip, tower.pretrained(self.downloads), image, scale)
         return clip
 
     def _distil(self, clip: torch.nn.Module, text: align.TextHead, file: Path) -> None:
-        distil.train(clip.train(), text, self.texts, self.material.things)
+        things = captions.of_icons(self.icons) + self.photos
+        distil.train(clip.train(), text, self.texts, things)
         torch.save(clip.state_dict(), file)
 
     def measure(self) -> None:
@@ -127,7 +139,7 @@ class Stages:
         image, text, _ = self.heads()
         teacher = Teacher(self.downloads)
         hidden = develop.unseen(self.icons)
-        samples = [develop.drawings(self.icons, *self.views, hidden)]
+        samples = [develop.drawings(self.icons, *encode.read(self.features), hidden)]
         with torch.inference_mode():
             for sample in [*samples, *develop.photographs(self.downloads)]:
                 print(sample.accuracy(image, lambda names: text(teacher(names))))
