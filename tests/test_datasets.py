@@ -458,8 +458,18 @@ def glyphs() -> Images:
 
 def test_glyphs_are_embedded_and_bring_their_split(glyphs):
     assert all(isinstance(file, bytes) for file in glyphs.files)
-    assert glyphs.unseen_test and set(glyphs.split.tolist()) == {TRAIN, TEST}
+    assert glyphs.unseen_test and set(glyphs.split.tolist()) == {TRAIN, VAL, TEST}
     assert unreadable(glyphs) == []
+
+
+def test_no_glyph_is_tested_or_validated_on_a_concept_that_is_trained_on(glyphs):
+    import fedsim
+
+    table = pq.read_table(Path(fedsim.__file__).parent / "assets" / "glyphs" / "glyphs.parquet")
+    shown = {}
+    for concept, split in zip(table["concept"].to_pylist(), glyphs.split.tolist(), strict=True):
+        shown.setdefault(concept, set()).add(split)
+    assert all(len(splits) == 1 for splits in shown.values())
 
 
 def test_glyphs_have_every_class_in_every_domain(glyphs):
