@@ -203,7 +203,7 @@ def test_a_config_survives_its_own_yaml():
 
 
 def test_without_flags_the_embedded_experiment_runs_and_with_other_data_the_papers_defaults():
-    assert parse_run([])[0].method.weight_decay == 0.0
+    assert parse_run([])[0].method.weight_decay == 0.01
     assert parse_run(["--dataset", "glyphs", "--backbone", "tiny"])[0].method == parse_run([])[0].method
     assert parse_run(["--config", "paper"])[0].method == find("method", "fedclip")()
     assert parse_run(["--dataset", "features", "--data-dir", "x"])[0].method == find("method", "fedclip")()
