@@ -106,16 +106,20 @@ class _Actors(Pool):
         window = 4 * QUEUED * len(self.actors)  # results kept while an earlier one is awaited
         given = 0
         while given < len(items):
-            while todo and todo[0][0] < given + window and (k := self._idle()) is not None:
+            while todo and todo[0][0] < given + window:
+                # A call that has ended an actor has the next one to itself, or it would be the others that are blamed.
+                weight = QUEUED if deaths[todo[0][0]] else 1
+                if (k := self._idle(weight)) is None:
+                    break
                 index, item = todo.popleft()
-                running[self.actors[k].call.remote(name, *shared, item)] = index, item, k
-                self.load[k] += 1
+                running[self.actors[k].call.remote(name, *shared, item)] = index, item, k, weight
+                self.load[k] += weight
             for ref in self._wait([*running, *self.pings]):
                 if ref in self.pings:
                     self._welcome(ref)
                     continue
-                index, item, k = running.pop(ref)
-                self.load[k] -= 1
+                index, item, k, weight = running.pop(ref)
+                self.load[k] -= weight
                 try:
                     results[index] = self.ray.get(ref)
                 except self.ray.exceptions.RayTaskError as error:
@@ -136,9 +140,9 @@ class _Actors(Pool):
         for actor in self.actors:
             self.ray.kill(actor)
 
-    def _idle(self) -> int | None:
+    def _idle(self, weight: int) -> int | None:
         k = min(self.load, key=self.load.get)
-        return k if self.load[k] < QUEUED else None
+        return k if self.load[k] + weight <= QUEUED else None
 
     def _wait(self, refs):
         done, _ = self.ray.wait(refs, timeout=None if self.placed else PLACEMENT_S)
