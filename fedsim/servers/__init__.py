@@ -6,22 +6,26 @@ A rule is pure: parameters and slots in, parameters and slots out. A checkpoint 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from tempfile import TemporaryFile
+from typing import IO, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from fedsim.params import Params, unflatten
+from fedsim.methods import Method, Scope
+from fedsim.params import Params, payload_bytes, unflatten
 from fedsim.registry import component
 
 Slots = dict[str, Params]
 
 
 # What is noted of each client's share of a round; its loss is the mean over local steps in nats, nan without any.
-NOTE = np.dtype([("client", "i8"), ("rows", "i8"), ("loss", "f8"), ("bytes_up", "i8"), ("bytes_down", "i8")])
+NOTE = np.dtype(
+    [("client", "i8"), ("rows", "i8"), ("steps", "i8"), ("loss", "f8"), ("bytes_up", "i8"), ("bytes_down", "i8")]
+)
 
 
 @dataclass(frozen=True)
@@ -32,24 +36,52 @@ class Partial:
         delta: (P,) float64, sum of weight * (trained - received) over the shared tensors.
         weight: sum of the weights.
         clients: (n,) of `NOTE`.
+        message: (Q,) float64, sum of weight * message, of rules whose clients send one.
+        each: (n, P) float32, every client's own delta, in the order of `clients`; of rules that must see each.
+        population: training clients of the run, whoever of them trains.
     """
 
     delta: np.ndarray
     weight: float
     clients: np.ndarray
+    message: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    each: np.ndarray | None = None
+    population: int = 0
 
 
-def add_up(partials: Iterable[Partial]) -> Partial:
-    """The sum of one or more partials, in their order; never holds more than two of them."""
+def add_up(partials: Iterable[Partial], population: int = 0) -> Partial:
+    """The sum of one or more partials, in their order; never holds more than two of them.
+
+    Where each client's delta is wanted, they are laid down in a file without a name, and mapped.
+    """
     partials = iter(partials)
     first = next(partials)
     # Copies: what comes from an actor lies in shared memory, and one note would hold its whole partial there.
-    delta, weight, clients = first.delta.copy(), first.weight, [first.clients.copy()]
+    delta, message, weight, clients = first.delta.copy(), first.message.copy(), first.weight, [first.clients.copy()]
+    file = _laid_down(first.each, TemporaryFile()) if first.each is not None else None
     for partial in partials:
         delta += partial.delta
+        message += partial.message
         weight += partial.weight
         clients.append(partial.clients.copy())
-    return Partial(delta, weight, np.concatenate(clients))
+        if file:
+            _laid_down(partial.each, file)
+    notes = np.concatenate(clients)
+    each = np.memmap(file, np.float32, "r").reshape(len(notes), -1) if file else None
+    return Partial(delta, weight, notes, message, each, population)
+
+
+def _laid_down(each: np.ndarray, file: IO[bytes]) -> IO[bytes]:
+    file.write(each.tobytes())
+    file.flush()
+    return file
+
+
+def blocks(total: Partial, width: int = 1 << 16) -> Iterator[tuple[slice, np.ndarray]]:
+    """Every client's delta, a block of parameters at a time: its place in (P,), and (n, width) float64."""
+    for first in range(0, total.each.shape[1], width):
+        place = slice(first, min(first + width, total.each.shape[1]))
+        yield place, total.each[:, place].astype(np.float64)
 
 
 def mean_delta(total: Partial, like: Params) -> Params:
@@ -74,21 +106,88 @@ class Server(ABC):
         description="weight of a client in the mean: 1 (FedCLIP's code), or its train rows (FedAvg)",
     )
 
-    def weight(self, rows: int, staleness: int = 0) -> float:
-        """A client's weight in the mean, from its train rows and the rounds done since it was sent its parameters."""
+    # Whether `step` needs every client's delta (`Partial.each`), and not their sum alone.
+    sees_each: ClassVar[bool] = False
+
+    def fit(self, method: Method) -> Method:
+        """The method as this rule has it trained.
+
+        Raises:
+            InputError: the rule cannot be used with this method.
+        """
+        return method
+
+    def check(self, params: Params) -> None:
+        """Raises InputError where the module's tensors, in round 0, are not of the kind that the rule speaks of."""
+
+    def scope(self, name: str, scope: Scope) -> Scope:
+        """Who has the tensor of this name, for which the method says `scope`."""
+        return scope
+
+    def weight(self, rows: int, staleness: int = 0, steps: int = 1) -> float:
+        """A client's weight in the mean.
+
+        Args:
+            rows: its train rows.
+            staleness: rounds done since it was sent its parameters.
+            steps: local steps that it took.
+        """
         return float(rows) if self.weighting == "rows" else 1.0
 
-    def is_shared(self, name: str) -> bool:
-        """Whether the rule combines the tensor of this name at all."""
-        return True
-
     def local_term(self, params: Params, received: Params) -> Tensor | float:
-        """What the rule adds to every client's loss; `params` carry gradients, `received` are constants."""
+        """What the rule adds to every client's loss.
+
+        Args:
+            params: what the client trains, shared and private; these carry gradients.
+            received: the shared tensors among them as they came; constants.
+        """
         return 0.0
+
+    def sends(self, slots: Slots, params: Params) -> Params:
+        """What each client is sent of the rule's memory; of the same names and shapes in every round.
+
+        Args:
+            slots: empty before the first step.
+            params: the shared tensors.
+        """
+        return {}
+
+    def keeps(self, params: Params) -> Params:
+        """What a client keeps for the rule before it has trained; `params` are the shared tensors."""
+        return {}
+
+    def correction(self, kept: Params, sent: Params) -> Params:
+        """Constants that are added to each of a client's gradients, by name of the parameter."""
+        return {}
+
+    def settle(
+        self, kept: Params, sent: Params, received: Params, trained: Params, steps: int, lr: float
+    ) -> tuple[Params, Params]:
+        """What a client keeps for the rule once it has trained, and its message, which is summed by weight.
+
+        Args:
+            kept, sent: of `keeps` (or of the last `settle`) and `sends`.
+            received, trained: the shared tensors, before and after.
+            steps: local steps that it took; 0 where it had too few rows.
+        """
+        return kept, {}
+
+    def payload(self, shared: Params, server: Params, cohort: int) -> tuple[int, int]:
+        """Bytes that a client is sent and sends.
+
+        Args:
+            shared, server: the tensors of these scopes.
+            cohort: clients of the round.
+        """
+        return payload_bytes(shared) + payload_bytes(server), payload_bytes(shared)
 
     @abstractmethod
     def step(self, params: Params, slots: Slots, total: Partial) -> tuple[Params, Slots]:
-        """The shared parameters of the next round, and the rule's memory; leaves its arguments alone."""
+        """The parameters of the next round, and the rule's memory; leaves its arguments alone.
+
+        Args:
+            params: the shared tensors, to which `total.delta` belongs, and those of scope `server`, if there are any.
+        """
 
 
 @dataclass(frozen=True)
@@ -117,7 +216,7 @@ def advance(
     """The state one round later.
 
     Args:
-        shared: names of the tensors that travel.
+        shared: names of the tensors that clients are sent.
         needed: versions of the parameters, by rounds done, that some client is still at work on.
     """
     sent = {name: state.params[name] for name in shared}

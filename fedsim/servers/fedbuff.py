@@ -27,7 +27,7 @@ class FedBuff(Server):
         "sqrt", description="scale of an update that is t rounds old: 1/sqrt(1 + t), as in the paper, or 1"
     )
 
-    def weight(self, rows, staleness=0):
+    def weight(self, rows, staleness=0, steps=1):
         return (1 + staleness) ** -0.5 if self.staleness == "sqrt" else 1.0
 
     def step(self, params, slots, total):

@@ -18,7 +18,7 @@ class FedProx(Server):
     def local_term(self, params, received):
         # From the live parameters, never from a state_dict: its tensors are detached, and the term, though it
         # shows in the printed loss, would have no gradient (a fault of several published codes).
-        return self.mu / 2 * sum((params[name] - received[name]).square().sum() for name in params)
+        return self.mu / 2 * sum((params[name] - received[name]).square().sum() for name in received)
 
     def step(self, params, slots, total):
         return moved(params, mean_delta(total, params)), slots

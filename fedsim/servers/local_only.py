@@ -11,8 +11,8 @@ from fedsim.servers import Server
 class LocalOnly(Server):
     """All tensors stay private, whatever the method; held-out domains are judged by every client's own model."""
 
-    def is_shared(self, name):
-        return False
+    def scope(self, name, scope):
+        return "private" if scope == "shared" else scope
 
     def step(self, params, slots, total):
         return params, slots

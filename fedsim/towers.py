@@ -1,0 +1,134 @@
+"""CLIP's two towers as functions, for methods that train through them.
+
+A tower is a plain object and no `nn.Module`: a module that holds one does not own its frozen weights, which therefore
+neither travel nor are copied per client. What a method changes inside is given with each call, by name.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedsim.errors import InputError
+from fedsim.params import Params
+
+
+class ImageTower:
+    """Pixels to image features.
+
+    Attributes:
+        weights: its frozen tensors by open_clip's names, such as `conv1.weight`.
+    """
+
+    def __init__(self, visual: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        self._module = visual
+        like = next(visual.parameters())
+        # As torchvision's ToTensor and Normalize have it, to the bit.
+        self._mean, self._std = (torch.tensor(three, device=like.device).to(like.dtype).view(3, 1, 1) for three in (mean, std))
+        self.weights: Params = dict(visual.named_parameters())
+
+    def encode(self, pixels: Tensor, weights: Params | None = None) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, D) features, projected and not normalised.
+
+        Args:
+            weights: what takes the place of the frozen tensors of these names.
+        """
+        x = pixels.to(self._mean.dtype).div(255).sub(self._mean).div(self._std)
+        return _call(self._module, weights, x.contiguous(memory_format=torch.channels_last))
+
+
+class TextTower:
+    """Texts, as tokens or as their embeddings, to text features.
+
+    Attributes:
+        weights: its frozen tensors, such as `transformer.resblocks.0.attn.in_proj_weight`.
+        width: W of a token's embedding.
+        context: tokens of the longest text, its start and end among them.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str = "this backbone", blocks: bool = True) -> None:
+        """
+        Args:
+            model: open_clip's, whose weights are shared and not copied.
+            name: of the backbone, for messages.
+            blocks: whether its insides may be replaced.
+
+        Raises:
+            InputError: the text tower is not causal, or reads its feature elsewhere than at the end of the text.
+        """
+        text = getattr(model, "text", model)
+        pool = getattr(text, "pool_type", None) or getattr(model, "text_pool_type", None)
+        if getattr(text, "attn_mask", None) is None or pool not in ("argmax", "eos"):
+            raise InputError(
+                f"prompts and text LoRA want a causal text tower that is read at the end of the text; {name} has another"
+            )
+        self._module, self._tokenizer = _Text(text), tokenizer
+        self._blocks = blocks
+        self.weights: Params = dict(self._module.named_parameters())
+        self.context, self.width = text.positional_embedding.shape
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """n texts -> (n, T) int64 with start and end, T as short as the longest text allows.
+
+        What stands behind the end of a text changes nothing in a causal tower, and is most of the published cost.
+
+        Raises:
+            InputError: a text is longer than the model's context.
+        """
+        for text in texts:
+            if (length := len(self._tokenizer.encode(text)) + 2) > self.context:
+                raise InputError(f"{text!r} has {length} tokens; the model takes {self.context}, start and end among them")
+        tokens = self._tokenizer(list(texts))
+        device = next(iter(self.weights.values())).device
+        return tokens[:, : int(self.ends(tokens).max()) + 1].to(device)
+
+    @staticmethod
+    def ends(tokens: Tensor) -> Tensor:
+        """(n, T) -> (n,) the place of the end-of-text token, which has the highest number."""
+        return tokens.argmax(dim=-1)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(n, T) tokens -> (n, T, W), their places not yet added."""
+        return self._module.token_embedding(tokens).detach()
+
+    def encode(self, texts: Tensor, ends: Tensor, weights: Params | None = None) -> Tensor:
+        """Text features, projected and not normalised.
+
+        Args:
+            texts: (n, T) tokens, or (n, T, W) embeddings.
+            ends: (n,) places of their end-of-text tokens.
+            weights: what takes the place of the frozen tensors of these names.
+
+        Returns:
+            (n, D).
+        """
+        if weights and not self._blocks:
+            raise TypeError("a method that changes the text tower inside says so: `text_blocks` among its sites")
+        return _call(self._module, weights, texts, ends)
+
+
+class _Text(nn.Module):
+    """What open_clip's `encode_text` does, from embeddings on."""
+
+    def __init__(self, text: nn.Module) -> None:
+        super().__init__()
+        self.token_embedding, self.transformer, self.ln_final = text.token_embedding, text.transformer, text.ln_final
+        self.positional_embedding = text.positional_embedding
+        self.text_projection = text.text_projection
+        self.mask = text.attn_mask  # a plain attribute: a constant
+
+    def forward(self, texts: Tensor, ends: Tensor) -> Tensor:
+        x = texts if texts.is_floating_point() else self.token_embedding(texts)
+        length = x.shape[1]
+        mask = self.mask[:length, :length].to(device=x.device, dtype=x.dtype)
+        x = self.transformer(x + self.positional_embedding[:length], attn_mask=mask)
+        x = self.ln_final(x[torch.arange(len(ends), device=ends.device), ends])
+        if self.text_projection is None:
+            return x
+        return self.text_projection(x) if isinstance(self.text_projection, nn.Linear) else x @ self.text_projection
+
+
+def _call(module: nn.Module, weights: Params | None, *args: Tensor) -> Tensor:
+    return functional_call(module, weights, args) if weights else module(*args)
