@@ -225,15 +225,27 @@ def _on(bars: Progress):
 def _show(console: Console, report, folder: Path) -> None:
     round = report.chosen_round
     table = Table(title=f"accuracy in percent, round {round} of {report.last_round} (chosen on validation rows)")
-    held_out = listing(report.held_out) or "none"
-    for head in ("", f"held-out domain ({held_out})", "clients' own test rows", "worst tenth of clients"):
+    before, after = report.zero_shot_summary(), report.summary()
+    heads = {
+        "generalization": f"held-out domain ({listing(report.held_out) or 'none'})",
+        "personalization": "clients' own test rows",
+        "worst_tenth": "worst tenth of clients",
+    }
+    if report.new_classes:
+        heads |= {
+            "local": "local (own classes competing)",
+            "base": "base",
+            "new": "new classes",
+            "harmonic_2": "harmonic mean (base, new)",
+            "harmonic_3": "harmonic mean (local, base, new)",
+        }
+    elif any(abs(means["personalization_own"] - means["personalization"]) > 0 for means in (before, after)):
+        heads["personalization_own"] = "own test rows, own classes competing"
+    for head in ("", *heads.values()):
         table.add_column(head, justify="right" if head else "left")
     method, server = report.experiment["method"]["name"], report.experiment["server"]["name"]
-    for name, means in (
-        ("zero-shot CLIP", report.zero_shot_summary()),
-        (f"{method}, {server}", report.summary()),
-    ):
-        cells = (means[key] for key in ("generalization", "personalization", "worst_tenth"))
+    for name, means in (("zero-shot CLIP", before), (f"{method}, {server}", after)):
+        cells = (means[key] for key in heads)
         table.add_row(name, *("-" if cell != cell else f"{100 * cell:.1f}" for cell in cells))
     console.print(table)
     for file in ("report.html", "scores.parquet", "rounds.parquet", "adapter.safetensors", "config.yaml"):

@@ -1,11 +1,11 @@
 """Clients: who holds which rows, and who trains in which round."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedsim.datasets import Labelled
+from fedsim.datasets import TEST, Labelled
 from fedsim.errors import InputError, listing
 from fedsim.partitions import Dealing, Splits
 from fedsim.rng import numpy_rng
@@ -13,25 +13,30 @@ from fedsim.rng import numpy_rng
 
 @dataclass(frozen=True)
 class Client:
-    """Rows into the features, ascending. A held-out domain is a client with nothing to train on."""
+    """Rows into the features, ascending. Held-out domains and new classes are clients with nothing to train on."""
 
     id: int
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
+    split: str = "test"  # under which the test rows are judged, "new" where nobody trains on their classes
 
 
 @dataclass(frozen=True)
 class Population(Sequence):
-    """The training clients, then one client for each held-out domain.
+    """The training clients, then one client for each held-out domain, then one for the new classes if there are any.
 
     Attributes:
         splits: of each training client; perhaps drawn only when asked for, so ask once.
         away: (n,) test rows of each held-out domain.
+        new: (n,) test rows of the classes that nobody trains on; None where everybody trains on all.
+        new_classes: (m,) these classes.
     """
 
     splits: Sequence[Splits]
     away: Sequence[np.ndarray]
+    new: np.ndarray | None = None
+    new_classes: Sequence[int] = ()
 
     @property
     def trainers(self) -> int:
@@ -39,15 +44,39 @@ class Population(Sequence):
         return len(self.splits)
 
     def __len__(self) -> int:
-        return len(self.splits) + len(self.away)
+        return len(self.splits) + len(self.away) + (self.new is not None)
 
     def __getitem__(self, client: int) -> Client:
         if not 0 <= client < len(self):
             raise IndexError(f"no client {client} among {len(self)}")
         if client < self.trainers:
             return Client(client, *self.splits[client])
-        nothing = np.empty(0, np.int64)
-        return Client(client, nothing, nothing, self.away[client - self.trainers])
+        nothing, split = np.empty(0, np.int64), self.split_of(client)
+        rows = self.new if split == "new" else self.away[client - self.trainers]
+        return Client(client, nothing, nothing, rows, split)
+
+    def split_of(self, client: int) -> str:
+        """`Client.split` of a client, whose rows need not be drawn for it."""
+        return "new" if client == len(self.splits) + len(self.away) else "test"
+
+    def classes_of(self, client: int, rows: Labelled) -> np.ndarray:
+        """(C,) bool, a client's own label space: the classes of its rows; where nobody trains, of all whose test it is.
+
+        These are the trained classes for a held-out domain, and the new ones for the client of these.
+        """
+        if client >= self.trainers:
+            trained = self.trained_classes(rows)
+            return ~trained if self.split_of(client) == "new" else trained
+        own = self[client]
+        present = np.zeros(len(rows.classes), bool)
+        present[rows.y[np.concatenate([own.train, own.val, own.test])]] = True
+        return present
+
+    def trained_classes(self, rows: Labelled) -> np.ndarray:
+        """(C,) bool, all classes but the new ones."""
+        trained = np.ones(len(rows.classes), bool)
+        trained[list(self.new_classes)] = False
+        return trained
 
 
 def make_clients(
@@ -57,24 +86,84 @@ def make_clients(
     held_out: tuple[str, ...],
     seed: int,
     train_share: float = 0.6,
+    shots: int | None = None,
+    new_classes: float = 0.0,
 ) -> Population:
     """Deals the rows of all domains but the held-out ones to clients, and each client's rows to its splits.
 
     Args:
-        held_out: names of the domains that nobody trains on; each becomes one more client, after the others.
+        held_out: names of the domains that nobody trains on; each becomes one more client, after the others. Their rows
+            of new classes are nobody's: accuracy on a new domain and on new classes would be one number.
         seed: the partition's seed.
         train_share: of a client's rows; validation and test get half of the rest each.
+        shots: train rows of each class that a client keeps; none given: all.
+        new_classes: share of the classes that nobody trains on, see `new_of`. Their rows in the training domains, of
+            them the TEST rows where the set has such, become one more client, after the held-out domains.
 
     Raises:
-        InputError: a domain does not exist, none is left to train on, or a client has no train rows.
+        InputError: a domain does not exist, none is left to train on, or a client has no train rows; there are no new
+            classes in such a share, or no rows of theirs; a data set that makes rows on demand has no rows to choose
+            from.
     """
+    if rows.block and (shots or new_classes):
+        raise InputError(
+            f"{'shots' if shots else 'new_classes'} wants a data set whose rows are there to choose from; these are "
+            "made client by client"
+        )
     away = held_out_ids(rows, held_out)
     domains = [domain for domain in range(len(rows.domains)) if domain not in away]
+    new, judged = new_of(rows.classes, new_classes), None
+    if new:
+        unseen = np.isin(rows.y, new)
+        own_test = (rows.split == TEST).any()
+        judged = np.flatnonzero(unseen & np.isin(rows.domain, domains) & ((rows.split == TEST) | (not own_test)))
+        if not len(judged):
+            raise InputError(f"no test rows of the new classes {listing([rows.classes[c] for c in new])} to judge by")
+        rows = replace(rows, domain=np.where(unseen, -1, rows.domain))  # of no domain, so that nobody is dealt them
     splits = partition.deal(rows, domains, clients, seed, train_share)
     # Those that are drawn one by one promise it of all.
     if isinstance(splits, list) and (idle := [k for k, (train, _, _) in enumerate(splits) if not len(train)]):
         raise InputError(f"clients {listing(idle)} have no train rows; take fewer clients or another partition")
-    return Population(splits, [partition.away(rows, domain) for domain in away])
+    if shots:
+        few = _FewShot(splits, rows.y, shots, seed)
+        splits = list(few) if isinstance(splits, list) else few
+    return Population(splits, [partition.away(rows, domain) for domain in away], judged, new)
+
+
+@dataclass(frozen=True)
+class _FewShot(Sequence):
+    """Splits of which at most `shots` train rows of each class are left, drawn at an address of the client's own."""
+
+    splits: Sequence[Splits]
+    y: np.ndarray
+    shots: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.splits)
+
+    def __getitem__(self, client: int) -> Splits:
+        train, val, test = self.splits[client]
+        drawn = numpy_rng(self.seed, "shots", client).permutation(train)
+        by_class = drawn[np.argsort(self.y[drawn], kind="stable")]
+        _, starts, counts = np.unique(self.y[by_class], return_index=True, return_counts=True)
+        place = np.arange(len(by_class)) - np.repeat(starts, counts)  # among those of its class
+        return np.sort(by_class[place < self.shots]), val, test
+
+
+def new_of(classes: Sequence[str], share: float) -> list[int]:
+    """The new classes, on which nobody trains: the last in alphabetical order, by index; their number is rounded down.
+
+    Source: the base-to-new protocol of CoCoOp, Zhou et al. 2022, arXiv 2203.05557: the second half of them is new.
+
+    Raises:
+        InputError: the share of so few classes is none of them.
+    """
+    count = int(len(classes) * share + 1e-9)  # 0.29 of 100 is 29, in floats too
+    if share and not count:
+        raise InputError(f"new_classes {share:g} of {len(classes)} classes is none; one needs {1 / len(classes):.3g}")
+    by_name = sorted(range(len(classes)), key=lambda index: classes[index])
+    return sorted(by_name[len(classes) - count :])
 
 
 def held_out_ids(rows: Labelled, held_out: tuple[str, ...]) -> list[int]:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from fedsim.errors import InputError, listing
+from fedsim.towers import ImageTower, TextTower
 
 EMBEDDED = "tiny", "embedded"
 _ASSETS = Path(__file__).parent / "assets" / "tiny"
@@ -60,17 +61,37 @@ def find_weights(model: str, pretrained: str) -> Weights:
     return Weights(model, pretrained, file, _key(open_clip.get_model_config(model), tag, file))
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """A CLIP that has been read, for other processes: its tensors as arrays, which the workers of a machine share.
+
+    Attributes:
+        state: by name in open_clip's model; read-only.
+        mean, std: of the three colours, in [0, 1].
+    """
+
+    weights: Weights
+    state: dict[str, np.ndarray]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 class Clip:
     """One frozen CLIP on one device, in evaluation mode and float32."""
 
-    def __init__(self, weights: Weights, device: str = "cpu") -> None:
+    def __init__(self, weights: Weights, device: str = "cpu", state: dict[str, np.ndarray] | None = None) -> None:
+        """
+        Args:
+            state: of a `Frozen`, which on a CPU is used where it lies; none given: the weights are read.
+        """
         open_clip = _open_clip()
         tag = open_clip.pretrained.get_pretrained_cfg(weights.model, weights.pretrained) or {}
         try:
             model, _, self.preprocess = open_clip.create_model_and_transforms(
                 weights.model,
                 pretrained=weights.pretrained,
-                device=device,
+                load_weights=state is None,
+                device=device if state is None else "cpu",
                 # Differs: open_clip 3 only warns when a tag was trained with QuickGELU and the architecture of
                 # that name has GELU (ViT-B-32 with openai is such a pair); the features would be wrong.
                 force_quick_gelu=bool(tag.get("quick_gelu")),
@@ -79,10 +100,13 @@ class Clip:
         except Exception as error:  # whatever a loader makes of a file that is no checkpoint of this model
             first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise InputError(f"{weights.file.name} holds no weights of {weights.model}: {first}") from error
+        if state is not None:
+            model.load_state_dict(_tensors(state), assign=True)
+            model = model.to(device)
         # Channels last: convolutional towers run 1.7 times as fast on a CPU.
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.tokenizer = open_clip.get_tokenizer(weights.model)
-        self.device = device
+        self.weights, self.device = weights, device
 
     @property
     def logit_scale(self) -> float:
@@ -96,11 +120,95 @@ class Clip:
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         return self.model.encode_image(pixels).half().cpu().numpy()
 
+    def pixels(self, images: Sequence[Image.Image], seeds: Sequence[int] | None = None) -> np.ndarray:
+        """n images -> (n, 3, H, W) uint8, resized and cropped as for judging, and not normalised.
+
+        Args:
+            seeds: of an augmented view of each: a random part of the image, perhaps mirrored.
+        """
+        *geometry, _, _ = self.preprocess.transforms
+        if seeds is None:
+            seen = [_through(geometry, image) for image in images]
+        else:
+            with torch.random.fork_rng(devices=[]):
+                seen = [self._view(image, seed) for image, seed in zip(images, seeds, strict=True)]
+        return np.stack([np.asarray(image.convert("RGB")).transpose(2, 0, 1) for image in seen])
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """(n, 3, H, W) of `pixels` -> (n, D) float16, projected and not normalised."""
+        return self.image_tower().encode(torch.from_numpy(pixels).to(self.device)).half().cpu().numpy()
+
+    @torch.no_grad()
+    def encode_tokens(self, pixels: np.ndarray) -> np.ndarray:
+        """(n, 3, H, W) of `pixels` -> (n, T, D) float16: the patch tokens, projected and not normalised.
+
+        Raises:
+            InputError: the image tower has no patch tokens.
+        """
+        visual = self.model.visual
+        if not hasattr(visual, "output_tokens") or getattr(visual, "attn_pool", None) is not None:
+            name = f"{self.weights.model}'s image tower ({type(getattr(visual, 'trunk', visual)).__name__})"
+            raise InputError(f"this method wants patch tokens and {name} has none; take a ViT, such as ViT-B-32")
+        visual.output_tokens = True
+        try:
+            _, tokens = self.image_tower().encode(torch.from_numpy(pixels).to(self.device))
+        finally:
+            visual.output_tokens = False
+        return (tokens if visual.proj is None else tokens @ visual.proj).half().cpu().numpy()
+
+    def image_tower(self) -> ImageTower:
+        return ImageTower(self.model.visual, *self._colours())
+
+    def text_tower(self, blocks: bool) -> TextTower:
+        """
+        Args:
+            blocks: whether a method changes it inside.
+
+        Raises:
+            InputError: it is not of the kind that prompts can be trained through.
+        """
+        return TextTower(self.model, self.tokenizer, self.weights.model, blocks)
+
+    def frozen(self) -> Frozen:
+        """This CLIP for other processes."""
+        state = {name: tensor.cpu().contiguous().numpy() for name, tensor in self.model.state_dict().items()}
+        return Frozen(self.weights, state, *self._colours())
+
+    def _colours(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        normalise = self.preprocess.transforms[-1]
+        return tuple(normalise.mean), tuple(normalise.std)
+
+    def _view(self, image: Image.Image, seed: int) -> Image.Image:
+        from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
+
+        height, width = _size(self.model.visual.image_size)
+        # As published prompt methods train: torchvision's random resized crop at its own scale, and a flip.
+        torch.manual_seed(seed)
+        crop = RandomResizedCrop((height, width), interpolation=InterpolationMode.BICUBIC, antialias=True)
+        return RandomHorizontalFlip()(crop(image))
+
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """C texts -> (C, D) float32, unit rows."""
         tokens = self.tokenizer(list(texts)).to(self.device)
         return self.model.encode_text(tokens, normalize=True).float().cpu().numpy()
+
+
+def _tensors(state: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that they cannot be written to, which is as it should be
+        return {name: torch.from_numpy(array) for name, array in state.items()}
+
+
+def _through(steps: Sequence, image: Image.Image) -> Image.Image:
+    for step in steps:
+        image = step(image)
+    return image
+
+
+def _size(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 @lru_cache(maxsize=1)

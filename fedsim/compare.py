@@ -14,10 +14,44 @@ from fedsim.errors import InputError, listing
 from fedsim.evaluate import COLUMNS
 from fedsim.page import NEVER, TRAVELLED, Section, curves, number, over, percent, portable, render
 from fedsim.plots import Line, Panel, Plot, plot_lines
-from fedsim.report import ROUND_COLUMNS, choose_round, summarize, to_yaml, write_text
+from fedsim.report import (
+    CALIBRATION_COLUMNS,
+    LABEL_COLUMNS,
+    ROUND_COLUMNS,
+    choose_round,
+    summarize,
+    to_yaml,
+    write_text,
+)
 
 SCORES = ["round", *COLUMNS]
-TABLES = {"scores.parquet": SCORES, "zero_shot.parquet": SCORES, "rounds.parquet": list(ROUND_COLUMNS)}
+TABLES = {
+    "scores.parquet": SCORES,
+    "zero_shot.parquet": SCORES,
+    "rounds.parquet": list(ROUND_COLUMNS),
+    "labels.parquet": list(LABEL_COLUMNS),
+    "calibration.parquet": list(CALIBRATION_COLUMNS),
+}
+# Of `summarize`, by how they are headed; those of new classes where a run has some.
+SHOWN = {
+    "generalization": "generalization",
+    "personalization": "personalization",
+    "worst_tenth": "worst tenth",
+    "validation": "validation",
+    "local": "local",
+    "base": "base",
+    "new": "new",
+    "harmonic_2": "harmonic mean (base, new)",
+    "harmonic_3": "harmonic mean (local, base, new)",
+}
+MORE = {
+    "spread": "deviation over clients",
+    "personalization_own": "own classes competing",
+    "macro_f1": "macro-F1",
+    "ece": "calibration error",
+    "generalization_f1": "held-out macro-F1",
+    "generalization_ece": "held-out calibration error",
+}
 SEEDS = ("seed", "partition_seed")
 FIELDS = ("dataset", "data_dir", "held_out", "method", "server", "partition", "rounds", *SEEDS)
 HOW = "Of each run, the first round of the best mean accuracy on validation rows is shown; without any, the last."
@@ -25,6 +59,7 @@ HOW = "Of each run, the first round of the best mean accuracy on validation rows
 CAVEATS = {
     ("dataset", "data_dir"): "These runs are on different data: their accuracies do not compare.",
     ("held_out",): "These runs hold out different domains: all accuracies are measured on different rows.",
+    ("new_classes",): "These runs train on different classes: all accuracies are measured on different rows.",
     ("partition", "clients", "train_share", "partition_seed"): (
         "These runs deal rows to clients differently: all but generalization is measured on different rows."
     ),
@@ -76,6 +111,10 @@ def compare(runs: Sequence[Path], out: Path) -> tuple[pd.DataFrame, Path]:
         caption = "Means ± sample standard deviation over n seeds; one that was run twice counts once"
         tables = {caption: means} | tables
         table = pd.concat([table.assign(n="1"), means[means.n != "1"]], ignore_index=True).fillna("")
+    caption = (
+        "The same rounds: own test rows of all clients, and where it is said, those of held-out domains; in percent"
+    )
+    tables |= {caption: _more(shown)}
     told = {field.partition(".")[0] for field in differing}
     words = [f"{HOW} {NEVER}", *(caveat for fields, caveat in CAVEATS.items() if told & set(fields))]
     sections = [
@@ -116,7 +155,8 @@ def _read(run: Path, name: str) -> Finished:
     config = {field: value for field, value in read_yaml(run / "config.yaml").items() if field not in EXECUTION}
     if absent := [field for field in FIELDS if field not in config]:
         raise InputError(f"{run / 'config.yaml'} is not a run of fedsim: it lacks {listing(absent)}")
-    scores, zero_shot, costs = (_parquet(run / file, columns) for file, columns in TABLES.items())
+    tables = (_parquet(run / file, columns) for file, columns in TABLES.items())
+    scores, zero_shot, costs, labels, bins = tables
     if len(costs) < config["rounds"]:
         raise InputError(f"{run} is not finished: it did {len(costs)} of {config['rounds']} rounds")
     chosen, held_out = choose_round(scores), config["held_out"]
@@ -125,8 +165,8 @@ def _read(run: Path, name: str) -> Finished:
         name,
         _flat(config),
         chosen,
-        summarize(scores[scores["round"] == chosen], held_out),
-        summarize(zero_shot, held_out),
+        summarize(*(some[some["round"] == chosen] for some in (scores, labels, bins)), held_out),
+        summarize(zero_shot, labels[:0], bins[:0], held_out),
         {"round": by_round} | over(by_round, costs),
         costs.bytes_up.sum() / 1e6,
         costs.seconds.sum(),
@@ -194,16 +234,28 @@ def _word(run: Finished, field: str) -> str:
 
 def _table(groups: Groups, differing: list[str]) -> pd.DataFrame:
     """A row of text for each group, by the fields that differ."""
+    told = {key for _, group in groups for run in group for key in run.means}
     rows = []
     for name, group in groups:
         row = {"name": name} | {field: _word(group[0], field) for field in differing}
         row["chosen round"] = ", ".join(str(round) for round in sorted({run.chosen for run in group}))
-        row |= {key.replace("_", " "): _spread([run.means[key] for run in group]) for key in group[0].means}
+        row |= {head: _mean(group, key) for key, head in SHOWN.items() if key in told}
         row["zero-shot generalization"] = _spread([run.zero_shot["generalization"] for run in group])
         row["megabytes up"] = number(np.mean([run.megabytes for run in group]))
         row["seconds"] = number(np.mean([run.seconds for run in group]))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _more(groups: Groups) -> pd.DataFrame:
+    """A row of text for each group, of what the first table has no room for."""
+    return pd.DataFrame(
+        [{"name": name} | {head: _mean(group, key) for key, head in MORE.items()} for name, group in groups]
+    )
+
+
+def _mean(group: list[Finished], key: str) -> str:
+    return _spread([run.means.get(key, np.nan) for run in group])
 
 
 def _spread(accuracies: list[float]) -> str:

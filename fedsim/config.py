@@ -88,7 +88,14 @@ class Config(BaseModel):
     partition: _component("partition", Dealing) = Field(DEFAULTS["partition"], description="how rows go to clients")
     clients: int | None = Field(None, ge=1, description="number of clients; by_domain has one per domain")
     partition_seed: int = Field(0, ge=0, description="draws the partition and each client's splits")
+    augment: int = Field(
+        0, ge=0, description="augmented views kept of each image, of which a train row shows another each round"
+    )
     train_share: float = Field(0.6, gt=0, lt=1, description="of a client's rows; half of the rest validates")
+    shots: int | None = Field(None, ge=1, description="train rows of each class that a client keeps; none given: all")
+    new_classes: float = Field(
+        0.0, ge=0, lt=1, description="share of the classes, the last by name, that nobody trains on; 0.5 is base-to-new"
+    )
     method: _component("method", Method) = Field(DEFAULTS["method"], description="what is trained")
     server: _component("server", Server) = Field(DEFAULTS["server"], description="how updates are combined")
     cohort: int | None = Field(None, ge=1, description="clients that train in a round; none given: all")

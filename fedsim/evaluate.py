@@ -1,31 +1,109 @@
 """Evaluation: counts, never means. Every mean in a report is derived from these."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedsim.datasets import Labelled
 
-SPLITS = ("val", "test")
-COLUMNS = ("client", "domain", "split", "correct", "total")
+SPLITS = ("val", "test", "new")
+COLUMNS = ("client", "domain", "split", "correct", "total", "correct_own")
+GROUPS = ("own", "held_out", "new")  # test rows of training clients' domains, of held-out domains, of new classes
+BINS = 15  # of confidence, as in Guo et al. 2017, arXiv 1706.04599
+Judged = Sequence[tuple[int, str, np.ndarray]]
 
 
-def count(judged: Sequence[tuple[int, str, np.ndarray]], guesses: np.ndarray, rows: Labelled) -> np.ndarray:
-    """Top-1 counts of some clients on some rows, domain by domain.
+@dataclass(frozen=True)
+class Counts:
+    """What was found of some clients on some rows. Validation rows are in `scores` alone.
+
+    A guess is the most probable of all trained classes, or of the new ones where the row is of a new class; an own
+    guess is the most probable of the client's own classes.
+
+    Attributes:
+        scores: (cells, 6) int32, by client, domain and split: client, domain, index into `SPLITS`, right guesses, rows,
+            right own guesses.
+        labels: (3, C, 3) int64, by group (`GROUPS`) and class: right guesses, rows that it was guessed for, its rows.
+        bins: (3, 15, 2) int64, by group and confidence in equal widths: right guesses, rows.
+        confidence: (3, 15) float64, sum over the rows of a bin of the guess's probability.
+    """
+
+    scores: np.ndarray = field(default_factory=lambda: np.zeros((0, len(COLUMNS)), np.int32))
+    labels: np.ndarray = field(default_factory=lambda: np.zeros((len(GROUPS), 0, 3), np.int64))
+    bins: np.ndarray = field(default_factory=lambda: np.zeros((len(GROUPS), BINS, 2), np.int64))
+    confidence: np.ndarray = field(default_factory=lambda: np.zeros((len(GROUPS), BINS)))
+
+    def flat(self) -> np.ndarray:
+        """(n,) int32, all of it bit by bit, with the number of classes first."""
+        parts = (part.ravel().view(np.int32) for part in (self.scores, self.labels, self.bins, self.confidence))
+        return np.concatenate([np.array([self.labels.shape[1]], np.int32), *parts])
+
+    @classmethod
+    def from_flat(cls, flat: np.ndarray) -> Counts:
+        """The inverse of `flat`."""
+        like = cls(labels=np.zeros((len(GROUPS), flat[0], 3), np.int64))
+        rest = like.labels, like.bins, like.confidence
+        sizes = [part.nbytes // flat.itemsize for part in rest]
+        scores, *others = np.split(flat, len(flat) - np.cumsum(sizes[::-1])[::-1])
+        others = [own.copy().view(part.dtype).reshape(part.shape) for own, part in zip(others, rest, strict=True)]
+        return cls(scores[1:].reshape(-1, len(COLUMNS)), *others)
+
+
+def tally(
+    judged: Judged,
+    guesses: np.ndarray,
+    own_guesses: np.ndarray,
+    confidence: np.ndarray,
+    rows: Labelled,
+    held_out: Collection[int] = (),
+) -> Counts:
+    """Counts of some clients on some rows.
 
     Args:
         judged: for each client and split the rows on which it was judged, (n,) int64.
-        guesses: (sum of n,) the class that it took each of them for, in the same order.
-
-    Returns:
-        (domains present, 5) int32: client, domain, index into `SPLITS`, right answers, rows.
+        guesses, own_guesses: (sum of n,) classes, in the same order.
+        confidence: (sum of n,) float32, the probability of each guess.
+        held_out: indices of the held-out domains.
     """
     mine = np.concatenate([np.empty(0, np.int64), *(index for _, _, index in judged)])
     entry = np.repeat(np.arange(len(judged)), [len(index) for _, _, index in judged])
-    width = len(rows.domains)
-    cells, place = np.unique(entry * width + rows.domain[mine], return_inverse=True)
-    right = np.bincount(place, guesses == rows.y[mine], len(cells))
+    width, classes = len(rows.domains), len(rows.classes)
+    domain, truth = rows.domain[mine], rows.y[mine]
+    right = guesses == truth
+    cells, place = np.unique(entry * width + domain, return_inverse=True)
+    found, found_own = (np.bincount(place, some, len(cells)) for some in (right, own_guesses == truth))
     total = np.bincount(place, minlength=len(cells))
     who = np.array([(client, SPLITS.index(split)) for client, split, _ in judged], np.int64).reshape(-1, 2)
     client, split = who[cells // width].T
-    return np.column_stack([client, cells % width, split, right, total]).astype(np.int32)
+    scores = np.column_stack([client, cells % width, split, found, total, found_own]).astype(np.int32)
+
+    split = who[entry, 1]
+    group = np.where(split == SPLITS.index("new"), GROUPS.index("new"), np.isin(domain, list(held_out)))
+    said = split != SPLITS.index("val")
+    group, truth, guesses, right = group[said], truth[said], guesses[said], right[said]
+    sure = confidence[said].astype(np.float64)
+    size = len(GROUPS) * classes
+    labels = [
+        np.bincount(group * classes + guesses, right, size),
+        np.bincount(group * classes + guesses, minlength=size),
+        np.bincount(group * classes + truth, minlength=size),
+    ]
+    size = len(GROUPS) * BINS
+    bin = group * BINS + np.minimum((sure * BINS).astype(np.int64), BINS - 1)
+    bins = [np.bincount(bin, right, size), np.bincount(bin, minlength=size)]
+    return Counts(
+        scores,
+        np.stack(labels, axis=-1).astype(np.int64).reshape(len(GROUPS), classes, 3),
+        np.stack(bins, axis=-1).astype(np.int64).reshape(len(GROUPS), BINS, 2),
+        np.bincount(bin, sure, size).reshape(len(GROUPS), BINS),
+    )
+
+
+def merge(parts: Iterable[Counts]) -> Counts:
+    """Counts of one or more chunks of clients together, in their order."""
+    parts = list(parts)
+    sums = (sum(getattr(part, name) for part in parts) for name in ("labels", "bins", "confidence"))
+    return Counts(np.concatenate([part.scores for part in parts]), *sums)

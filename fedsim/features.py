@@ -5,6 +5,7 @@ preprocessing, and the list of images with their sizes and times.
 """
 
 import os
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fedsim.clip import Clip, Weights
 from fedsim.cluster import Sizing
 from fedsim.datasets import Features, Images, map_matrix, write_matrix
 from fedsim.pool import Event, Progress, open_pool
+from fedsim.rng import seed_for
 
 BLOCK = 64  # images of one call: fixed, since a tower's sums may follow the size of its batch
 
@@ -36,6 +38,17 @@ class Encoder:
         stop = min((block + 1) * BLOCK, len(self.images))
         return self.clip.encode_images([self.images.open(index) for index in range(block * BLOCK, stop)])
 
+    def keep(self, level: str, part: tuple[int, int]) -> np.ndarray:
+        """(n, ...) what is kept at a level of one view of one block of images; view 0 is the one for judging."""
+        view, block = part
+        rows = range(block * BLOCK, min((block + 1) * BLOCK, len(self.images)))
+        # Views have no part in a run's seed: they are drawn once and kept.
+        seeds = [seed_for(0, "view", view, row) for row in rows] if view else None
+        pixels = self.clip.pixels([self.images.open(row) for row in rows], seeds)
+        if level == "pixels":
+            return pixels
+        return self.clip.encode_tokens(pixels) if level == "tokens" else self.clip.encode_pixels(pixels)
+
     def prototypes(self, prompts: list[str]) -> tuple[np.ndarray, float]:
         """(C, D) float32 unit rows, and the logit scale."""
         return self.clip.encode_texts(prompts), self.clip.logit_scale
@@ -46,12 +59,23 @@ def feature_file(images: Images, weights: Weights, cache: Path) -> Path:
     return cache / f"{_digest(weights.key, images.fingerprint())}.arrow"
 
 
-def encode(images: Images, weights: Weights, prompt: str, cache: Path, sizing: Sizing, progress: Progress) -> Features:
+def encode(
+    images: Images,
+    weights: Weights,
+    prompt: str,
+    cache: Path,
+    sizing: Sizing,
+    progress: Progress,
+    level: str = "features",
+    augment: int = 0,
+) -> Features:
     """Features of all images and prototypes of all classes, from the cache where they are there.
 
     Args:
         prompt: with `{}` where the class name goes.
         cache: a folder that all nodes of the cluster see.
+        level: of `sites.IMAGE_LEVELS`: what clients read of an image, kept beside its features.
+        augment: augmented views of each image that are kept at that level.
 
     Raises:
         InputError: an image is corrupt, or the weights are.
@@ -59,7 +83,38 @@ def encode(images: Images, weights: Weights, prompt: str, cache: Path, sizing: S
     cache.mkdir(parents=True, exist_ok=True)
     file = feature_file(images, weights, cache)
     with FileLock(file.with_suffix(".lock")):  # the next process finds it done
-        return _encode(images, weights, prompt, file, sizing, progress)
+        features = _encode(images, weights, prompt, file, sizing, progress)
+        if level == "features" and not augment:
+            return features
+        kept = file.with_suffix(f".{level}-{augment}.npy")
+        if not kept.exists():
+            _keep(images, weights, kept, level, augment, sizing, progress)
+        return replace(features, augment=augment, kept={level: kept})
+
+
+def _keep(images: Images, weights: Weights, file: Path, level: str, augment: int, sizing: Sizing, progress) -> None:
+    blocks = range(-(-len(images) // BLOCK))
+    wanted = [(view, block) for view in range(1 + augment) for block in blocks]
+    parts = {part: file.with_suffix(f".{part[0]}-{part[1]:06d}.npy") for part in wanted}
+    todo = [part for part in wanted if not parts[part].exists()]
+    with open_pool(sizing, len(todo), Encoder, images, weights) as pool:
+        for done, (part, array) in enumerate(zip(todo, pool.map("keep", todo, level), strict=True), 1):
+            _save(parts[part], array)
+            ready = (len(parts) - len(todo) + done) * BLOCK
+            progress(Event(f"keeping {level}", min(ready, len(images) * (1 + augment)), len(images) * (1 + augment)))
+    first = np.load(parts[wanted[0]], mmap_mode="r")
+    whole = file.with_name(f"part-{os.getpid()}-{file.name}")
+    out = np.lib.format.open_memmap(whole, "w+", first.dtype, (len(images) * (1 + augment), *first.shape[1:]))
+    place = 0
+    for part in wanted:  # one at a time: together they may be larger than memory
+        array = np.load(parts[part])
+        out[place : place + len(array)] = array
+        place += len(array)
+    out.flush()
+    del out
+    whole.replace(file)
+    for part in parts.values():
+        part.unlink()
 
 
 def _encode(images: Images, weights: Weights, prompt: str, file: Path, sizing: Sizing, progress: Progress) -> Features:
@@ -81,7 +136,7 @@ def _encode(images: Images, weights: Weights, prompt: str, file: Path, sizing: S
         for part in parts:
             part.unlink()
     text = np.load(text_file)
-    return _with_labels(images, file, text["prototypes"], float(text["scale"]))
+    return _with_labels(images, file, text["prototypes"], float(text["scale"]), prompt)
 
 
 def keep(features: Features, cache: Path) -> Features:
@@ -93,7 +148,7 @@ def keep(features: Features, cache: Path) -> Features:
     return _with_labels(features, file, features.prototypes, features.logit_scale)
 
 
-def _with_labels(rows, file: Path, prototypes: np.ndarray, logit_scale: float) -> Features:
+def _with_labels(rows, file: Path, prototypes: np.ndarray, logit_scale: float, prompt: str = "{}") -> Features:
     return Features(
         y=rows.y,
         domain=rows.domain,
@@ -105,6 +160,7 @@ def _with_labels(rows, file: Path, prototypes: np.ndarray, logit_scale: float) -
         x=map_matrix(file),
         prototypes=prototypes,
         logit_scale=logit_scale,
+        prompt=prompt,
     )
 
 

@@ -1,31 +1,36 @@
 """One client's share of a round, and a chunk of clients': stacked, or one after the other on the readable path."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsim.clients import Client
+from fedsim.clients import Population
+from fedsim.clip import Clip, Frozen
 from fedsim.datasets import Features
 from fedsim.errors import InputError, listing
-from fedsim.evaluate import count
-from fedsim.methods import Backbone, Method
+from fedsim.evaluate import Counts, tally
+from fedsim.methods import Backbone, Method, Scope, trained
 from fedsim.optimizer import Optimizer
-from fedsim.params import Params, payload_bytes, unflatten, views
+from fedsim.params import Params, flatten, unflatten, views
 from fedsim.private import PrivateStore
 from fedsim.registry import name_of
-from fedsim.rng import seed_for, torch_rng
+from fedsim.rng import numpy_rng, seed_for, torch_rng
 from fedsim.servers import NOTE, Partial, Server
-from fedsim.stack import slices, stack_size, train_stack
+from fedsim.sites import Reads
+from fedsim.stack import Term, slices, stack_size, train_stack
 
+FEATURES = Reads()
 Written = list[tuple[int, int]]  # ids of clients, each with the round that wrote what it keeps, or 0
 Rows = dict[int, np.ndarray]  # train rows by client
-MOMENTS = "optimizer/"  # before the names of what a client's optimizer keeps, beside its private parameters
-BLOCK = 4096  # rows of one forward pass in evaluation
+Space = tuple[Tensor, Tensor]  # (C,) bool each: the classes of the protocol, and the client's own
+Entry = tuple[tuple[int, str, np.ndarray], Space]  # a client is judged on rows of a split
+Answers = tuple[np.ndarray, np.ndarray, np.ndarray]
+MOMENTS, RULE = "optimizer/", "rule/"  # before the names of what a client keeps beside its private parameters
+BLOCK = {"features": 4096, "tokens": 256, "pixels": 64}  # rows of one forward pass in evaluation, by what is read
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Task:
     """What is the same for all clients of a run. With a client, a round and parameters it says everything.
 
     Attributes:
+        method: as the server rule has it trained (`Server.fit`).
         private: where clients keep what does not travel.
         reference: train client by client, on the readable path.
     """
@@ -44,12 +50,24 @@ class Task:
     private: PrivateStore | None = None
     reference: bool = False
 
-    def is_shared(self, name: str) -> bool:
-        return self.method.is_shared(name) and self.server.is_shared(name)
+    def scope(self, name: str) -> Scope:
+        """Who has the tensor of this name."""
+        return self.server.scope(name, self.method.scope(name))
+
+    def of(self, params: Params, *scopes: Scope) -> Params:
+        """The tensors of some scopes."""
+        return {name: tensor for name, tensor in params.items() if self.scope(name) in scopes}
 
     def keeps(self, params: Params) -> bool:
         """Whether clients keep anything from round to round."""
-        return self.method.keep_moments or not all(self.is_shared(name) for name in params)
+        rule = self.server.keeps(self.of(params, "shared"))
+        return self.method.keep_moments or bool(rule) or bool(self.of(params, "private"))
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        """The module of round 0, the same in every process: PyTorch's default initialisation under the run's seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(self.seed, "init"))
+            return self.method.build(backbone)
 
 
 @dataclass(frozen=True)
@@ -57,31 +75,42 @@ class Fits:
     """Some clients after their share of a round; the tensors are lent until the next ones are trained.
 
     Attributes:
-        params: each (M, *shape).
+        params: what each has of its own or sends, (M, *shape).
         losses: (M,) mean over each client's local steps, in nats; nan when it took none.
         moments: what each client's optimizer remembers, by name; of methods that keep it.
+        rule: what each kept for the server rule, as it came.
     """
 
     clients: list[int]
     params: Params
     losses: list[float]
     moments: list[Params]
+    rule: list[Params]
 
 
 def start(task: Task, backbone: Backbone) -> Params:
-    """The parameters of round 0: PyTorch's default initialisation under the run's seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(task.seed, "init"))
-        module = task.method.build(backbone)
+    """The parameters of round 0."""
+    module = task.build(backbone)
     dtype = getattr(torch, task.dtype)
     if whole := [name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()]:
         raise InputError(f"{name_of(task.method)} has tensors that are no numbers to average: {listing(whole)}")
-    return {name: tensor.detach().clone().to(dtype) for name, tensor in module.state_dict().items()}
+    params = {name: tensor.detach().clone().to(dtype) for name, tensor in module.state_dict().items()}
+    task.server.check(params)
+    return params
 
 
-def backbone_of(features: Features, device: str = "cpu", dtype: str = "float32") -> Backbone:
+def backbone_of(
+    features: Features,
+    device: str = "cpu",
+    dtype: str = "float32",
+    reads: Reads | None = None,
+    clip: Clip | None = None,
+) -> Backbone:
+    """What a method sees of the frozen CLIP: its prototypes, and those towers that are read."""
     prototypes = torch.tensor(features.prototypes, dtype=getattr(torch, dtype), device=device)
-    return Backbone(prototypes, features.logit_scale)
+    text = clip.text_tower(reads.text == "blocks") if clip and reads.text != "prototypes" else None
+    image = clip.image_tower() if clip and reads.image == "pixels" else None
+    return Backbone(prototypes, features.logit_scale, features.classes, features.prompt, text, image)
 
 
 def train_client(
@@ -90,31 +119,37 @@ def train_client(
     x: Tensor,
     y: Tensor,
     method: Method,
-    local_term: Callable[[Params, Params], Tensor | float],
+    term: Term,
     rng: torch.Generator,
+    shared: Sequence[str] | None = None,
+    correction: Params | None = None,
 ) -> float:
     """Trains the module in place on one client's rows: the readable path, which `stack.train_stack` must equal.
 
     Args:
-        optimizer: over the module's parameters.
-        x: (n, D) features of the client's train rows, in the dtype of the parameters.
+        optimizer: over the module's trained parameters.
+        x: (n, ...) what is read of the client's train rows.
         y: (n,) their classes.
-        local_term: what the server rule adds to the loss.
+        term: what the server rule adds to the loss, of the live parameters and of those that were received.
         rng: draws the order of the rows, epoch by epoch.
+        shared: names of the tensors that were received; none given: all.
+        correction: what the server rule adds to the gradients of some parameters.
 
     Returns:
         The mean loss over local steps, in nats; nan when there was no step.
     """
-    params = dict(module.named_parameters())
-    received = {name: tensor.detach().clone() for name, tensor in params.items()}
+    params = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
+    received = {name: params[name].detach().clone() for name in params if shared is None or name in shared}
     losses = []
     for _ in range(method.local_epochs if params else 0):
         order = torch.randperm(len(x), generator=rng).to(x.device)
         for rows in order.split(method.batch):
             if len(rows) < method.min_batch:
                 continue
-            loss = method.loss(module, x[rows], y[rows]) + local_term(params, received)
-            optimizer.step(torch.autograd.grad(loss, list(params.values())))
+            loss = method.loss(module, x[rows], y[rows]) + term(params, received)
+            grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+            added = correction or {}
+            optimizer.step([g + added[n] if n in added else g for n, g in zip(params, grads, strict=True)])
             losses.append(loss.detach())
     return torch.stack(losses).mean().item() if losses else float("nan")
 
@@ -122,157 +157,307 @@ def train_client(
 class Trainer:
     """Trains and evaluates chunks of clients. A chunk is pure: the same call gives the same bits anywhere."""
 
-    def __init__(self, features: Features, clients: Sequence[Client], device: str = "cpu") -> None:
+    def __init__(
+        self, features: Features, clients: Population, frozen: Frozen | None = None, device: str = "cpu"
+    ) -> None:
+        """
+        Args:
+            frozen: CLIP, for methods that train through its towers.
+        """
         self.features = features
         self.clients = clients
+        self.frozen = frozen
         self.device = device
+        self.trained_classes = clients.trained_classes(features)
+        self.clip = lru_cache(maxsize=1)(self._clip)
+        self.module = lru_cache(maxsize=4)(self._module)
+        self.room = lru_cache(maxsize=4)(self._room)
 
-    def train(self, task: Task, round: int, sent: dict[int, np.ndarray], chunk: tuple[int, Written]) -> Partial:
+    def train(
+        self,
+        task: Task,
+        round: int,
+        sent: dict[int, np.ndarray],
+        told: np.ndarray,
+        payload: tuple[int, int],
+        chunk: tuple[int, Written],
+    ) -> Partial:
         """One round of a chunk of clients.
 
         Args:
             sent: (P,) all parameters, private ones as in round 0, as the server had them, by rounds done.
-            chunk: which of these the clients got, and who they are.
+            told: what the server rule sends beside them.
+            payload: bytes that a client is sent and sends.
+            chunk: which of the parameters the clients got, and who they are.
         """
         version, clients = chunk
-        received = _to(self.device, unflatten(sent[version], self._module(task.method, task.dtype)[1]))
-        shared = {name: tensor for name, tensor in received.items() if task.is_shared(name)}
-        payload = payload_bytes(shared)
-        size = sum(tensor.numel() for tensor in shared.values())
-        delta = torch.zeros(size, dtype=torch.float64, device=self.device)
-        total = views(delta, shared)
-        # Adding float32 to float64 as it comes makes a new tensor for every client.
-        room = torch.empty(max(map(torch.numel, total.values()), default=0), dtype=delta.dtype, device=self.device)
-        doubled = {name: room[: tensor.numel()].view_as(tensor) for name, tensor in total.items()}
+        like = self.module(task)[1]
+        received = _to(self.device, unflatten(sent[version], like))
+        shared = task.of(received, "shared")
+        told = _to(self.device, unflatten(told, task.server.sends({}, task.of(like, "shared"))), task.dtype)
         rows_of = {client: self.clients[client].train for client, _ in clients}
-        weight, notes = 0.0, []
-        for fits in self._fits(task, round, received, clients, rows_of):
-            self._keep(task, round, fits)
-            rows = [len(rows_of[client]) for client in fits.clients]
-            weights = [task.server.weight(n, round - 1 - version) for n in rows]
-            weight += sum(weights)
-            for name in shared:
-                for place, one in enumerate(weights):
-                    total[name].add_(doubled[name].copy_(fits.params[name][place]), alpha=one)
-            notes += [(*about, payload, payload) for about in zip(fits.clients, rows, fits.losses, strict=True)]
-        for name, tensor in shared.items():
-            total[name].sub_(tensor, alpha=weight)  # in float64 it does no harm to subtract last
-        return Partial(delta.cpu().numpy(), weight, np.sort(np.array(notes, NOTE), order="client"))
+        sums = _Sums(shared, self.device, task.server.sees_each)
+        notes = []
+        for fits in self._fits(task, round, received, told, clients, rows_of):
+            for place, client in enumerate(fits.clients):
+                rows = len(rows_of[client])
+                steps = task.method.steps(rows) * bool(fits.params)
+                weight = task.server.weight(rows, round - 1 - version, steps)
+                ours = {name: fits.params[name][place] for name in shared}
+                rule, message = task.server.settle(fits.rule[place], told, shared, ours, steps, task.method.lr)
+                self._keep(task, round, client, fits, place, rule)
+                sums.add(client, ours, message, weight)
+                notes.append((client, rows, steps, fits.losses[place], payload[1], payload[0]))
+        return sums.partial(np.sort(np.array(notes, NOTE), order="client"))
 
-    def evaluate(self, task: Task, sent: np.ndarray, also: Sequence[int], chunk: list[tuple[int, int]]) -> np.ndarray:
+    def evaluate(
+        self, task: Task, sent: np.ndarray, also: Sequence[int], held_out: Sequence[int], chunk: Written
+    ) -> Counts:
         """Counts of a chunk of clients on their own validation and test rows.
 
         Args:
-            also: ids of held-out clients on whose test rows every client of the chunk is judged as well.
-
-        Returns:
-            (n, 5) int32, columns as in `evaluate.COLUMNS`.
+            also: ids of clients that train nothing, on whose rows every client of the chunk is judged as well.
+            held_out: indices of the held-out domains.
         """
-        module, like = self._module(task.method, task.dtype)
+        module, like = self.module(task)
         received = _to(self.device, unflatten(sent, like))
-        held_out = [self.clients[k].test for k in also]
-        judged = []
-        for k, _ in chunk:
+        module.eval().load_state_dict(received)
+        entries, answers = [], []
+        for k, written in chunk:
             client = self.clients[k]
-            judged += [(k, "val", client.val), (k, "test", client.test), *((k, "test", rows) for rows in held_out)]
-        if all(task.is_shared(name) for name in like):
-            module.load_state_dict(received)
-            guesses = self._guess(module, task, [rows for _, _, rows in judged])
-        else:
-            guesses, each = [], iter(judged)
-            for k, written in chunk:
+            mine = [(k, "val", client.val), (k, self.clients.split_of(k), client.test)]
+            away = [(k, self.clients.split_of(a), self.clients[a].test) for a in also]
+            spaces = [self._space(k), self._space(k), *(self._space(a) for a in also)]
+            entries += zip([*mine, *away], spaces, strict=True)
+            if task.of(like, "private"):
                 module.load_state_dict(received | self._kept(task, k, written)[0])
-                guesses += self._guess(module, task, [rows for _, _, rows in islice(each, 2 + len(also))])
-        return count(judged, np.concatenate([np.empty(0, np.int64), *guesses]), self.features)
+                answers += self._judge(module, task, entries[len(answers) :])
+        answers += self._judge(module, task, entries[len(answers) :])  # by the shared model, all at once
+        guesses, owns, confidence = (
+            np.concatenate([np.empty(0, np.int64), *some]) for some in zip(*answers, strict=True)
+        )
+        return tally([entry for entry, _ in entries], guesses, owns, confidence, self.features, held_out)
 
-    def _fits(self, task: Task, round: int, received: Params, clients: Written, rows_of: Rows) -> Iterator[Fits]:
-        # Clients of like size together, so that their batches have one size for as many steps as can be.
-        ordered = sorted(clients, key=lambda pair: (-len(rows_of[pair[0]]), pair[0]))
-        size = 1 if task.reference else stack_size(received, self.device)
-        for first in range(0, len(ordered), size):
-            yield self._fit(task, round, received, ordered[first : first + size], rows_of)
+    def _space(self, client: int) -> Space:
+        own = self.clients.classes_of(client, self.features)
+        everyone = self.trained_classes if self.clients.split_of(client) != "new" else own
+        return torch.from_numpy(everyone), torch.from_numpy(own)
 
     @torch.no_grad()
-    def _fit(self, task: Task, round: int, received: Params, clients: Written, rows_of: Rows) -> Fits:
-        module, _ = self._module(task.method, task.dtype)
+    def _judge(self, module: nn.Module, task: Task, entries: list[Entry]) -> list[Answers]:
+        """Of each entry the guesses in the protocol's label space and in the client's own; how sure of the former."""
+        if not entries:
+            return []
+        sizes = [len(rows) for (_, _, rows), _ in entries]
+        rows = np.concatenate([rows for (_, _, rows), _ in entries])
+        masks = [torch.stack(some).to(self.device) for some in zip(*(spaces for _, spaces in entries), strict=True)]
+        entry = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.device)
+        if _reads_classes(module):
+            # What it says of one class follows from the others in question, so each entry is asked twice.
+            found = []
+            for k, part in enumerate(np.split(rows, np.cumsum(sizes)[:-1])):
+                both = []
+                for mask in masks:
+                    module.classes.copy_(mask[k])
+                    both.append(self._logits(module, task, part).masked_fill(~mask[k], -torch.inf))
+                found.append(_answers(*both))
+            return found
+        module.classes.fill_(True)
+        logits, found = self._logits(module, task, rows), []
+        everyone, own = (logits.masked_fill(~mask[entry], -torch.inf) for mask in masks)
+        return list(zip(*(np.split(some, np.cumsum(sizes)[:-1]) for some in _answers(everyone, own)), strict=True))
+
+    def _logits(self, module: nn.Module, task: Task, rows: np.ndarray) -> Tensor:
+        size = BLOCK[task.method.reads.image]
+        blocks = [rows[first : first + size] for first in range(0, max(1, len(rows)), size)]
+        return torch.cat([module(self._xy(task, block)[0]) for block in blocks])
+
+    def _fits(
+        self, task: Task, round: int, received: Params, told: Params, clients: Written, rows_of: Rows
+    ) -> Iterator[Fits]:
+        # Clients of like size together, so that their batches have one size for as many steps as can be.
+        ordered = sorted(clients, key=lambda pair: (-len(rows_of[pair[0]]), pair[0]))
+        size = 1 if task.reference else stack_size(task.of(received, "shared", "private"), task.method, self.device)
+        for first in range(0, len(ordered), size):
+            yield self._fit(task, round, received, told, ordered[first : first + size], rows_of)
+
+    @torch.no_grad()
+    def _fit(self, task: Task, round: int, received: Params, told: Params, clients: Written, rows_of: Rows) -> Fits:
+        module, _ = self.module(task)
         module.train()  # evaluation leaves it otherwise, and which process has evaluated is chance
-        names = [name for name, _ in module.named_parameters()]
-        params, optimizer = self._room(task.method, task.dtype, len(clients), task.reference)
+        if constants := task.of(received, "server", "frozen"):
+            module.load_state_dict(constants, strict=False)
+        params, optimizer = self.room(task, len(clients))
         optimizer.reset()
-        for name, tensor in received.items():
-            params[name].copy_(tensor)
+        shared = task.of(received, "shared")
+        for name in params:
+            params[name].copy_(received[name])
+        rule, names = [], trained(module)
         for place, (client, written) in enumerate(clients):
-            own, moments = self._kept(task, client, written)
+            own, moments, kept = self._kept(task, client, written)
             for name, tensor in own.items():
                 params[name][place] = tensor
             for name, tensor in _moments(optimizer, names, place).items() if moments else ():
                 tensor.copy_(moments[name])
+            rule.append(kept or task.server.keeps(shared))
         ids = [client for client, _ in clients]
-        x, y = self._xy(task, np.concatenate([rows_of[client] for client in ids]))
+        x, y = self._xy(
+            task, np.concatenate([rows_of[client] for client in ids]), self._views(task, round, ids, rows_of)
+        )
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
+        corrections = [task.server.correction(kept, told) for kept in rule]
+        correction = {name: torch.stack([one[name] for one in corrections]) for name in corrections[0]}
+        classes = self._classes(task, ids)
         if task.reference:
+            if classes is not None:
+                module.classes.copy_(classes[0])
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))  # of a module with dropout, say
-                losses = [train_client(module, optimizer, x, y, task.method, task.server.local_term, rngs[0])]
+                correction = {name: tensor[0] for name, tensor in correction.items()}
+                how = {"shared": list(shared), "correction": correction}
+                losses = [train_client(module, optimizer, x, y, task.method, task.server.local_term, rngs[0], **how)]
         else:
-            shared = {name: tensor for name, tensor in received.items() if task.is_shared(name)}
             sizes = [len(rows_of[client]) for client in ids]
             # A rule that adds nothing costs no second pass of autograd.
             term = None if type(task.server).local_term is Server.local_term else task.server.local_term
-            losses = train_stack(module, params, optimizer, shared, x, y, sizes, task.method, term, rngs).tolist()
+            how = {"correction": correction, "classes": classes}
+            losses = train_stack(
+                module, params, optimizer, shared, x, y, sizes, task.method, term, rngs, **how
+            ).tolist()
         kept = range(len(ids)) if task.method.keep_moments else ()
-        return Fits(ids, params, losses, [_moments(optimizer, names, place) for place in kept])
+        return Fits(ids, params, losses, [_moments(optimizer, names, place) for place in kept], rule)
 
-    def _keep(self, task: Task, round: int, fits: Fits) -> None:
-        private = [name for name in fits.params if not task.is_shared(name)]
-        for place, client in enumerate(fits.clients):
-            kept = {name: fits.params[name][place] for name in private}
-            if task.method.keep_moments:
-                kept |= {MOMENTS + name: tensor for name, tensor in fits.moments[place].items()}
-            if not all(tensor.isfinite().all() for tensor in kept.values()):
-                raise InputError(f"training diverged: in round {round} client {client} is not finite; try a smaller lr")
-            if task.keeps(fits.params):
-                task.private.write(client, round, {name: tensor.cpu() for name, tensor in kept.items()})
+    def _classes(self, task: Task, clients: list[int]) -> Tensor | None:
+        """(M, C) bool, the classes that compete in each client's loss; None where all do."""
+        if not self._masked(task):
+            return None
+        own = task.method.label_space == "client"
+        masks = [self.clients.classes_of(k, self.features) if own else self.trained_classes for k in clients]
+        return torch.from_numpy(np.stack(masks) & self.trained_classes).to(self.device)
 
-    def _kept(self, task: Task, client: int, written: int) -> tuple[Params, Params]:
-        """A client's private parameters, and what its optimizer remembers; none of either before its first round."""
+    def _masked(self, task: Task) -> bool:
+        return task.method.label_space == "client" or not self.trained_classes.all()
+
+    def _views(self, task: Task, round: int, clients: list[int], rows_of: Rows) -> np.ndarray | None:
+        """Which augmented view each train row shows in a round; None where there is but the image itself."""
+        most = self.features.augment + 1
+        if most == 1:
+            return None
+        drawn = [numpy_rng(task.seed, "views", round, k).integers(1, most, len(rows_of[k])) for k in clients]
+        return np.concatenate(drawn)
+
+    def _keep(self, task: Task, round: int, client: int, fits: Fits, place: int, rule: Params) -> None:
+        """Writes down what a client has of its own after a round."""
+        kept = {name: tensor[place] for name, tensor in task.of(fits.params, "private").items()}
+        kept |= {RULE + name: tensor for name, tensor in rule.items()}
+        if task.method.keep_moments:
+            kept |= {MOMENTS + name: tensor for name, tensor in fits.moments[place].items()}
+        if not all(tensor.isfinite().all() for tensor in kept.values()):
+            raise InputError(f"training diverged: in round {round} client {client} is not finite; try a smaller lr")
+        if kept or task.method.keep_moments:
+            task.private.write(client, round, {name: tensor.cpu().contiguous() for name, tensor in kept.items()})
+
+    def _kept(self, task: Task, client: int, written: int) -> tuple[Params, Params, Params]:
+        """A client's private parameters, what its optimizer remembers, and what it keeps for the server rule; none of
+        them before its first round.
+        """
         kept = _to(self.device, task.private.read(client, written)) if written else {}
-        moments = {name.removeprefix(MOMENTS): v for name, v in kept.items() if name.startswith(MOMENTS)}
-        return {name: tensor for name, tensor in kept.items() if not name.startswith(MOMENTS)}, moments
+        moments, rule = (
+            {name.removeprefix(prefix): tensor for name, tensor in kept.items() if name.startswith(prefix)}
+            for prefix in (MOMENTS, RULE)
+        )
+        return {name: v for name, v in kept.items() if not name.startswith((MOMENTS, RULE))}, moments, rule
 
-    @torch.no_grad()
-    def _guess(self, module: nn.Module, task: Task, parts: list[np.ndarray]) -> list[np.ndarray]:
-        rows, guesses = np.concatenate(parts), []
-        for first in range(0, len(rows), BLOCK):
-            x, _ = self._xy(task, rows[first : first + BLOCK])
-            guesses.append(module.eval()(x).argmax(dim=1).cpu().numpy())
-        return guesses
-
-    def _xy(self, task: Task, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        x = torch.from_numpy(self.features.x[rows]).to(self.device, getattr(torch, task.dtype))
+    def _xy(self, task: Task, rows: np.ndarray, views: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        x = torch.from_numpy(self.features.take(task.method.reads.image, rows, views)).to(self.device)
+        x = x if x.dtype == torch.uint8 else x.to(getattr(torch, task.dtype))
         return x, torch.from_numpy(self.features.y[rows]).to(self.device)
 
-    @lru_cache(maxsize=4)  # noqa: B019 - as below
-    def _room(self, method: Method, dtype: str, clients: int, reference: bool) -> tuple[Params, Optimizer]:
+    def _room(self, task: Task, clients: int) -> tuple[Params, Optimizer]:
         """Room for a stack, used again and again, since fresh memory is slow; for one client, its module's own."""
-        module, _ = self._module(method, dtype)
-        params = {name: tensor.unsqueeze(0) for name, tensor in module.state_dict().items()}
-        if not reference:
+        module, _ = self.module(task)
+        params = task.of(module.state_dict(), "shared", "private")
+        params = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
+        if not task.reference:
             params = {
                 name: torch.empty_like(tensor.expand(clients, *tensor.shape[1:])) for name, tensor in params.items()
             }
-        return params, Optimizer(method, slices(module, params))
+        return params, Optimizer(task.method, slices(module, params))
 
-    @lru_cache(maxsize=4)  # noqa: B019 - one Trainer per process, which ends with it
-    def _module(self, method: Method, dtype: str) -> tuple[nn.Module, Params]:
-        module = method.build(backbone_of(self.features, self.device, dtype)).to(self.device, getattr(torch, dtype))
+    def _module(self, task: Task) -> tuple[nn.Module, Params]:
+        reads = task.method.reads
+        clip = self.clip(task.dtype) if reads.towers else None
+        backbone = backbone_of(self.features, self.device, task.dtype, reads, clip)
+        module = task.build(backbone).to(self.device, getattr(torch, task.dtype))
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.contiguous()  # the fused optimizers walk raw memory
-        return module, {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+        for name, tensor in module.named_parameters():
+            tensor.requires_grad_(task.scope(name) in ("shared", "private"))
+        like = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+        if not _reads_classes(module):
+            everything = torch.ones(len(self.features.classes), dtype=torch.bool, device=self.device)
+            module.register_buffer("classes", everything, persistent=False)
+            module.asks_all = True
+        if self._masked(task):
+            module.register_forward_hook(_masked_out)
+        return module, like
+
+    def _clip(self, dtype: str) -> Clip:
+        clip = Clip(self.frozen.weights, self.device, self.frozen.state)
+        clip.model.to(getattr(torch, dtype))
+        return clip
 
 
-def _to(device: str, params: Params) -> Params:
-    return {name: tensor.to(device) for name, tensor in params.items()}
+class _Sums:
+    """What becomes of a chunk's clients, as they come."""
+
+    def __init__(self, shared: Params, device: str, each: bool) -> None:
+        size = sum(tensor.numel() for tensor in shared.values())
+        self.shared, self.weight, self.message = shared, 0.0, np.zeros(0)
+        self.delta = torch.zeros(0 if each else size, dtype=torch.float64, device=device)
+        self.total = {} if each else views(self.delta, shared)
+        # Adding float32 to float64 as it comes makes a new tensor for every client.
+        room = torch.empty(max(map(torch.numel, shared.values()), default=0), dtype=torch.float64, device=device)
+        self.doubled = {name: room[: tensor.numel()].view_as(tensor) for name, tensor in shared.items()}
+        self.each: dict[int, np.ndarray] | None = {} if each else None
+
+    def add(self, client: int, ours: Params, message: Params, weight: float) -> None:
+        self.weight += weight
+        for name, total in self.total.items():
+            total.add_(self.doubled[name].copy_(ours[name]), alpha=weight)
+        if self.each is not None:
+            self.each[client] = flatten({name: ours[name] - tensor for name, tensor in self.shared.items()})
+        if message:
+            said = weight * flatten(message).astype(np.float64)
+            self.message = self.message + said if len(self.message) else said
+
+    def partial(self, notes: np.ndarray) -> Partial:
+        for name, total in self.total.items():
+            total.sub_(self.shared[name], alpha=self.weight)  # in float64 it does no harm to subtract last
+        each = None
+        if self.each is not None:
+            each = np.stack([self.each[client] for client in notes["client"].tolist()]).astype(np.float32)
+            if not np.isfinite(each).all():
+                raise InputError("training diverged: an update is not finite; try a smaller --method.lr")
+        return Partial(self.delta.cpu().numpy(), self.weight, notes, self.message, each)
+
+
+def _reads_classes(module: nn.Module) -> bool:
+    """Whether the module itself asks which classes are in question."""
+    return hasattr(module, "classes") and not hasattr(module, "asks_all")
+
+
+def _masked_out(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
+    return logits.masked_fill(~module.classes, -torch.inf)
+
+
+def _answers(everyone: Tensor, own: Tensor) -> Answers:
+    guesses, owns, sure = everyone.argmax(dim=1), own.argmax(dim=1), everyone.softmax(dim=1).amax(dim=1)
+    return guesses.cpu().numpy(), owns.cpu().numpy(), sure.float().cpu().numpy()
+
+
+def _to(device: str, params: Params, dtype: str | None = None) -> Params:
+    return {name: tensor.to(device, getattr(torch, dtype) if dtype else None) for name, tensor in params.items()}
 
 
 def _moments(optimizer: Optimizer, names: list[str], place: int) -> Params:

@@ -13,7 +13,16 @@ import pandas as pd
 
 from fedsim.errors import listing
 from fedsim.plots import Line, Panel, Plot, plot_bars, plot_heat, plot_lines
-from fedsim.report import Report, accuracy_per_client, accuracy_per_domain, tail_mean, to_yaml, write_text
+from fedsim.report import (
+    Report,
+    accuracy_per_client,
+    accuracy_per_domain,
+    calibration_error,
+    macro_f1,
+    tail_mean,
+    to_yaml,
+    write_text,
+)
 
 LONGEST = 1000  # rows of a table: a page of 10 000 clients would otherwise be over a megabyte
 MEASURES = {
@@ -21,6 +30,15 @@ MEASURES = {
     "personalization": "own test rows, mean over clients",
     "worst_tenth": "own test rows, worst tenth of the clients",
     "validation": "validation rows, mean over clients",
+    "spread": "own test rows, standard deviation over clients",
+    "personalization_own": "own test rows, only a client's own classes competing, mean over clients",
+}
+# Of runs whose clients train on some of the classes only; `local` is personalization_own by another name.
+NEW_MEASURES = {
+    "base": "base: own test rows of all clients together",
+    "new": "new: rows of new classes, only these competing",
+    "harmonic_2": "harmonic mean of base and new",
+    "harmonic_3": "harmonic mean of local (a client's own classes), base and new",
 }
 BEFORE, AFTER = "zero-shot CLIP", "chosen round"
 TRAVELLED = "bytes up and down since the start"
@@ -73,6 +91,8 @@ def curves(scores: pd.DataFrame, held_out: Sequence[str]) -> pd.DataFrame:
         "generalization": accuracy_per_domain(scores[test & away]),
         "validation": accuracy_per_client(scores[val]),
     }
+    if (new := scores.split == "new").any():
+        accuracies["new"] = accuracy_per_client(scores[new])
     rounds = pd.Index(sorted(scores["round"].unique()), name="round")
     return pd.DataFrame({name: values.groupby("round").mean() for name, values in accuracies.items()}, index=rounds)
 
@@ -123,15 +143,56 @@ def _how_chosen(report: Report) -> list[str]:
     judges = scores[scores.domain.isin(report.held_out)].client.nunique()
     if judges > len(report.held_out):
         how += f" Each of {judges} clients has a model of its own: held-out accuracy is the mean over their models."
+    if new := report.new_classes:
+        how += (
+            f" Nobody trains on the {len(new)} new classes, the last in alphabetical order: rows of theirs in held-out "
+            "domains judge nothing."
+        )
     if skipped := report.facts.get("skipped"):
         how += f" Unreadable images that were left out: {len(skipped)}, listed at the end."
     return [how]
 
 
 def _summary(report: Report) -> dict[str, pd.DataFrame]:
-    table = pd.DataFrame({BEFORE: report.zero_shot_summary(), AFTER: report.summary()})
-    caption = f"Top-1 accuracy in percent, round {report.chosen_round}; the difference in percentage points"
-    return {caption: _written(table.rename(index=MEASURES).rename_axis("accuracy"))}
+    before, after = report.zero_shot_summary(), report.summary()
+    shown = {key: words for key, words in (MEASURES | NEW_MEASURES).items() if key in after}
+    table = pd.DataFrame({BEFORE: before, AFTER: after}).loc[list(shown)]
+    caption = (
+        f"Top-1 accuracy in percent, round {report.chosen_round}; the difference in percentage points. "
+        f"Where no other classes are named, {_trained(report)} compete"
+    )
+    return {caption: _written(table.rename(index=shown).rename_axis("accuracy"))} | _by_group(report)
+
+
+def _by_group(report: Report) -> dict[str, pd.DataFrame]:
+    """All rows of a kind together, whoever's they are: each cell is zero-shot CLIP's, and the chosen round's."""
+    spaces = {
+        "own": ("own test rows", _trained(report)),
+        "held_out": ("held-out domains", _trained(report)),
+        "new": ("new classes", f"the {len(report.new_classes)} new classes"),
+    }
+    before = report.zero_shot_label_table(), report.zero_shot_calibration_table()
+    after = [
+        table[table["round"] == report.chosen_round] for table in (report.label_table(), report.calibration_table())
+    ]
+    shown = {}
+    for group, (name, space) in spaces.items():
+        sides = [[table[table.group == group] for table in tables] for tables in (before, after)]
+        if not len(sides[1][0]):
+            continue
+        found = {
+            "accuracy": [labels.right.sum() / labels.there.sum() for labels, _ in sides],
+            "macro-F1": [macro_f1(labels) for labels, _ in sides],
+            "calibration error": [calibration_error(bins) for _, bins in sides],
+        }
+        shown[name] = {"among": space} | {what: " → ".join(map(percent, pair)) for what, pair in found.items()}
+    caption = f"All rows of a kind together, in percent: {BEFORE} → round {report.chosen_round}"
+    return {caption: pd.DataFrame(shown).T.rename_axis("rows")} if shown else {}
+
+
+def _trained(report: Report) -> str:
+    count = len(report.classes) - len(report.new_classes)
+    return f"the {count} trained classes" if report.new_classes else f"all {count} classes"
 
 
 def _by_round(report: Report) -> Section:
@@ -152,7 +213,7 @@ def _by_round(report: Report) -> Section:
 def _lines(report: Report, lines: pd.DataFrame) -> list[Line]:
     zero, dot = report.zero_shot_summary(), list(report.parts).index(report.chosen_round)
     return [
-        Line(MEASURES[key], place, 100 * lines[key], zero_shot=100 * zero[key], dot=dot)
+        Line((MEASURES | NEW_MEASURES)[key], place, 100 * lines[key], zero_shot=100 * zero[key], dot=dot)
         for place, key in enumerate(lines.dropna(axis=1, how="all"))
     ]
 
@@ -160,7 +221,9 @@ def _lines(report: Report, lines: pd.DataFrame) -> list[Line]:
 def _broken_down(report: Report, by: str, domains: Sequence[str]) -> pd.DataFrame:
     """Rows of each split, and accuracy on test rows before and after, by domain or by client."""
     held, scores = report.holding_table(), report.score_table()
-    held = held[held.domain.isin(domains)].pivot_table(index=by, columns="split", values="rows", aggfunc="sum")
+    held = held[held.domain.isin(domains) & (held.split != "new")].pivot_table(
+        index=by, columns="split", values="rows", aggfunc="sum"
+    )
     splits = {"train": "train rows", "val": "validation", "test": "test"}
     table = held.reindex(columns=list(splits)).fillna(0).astype(int).rename(columns=splits)
     accuracy = {"domain": accuracy_per_domain, "client": accuracy_per_client}[by]
@@ -224,9 +287,14 @@ def _facts(report: Report) -> dict[str, pd.DataFrame]:
         "training clients whose rows were judged": report.holding_table().query("split == 'train'").client.nunique(),
         "megabytes up, all rounds": number(costs.bytes_up.sum() / 1e6),
         "megabytes down, all rounds": number(costs.bytes_down.sum() / 1e6),
+        "local steps, all clients and rounds": costs.steps.sum(),
         "seconds of training": number(costs.seconds.sum()),
         "simulated seconds of training": number(costs.clock_s.max() if len(costs) else 0.0),
     }
+    if costs.flops.notna().any():
+        facts["teraflops of training, all rounds"] = number(costs.flops.sum() / 1e12)
+    if report.new_classes:
+        facts["new classes"] = f"{len(report.new_classes)}: {listing(report.new_classes)}"
     tables = {
         "Data and cost": pd.DataFrame({"value": pd.Series(facts, dtype=object)}),
         "Versions": pd.DataFrame({"version": pd.Series(versions, dtype=object)}),

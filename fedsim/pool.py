@@ -145,7 +145,7 @@ class _Actors(Pool):
         for place in placements:
             # Soft: when the node is lost, its actors start again elsewhere, if there is room.
             where = {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus, "scheduling_strategy": on(place.node)}
-            made = actor.options(**where).remote(factory, sizing.threads_per_actor, place.num_gpus > 0, *self.args)
+            made = actor.options(**where).remote(factory, sizing.threads_per_actor, place.num_gpus, *self.args)
             self.seats.append(_Seat(made))
             self.seats[-1].bench(inf)  # Ray starts it when it has room; many take minutes
         self.placed = False
@@ -313,17 +313,27 @@ class _Work:
 class _Worker:
     """The actor around a worker."""
 
-    def __init__(self, factory: type, threads: int, use_gpu: bool, *args: Any) -> None:
+    def __init__(self, factory: type, threads: int, gpus: float, *args: Any) -> None:
         torch.set_num_threads(threads)
         _keep_memory()
+        self.gpus = gpus
         # Asked of torch and not of Ray: an actor without a GPU sees all of them, and one may be only logical.
-        self.worker = factory(*args, "cuda" if use_gpu and torch.cuda.is_available() else "cpu")
+        device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
+        if device == "cuda" and gpus < 1:  # or one that takes too much would end the others on its GPU
+            torch.cuda.set_per_process_memory_fraction(gpus)
+        self.worker = factory(*args, device)
 
     def ping(self) -> None:
         pass
 
     def call(self, name: str, *args: Any) -> Any:
-        return getattr(self.worker, name)(*args)
+        try:
+            return getattr(self.worker, name)(*args)
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"this does not fit into the {self.gpus:g} of a GPU that an actor has; take a larger --gpus-per-actor, "
+                "a smaller --method.batch, or a smaller backbone"
+            ) from None
 
 
 def _keep_memory() -> None:

@@ -16,17 +16,20 @@ import torch
 import yaml
 from torch import Tensor
 
-from fedsim.clients import Client
+from fedsim.clients import Client, new_of
 from fedsim.datasets import Labelled
-from fedsim.evaluate import COLUMNS, SPLITS
+from fedsim.evaluate import COLUMNS, GROUPS, SPLITS, Counts
 from fedsim.params import Params
 from fedsim.schedule import Turn
 
 # Of the clients that were asked, some dropped out, some were late, and the work of `clients` counted. Bytes down are of
-# all that were asked, bytes up of those whose work counted; clock_s are simulated seconds since the start.
+# all that were asked, bytes up of those whose work counted; clock_s are simulated seconds since the start. Local steps
+# are of all clients together, and so are flops, the floating-point operations of their training.
 COUNTS = ("round", "asked", "clients", "dropped", "late", "bytes_up", "bytes_down")
-ROUND_COLUMNS = (*COUNTS, "seconds", "clock_s", "loss")
+ROUND_COLUMNS = (*COUNTS, "seconds", "clock_s", "loss", "steps", "flops")
 HOLDING_COLUMNS = ("client", "domain", "label", "split", "rows")
+LABEL_COLUMNS = ("round", "group", "label", "right", "guessed", "there")
+CALIBRATION_COLUMNS = ("round", "group", "bin", "rows", "right", "confidence")
 
 
 @dataclass
@@ -38,10 +41,10 @@ class Report:
         domains, classes: names, by index.
         held_out: names of the held-out domains.
         facts: what else is worth knowing: data, device, versions.
-        parts: by round, (n, 6) int32: round, client, domain, split, correct, total.
+        counts: by round, what was found.
         validation: by round, `summarize`'s; what the chosen round is chosen by.
-        zero_shot: (n, 6) int32, the same as parts for zero-shot CLIP; round is 0.
-        rounds: (r, 10) float64, columns as in `ROUND_COLUMNS`.
+        zero_shot: the same as counts, of zero-shot CLIP.
+        rounds: (r, 12) float64, columns as in `ROUND_COLUMNS`.
         holdings: (n, 5) int32: rows of each client by domain, label and split.
         adapter: the tensors of the chosen round, private ones as they were in round 0.
         private: (K,) int64, the round of the file in `private/` that holds what a client kept in the chosen round.
@@ -52,61 +55,94 @@ class Report:
     classes: list[str]
     held_out: list[str]
     facts: dict[str, Any]
-    parts: dict[int, np.ndarray] = field(default_factory=dict)
+    counts: dict[int, Counts] = field(default_factory=dict)
     validation: dict[int, float] = field(default_factory=dict)
-    zero_shot: np.ndarray = field(default_factory=lambda: np.empty((0, 6), np.int32))
+    zero_shot: Counts = field(default_factory=Counts)
     rounds: np.ndarray = field(default_factory=lambda: np.empty((0, len(ROUND_COLUMNS))))
     holdings: np.ndarray = field(default_factory=lambda: np.empty((0, 5), np.int32))
     adapter: Params = field(default_factory=dict)
     private: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
-    def add_scores(self, round: int, counts: np.ndarray) -> None:
-        """Counts of one evaluation, columns as in `evaluate.COLUMNS`."""
-        self.parts[round] = _with_round(round, counts)
-        self.validation[round] = validation_of(self._named(self.parts[round]))
+    def add_scores(self, round: int, counts: Counts) -> None:
+        """What one evaluation found."""
+        self.counts[round] = counts
+        self.validation[round] = validation_of(self._named(self.parts_of(round)))
 
-    def add_zero_shot(self, counts: np.ndarray) -> None:
-        self.zero_shot = _with_round(0, counts)
+    def add_zero_shot(self, counts: Counts) -> None:
+        self.zero_shot = counts
 
-    def add_round(self, turn: Turn, clients: np.ndarray, payload: int, seconds: float) -> None:
+    def add_round(
+        self, turn: Turn, clients: np.ndarray, payload: int, seconds: float, flops: float = float("nan")
+    ) -> None:
         """What one round of training cost, and its mean loss over clients.
 
         Args:
             clients: (n,) of `servers.NOTE`, those whose work counted.
             payload: bytes that a client was sent.
+            flops: floating-point operations, where somebody has counted them.
         """
         losses = clients["loss"][~np.isnan(clients["loss"])]
         counts = turn.round, turn.asked, len(clients), turn.dropped, turn.late
         sent = clients["bytes_up"].sum(), turn.asked * payload
-        row = *counts, *sent, seconds, turn.clock_s, losses.mean() if len(losses) else np.nan
+        loss = losses.mean() if len(losses) else np.nan
+        row = *counts, *sent, seconds, turn.clock_s, loss, clients["steps"].sum(), flops
         self.rounds = np.concatenate([self.rounds, [row]])
 
     # What is derived from the counts -----------------------------------------------------------------------
 
     @property
+    def parts(self) -> dict[int, np.ndarray]:
+        """By round, (n, 7) int32: round, client, domain, split, correct, total, correct_own."""
+        return {round: self.parts_of(round) for round in self.counts}
+
+    def parts_of(self, round: int) -> np.ndarray:
+        return _with_round(round, self.counts[round])
+
+    @property
     def scores(self) -> np.ndarray:
-        """(n, 6) int32: round, client, domain, split, correct, total, of all rounds that were evaluated."""
-        return np.concatenate([np.empty((0, 6), np.int32), *self.parts.values()])
+        """(n, 7) int32, of all rounds that were evaluated."""
+        return np.concatenate([np.empty((0, 7), np.int32), *self.parts.values()])
+
+    @property
+    def new_classes(self) -> list[str]:
+        """Names of the classes that nobody trains on."""
+        return [self.classes[index] for index in new_of(self.classes, self.experiment.get("new_classes", 0.0))]
 
     @property
     def last_round(self) -> int:
-        return max(self.parts, default=0)
+        return max(self.counts, default=0)
 
     @property
     def chosen_round(self) -> int:
         return best_round(self.validation)
 
     def score_table(self) -> pd.DataFrame:
-        """round, client, domain, split, correct, total: one row per client, domain and split."""
+        """round, client, domain, split, correct, total, correct_own: one row per client, domain and split."""
         return self._named(self.scores)
 
     def zero_shot_table(self) -> pd.DataFrame:
         """The same for zero-shot CLIP."""
-        return self._named(self.zero_shot)
+        return self._named(_with_round(0, self.zero_shot))
+
+    def label_table(self) -> pd.DataFrame:
+        """round, group, label, right, guessed, there: one row per round, group of rows (`GROUPS`) and class."""
+        return self._by_label(self.counts)
+
+    def zero_shot_label_table(self) -> pd.DataFrame:
+        """The same for zero-shot CLIP; round is 0."""
+        return self._by_label({0: self.zero_shot})
+
+    def calibration_table(self) -> pd.DataFrame:
+        """round, group, bin, rows, right, confidence: one row per round, group of rows and bin of confidence."""
+        return _by_bin(self.counts)
+
+    def zero_shot_calibration_table(self) -> pd.DataFrame:
+        """The same for zero-shot CLIP; round is 0."""
+        return _by_bin({0: self.zero_shot})
 
     def round_table(self) -> pd.DataFrame:
         table = pd.DataFrame(self.rounds, columns=list(ROUND_COLUMNS))
-        return table.astype(dict.fromkeys(COUNTS, np.int64))
+        return table.astype(dict.fromkeys((*COUNTS, "steps"), np.int64))
 
     def holding_table(self) -> pd.DataFrame:
         """client, domain, label, split, rows: who holds what."""
@@ -119,10 +155,12 @@ class Report:
     def summary(self, round: int | None = None) -> dict[str, float]:
         """`summarize` of one round's scores; the chosen round where none is named."""
         round = self.chosen_round if round is None else round
-        return summarize(self._named(self.parts[round]), self.held_out)
+        one = {round: self.counts[round]}
+        return summarize(self._named(self.parts_of(round)), self._by_label(one), _by_bin(one), self.held_out)
 
     def zero_shot_summary(self) -> dict[str, float]:
-        return summarize(self.zero_shot_table(), self.held_out)
+        tables = self.zero_shot_label_table(), self.zero_shot_calibration_table()
+        return summarize(self.zero_shot_table(), *tables, self.held_out)
 
     # On disk -----------------------------------------------------------------------------------------------
 
@@ -131,6 +169,10 @@ class Report:
         return {
             "scores": self.score_table(),
             "zero_shot": self.zero_shot_table(),
+            "labels": self.label_table(),
+            "zero_shot_labels": self.zero_shot_label_table(),
+            "calibration": self.calibration_table(),
+            "zero_shot_calibration": self.zero_shot_calibration_table(),
             "rounds": self.round_table(),
             "partition": self.holding_table(),
         }
@@ -142,8 +184,8 @@ class Report:
 
     def history(self) -> dict[str, np.ndarray]:
         """Tables that never change once they are there, by name."""
-        scores = {f"scores-{round}": part for round, part in self.parts.items()}
-        return scores | {"zero_shot": self.zero_shot, "holdings": self.holdings}
+        scores = {f"scores-{round}": counts.flat() for round, counts in self.counts.items()}
+        return scores | {"zero_shot": self.zero_shot.flat(), "holdings": self.holdings}
 
     def about(self) -> dict[str, Any]:
         """All that is no array, for a checkpoint."""
@@ -159,8 +201,9 @@ class Report:
         validation = {int(round): mean for round, mean in about["validation"]}
         return cls(
             **about | {"validation": validation},
-            parts={round: history(f"scores-{round}") for round in validation},
-            **{name: history(name) for name in ("zero_shot", "holdings")},
+            counts={round: Counts.from_flat(history(f"scores-{round}")) for round in validation},
+            zero_shot=Counts.from_flat(history("zero_shot")),
+            holdings=history("holdings"),
             **{name: tensors[name].numpy() for name in ("rounds", "private")},
             adapter=adapter,
         )
@@ -170,6 +213,10 @@ class Report:
         table["domain"] = [self.domains[index] for index in table.domain]
         table["split"] = [SPLITS[index] for index in table.split]
         return table
+
+    def _by_label(self, counts: Mapping[int, Counts]) -> pd.DataFrame:
+        table = _tidy({round: of.labels for round, of in counts.items()}, LABEL_COLUMNS)
+        return table.assign(label=[self.classes[index] for index in table.label])
 
 
 def accuracy_per_client(scores: pd.DataFrame) -> pd.Series:
@@ -208,30 +255,85 @@ def tail_mean(accuracy: pd.Series, share: float = 0.1) -> float:
     return float(accuracy.sort_values().iloc[: max(1, int(share * len(accuracy)))].mean())
 
 
-def summarize(scores: pd.DataFrame, held_out: list[str]) -> dict[str, float]:
+def macro_f1(labels: pd.DataFrame) -> float:
+    """F1 in [0, 1] of some rows, mean over the classes that are there or guessed; columns as in `LABEL_COLUMNS`."""
+    counts = labels.groupby("label")[["right", "guessed", "there"]].sum()
+    return float((2 * counts.right / (counts.guessed + counts.there)).mean())
+
+
+def calibration_error(bins: pd.DataFrame) -> float:
+    """How far confidence is from accuracy, mean over rows of their bins; columns as in `CALIBRATION_COLUMNS`.
+
+    Source: the expected calibration error of Guo et al. 2017, arXiv 1706.04599.
+    """
+    counts = bins.groupby("bin")[["rows", "right", "confidence"]].sum()
+    return float((counts.right - counts.confidence).abs().sum() / counts.rows.sum()) if len(counts) else float("nan")
+
+
+def pooled_accuracy(scores: pd.DataFrame) -> float:
+    """Accuracy in [0, 1] over all of the given rows, whoever's they are; nan without any."""
+    return float(scores.correct.sum() / scores.total.sum()) if scores.total.sum() else float("nan")
+
+
+def harmonic_mean(*accuracies: float) -> float:
+    """0 where one of them is; nan where one is missing."""
+    if 0.0 in accuracies:
+        return float("nan") if np.isnan(accuracies).any() else 0.0
+    return len(accuracies) / sum(1 / accuracy for accuracy in accuracies)
+
+
+def summarize(
+    scores: pd.DataFrame, labels: pd.DataFrame, calibration: pd.DataFrame, held_out: list[str]
+) -> dict[str, float]:
     """What one evaluation comes to; nan where it has no such rows.
+
+    All classes that anybody trains on compete for a row, where nothing else is said.
 
     generalization: test accuracy on held-out domains, mean over domains.
     personalization: clients' accuracy on their own test rows, mean over clients.
     worst_tenth: the same, mean over the worst tenth of the clients.
     validation: clients' accuracy on their own validation rows, mean over clients.
+    spread: standard deviation of what personalization is the mean of.
+    personalization_own: as personalization, but a client's own classes alone compete for its rows.
+    macro_f1, ece: of all clients' own test rows together: see `macro_f1` and `calibration_error`.
+    generalization_f1, generalization_ece: of the test rows of all held-out domains together.
+
+    And where there are rows of new classes, under the names of the papers that train on base classes only:
+
+    local: personalization_own.
+    base: accuracy on all clients' own test rows together.
+    new: accuracy on test rows of new classes, for which these alone compete.
+    harmonic_2: harmonic mean of base and new (CoCoOp, Zhou et al. 2022, arXiv 2203.05557).
+    harmonic_3: harmonic mean of local, base and new (FedTPG, Qiu et al. 2024, arXiv 2310.06123).
     """
     away = scores.domain.isin(held_out)
-    test = scores.split == "test"
+    test, new = scores.split == "test", scores.split == "new"
     own = accuracy_per_client(scores[test & ~away])
-    return {
+    among_own = accuracy_per_client(scores[test & ~away].assign(correct=scores.correct_own))
+    groups = {group: (labels[labels.group == group], calibration[calibration.group == group]) for group in GROUPS}
+    found = {
         "generalization": float(accuracy_per_domain(scores[test & away]).mean()),
         "personalization": float(own.mean()),
         "worst_tenth": tail_mean(own) if len(own) else float("nan"),
         "validation": validation_of(scores),
+        "spread": float(own.std(ddof=0)),
+        "personalization_own": float(among_own.mean()),
     }
+    for group, f1, ece in (("own", "macro_f1", "ece"), ("held_out", "generalization_f1", "generalization_ece")):
+        found |= {f1: macro_f1(groups[group][0]), ece: calibration_error(groups[group][1])}
+    if not new.any():
+        return found
+    local = found["personalization_own"]
+    base, unseen = (pooled_accuracy(scores[rows]) for rows in (test & ~away, new))
+    found |= {"local": local, "base": base, "new": unseen}
+    return found | {"harmonic_2": harmonic_mean(base, unseen), "harmonic_3": harmonic_mean(local, base, unseen)}
 
 
 def holdings(rows: Labelled, clients: Iterable[Client]) -> np.ndarray:
-    """(n, 5) int32: client, domain, label, split (train, val, test), rows."""
+    """(n, 5) int32: client, domain, label, split (train, then `SPLITS`), rows."""
     counted = []
     for client in clients:
-        for split, mine in enumerate((client.train, client.val, client.test)):
+        for split, mine in ((0, client.train), (1, client.val), (1 + SPLITS.index(client.split), client.test)):
             cells, counts = np.unique(rows.domain[mine] * len(rows.classes) + rows.y[mine], return_counts=True)
             domain, label = np.divmod(cells, len(rows.classes))
             who, part = (np.full(len(cells), value) for value in (client.id, split))
@@ -281,5 +383,21 @@ def to_yaml(fields: dict[str, Any]) -> str:
     return yaml.safe_dump(json.loads(json.dumps(fields)), sort_keys=False)
 
 
-def _with_round(round: int, counts: np.ndarray) -> np.ndarray:
-    return np.column_stack([np.full(len(counts), round), counts]).astype(np.int32)
+def _with_round(round: int, counts: Counts) -> np.ndarray:
+    return np.column_stack([np.full(len(counts.scores), round), counts.scores]).astype(np.int32)
+
+
+def _by_bin(counts: Mapping[int, Counts]) -> pd.DataFrame:
+    found = {round: np.dstack([of.bins[..., ::-1], of.confidence]) for round, of in counts.items()}
+    return _tidy(found, CALIBRATION_COLUMNS)
+
+
+def _tidy(found: Mapping[int, np.ndarray], columns: tuple[str, ...]) -> pd.DataFrame:
+    """(groups, n, k) counts by round, as a table of those that are not all 0: round, group, place in n, k counts."""
+    parts = [np.zeros((0, len(columns)))]
+    for round, counts in found.items():
+        group, place = np.nonzero(counts.any(axis=-1))
+        parts.append(np.column_stack([np.full(len(group), round), group, place, counts[group, place]]))
+    table = pd.DataFrame(np.concatenate(parts), columns=list(columns))
+    table = table.astype({name: np.int64 for name in columns if name != "confidence"})
+    return table.assign(group=[GROUPS[index] for index in table.group])

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice, pairwise
 from math import ceil
 from operator import itemgetter
@@ -16,23 +17,28 @@ import torch
 from filelock import FileLock, Timeout
 
 from fedsim.checkpoint import load_checkpoint, refuse_another, save_checkpoint, write_safetensors
-from fedsim.clients import Population, make_clients, sample_cohort
-from fedsim.clip import EMBEDDED, Weights, find_weights
+from fedsim.clients import Population, held_out_ids, make_clients, sample_cohort
+from fedsim.clip import EMBEDDED, Clip, Weights, find_weights
 from fedsim.cluster import Sizing, check_reachable
 from fedsim.config import EXECUTION, Config, read_yaml
+from fedsim.cost import flops_of
 from fedsim.datasets import Features, Images, Labelled
 from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError, Stopped
+from fedsim.evaluate import Counts, merge
 from fedsim.features import encode, feature_file, keep
 from fedsim.local import Task, Trainer, backbone_of, start
+from fedsim.methods import Method
 from fedsim.methods.zero_shot import ZeroShot
 from fedsim.page import write_page
-from fedsim.params import Params, flatten, payload_bytes
+from fedsim.params import Params, flatten
 from fedsim.pool import Event, Pool, Progress, drive, open_pool
 from fedsim.private import PrivateStore
+from fedsim.registry import name_of
 from fedsim.report import Report, environment, holdings, to_yaml, write_tables, write_text
 from fedsim.schedule import Turn, check, schedule
 from fedsim.servers import NOTE, ServerState, add_up, advance, kept_past
+from fedsim.servers.fedavg import FedAvg
 
 CHUNKS, LARGEST_CHUNK = 16, 64  # of a cohort; and clients: enough to outweigh a call, few enough to do again
 JUDGED = -1  # in the place of a round: who is judged is drawn once
@@ -85,6 +91,7 @@ def prepare(config: Config) -> Experiment:
         source = config.dataset.load(config.data_dir)
     except OSError as error:  # a folder that this user may not read, say
         raise InputError(f"--data-dir cannot be read: {error.filename}: {error.strerror}") from None
+    _check_reads(config, source)
     weights = None if isinstance(source, Features) else _weights(config)
     if isinstance(source, Features) and (config.backbone or config.pretrained):
         raise InputError("features of one's own have their encoder behind them; leave --backbone and --pretrained out")
@@ -126,11 +133,15 @@ def _simulate(experiment: Experiment, sizing: Sizing, progress: Progress) -> Rep
     write_text(folder / "config.yaml", to_yaml(config.plain()))
     features = _features(experiment, sizing, progress)
     private = PrivateStore(folder / "private")
-    task = Task(config.method, config.server, config.seed, config.dtype, private, reference=config.chunk == 1)
-    state, report = _resume(experiment, features) or _begin(experiment, features, task)
-    with open_pool(sizing, len(clients), Trainer, features, clients) as pool:
+    method = config.server.fit(config.method)
+    task = Task(method, config.server, config.seed, config.dtype, private, reference=config.chunk == 1)
+    clip = Clip(experiment.weights) if method.reads.towers else None
+    state, report = _resume(experiment, features) or _begin(experiment, features, task, clip)
+    frozen = clip and clip.frozen()
+    del clip
+    with open_pool(sizing, len(clients), Trainer, features, clients, frozen) as pool:
         progress(Event("workers", 0, 0, pool.sizes))
-        federation = _Federation(config, task, clients, pool, state.params)
+        federation = _Federation(config, task, features, clients, pool, state.params)
         if not report.parts:
             report.add_zero_shot(federation.zero_shot())
             report.add_scores(0, federation.evaluate(state))
@@ -138,7 +149,8 @@ def _simulate(experiment: Experiment, sizing: Sizing, progress: Progress) -> Rep
         for turn in federation.turns(state.round):
             began = time.perf_counter()
             state, notes = federation.train(state, turn)
-            report.add_round(turn, notes, federation.payload, time.perf_counter() - began)
+            flops = _flops(report, notes, config.method)
+            report.add_round(turn, notes, federation.down, time.perf_counter() - began, flops)
             if turn.round % config.evaluate_every == 0 or turn.round == config.rounds:
                 report.add_scores(turn.round, federation.evaluate(state))
                 if report.chosen_round == turn.round:
@@ -154,17 +166,23 @@ def _simulate(experiment: Experiment, sizing: Sizing, progress: Progress) -> Rep
 class _Federation:
     """The pool, and who is asked for what."""
 
-    def __init__(self, config: Config, task: Task, clients: Population, pool: Pool, params: Params) -> None:
+    def __init__(
+        self, config: Config, task: Task, features: Features, clients: Population, pool: Pool, params: Params
+    ) -> None:
         self.config, self.task, self.clients, self.pool = config, task, clients, pool
-        self.held_out = list(range(clients.trainers, len(clients)))
-        self.shared = [name for name in params if task.is_shared(name)]
-        self.payload = payload_bytes({name: params[name] for name in self.shared})
-        self.personal = len(self.shared) < len(params)
+        self.away = list(range(clients.trainers, len(clients)))
+        self.domains = held_out_ids(features, config.held_out)
+        self.sent = list(task.of(params, "shared", "server"))
+        shared = task.of(params, "shared")
+        self.told = partial(task.server.sends, params=shared)
+        cohort = config.cohort or clients.trainers
+        self.down, self.up = self.payload = task.server.payload(shared, task.of(params, "server"), cohort)
+        self.personal = bool(task.of(params, "private"))
         self.rows = np.full(clients.trainers, -1, np.int64)  # train rows, once somebody has asked for them
 
     def turns(self, done: int) -> Iterator[Turn]:
         """The rounds that are left."""
-        turns = schedule(self.config, self.clients.trainers, self._train_rows, self.payload, self.payload)
+        turns = schedule(self.config, self.clients.trainers, self._train_rows, self.down, self.up)
         return islice(turns, done, self.config.rounds)
 
     def train(self, state: ServerState, turn: Turn) -> tuple[ServerState, np.ndarray]:
@@ -174,10 +192,11 @@ class _Federation:
             written = [(client, self._written(state, client)) for client, _ in group]
             chunks += [(version, chunk) for chunk in self._chunks(written)]
         if not chunks:
-            return replace(state, round=turn.round, past=kept_past(state, self.shared, turn.needed)), np.empty(0, NOTE)
+            return replace(state, round=turn.round, past=kept_past(state, self.sent, turn.needed)), np.empty(0, NOTE)
         past = state.past | {state.round: {}}
-        sent = {version: flatten(state.params | (past[version] if self.shared else {})) for version, _ in chunks}
-        total = add_up(self.pool.map("train", chunks, self.task, turn.round, sent))
+        sent = {version: flatten(state.params | (past[version] if self.sent else {})) for version, _ in chunks}
+        what = self.task, turn.round, sent, flatten(self.told(state.slots)), self.payload
+        total = add_up(self.pool.map("train", chunks, *what), self.clients.trainers)
         if not np.isfinite(total.delta).all():
             raise InputError(
                 f"training diverged: in round {turn.round} an update is not finite; try a smaller --method.lr"
@@ -186,19 +205,19 @@ class _Federation:
             private = state.private.copy()
             private[total.clients["client"]] = turn.round
             state = replace(state, private=private)
-        return advance(self.config.server, state, total, self.shared, turn.needed), total.clients
+        return advance(self.config.server, state, total, self.sent, turn.needed), total.clients
 
-    def evaluate(self, state: ServerState) -> np.ndarray:
+    def evaluate(self, state: ServerState) -> Counts:
         """Counts of all clients: by the shared model, or each by its own where it has private tensors."""
-        ids = [*judged(self.config, self.clients), *([] if self.personal else self.held_out)]
+        ids = [*judged(self.config, self.clients), *([] if self.personal else self.away)]
         chunks = self._chunks([(client, self._written(state, client) * self.personal) for client in ids])
-        also = self.held_out if self.personal else []
-        return np.concatenate(list(self.pool.map("evaluate", chunks, self.task, flatten(state.params), also)))
+        also = self.away if self.personal else []
+        return merge(list(self.pool.map("evaluate", chunks, self.task, flatten(state.params), also, self.domains)))
 
-    def zero_shot(self) -> np.ndarray:
-        plain = Task(ZeroShot(), self.task.server, self.task.seed, self.task.dtype)
-        chunks = self._chunks([(client, 0) for client in [*judged(self.config, self.clients), *self.held_out]])
-        return np.concatenate(list(self.pool.map("evaluate", chunks, plain, flatten({}), [])))
+    def zero_shot(self) -> Counts:
+        plain = Task(ZeroShot(), FedAvg(), self.task.seed, self.task.dtype)
+        chunks = self._chunks([(client, 0) for client in [*judged(self.config, self.clients), *self.away]])
+        return merge(list(self.pool.map("evaluate", chunks, plain, flatten({}), [], self.domains)))
 
     def _train_rows(self, clients: Sequence[int]) -> np.ndarray:
         for client in clients:
@@ -216,6 +235,24 @@ class _Federation:
         count = max(min(CHUNKS, len(clients)), ceil(len(clients) / LARGEST_CHUNK))
         ends = [len(clients) * k // count for k in range(count + 1)]
         return [clients[first:last] for first, last in pairwise(ends)]  # as even as can be, for nobody to wait long
+
+
+def _check_reads(config: Config, source: Images | Features) -> None:
+    """What a method reads of images must be there to be read."""
+    if isinstance(source, Images):
+        return
+    method = config.server.fit(config.method)
+    if method.reads.towers or method.reads.image != "features":
+        raise InputError(
+            f"method {name_of(config.method)} computes with CLIP itself ({_reading(method)}) and wants a data set of "
+            f"images; {name_of(config.dataset)} has features alone"
+        )
+    if config.augment:
+        raise InputError(f"--augment {config.augment} wants a data set of images; these are features")
+
+
+def _reading(method: Method) -> str:
+    return f"image {method.reads.image}, text {method.reads.text}"
 
 
 @contextmanager
@@ -265,7 +302,14 @@ def _readable(images: Images, skip: bool) -> tuple[Images, list[str]]:
 
 def _clients(config: Config, rows: Labelled) -> Population:
     clients = make_clients(
-        rows, config.partition, config.clients, config.held_out, config.partition_seed, config.train_share
+        rows,
+        config.partition,
+        config.clients,
+        config.held_out,
+        config.partition_seed,
+        config.train_share,
+        shots=config.shots,
+        new_classes=config.new_classes,
     )
     for what, asked in {"a cohort": config.cohort, "eval_clients": config.eval_clients}.items():
         if asked and asked > clients.trainers:
@@ -283,7 +327,9 @@ def _features(experiment: Experiment, sizing: Sizing, progress: Progress) -> Fea
     config, source = experiment.config, experiment.source
     if isinstance(source, Features):
         return source
-    return encode(source, experiment.weights, config.prompt, config.cache_dir, sizing, progress)
+    level = config.server.fit(config.method).reads.image
+    what = config.prompt, config.cache_dir, sizing, progress, level, config.augment
+    return encode(source, experiment.weights, *what)
 
 
 def _resume(experiment: Experiment, features: Features) -> tuple[ServerState, Report] | None:
@@ -293,8 +339,11 @@ def _resume(experiment: Experiment, features: Features) -> tuple[ServerState, Re
     return found
 
 
-def _begin(experiment: Experiment, features: Features, task: Task) -> tuple[ServerState, Report]:
-    params = start(task, backbone_of(features))
+def _begin(experiment: Experiment, features: Features, task: Task, clip: Clip | None) -> tuple[ServerState, Report]:
+    backbone = backbone_of(features, reads=task.method.reads, clip=clip)
+    params = start(task, backbone)
+    sample = experiment.clients[0].train[:4]
+    per_step, per_row = flops_of(task, backbone, features, sample)
     kept = experiment.clients.trainers if task.keeps(params) else 0
     state = ServerState(0, params, private=np.zeros(kept, np.int64))
     facts = {
@@ -303,6 +352,12 @@ def _begin(experiment: Experiment, features: Features, task: Task) -> tuple[Serv
         "logit_scale": features.logit_scale,
         "skipped": experiment.skipped,
         "features": _identity(features),
+        "reads": _reading(task.method),
+        "augment": features.augment,
+        "label_space": task.method.label_space,
+        "trained_parameters": sum(v.numel() for v in task.of(params, "shared", "private").values()),
+        "flops_per_step": per_step,
+        "flops_per_row": per_row,
         "versions": environment(),
     }
     config, clients = experiment.config, experiment.clients
@@ -311,6 +366,13 @@ def _begin(experiment: Experiment, features: Features, task: Task) -> tuple[Serv
     shown = [*judged(config, clients), *range(clients.trainers, len(clients))]
     report.holdings = holdings(features, (clients[k] for k in shown))
     return state, report
+
+
+def _flops(report: Report, notes: np.ndarray, method: Method) -> float:
+    """Floating-point operations of a round's training, all clients together."""
+    per_step, per_row = (report.facts[name] for name in ("flops_per_step", "flops_per_row"))
+    rows = (notes["rows"] * method.local_epochs * (notes["steps"] > 0)).sum()
+    return float(notes["steps"].sum() * per_step + rows * per_row)
 
 
 def _identity(features: Features) -> str:

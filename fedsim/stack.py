@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from fedsim.errors import InputError
-from fedsim.methods import Method
+from fedsim.methods import Method, trained
 from fedsim.optimizer import Optimizer
 from fedsim.params import Params
 
@@ -21,8 +21,10 @@ BUDGET_BYTES = {"cpu": 36 << 20, "cuda": 4 << 30}
 Term = Callable[[Params, Params], Tensor]
 
 
-def stack_size(params: Params, device: str) -> int:
+def stack_size(params: Params, method: Method, device: str) -> int:
     """How many clients with these parameters are trained together."""
+    if method.reads.towers:  # a step of one of them is large enough
+        return 1
     held = 4 * sum(tensor.numel() * tensor.element_size() for tensor in params.values())
     return max(1, BUDGET_BYTES[torch.device(device).type] // max(1, held))
 
@@ -39,26 +41,30 @@ def train_stack(
     method: Method,
     term: Term | None,
     rngs: Sequence[torch.Generator],
+    correction: Params | None = None,
+    classes: Tensor | None = None,
 ) -> Tensor:
     """Trains M clients in place, each on its own rows.
 
     Args:
-        module: the method's, for its structure.
-        params: each (M, *shape): every client's parameters, which are trained.
+        module: the method's, for its structure, and for what no client changes.
+        params: each (M, *shape): every client's tensors, of which the parameters are trained.
         optimizer: over `slices(params)`.
         shared: the tensors that all clients received alike, as they came: (*shape).
-        x, y: (N, D) features and (N,) classes of all clients' train rows, client by client.
+        x, y: (N, ...) inputs and (N,) classes of all clients' train rows, client by client.
         sizes: rows of each client, descending.
         term: what the server rule adds to the loss, if anything.
         rngs: draw the order of each client's rows, epoch by epoch.
+        correction: what the server rule adds to the gradients of some parameters, (M, *shape).
+        classes: (M, C) bool, the classes that compete in each client's loss; none given: all.
 
     Returns:
         (M,) mean loss over each client's local steps, in nats; nan where it took none.
     """
     starts = torch.tensor([0, *sizes]).cumsum(0)
-    learned = [name for name, _ in module.named_parameters()]
-    own = {name: tensor.clone() for name, tensor in params.items() if name not in shared} if term else {}
-    losses = torch.zeros(len(sizes), dtype=x.dtype, device=x.device)
+    learned = trained(module)
+    received = {name: tensor for name, tensor in shared.items() if name in learned}
+    losses = torch.zeros(len(sizes), dtype=dtype_of(params, x), device=x.device)
     steps = torch.zeros(len(sizes), dtype=torch.int64)
     for epoch in range(method.local_epochs if learned else 0):
         orders = [starts[k] + torch.randperm(size, generator=rngs[k]) for k, size in enumerate(sizes)]
@@ -66,22 +72,29 @@ def train_stack(
             batch = torch.stack([order[taken : taken + method.batch] for order in orders[first:last]]).to(x.device)
             mine = {name: tensor[first:last] for name, tensor in params.items()}
             # Until the first step all clients have the same parameters, and one large product serves them all.
-            same = learned if epoch == 0 and taken == 0 else ()
-            at = mine | {name: shared[name] for name in same if name in shared}
+            at = mine | (received if epoch == 0 and taken == 0 else {})
+            if classes is not None:
+                at["classes"] = classes[first:last]
             loss, grads = _gradients(method, module, at, x[batch], y[batch])
             if term:
-                received = shared | {name: tensor[first:last] for name, tensor in own.items()}
                 extra, pull = _of_term(term, {name: mine[name] for name in learned}, received)
                 loss, grads = loss + extra, {name: grads[name] + pull[name] for name in learned}
+            for name, constant in (correction or {}).items():
+                grads[name] = grads[name] + constant[first:last]
             optimizer.step([grads[name][k] for k in range(last - first) for name in learned], first * len(learned))
             losses[first:last] += loss
             steps[first:last] += 1
     return (losses.cpu() / steps).where(steps > 0, torch.nan)
 
 
+def dtype_of(params: Params, x: Tensor) -> torch.dtype:
+    """The dtype in which a stack computes: of its parameters, since images are bytes."""
+    return next((tensor.dtype for tensor in params.values()), x.dtype)
+
+
 def slices(module: nn.Module, params: Params) -> list[Tensor]:
     """The trained tensors of a stack, client by client, as an `Optimizer` wants them."""
-    names = [name for name, _ in module.named_parameters()]
+    names = trained(module)
     count = len(next(iter(params.values()))) if params else 0
     return [params[name][k] for k in range(count) for name in names]
 
@@ -112,10 +125,8 @@ def _gradients(method: Method, module: nn.Module, params: Params, x: Tensor, y: 
 
 
 def _of_term(term: Term, params: Params, received: Params) -> tuple[Tensor, Params]:
-    received = {name: received[name] for name in params}
-    stacked = {name: 0 if received[name].dim() == params[name].dim() else None for name in params}
     with _refused(term):
-        grads, values = vmap(grad_and_value(term), in_dims=(0, stacked))(params, received)
+        grads, values = vmap(grad_and_value(term), in_dims=(0, None))(params, received)
     return values, grads
 
 

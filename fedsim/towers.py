@@ -26,7 +26,9 @@ class ImageTower:
         self._module = visual
         like = next(visual.parameters())
         # As torchvision's ToTensor and Normalize have it, to the bit.
-        self._mean, self._std = (torch.tensor(three, device=like.device).to(like.dtype).view(3, 1, 1) for three in (mean, std))
+        self._mean, self._std = (
+            torch.tensor(three, device=like.device).to(like.dtype).view(3, 1, 1) for three in (mean, std)
+        )
         self.weights: Params = dict(visual.named_parameters())
 
     def encode(self, pixels: Tensor, weights: Params | None = None) -> Tensor:
@@ -79,7 +81,9 @@ class TextTower:
         """
         for text in texts:
             if (length := len(self._tokenizer.encode(text)) + 2) > self.context:
-                raise InputError(f"{text!r} has {length} tokens; the model takes {self.context}, start and end among them")
+                raise InputError(
+                    f"{text!r} has {length} tokens; the model takes {self.context}, start and end among them"
+                )
         tokens = self._tokenizer(list(texts))
         device = next(iter(self.weights.values())).device
         return tokens[:, : int(self.ends(tokens).max()) + 1].to(device)

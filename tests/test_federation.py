@@ -24,7 +24,7 @@ def rows(count=240, domains=3, classes=4, split=UNSAID, **fields):
 
 def an_update(weight, **delta):
     params = {name: torch.tensor(value, dtype=torch.float64) for name, value in delta.items()}
-    return Partial(weight * flatten(params), weight, np.array([(0, 1, 0.0, 0, 0)], NOTE))
+    return Partial(weight * flatten(params), weight, np.array([(0, 1, 1, 0.0, 0, 0)], NOTE))
 
 
 # Partitions -----------------------------------------------------------------------------------------------------
@@ -186,13 +186,30 @@ def test_the_probe_starts_as_zero_shot_clip(backbone):
 @pytest.mark.parametrize("name", available("server"))
 def test_every_server_leaves_its_arguments_alone_and_keeps_shapes_and_dtypes(name):
     params, server = {"w": torch.tensor([1.0, 2.0])}, parse("server", name)
-    total = an_update(1.0, w=[3.0, 4.0])
+    went = {"w": torch.tensor([3.0, 4.0])}
+    sent, kept = server.sends({}, params), server.keeps(params)
+    after, message = server.settle(kept, sent, params, {"w": params["w"] + went["w"]}, 2, 0.1)
+    assert after.keys() == kept.keys() and server.correction(after, sent).keys() <= params.keys()
+    weight = server.weight(8, steps=2)
+    clients = 5  # as many as a rule may want that leaves one of them out
+    total = Partial(
+        np.zeros(0) if server.sees_each else clients * weight * flatten(went).astype(np.float64),
+        clients * weight,
+        np.array([(client, 8, 2, 0.0, 0, 0) for client in range(clients)], NOTE),
+        clients * weight * flatten(message).astype(np.float64),
+        np.tile(flatten(went), (clients, 1)) if server.sees_each else None,
+        population=10,
+    )
+    before = [np.copy(some) for some in (total.delta, total.message, total.each) if some is not None]
     once, slots = server.step(params, {}, total)
-    kept = {slot: {n: t.clone() for n, t in values.items()} for slot, values in slots.items()}
+    held = {slot: {n: t.clone() for n, t in values.items()} for slot, values in slots.items()}
     twice, _ = server.step(once, slots, total)
-    assert params["w"].tolist() == [1.0, 2.0] and total.delta.tolist() == [3.0, 4.0]
+    assert params["w"].tolist() == [1.0, 2.0]
+    assert all(map(np.array_equal, before, [s for s in (total.delta, total.message, total.each) if s is not None]))
     assert twice["w"].dtype == torch.float32 and twice["w"].shape == (2,)
-    assert all(torch.equal(slots[slot][n], kept[slot][n]) for slot in kept for n in kept[slot])
+    assert all(torch.equal(slots[slot][n], held[slot][n]) for slot in held for n in held[slot])
+    again = server.sends(slots, once)
+    assert [(n, t.shape, t.dtype) for n, t in again.items()] == [(n, t.shape, t.dtype) for n, t in sent.items()]
 
 
 def test_a_client_with_three_times_the_rows_counts_three_times():

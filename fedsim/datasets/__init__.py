@@ -6,7 +6,8 @@ A data set's file says `load(root)`. Pixels stay where they are until somebody a
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -115,12 +116,29 @@ class Features(Labelled):
         x: (N, D) float16 or float32, read-only; rows need not have unit length.
         prototypes: (C, D) float32, unit rows: the text feature of each class.
         logit_scale: exp of CLIP's temperature parameter, about 100 for OpenAI's weights.
+        prompt: the text of a class, `{}` where its name goes; of features of one's own nobody knows.
+        augment: augmented views that are kept of each image.
+        kept: by level of `sites.IMAGE_LEVELS`, a file of what else is kept of the images, in (1 + augment) views:
+            (views * N, ...), all images of a view one after the other.
     """
 
     file: Path | None
     x: np.ndarray
     prototypes: np.ndarray
     logit_scale: float
+    prompt: str = "{}"
+    augment: int = 0
+    kept: dict[str, Path] = field(default_factory=dict)
+
+    def take(self, level: str, rows: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        """What is kept of n rows at a level, (n, ...); a copy.
+
+        Args:
+            views: (n,) which view of each; none given: the image as it is preprocessed for judging.
+        """
+        if level not in self.kept:
+            return self.x[rows]
+        return _mapped(self.kept[level])[rows if views is None else rows + views * len(self)]
 
     def __getstate__(self) -> dict:
         if self.block:
@@ -149,6 +167,11 @@ def map_matrix(file: Path) -> np.ndarray:
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"{file} is not a whole feature file ({error}); delete it") from None
     return rows.values.to_numpy(zero_copy_only=True).reshape(len(rows), rows.type.list_size)
+
+
+@lru_cache(maxsize=8)
+def _mapped(file: Path) -> np.ndarray:
+    return np.load(file, mmap_mode="r")
 
 
 class Dataset(ABC):

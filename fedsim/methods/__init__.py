@@ -145,8 +145,14 @@ class Method(ABC):
                 value = loss(mine, rest, x[k], y[k])
             grads = torch.autograd.grad(value, list(mine.values()), materialize_grads=True)
             each.append((value.detach(), *grads))
-        losses, *grads = (torch.stack(some) if len(some) > 1 else some[0].unsqueeze(0) for some in zip(*each, strict=True))
+        losses, *grads = (
+            torch.stack(some) if len(some) > 1 else some[0].unsqueeze(0) for some in zip(*each, strict=True)
+        )
         return losses, dict(zip(learned, grads, strict=True))
+
+    def steps(self, rows: int) -> int:
+        """Local steps of a client with so many train rows in a round."""
+        return self.local_epochs * (rows // self.batch + (rows % self.batch >= max(1, self.min_batch)))
 
     def scope(self, name: str) -> Scope:
         """Who has the tensor of this name; a server rule may decide otherwise."""

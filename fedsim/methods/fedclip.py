@@ -4,7 +4,7 @@ Source: Lu, Hu, Wang and Xie 2023, arXiv 2302.13485; details as in the authors' 
 folder fedclip, commit 441670e.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from fedsim.methods import Backbone, Method
+from fedsim.methods._contrast import Objective, contrastive
 from fedsim.params import Params
 from fedsim.registry import component
 
@@ -24,7 +25,7 @@ class FedCLIP(Method):
     beta2: float = Field(0.98, ge=0, lt=1, description="of adam and adamw")
     eps: float = Field(1e-6, gt=0, description="of adam and adamw")
     weight_decay: float = Field(0.2, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
-    objective: Literal["contrastive", "cross_entropy"] = Field(
+    objective: Objective = Field(
         "contrastive", description="CLIP's loss over the batch's own texts, or over the classes"
     )
 
@@ -35,12 +36,7 @@ class FedCLIP(Method):
 
     def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         logits = module(x)
-        if self.objective == "cross_entropy":
-            return cross_entropy(logits, y)
-        # Column j is the text of image j, so two images of one class are false negatives of each other.
-        pairs = logits[:, y]
-        own = torch.arange(len(y), device=y.device)
-        return (cross_entropy(pairs, own) + cross_entropy(pairs.T, own)) / 2
+        return cross_entropy(logits, y) if self.objective == "cross_entropy" else contrastive(logits, y)
 
     def gradients(self, module: nn.Module, params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Params]:
         """The closed form of `loss`: five matrix products a step, and no graph. Checked against autograd in float64."""

@@ -1,0 +1,101 @@
+"""What prompt methods share: class texts that begin with L learnt tokens, as in "v1 ... vL cat.".
+
+Source: CoOp, Zhou et al. 2022, arXiv 2109.01134.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from fedsim.errors import InputError
+from fedsim.methods import Backbone, Method
+from fedsim.registry import component
+from fedsim.sites import Site
+from fedsim.towers import TextTower
+
+
+@component
+class PromptMethod(Method):
+    """A method that learns tokens; the optimizer is that of CoOp's code as federated methods took it over.
+
+    Differs: their codes let the step size fall over the rounds; ours stays. They crop images at random, as `--augment`
+    does and the default does not.
+    """
+
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("sgd", description="a client's optimizer")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    weight_decay: float = Field(5e-4, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
+    length: int = Field(16, ge=1, description="tokens that are learnt, before the name of a class")
+    init: str = Field("", description="a text that the tokens start as, in place of `length` random ones")
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return ("text_tokens",)
+
+    def start(self, tower: TextTower) -> Tensor:
+        """(L, W) tokens before training."""
+        if not self.init.strip():
+            return torch.empty(self.length, tower.width).normal_(std=0.02)
+        tokens = tower.tokenize([self.init])
+        return tower.embed(tokens)[0, 1 : int(tower.ends(tokens))].clone()
+
+    def asked(self, length: int) -> str:
+        """What asks for so many tokens, as the user wrote it."""
+        return f"--method.init {self.init!r} ({length} tokens)" if self.init.strip() else f"--method.length {length}"
+
+
+class Prompted(nn.Module):
+    """The class texts behind L tokens that are given with each call; what is learnt is a subclass's.
+
+    Only texts of the classes in question go through the tower, which is where nearly all of a step's time is spent.
+    """
+
+    def __init__(self, backbone: Backbone, length: int, asked: str) -> None:
+        """
+        Args:
+            asked: what asks for `length` tokens, for the message.
+
+        Raises:
+            InputError: the longest class name does not fit behind them.
+        """
+        super().__init__()
+        self.tower, self.scale = backbone.text, backbone.logit_scale
+        # Differs: CoOp's code writes a space for each underscore; here a class is called what the prototypes call it.
+        names = [f"{name}." for name in backbone.classes]
+        if not names:
+            raise InputError("a prompt wants the names of the classes; there are none")
+        tokens = self.tower.tokenize(names)
+        ends, context = self.tower.ends(tokens), self.tower.context
+        if (room := context - tokens.shape[1]) < length:
+            raise InputError(
+                f"{asked} leaves no room for {names[int(ends.argmax())]!r}: the model takes {context} tokens, start "
+                f"and end among them, so that {room} fit before it"
+            )
+        constants = {"names": self.tower.embed(tokens), "ends": ends + length, "prototypes": backbone.prototypes}
+        for name, tensor in constants.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def among(self) -> Tensor:
+        """(n,) the classes in question, ascending: all, until the module is given `classes`."""
+        if (classes := getattr(self, "classes", None)) is None:
+            return torch.arange(len(self.ends), device=self.ends.device)
+        return classes.nonzero().flatten()
+
+    def texts(self, tokens: Tensor) -> Tensor:
+        """(L, W) -> (n, D) unit rows, the texts of the n classes in question behind these tokens."""
+        among = self.among()
+        names = self.names[among]
+        whole = torch.cat([names[:, :1], tokens.expand(len(names), -1, -1), names[:, 1:]], dim=1)
+        return normalize(self.tower.encode(whole, self.ends[among]), dim=-1)
+
+    def logits(self, x: Tensor, texts: Tensor) -> Tensor:
+        """(B, D) images and (n, D) texts of the classes in question -> (B, C)."""
+        return self.spread(self.scale * normalize(x, dim=-1) @ texts.T)
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """(B, n) -> (B, C), -inf where a class is out of question."""
+        nowhere = logits.new_full((len(logits), len(self.ends)), -torch.inf)
+        return nowhere.index_copy(1, self.among(), logits)

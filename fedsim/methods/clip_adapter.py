@@ -1,0 +1,40 @@
+"""A bottleneck on the image feature, mixed with the feature itself; only the bottleneck is trained and travels.
+
+Source: Gao et al. 2021, arXiv 2110.04544 (CLIP-Adapter).
+"""
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from fedsim.methods import Backbone, Method
+from fedsim.registry import component
+
+
+@component
+class ClipAdapter(Method):
+    """Reduction and ratio are the paper's; the hyperparameters of training are ours."""
+
+    lr: float = Field(1e-3, gt=0, description="step size")
+    reduction: int = Field(4, ge=1, description="the feature is so many times wider than the bottleneck")
+    ratio: float = Field(0.2, ge=0, le=1, description="share of the bottleneck's output in the feature")
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        return _Mixed(backbone, self.reduction, self.ratio)
+
+
+class _Mixed(nn.Module):
+    def __init__(self, backbone: Backbone, reduction: int, ratio: float) -> None:
+        super().__init__()
+        width = backbone.width
+        narrow = max(1, width // reduction)
+        down, up = nn.Linear(width, narrow, bias=False), nn.Linear(narrow, width, bias=False)
+        self.adapter = nn.Sequential(down, nn.ReLU(), up, nn.ReLU())  # without biases, as in the published code
+        self.register_buffer("text", backbone.prototypes, persistent=False)
+        self.scale = backbone.logit_scale
+        self.ratio = ratio
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+        # The length of x comes to nothing: ReLU and matrices without bias pass it on to both sides of the sum.
+        mixed = self.ratio * self.adapter(x) + (1 - self.ratio) * x
+        return self.scale * normalize(mixed, dim=-1) @ self.text.T

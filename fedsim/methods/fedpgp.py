@@ -1,0 +1,57 @@
+"""FedPGP: tokens that all learn, plus a client's own correction of low rank, which a contrast tells apart.
+
+Source: Cui et al., ICML 2024; details as in the authors' code, TianyuCuiOvO/FedPGP, commit ba16025.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedsim.methods import Backbone, Scope
+from fedsim.methods._prompt import Prompted, PromptMethod
+from fedsim.registry import component
+
+
+@component
+class FedPGP(PromptMethod):
+    """Defaults are those of the authors' code; its 25 rounds are the experiment's."""
+
+    local_epochs: int = Field(2, ge=1, description="passes over a client's train rows in a round")
+    rank: int = Field(4, ge=1, description="of a client's correction")
+    contrast: float = Field(1.0, ge=0, description="weight of the contrast")
+    temperature: float = Field(0.5, gt=0, description="of the contrast")
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        return _LowRank(backbone, self)
+
+    def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The class loss; and class by class, the common text shall be nearer to the untrained than to the client's."""
+        common, own = module.texts(module.sigma), module.texts(module.tokens())
+        untrained = module.untrained[module.among()]
+        cosines = torch.stack([(untrained * common).sum(dim=-1), (common * own).sum(dim=-1)], dim=1)
+        contrast = -(cosines / self.temperature).log_softmax(dim=1)[:, 0].mean()
+        return cross_entropy(module.logits(x, own), y) + self.contrast * contrast
+
+    def scope(self, name: str) -> Scope:
+        return "shared" if name == "sigma" else "private"
+
+
+class _LowRank(Prompted):
+    def __init__(self, backbone: Backbone, method: FedPGP) -> None:
+        tower, sigma = backbone.text, method.start(backbone.text)
+        length = len(sigma)
+        super().__init__(backbone, length, method.asked(length))
+        self.sigma = nn.Parameter(sigma)
+        self.u = nn.Parameter(torch.empty(length, method.rank).normal_(std=0.02))
+        self.v = nn.Parameter(torch.empty(method.rank, tower.width).normal_(std=0.02))
+        # What the code takes for CLIP's own text of a class is "X X X X cat.", and no sentence.
+        placeholder = tower.embed(tower.tokenize([" ".join("X" * length)]))[0, 1:-1]
+        with torch.no_grad():
+            self.register_buffer("untrained", self.texts(placeholder), persistent=False)
+
+    def tokens(self) -> Tensor:  # (L, W)
+        return self.sigma + self.u @ self.v
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+        return self.logits(x, self.texts(self.tokens()))

@@ -1,0 +1,76 @@
+"""FedTPG: clients learn a network that writes the tokens before a name from the classes that are asked about.
+
+Source: Qiu et al., ICLR 2024, arXiv 2310.06123; details as in the authors' code, boschresearch/FedTPG, commit 2214102.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from fedsim.errors import InputError
+from fedsim.methods import Backbone, Method
+from fedsim.methods._prompt import Prompted
+from fedsim.registry import component
+from fedsim.sites import Site
+
+
+@component
+class FedTPG(Method):
+    """Defaults are those of the authors' code; its 500 rounds and uniform averaging are the experiment's.
+
+    Differs: the code lets the step size fall along a cosine over the rounds; ours stays. Its network reads bare class
+    names, ours whatever the prompt makes of them: `--prompt {}` is the code's.
+    """
+
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("sgd", description="a client's optimizer")
+    lr: float = Field(3e-3, gt=0, description="step size")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
+    weight_decay: float = Field(1e-5, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
+    batch: int = Field(200, ge=1, description="rows of a local step")
+    keep_moments: bool = Field(
+        True, description="a client's optimizer goes on where its last round ended, in place of starting afresh"
+    )
+    label_space: Literal["all", "client"] = Field(
+        "client", description="classes that compete in a client's loss: all that anybody trains on, or the client's own"
+    )
+    length: int = Field(4, ge=1, description="tokens that are written, before the name of a class")
+    heads: int = Field(4, ge=1, description="of the attention to the class texts")
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return ("text_tokens",)
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        if (width := backbone.text.width) % self.heads:
+            raise InputError(f"--method.heads wants a divisor of {width}, the text tower's width, not {self.heads}")
+        return _Written(backbone, self)
+
+
+class _Written(Prompted):
+    """The network has 4,206,080 parameters where the text tower and its features are 512 wide."""
+
+    def __init__(self, backbone: Backbone, method: FedTPG) -> None:
+        super().__init__(backbone, method.length, f"--method.length {method.length}")
+        width, features = backbone.text.width, backbone.width
+        # Its own from the start: the tokens, and so every logit, follow from all the classes in question.
+        everyone = torch.ones(len(backbone.classes), dtype=torch.bool)
+        self.register_buffer("classes", everyone, persistent=False)
+        self.query = nn.Parameter(torch.empty(method.length, width).normal_(std=0.02))
+        self.norm_query, self.norm_texts = nn.LayerNorm(width), nn.LayerNorm(features)
+        self.attention = nn.MultiheadAttention(width, method.heads, kdim=features, vdim=features)
+        self.norm, self.widen = nn.LayerNorm(width), nn.Linear(width, 8 * width)
+        self.narrow = nn.Linear(4 * width, width)
+
+    def tokens(self) -> Tensor:
+        """(L, W), from the texts of the classes in question alone."""
+        texts = self.norm_texts(self.prototypes[self.among()])
+        # As in the code, the query is not added to what it finds.
+        found, _ = self.attention(self.norm_query(self.query), texts, texts)
+        value, gate = self.widen(self.norm(found)).chunk(2, dim=-1)
+        return found + self.narrow(value * gelu(gate))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+        return self.logits(x, self.texts(self.tokens()))

@@ -1,0 +1,80 @@
+"""All weights of CLIP's towers are trained and travel: the baseline that small adapters are measured against.
+
+Source: FedAvg and FedProx "with CLIP" in Lu, Hu, Wang and Xie 2023, arXiv 2302.13485 (FedCLIP). The class weights that
+start at the text features are those of WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903.
+"""
+
+from math import log
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedsim.errors import InputError
+from fedsim.methods import Backbone, Method
+from fedsim.methods._through import Objective, Side, Sides, Through, blocks, held, objective, tower_of
+from fedsim.params import Params
+from fedsim.registry import component
+from fedsim.sites import Site
+
+
+@component
+class Finetune(Method):
+    """Adam's values and the loss are those of FedCLIP's code, as its paper compares the two under one training."""
+
+    lr: float = Field(5e-5, gt=0, description="step size")
+    beta2: float = Field(0.98, ge=0, lt=1, description="of adam and adamw")
+    eps: float = Field(1e-6, gt=0, description="of adam and adamw")
+    weight_decay: float = Field(0.2, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
+    objective: Objective = Field(
+        "contrastive", description="CLIP's loss over the batch's own texts, or over the classes"
+    )
+    towers: Sides = Field("both", description="what is trained; the other tower stays as it was")
+    head: bool = Field(False, description="trains class weights in place of the text side; wants towers: image")
+
+    min_batch: ClassVar[int] = 2  # one image against its own text has nothing to contrast
+
+    def __post_init__(self) -> None:
+        if self.head and self.towers != "image":
+            raise InputError(
+                f"finetune.head takes the place of the text side and wants towers: image, not {self.towers!r}"
+            )
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (*blocks(self.towers), "head") if self.head else blocks(self.towers)
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        return _Whole(backbone, self.towers, self.head)
+
+    def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return objective(self.objective, module, x, y)
+
+
+class _Whole(Through):
+    """Owns a copy of every weight of the towers that are trained, under `image.` and `text.`."""
+
+    def __init__(self, backbone: Backbone, towers: Sides, head: bool) -> None:
+        super().__init__(backbone, towers)
+        for side in self.sides:
+            own = {held(name): _copy(weight) for name, weight in tower_of(backbone, side).weights.items()}
+            self.add_module(side, nn.ParameterDict(own))
+        if self.text_tower:
+            # CLIP's own parameter is the logarithm, too.
+            self.logit_scale = nn.Parameter(torch.tensor(log(backbone.logit_scale)).to(backbone.prototypes))
+        self.head = _copy(backbone.prototypes) if head else None
+
+    def weights(self, side: Side) -> Params:
+        return {name.replace("/", "."): weight for name, weight in self.get_submodule(side).items()}
+
+    def temperature(self) -> Tensor | float:
+        return self.logit_scale.exp() if self.text_tower else self.scale
+
+    def texts(self, among: Tensor | slice) -> Tensor:
+        return super().texts(among) if self.head is None else self.head[among]
+
+
+def _copy(weight: Tensor) -> nn.Parameter:
+    # Weights of convolutions lie channels last, which the fused optimizers, that walk raw memory, would misread.
+    return nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))

@@ -1,0 +1,131 @@
+"""Low-rank pairs are added to chosen matrices of CLIP's towers; only the pairs are trained and travel.
+
+Source: Hu et al. 2021, arXiv 2106.09685 (LoRA); federated on CLIP's text tower as in the authors' code,
+dphuongn/FedCLIP. Under plain `fedavg`, which averages both matrices of a pair apart, this is FedIT (Zhang et al. 2023,
+arXiv 2305.05644); the mean of products is another matrix than the product of means, for which see the server rules
+`ffa_lora`, `fedsa_lora`, `fedex_lora` and `lora_stacking`.
+"""
+
+import re
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedsim.errors import InputError, listing
+from fedsim.methods import Backbone, Method, Scope
+from fedsim.methods._through import Objective, Side, Sides, Through, blocks, held, objective, tower_of
+from fedsim.params import Params
+from fedsim.registry import component
+from fedsim.sites import Site
+
+Modules = Literal["attention", "mlp", "all"]
+
+# By open_clip's names; `attnpool` is the attention at the end of its ResNets.
+KINDS = {
+    "attention": re.compile(r"(in_proj_weight|out_proj\.weight|attnpool\.[qkvc]_proj\.weight)$"),
+    "mlp": re.compile(r"mlp\.(c_fc|c_proj)\.weight$"),
+    "all": re.compile(""),
+}
+EMBEDDINGS = "token_embedding.weight", "positional_embedding", "class_embedding", "pos_embed", "cls_token"
+
+
+@component
+class Lora(Method):
+    """Rank, scale, place, start, loss and optimizer are those of the authors' code; what it does not say is PyTorch's.
+
+    Differs: the code also cuts gradients to a norm of 1.
+    """
+
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="a client's optimizer")
+    lr: float = Field(5e-5, gt=0, description="step size")
+    weight_decay: float = Field(0.01, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
+    objective: Objective = Field(
+        "contrastive", description="CLIP's loss over the batch's own texts, or over the classes"
+    )
+    rank: int = Field(2, ge=1, description="of every pair")
+    alpha: float = Field(16.0, gt=0, description="alpha / rank is what a pair's product is multiplied with")
+    towers: Sides = Field("text", description="where pairs are added")
+    modules: Modules = Field(
+        "attention", description="matrices that get a pair: of attention, of the MLPs, or all but embeddings"
+    )
+    merged: bool = Field(False, description="beside each pair a whole matrix, which server rules that want it move")
+
+    min_batch: ClassVar[int] = 2  # one image against its own text has nothing to contrast
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return blocks(self.towers)
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        return _Paired(self, backbone)
+
+    def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return objective(self.objective, module, x, y)
+
+    def scope(self, name: str) -> Scope:
+        return "server" if name.startswith("merged.") else "shared"
+
+
+class _Paired(Through):
+    """W' = W + alpha / rank * (up @ down + merged), for each chosen W, under `up.`, `down.` and `merged.`."""
+
+    def __init__(self, method: Lora, backbone: Backbone) -> None:
+        super().__init__(backbone, method.towers)
+        self.strength = method.alpha / method.rank
+        self.frozen = {side: _chosen(tower_of(backbone, side).weights, side, method) for side in self.sides}
+        self.down, self.up, self.merged = nn.ParameterDict(), nn.ParameterDict(), nn.Module()
+        for side, weights in self.frozen.items():
+            for name, weight in weights.items():
+                *parts, out, into = _matrix(name, weight)
+                place = _place(side, name)
+                self.down[place] = nn.Parameter(torch.randn(*parts, method.rank, into) / method.rank**0.5)
+                self.up[place] = nn.Parameter(torch.zeros(*parts, out, method.rank))
+                if method.merged:
+                    self.merged.register_buffer(place, torch.zeros(*parts, out, into))
+
+    def weights(self, side: Side) -> Params:
+        return {name: weight + self._added(side, name).view_as(weight) for name, weight in self.frozen[side].items()}
+
+    def _added(self, side: Side, name: str) -> Tensor:
+        place = _place(side, name)
+        product = self.up[place] @ self.down[place]
+        merged = getattr(self.merged, place, None)
+        return self.strength * (product if merged is None else product + merged)
+
+
+def _place(side: Side, name: str) -> str:
+    return held(f"{side}.{name}")
+
+
+def _matrix(name: str, weight: Tensor) -> tuple[int, ...]:
+    """The shape in which a weight gets its pair: (out, in), or (3, out, in) where query, key and value are packed."""
+    # One pair for all three would tie them together by its rank.
+    if name.endswith("in_proj_weight"):
+        return 3, weight.shape[0] // 3, weight.shape[1]
+    return weight.shape[0], weight[0].numel()  # of a convolution: (out, in * height * width)
+
+
+def _chosen(weights: Params, side: Side, method: Lora) -> Params:
+    """The matrices of a tower that get a pair.
+
+    Raises:
+        InputError: there is none, or one that has no room for the rank.
+    """
+    matrices = {name: w for name, w in weights.items() if w.dim() > 1 and not name.endswith(EMBEDDINGS)}
+    chosen = {name: w for name, w in matrices.items() if KINDS[method.modules].search(name)}
+    if not chosen:
+        raise InputError(
+            f"lora wants {method.modules} matrices in the {side} tower, which has none; "
+            f"modules: all would take what there is: {listing(matrices, 4)}"
+        )
+    for name, weight in chosen.items():
+        *_, out, into = _matrix(name, weight)
+        if method.rank > min(out, into):
+            raise InputError(
+                f"lora.rank {method.rank} is more than the smaller side of the {side} tower's {name}, "
+                f"{out} x {into}; the largest that fits all chosen matrices is "
+                f"{min(min(_matrix(n, w)[-2:]) for n, w in chosen.items())}"
+            )
+    return chosen

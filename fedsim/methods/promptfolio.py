@@ -1,0 +1,39 @@
+"""PromptFolio: a class's text is a mixture of one behind tokens that all learn and one behind a client's own.
+
+Source: Pan et al., NeurIPS 2024; the share of a client's own text and the batch as in the authors' code.
+"""
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedsim.methods import Backbone, Scope
+from fedsim.methods._prompt import Prompted, PromptMethod
+from fedsim.registry import component
+
+
+@component
+class PromptFolio(PromptMethod):
+    """Defaults are those of the authors' code; its 10 rounds are the experiment's."""
+
+    batch: int = Field(16, ge=1, description="rows of a local step")
+    length: int = Field(8, ge=1, description="tokens that are learnt, before the name of a class")
+    theta: float = Field(0.4, ge=0, le=1, description="share of a client's own text; 0 is PromptFL")
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        return _Folio(backbone, self)
+
+    def scope(self, name: str) -> Scope:
+        return "private" if name == "own" else "shared"
+
+
+class _Folio(Prompted):
+    def __init__(self, backbone: Backbone, method: PromptFolio) -> None:
+        tokens = method.start(backbone.text)
+        super().__init__(backbone, len(tokens), method.asked(len(tokens)))
+        self.together, self.own = nn.Parameter(tokens), nn.Parameter(method.start(backbone.text))
+        self.theta = method.theta
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+        # Each of unit length before they are mixed, and the mixture as long as it comes.
+        mixed = (1 - self.theta) * self.texts(self.together) + self.theta * self.texts(self.own)
+        return self.logits(x, mixed)

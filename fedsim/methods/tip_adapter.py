@@ -1,0 +1,62 @@
+"""A key for every class answers to images like it, beside zero-shot CLIP; only the keys are trained and travel.
+
+What travels is close to the images. A client moves a key along a weighted sum of its own image features: toward the
+mean of those of its class, and where it has one image of a class, toward that image's feature. Whoever sees one
+client's keys sees that; the server of a plain mean sees it of every client, and clients see the mean.
+
+Source: Zhang et al. 2021, arXiv 2111.03930 (Tip-Adapter, and Tip-Adapter-F, whose keys are trained).
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from fedsim.methods import Backbone, Method
+from fedsim.registry import component
+
+
+@component
+class TipAdapter(Method):
+    """Ratio, sharpness and AdamW are the paper's.
+
+    Differs: the published cache has a key per training image, which a federation would have to send. Here each class
+    has one, which starts at its prototype: round 0 ranks classes as zero-shot CLIP does.
+    """
+
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="a client's optimizer")
+    lr: float = Field(1e-3, gt=0, description="step size")
+    eps: float = Field(1e-4, gt=0, description="of adam and adamw")
+    weight_decay: float = Field(0.01, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
+    alpha: float = Field(1.0, ge=0, description="strength of the keys beside the zero-shot logits")
+    beta: float = Field(5.5, gt=0, description="sharpness: how alike an image must be to be answered")
+    # The second is the training-free form: with sgd, lr 1 and a batch of all rows, one step lands on the means.
+    objective: Literal["cross_entropy", "means"] = Field(
+        "cross_entropy", description="train keys to tell classes apart (Tip-Adapter-F), or draw them to class means"
+    )
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        return _Keyed(backbone, self.alpha, self.beta)
+
+    def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if self.objective == "cross_entropy":
+            return cross_entropy(module(x), y)
+        mine = (y.unsqueeze(-1) == torch.arange(len(module.keys), device=y.device)).to(x.dtype)
+        strayed = (normalize(x, dim=-1) - module.keys[y]).square().sum(dim=-1)
+        return (strayed / mine.sum(dim=0)[y]).sum() / 2
+
+
+class _Keyed(nn.Module):
+    def __init__(self, backbone: Backbone, alpha: float, beta: float) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(backbone.prototypes.clone())
+        self.register_buffer("text", backbone.prototypes, persistent=False)
+        self.scale = backbone.logit_scale
+        self.alpha, self.beta = alpha, beta
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+        unit = normalize(x, dim=-1)
+        answer = torch.exp(self.beta * (unit @ self.keys.T - 1))
+        return self.scale * unit @ self.text.T + self.alpha * answer

@@ -1,0 +1,105 @@
+"""Every client trains a second model of its own beside the shared one, pulled toward what it received.
+
+Source: Li et al. 2021, arXiv 2012.04221.
+"""
+
+import torch
+from pydantic import Field, InstanceOf
+from torch import Tensor, nn
+
+from fedsim.methods import Backbone, Method
+from fedsim.params import Params
+from fedsim.registry import component
+from fedsim.servers import Server, mean_delta, moved
+
+HALVES = "shared", "own"
+
+
+@component
+class Ditto(Server):
+    """FedAvg of the shared models; clients are judged, on held-out domains too, by their own.
+
+    Differs: the paper gives the own model a number of local steps of its own; here both step on the same batches.
+    """
+
+    lam: float = Field(1.0, ge=0, description="strength of the pull; the paper tunes it; 0 is training alone")
+
+    def fit(self, method):
+        return _Twins(inner=method, **{name: getattr(method, name) for name in Method.__pydantic_fields__})
+
+    def local_term(self, params, received):
+        pairs = [(params[f"own.{n.removeprefix('shared.')}"], received[n]) for n in received if n.startswith("shared.")]
+        return self.lam / 2 * sum((own - came).square().sum() for own, came in pairs)
+
+    def step(self, params, slots, total):
+        return moved(params, mean_delta(total, params)), slots
+
+
+@component
+class _Twins(Method):
+    """Any method twice over. The losses are added, and no tensor of one half is in the loss of the other."""
+
+    inner: InstanceOf[Method]
+
+    @property
+    def min_batch(self) -> int:
+        return self.inner.min_batch
+
+    @property
+    def sites(self):
+        return self.inner.sites
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        # Built twice and not copied, since a copy would copy the towers that a module holds; and as if once, so that
+        # the shared half starts where FedAvg does.
+        state = torch.get_rng_state()
+        own = self.inner.build(backbone)
+        torch.set_rng_state(state)
+        return _Pair(self.inner.build(backbone), own)
+
+    def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self.inner.loss(module.shared, x, y) + self.inner.loss(module.own, x, y)
+
+    def gradients(self, module: nn.Module, params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Params]:
+        """Half by half, so that a method with a closed form keeps it."""
+        losses, grads = [], {}
+        for half in HALVES:
+            mine = {name.removeprefix(f"{half}."): v for name, v in params.items() if name.startswith(f"{half}.")}
+            mine |= {"classes": params["classes"]} if "classes" in params else {}
+            loss, some = self.inner.gradients(getattr(module, half), mine, x, y)
+            losses.append(loss)
+            grads |= {f"{half}.{name}": grad for name, grad in some.items()}
+        return sum(losses), grads
+
+    def steps(self, rows: int) -> int:
+        return self.inner.steps(rows)
+
+    def scope(self, name: str):
+        half, _, inside = name.partition(".")
+        scope = self.inner.scope(inside)
+        return "private" if half == "own" and scope == "shared" else scope
+
+
+class _Pair(nn.Module):
+    """Two modules alike; what it says of an image is what the own one says."""
+
+    def __init__(self, shared: nn.Module, own: nn.Module) -> None:
+        super().__init__()
+        self.shared, self.own = shared, own
+        for half in (shared, own):
+            half.register_forward_hook(_in_question)
+        if hasattr(own, "classes"):  # it computes by them itself
+            self.register_buffer("classes", own.classes, persistent=False)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """What a built module is given, its `classes`, is both halves' too: one tensor, set in one place."""
+        super().register_buffer(name, tensor, persistent)
+        for half in (self.shared, self.own):
+            half.register_buffer(name, tensor, persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(x)
+
+
+def _in_question(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
+    return logits.masked_fill(~module.classes, -torch.inf) if hasattr(module, "classes") else logits

@@ -1,0 +1,34 @@
+"""FedAvg of both matrices of a pair, and what their product then lacks of the mean of products beside it.
+
+Source: Singhal et al. 2024, arXiv 2410.09432 (FedEx-LoRA).
+"""
+
+from dataclasses import replace
+
+from fedsim.params import unflatten
+from fedsim.registry import component
+from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers._lora import products, wants_lora
+
+
+@component
+class FedExLora(Server):
+    """The weights of the next round are the mean of the clients' weights, exactly; the pairs go on from their means.
+
+    A client sends its pairs. It is sent the mean pairs and the whole matrices of what they lack, summed over rounds,
+    since one that was away would otherwise miss some. Products are made where clients train only to sum them there.
+    """
+
+    def fit(self, method):
+        wants_lora(self, method)
+        return replace(method, merged=True)
+
+    def settle(self, kept, sent, received, trained, steps, lr):
+        return kept, products(trained)
+
+    def step(self, params, slots, total):
+        merged = {name: tensor for name, tensor in params.items() if name.startswith("merged.")}
+        shared = {name: tensor for name, tensor in params.items() if name not in merged}
+        mean = moved(shared, mean_delta(total, shared))
+        of_products, of_means = unflatten(total.message / total.weight, merged), products(mean)
+        return mean | moved(merged, {name: of_products[name] - of_means[name] for name in merged}), slots

@@ -1,0 +1,30 @@
+"""FedAvg of all but the last layers, of which every client keeps its own.
+
+Source: Arivazhagan et al. 2019, arXiv 1912.00818.
+"""
+
+from pydantic import Field
+
+from fedsim.errors import InputError, listing
+from fedsim.registry import component
+from fedsim.servers import Server, mean_delta, moved
+
+
+@component
+class FedPer(Server):
+    """Uniform by default, as FedAvg here; `weighting: rows` is the paper's."""
+
+    prefix: str = Field("head", min_length=1, description="a tensor whose name begins so stays with its client")
+
+    def check(self, params):
+        if not any(name.startswith(self.prefix) for name in params):
+            raise InputError(
+                f"fedper keeps tensors whose names begin with {self.prefix!r}, and this method has none; "
+                f"set --server.prefix to the beginning of one of: {listing(sorted(params))}"
+            )
+
+    def scope(self, name, scope):
+        return "private" if scope == "shared" and name.startswith(self.prefix) else scope
+
+    def step(self, params, slots, total):
+        return moved(params, mean_delta(total, params)), slots

@@ -1,0 +1,25 @@
+"""Every client keeps the same random `down` of each pair, and trains and sends `up` alone.
+
+The product is then linear in what travels, so that the mean is exact; half as much travels.
+
+Source: Sun et al. 2024, arXiv 2403.12313 (FFA-LoRA).
+"""
+
+from fedsim.registry import component
+from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers._lora import wants_lora
+
+
+@component
+class FfaLora(Server):
+    """FedAvg of `up`. No hyperparameters of its own."""
+
+    def fit(self, method):
+        wants_lora(self, method)
+        return method
+
+    def scope(self, name, scope):
+        return "frozen" if name.startswith("down.") else scope
+
+    def step(self, params, slots, total):
+        return moved(params, mean_delta(total, params)), slots

@@ -1,0 +1,50 @@
+"""The delta that lies nearest to its neighbours, in place of the mean; or the mean of the m that lie nearest.
+
+Source: Blanchard et al. 2017, arXiv 1703.02757 (Krum and multi-Krum).
+"""
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from fedsim.errors import InputError
+from fedsim.params import unflatten
+from fedsim.registry import component
+from fedsim.servers import Partial, Server, blocks, moved
+
+
+@component
+class Krum(Server):
+    """A client's score is the sum of its squared distances to the n - f - 2 nearest others; the least win."""
+
+    sees_each = True
+
+    weighting: Literal["uniform"] = Field("uniform", description="weight of a chosen client: 1, as in the paper")
+    f: int = Field(1, ge=0, description="clients of a cohort that may send anything; it wants 2f + 3 clients or more")
+    m: int = Field(1, ge=1, description="clients whose mean is taken; 1 is Krum, more is multi-Krum")
+
+    def step(self, params, slots, total):
+        clients = len(total.each)
+        if clients < 2 * self.f + 3:
+            raise InputError(f"krum with f {self.f} wants {2 * self.f + 3} clients or more in a round, not {clients}")
+        if self.m > clients - self.f:
+            raise InputError(
+                f"krum with f {self.f} takes the mean of {clients - self.f} of {clients} clients at most, "
+                f"not of {self.m}; set --server.m"
+            )
+        apart = np.sort(_squared_distances(total), axis=1)  # a client's distance to itself comes first
+        scores = apart[:, 1 : clients - self.f - 1].sum(axis=1)
+        chosen = np.sort(np.argsort(scores, kind="stable")[: self.m])  # of equal scores, who comes first
+        return moved(params, unflatten(total.each[chosen].astype(np.float64).mean(axis=0), params)), slots
+
+
+def _squared_distances(total: Partial) -> np.ndarray:
+    """(n, n) between the clients' deltas."""
+    apart = np.zeros((len(total.each), len(total.each)))
+    for _, each in blocks(total):
+        # Pair by pair: by a product of matrices, equals would lie a rounding apart, and not be tied.
+        for k, one in enumerate(each[:-1]):
+            gaps = each[k + 1 :] - one
+            apart[k, k + 1 :] += np.einsum("np,np->n", gaps, gaps)
+    return apart + apart.T

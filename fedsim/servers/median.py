@@ -1,0 +1,28 @@
+"""The median of the clients' deltas, parameter by parameter: what few of them send cannot move it far.
+
+Source: Yin et al. 2018, arXiv 1803.01498.
+"""
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from fedsim.params import unflatten
+from fedsim.registry import component
+from fedsim.servers import Server, blocks, moved
+
+
+@component
+class Median(Server):
+    """Of an even number of clients, the mean of the two in the middle."""
+
+    sees_each = True
+
+    weighting: Literal["uniform"] = Field("uniform", description="weight of a client in the median: 1, as in the paper")
+
+    def step(self, params, slots, total):
+        middle = np.empty(total.each.shape[1])
+        for place, each in blocks(total):
+            middle[place] = np.median(each, axis=0)
+        return moved(params, unflatten(middle, params)), slots

@@ -1,0 +1,593 @@
+"""Server rules against few lines of their papers' arithmetic in float64, and where one rule becomes another."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, normalize
+
+from fedsim import Backbone, InputError, Method, component, run
+from fedsim.checkpoint import load_checkpoint
+from fedsim.local import train_client
+from fedsim.methods import Method as Contract
+from fedsim.methods import trained
+from fedsim.optimizer import Optimizer
+from fedsim.params import flatten, unflatten
+from fedsim.registry import parse
+from fedsim.servers import NOTE, Partial, add_up
+
+WIDTH, CLASSES, LR = 6, 4, 0.1
+
+
+class Bowl:
+    """A client whose loss is curve/2 times the squared distance to its target; its sgd takes so many steps a round."""
+
+    def __init__(self, curve, target, steps=3, rows=1):
+        self.curve, self.target, self.steps, self.rows = curve, torch.tensor(target, dtype=torch.float64), steps, rows
+
+    def loss(self, params):
+        return self.curve / 2 * (params["w"] - self.target).square().sum()
+
+
+BOWLS = Bowl(1.0, [1.0, 0.0]), Bowl(3.0, [0.0, 2.0]), Bowl(0.5, [-4.0, 5.0])
+BEST = sum(bowl.curve * bowl.target for bowl in BOWLS) / sum(bowl.curve for bowl in BOWLS)  # least mean loss
+
+
+def a_round(server, params, slots, kept, cohort, population):
+    """One round of the clients of a cohort, by id, as the rule has it; `kept` is brought up to date."""
+    sent, parts = server.sends(slots, params), []
+    for k, client in cohort.items():
+        mine = kept.get(k) or server.keeps(params)
+        added, live = server.correction(mine, sent), params
+        for _ in range(client.steps):
+            live = {name: value.detach().requires_grad_() for name, value in live.items()}
+            value = client.loss(live) + server.local_term(live, params)
+            grads = dict(zip(live, torch.autograd.grad(value, list(live.values())), strict=True))
+            live = {n: (live[n] - LR * (grads[n] + added.get(n, 0.0))).detach() for n in live}
+        kept[k], message = server.settle(mine, sent, params, live, client.steps, LR)
+        parts.append(a_part(server, k, client, flatten(live) - flatten(params), message))
+    return server.step(params, slots, add_up(parts, population))
+
+
+def a_part(server, k, client, delta, message):
+    weight = server.weight(client.rows, steps=client.steps)
+    note = np.array([(k, client.rows, client.steps, 0.0, 0, 0)], NOTE)
+    said = weight * flatten(message).astype(np.float64)
+    return Partial(weight * delta, weight, note, said, delta[None].astype(np.float32) if server.sees_each else None)
+
+
+def rounds(server, cohorts, population, clients=BOWLS):
+    """The parameters after each round of these cohorts; the rule's memory and the clients', at the end."""
+    params, slots, kept, seen = {"w": torch.zeros(2, dtype=torch.float64)}, {}, {}, []
+    for cohort in cohorts:
+        params, slots = a_round(server, params, slots, kept, {k: clients[k] for k in cohort}, population)
+        seen.append(params["w"])
+    return torch.stack(seen), slots, kept
+
+
+def deltas(*each, **fields):
+    """A round in which each client went so far from where it was sent."""
+    each = np.array(each, np.float32)
+    notes = np.array([(k, 1, 1, 0.0, 0, 0) for k in range(len(each))], NOTE)
+    return Partial(np.zeros(0), float(len(each)), notes, each=each, population=len(each), **fields)
+
+
+def stepped(server, total, params=None):
+    params = params or {"w": torch.zeros(total.each.shape[1], dtype=torch.float64)}
+    return server.step(params, {}, total)[0]["w"].numpy()
+
+
+FEDAVG = parse("server", "fedavg")
+EVERYONE = range(len(BOWLS))
+
+
+# One rule becomes another ---------------------------------------------------------------------------------------
+
+
+def test_scaffolds_first_round_is_fedavgs_and_its_second_is_not():
+    ours, plain = (rounds(parse("server", name), [EVERYONE] * 2, 3)[0] for name in ("scaffold", "fedavg"))
+    assert torch.equal(ours[0], plain[0]) and not torch.allclose(ours[1], plain[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "rows"])
+def test_fednova_with_equal_steps_is_fedavg_and_with_unequal_ones_is_not(weighting):
+    nova, plain = (parse("server", {"name": name, "weighting": weighting}) for name in ("fednova", "fedavg"))
+    alike = [Bowl(1.0, [1.0, 0.0], rows=5), Bowl(2.0, [0.0, 1.0], rows=2)]
+    uneven = [Bowl(1.0, [1.0, 0.0], rows=5), Bowl(2.0, [0.0, 1.0], rows=2, steps=9)]
+    ours, theirs = (rounds(rule, [range(2)] * 3, 2, alike)[0] for rule in (nova, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    ours, theirs = (rounds(rule, [range(2)] * 3, 2, uneven)[0] for rule in (nova, plain))
+    assert not torch.allclose(ours, theirs, atol=1e-3)
+
+
+def test_fedprox_with_mu_0_is_fedavg():
+    ours = rounds(parse("server", {"name": "fedprox", "mu": 0.0}), [EVERYONE] * 3, 3)[0]
+    assert torch.equal(ours, rounds(FEDAVG, [EVERYONE] * 3, 3)[0])
+    assert not torch.equal(ours, rounds(parse("server", {"name": "fedprox", "mu": 0.1}), [EVERYONE] * 3, 3)[0])
+
+
+def test_a_trimmed_mean_that_trims_nothing_is_the_mean():
+    each = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
+    none, some = (parse("server", {"name": "trimmed_mean", "share": share}) for share in (0.0, 0.2))
+    np.testing.assert_allclose(stepped(none, deltas(*each)), each.astype(float).mean(axis=0), rtol=1e-14)
+    assert not np.allclose(stepped(some, deltas(*each)), each.mean(axis=0))
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_krum_among_equals_is_any_of_them(m):
+    one = np.random.default_rng(0).standard_normal(9).astype(np.float32)
+    assert (stepped(parse("server", {"name": "krum", "m": m}), deltas(*[one] * 5)) == one).all()
+
+
+# FedYogi --------------------------------------------------------------------------------------------------------
+
+
+def test_fedyogi_takes_three_steps_of_the_paper_and_differs_from_fedadam_in_the_second_moment_alone():
+    fields = {"lr": 0.3, "beta1": 0.6, "beta2": 0.7, "tau": 0.5}
+    yogi, adam = (parse("server", {"name": name, **fields}) for name in ("fedyogi", "fedadam"))
+    x, m, v = 1.0, 0.0, 0.5**2
+    params, slots, theirs = {"w": torch.tensor([1.0], dtype=torch.float64)}, {}, {}
+    for d in (2.0, -0.1, 0.4):  # the second moment rises, and falls
+        m = 0.6 * m + 0.4 * d
+        v = v - 0.3 * d**2 * np.sign(v - d**2)
+        x = x + 0.3 * m / (v**0.5 + 0.5)
+        total = Partial(np.array([2 * d]), 2.0, np.zeros(2, NOTE))
+        _, theirs = adam.step(params, theirs, total)
+        params, slots = yogi.step(params, slots, total)
+        assert params["w"].item() == pytest.approx(x, rel=1e-13)
+        assert slots["second"]["w"].item() == pytest.approx(v, rel=1e-13)
+        assert torch.equal(slots["first"]["w"], theirs["first"]["w"])
+    assert abs(slots["second"]["w"].item() - theirs["second"]["w"].item()) > 0.1
+
+
+# FedNova --------------------------------------------------------------------------------------------------------
+
+
+def test_fednova_counts_directions_and_not_steps():
+    # 1 step to 1 and 3 steps to 6 are directions of 1 and 2, on average 1.5, of which 2 steps on average go 3.
+    server, params = parse("server", "fednova"), {"w": torch.tensor([0.0])}
+    parts = [
+        a_part(server, k, Bowl(1.0, [], steps, rows), np.array([went]), {})
+        for k, (steps, rows, went) in enumerate([(1, 30, 1.0), (3, 10, 6.0)])
+    ]
+    assert server.step(params, {}, add_up(parts))[0]["w"] == 3.0
+    # By rows, 3 to 1: a direction of 1.25, and 1.5 steps.
+    server = parse("server", {"name": "fednova", "weighting": "rows"})
+    parts = [
+        a_part(server, k, Bowl(1.0, [], steps, rows), np.array([went]), {})
+        for k, (steps, rows, went) in enumerate([(1, 30, 1.0), (3, 10, 6.0)])
+    ]
+    assert server.step(params, {}, add_up(parts))[0]["w"] == 1.875
+
+
+def test_fednova_leaves_out_who_took_no_step():
+    server, params = parse("server", "fednova"), {"w": torch.tensor([1.0])}
+    none = a_part(server, 0, Bowl(1.0, [], steps=0), np.array([0.0]), {})
+    some = a_part(server, 1, Bowl(1.0, [], steps=2), np.array([4.0]), {})
+    assert server.step(params, {}, add_up([none, some]))[0]["w"] == 5.0
+    assert server.step(params, {}, none)[0]["w"] == 1.0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_fednova_knows_how_far_momentum_carries_a_steady_gradient(steps):
+    method = parse("method", {"name": "probe", "optimizer": "sgd", "momentum": 0.9, "lr": 1.0})
+    server = parse("server", {"name": "fednova", "momentum": 0.9})
+    assert server.fit(method) is method
+    place = torch.zeros(1)
+    optimizer = Optimizer(method, [place])
+    for _ in range(steps):
+        optimizer.step([-torch.ones(1)])
+    assert 1 / server.weight(1, steps=steps) == pytest.approx(place.item(), rel=1e-6)
+
+
+def test_fednova_says_which_momentum_it_wants():
+    sgd = {"name": "probe", "optimizer": "sgd", "momentum": 0.5}
+    server = parse("server", "fednova")
+    with pytest.raises(InputError, match=r"0\.5 with this method, not 0; set --server\.momentum 0\.5"):
+        server.fit(parse("method", sgd))
+    with pytest.raises(InputError, match=r"0 with this method, not 0\.5; set --server\.momentum 0"):
+        parse("server", {"name": "fednova", "momentum": 0.5}).fit(parse("method", "probe"))
+    with pytest.raises(InputError, match=r"set --method\.keep-moments false"):
+        parse("server", {"name": "fednova", "momentum": 0.5}).fit(parse("method", sgd | {"keep_moments": True}))
+    adam = parse("method", {"name": "probe", "momentum": 0.5})  # which Adam never reads
+    assert server.fit(adam) is adam
+
+
+# SCAFFOLD -------------------------------------------------------------------------------------------------------
+
+
+def test_scaffold_takes_the_steps_of_the_paper_whoever_trains():
+    cohorts = [(0, 1), (1, 2), (0, 1, 2), (2,), (0, 2)]
+    ours, slots, kept = rounds(parse("server", {"name": "scaffold", "lr": 0.8}), cohorts, population=3)
+    x, c, own = np.zeros(2), np.zeros(2), [np.zeros(2) for _ in BOWLS]
+    for place, cohort in zip(ours, cohorts, strict=True):
+        moves, changes = [], []
+        for k in cohort:
+            y, (curve, target) = x.copy(), (BOWLS[k].curve, BOWLS[k].target.numpy())
+            for _ in range(3):
+                y = y - LR * (curve * (y - target) - own[k] + c)
+            now = own[k] - c + (x - y) / (3 * LR)
+            moves.append(y - x)
+            changes.append(now - own[k])
+            own[k] = now
+        x, c = x + 0.8 * np.mean(moves, axis=0), c + np.sum(changes, axis=0) / 3
+        np.testing.assert_allclose(place.numpy(), x, rtol=1e-12)
+    np.testing.assert_allclose(slots["variate"]["w"].numpy(), c, rtol=1e-12)
+    for k, variate in enumerate(own):
+        np.testing.assert_allclose(kept[k]["variate.w"].numpy(), variate, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name, rule", [("scaffold", {}), ("feddyn", {"alpha": 1.0})])
+def test_drift_is_corrected_where_fedavg_ends_elsewhere(name, rule):
+    clients = [Bowl(bowl.curve, bowl.target.tolist(), steps=8) for bowl in BOWLS]
+    servers = parse("server", {"name": name} | rule), FEDAVG
+    ours, plain = (rounds(server, [EVERYONE] * 100, 3, clients)[0][-1] for server in servers)
+    torch.testing.assert_close(ours, BEST, rtol=0, atol=1e-6)
+    assert (plain - BEST).abs().max() > 0.1
+
+
+def test_a_client_of_scaffold_without_a_step_keeps_its_variate_and_sends_a_message_of_zeros():
+    server, params = parse("server", "scaffold"), {"w": torch.ones(2)}
+    kept, sent = {"variate.w": torch.tensor([1.0, 2.0])}, {"variate.w": torch.tensor([5.0, 5.0])}
+    after, message = server.settle(kept, sent, params, params, 0, LR)
+    assert after["variate.w"].tolist() == [1.0, 2.0] and message["variate.w"].tolist() == [0.0, 0.0]
+
+
+def test_scaffold_wants_plain_sgd_and_twice_the_bytes():
+    server = parse("server", "scaffold")
+    with pytest.raises(InputError, match=r"only plain sgd lets it; set --method\.optimizer sgd .*, not adam"):
+        server.fit(parse("method", "probe"))
+    with pytest.raises(InputError, match=r"momentum lengthens; set --method\.momentum 0, not 0\.9"):
+        server.fit(parse("method", {"name": "probe", "optimizer": "sgd", "momentum": 0.9}))
+    assert server.fit(parse("method", {"name": "probe", "optimizer": "sgd"}))
+    assert server.payload({"w": torch.zeros(3)}, {"s": torch.zeros(5)}, cohort=2) == (4 * (3 + 3 + 5), 4 * (3 + 3))
+    with pytest.raises(InputError, match="weighting wants 'uniform', not 'rows'"):
+        parse("server", {"name": "scaffold", "weighting": "rows"})
+
+
+# FedDyn ---------------------------------------------------------------------------------------------------------
+
+
+def test_feddyn_of_one_client_over_two_rounds_by_hand():
+    server, params, slots = parse("server", {"name": "feddyn", "alpha": 0.5}), {"w": torch.tensor([0.0])}, {}
+    kept = server.keeps(params)
+    assert server.correction(kept, {})["w"] == 0.0
+    # It goes from 0 to 1: it keeps -0.5 * 1, as does the server, which goes on to 1 + 0.5 / 0.5.
+    # From there to 1.5: both keep -0.5 + 0.5 * 0.5, and the server goes to 1.5 + 0.25 / 0.5.
+    for ended, keeps, goes in ((1.0, -0.5, 2.0), (1.5, -0.25, 2.0)):
+        received, after = params, {"w": torch.tensor([ended])}
+        kept, message = server.settle(kept, {}, received, after, 3, LR)
+        assert not message and kept["gradient.w"] == keeps and server.correction(kept, {})["w"] == -keeps
+        total = Partial(flatten(after) - flatten(received), 1.0, np.zeros(1, NOTE), population=1)
+        params, slots = server.step(params, slots, total)
+        assert params["w"] == goes
+
+
+def test_the_servers_memory_in_feddyn_is_the_mean_of_what_all_clients_keep():
+    _, slots, kept = rounds(parse("server", "feddyn"), [(0, 1), (2,), (0, 2)], population=3)
+    mean = sum(kept[k]["gradient.w"] for k in EVERYONE) / 3
+    assert mean.abs().min() > 1e-3
+    torch.testing.assert_close(slots["drift"]["w"], mean, rtol=1e-12, atol=0)
+
+
+def test_feddyns_clients_keep_the_gradient_of_their_own_loss_where_they_ended():
+    clients = [Bowl(bowl.curve, bowl.target.tolist(), steps=400) for bowl in BOWLS]
+    server, params, kept = parse("server", {"name": "feddyn", "alpha": 0.2}), {"w": torch.zeros(2).double()}, {}
+    for client in range(3):
+        a_round(server, params, {}, kept, {client: clients[client]}, 3)
+        ended = params["w"] - kept[client]["gradient.w"] / 0.2
+        slope = clients[client].curve * (ended - clients[client].target)
+        torch.testing.assert_close(kept[client]["gradient.w"], slope, rtol=1e-9, atol=1e-9)
+
+
+# Rules that see each delta ----------------------------------------------------------------------------------------
+
+
+def test_a_median_goes_parameter_by_parameter_and_halves_the_middle_of_an_even_number():
+    median = parse("server", "median")
+    assert stepped(median, deltas([1, 9], [2, 8], [1e9, -1e9])).tolist() == [2.0, 8.0]
+    assert stepped(median, deltas([1.0], [2.0], [4.0], [1e9])).tolist() == [3.0]
+
+
+def test_a_trimmed_mean_cuts_as_many_at_each_end_as_the_share_says_rounded_down():
+    each = [[0.0], [100.0], [2.0], [3.0], [7.0]]
+    trimmed = {share: parse("server", {"name": "trimmed_mean", "share": share}) for share in (0.19, 0.2, 0.4)}
+    assert stepped(trimmed[0.2], deltas(*each)).tolist() == [4.0]  # (2 + 3 + 7) / 3
+    assert stepped(trimmed[0.4], deltas(*each)).tolist() == [3.0]
+    assert stepped(trimmed[0.19], deltas(*each)) == pytest.approx(22.4)
+    many = parse("server", {"name": "trimmed_mean", "share": 0.29})  # of 100: 29, though 0.29 * 100 is below it
+    each = [[0.0]] * 28 + [[-30.0]] + [[1.0]] * 42 + [[30.0]] * 29
+    assert stepped(many, deltas(*each)).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_krum_is_its_papers_score(m):
+    rng = np.random.default_rng(5)
+    each = np.concatenate([rng.standard_normal((6, 12)), 5 + rng.standard_normal((2, 12))]).astype(np.float32)
+    scores = []
+    for k in range(8):  # f = 2: the sum over the 8 - 2 - 2 nearest others
+        apart = sorted(((each[k].astype(float) - each[j]) ** 2).sum() for j in range(8) if j != k)
+        scores.append(sum(apart[:4]))
+    best = np.argsort(scores)[:m]
+    ours = stepped(parse("server", {"name": "krum", "f": 2, "m": m}), deltas(*each))
+    np.testing.assert_allclose(ours, each[best].astype(float).mean(axis=0), rtol=1e-12)
+
+
+def test_krum_takes_the_first_of_those_that_tie():
+    # 0 and 1 lie 1 apart, as do 8 and 9; f = 0 leaves each its 2 nearest: scores 65, 50, 50 and 65.
+    assert stepped(parse("server", {"name": "krum", "f": 0}), deltas([0.0], [1.0], [8.0], [9.0])).tolist() == [1.0]
+    assert stepped(parse("server", {"name": "krum", "f": 0}), deltas([9.0], [8.0], [1.0], [0.0])).tolist() == [8.0]
+
+
+def test_krum_says_how_many_clients_it_wants():
+    with pytest.raises(InputError, match="krum with f 1 wants 5 clients or more in a round, not 4"):
+        stepped(parse("server", "krum"), deltas([1.0], [2.0], [3.0], [4.0]))
+    with pytest.raises(InputError, match="takes the mean of 4 of 5 clients at most, not of 5"):
+        stepped(parse("server", {"name": "krum", "m": 5}), deltas(*[[1.0]] * 5))
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed_mean", "krum"])
+def test_rules_that_see_each_delta_see_all_of_a_large_one(name):
+    # More parameters than are looked at at once; the tensors lie in the order of their names.
+    rng = np.random.default_rng(0)
+    each = rng.standard_normal((5, 70_000)).astype(np.float32)
+    each[2] = 0.0
+    params = {"b": torch.zeros(30_000), "a": torch.zeros(40_000)}
+    expected = {
+        "median": np.median(each, axis=0),
+        "trimmed_mean": np.sort(each, axis=0)[1:4].mean(axis=0),
+        "krum": each[2],
+    }
+    server = parse("server", {"name": name} | ({"share": 0.2} if name == "trimmed_mean" else {}))
+    after, _ = server.step(params, {}, deltas(*each))
+    like = unflatten(expected[name], params)
+    for tensor in params:
+        torch.testing.assert_close(after[tensor], like[tensor], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed_mean", "krum", "scaffold", "feddyn"])
+def test_rules_without_weights_say_so(name):
+    with pytest.raises(InputError, match="weighting wants 'uniform', not 'rows'"):
+        parse("server", {"name": name, "weighting": "rows"})
+
+
+# FedPer ---------------------------------------------------------------------------------------------------------
+
+
+def test_fedper_keeps_what_is_named_and_shares_the_rest():
+    server = parse("server", "fedper")
+    scopes = {name: server.scope(name, "shared") for name in ("head.weight", "ahead", "adapter.head")}
+    assert scopes == {"head.weight": "private", "ahead": "shared", "adapter.head": "shared"}
+    assert server.scope("head.weight", "frozen") == "frozen"
+    assert parse("server", {"name": "fedper", "prefix": "adapter"}).scope("adapter.head", "shared") == "private"
+
+
+def test_fedper_names_tensors_where_none_is_called_so():
+    params = parse("method", "fedclip").build(a_backbone()).state_dict()
+    with pytest.raises(InputError, match=r"begin with 'head', .* --server\.prefix .* attention\.0\.bias, attention"):
+        parse("server", "fedper").check(params)
+    assert parse("server", {"name": "fedper", "prefix": "attention.2"}).check(params) is None
+
+
+# Ditto ----------------------------------------------------------------------------------------------------------
+
+
+def a_backbone(**fields):
+    text = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return Backbone(normalize(text, dim=1), 10.0, **fields)
+
+
+def a_batch(*shape):
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(*shape, WIDTH, generator=draw, dtype=torch.float64)
+    return x, torch.randint(CLASSES, shape, generator=draw)
+
+
+def built(method, **fields):
+    torch.manual_seed(3)
+    return method.build(a_backbone(**fields)).double()
+
+
+def trains(method, module, server=FEDAVG):
+    """The module's tensors after one client's round."""
+    x, y = a_batch(21)
+    shared = [name for name in module.state_dict() if server.scope(name, method.scope(name)) == "shared"]
+    optimizer, rng = Optimizer(method, list(module.parameters())), torch.Generator().manual_seed(2)
+    train_client(module, optimizer, x, y, method, server.local_term, rng, shared=shared)
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def halves(state):
+    return [{n.removeprefix(half): v for n, v in state.items() if n.startswith(half)} for half in ("shared.", "own.")]
+
+
+@pytest.mark.parametrize("lam", [0.0, 2.0])
+@pytest.mark.parametrize("fields", [{"name": "probe"}, {"name": "fedclip", "optimizer": "sgd", "lr": 0.01}])
+def test_the_shared_half_of_ditto_is_fedavgs_and_with_lam_0_the_own_half_trains_alone(fields, lam):
+    method = parse("method", fields | {"batch": 4, "local_epochs": 2})
+    server = parse("server", {"name": "ditto", "lam": lam})
+    twins = server.fit(method)
+    module, alone, elsewhere = built(twins), built(method), built(method)
+    assert all(torch.equal(a, b) for a, b in zip(*(half.values() for half in halves(module.state_dict())), strict=True))
+    with torch.no_grad():
+        for name, tensor in module.own.named_parameters():
+            tensor.add_(0.3)
+            elsewhere.get_parameter(name).copy_(tensor)
+    expected, apart = trains(method, alone), trains(method, elsewhere)
+    shared, own = halves(trains(twins, module, server))
+    assert shared.keys() == own.keys() == expected.keys()
+    assert all(torch.equal(shared[name], expected[name]) for name in expected)
+    assert all(torch.equal(own[name], apart[name]) for name in apart) == (lam == 0.0)
+
+
+def test_a_huge_lam_pulls_a_clients_own_model_to_what_it_received():
+    method = parse("method", {"name": "probe", "optimizer": "sgd", "lr": 1e-3, "batch": 4})
+    server = parse("server", {"name": "ditto", "lam": 1000.0})  # times lr is 1: a step goes all the way
+    twins = server.fit(method)
+    module = built(twins)
+    received = module.shared.weight.detach().clone()
+    with torch.no_grad():
+        module.own.weight.add_(0.3)
+    own = trains(twins, module, server)["own.weight"]
+    assert 0 < (own - received).abs().max() < 0.03
+
+
+def test_dittos_pull_is_half_lam_times_the_squared_distance_and_moves_the_own_half_alone():
+    server = parse("server", {"name": "ditto", "lam": 4.0})
+    params = {"shared.w": torch.tensor([5.0], requires_grad=True), "own.w": torch.tensor([3.0], requires_grad=True)}
+    term = server.local_term(params, {"shared.w": torch.tensor([1.0])})
+    assert term.item() == 8.0  # 4 / 2 * (3 - 1)**2: to what was received, and not to what has become of it
+    shared, own = torch.autograd.grad(term, list(params.values()), materialize_grads=True)
+    assert shared == 0.0 and own == 8.0
+
+
+def test_of_ditto_the_shared_half_travels_and_hyperparameters_are_the_methods():
+    method = parse("method", {"name": "fedclip", "lr": 0.03, "batch": 7})
+    twins = parse("server", "ditto").fit(method)
+    scopes = {name.partition(".")[0]: twins.scope(name) for name in built(twins).state_dict()}
+    assert scopes == {"shared": "shared", "own": "private"}
+    assert (twins.lr, twins.batch, twins.beta2, twins.min_batch) == (0.03, 7, 0.98, 2)
+    assert twins.steps(15) == method.steps(15) == 2 and twins.reads == method.reads
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("fields", ["probe", "fedclip", {"name": "fedclip", "objective": "cross_entropy"}])
+def test_dittos_gradients_are_those_of_both_losses_whatever_classes_are_in_question(fields, masked):
+    twins = parse("server", "ditto").fit(parse("method", fields))
+    module = built(twins)
+    module.register_buffer("classes", torch.ones(CLASSES, dtype=torch.bool), persistent=False)
+    draw = torch.Generator().manual_seed(7)
+    params = {n: torch.randn(3, *t.shape, generator=draw, dtype=t.dtype) for n, t in module.state_dict().items()}
+    x, y = a_batch(3, 5)
+    masks = torch.ones(3, CLASSES, dtype=torch.bool)
+    if masked:
+        masks[0, 3], masks[1, 0] = False, False
+        y = torch.where(masks.gather(1, y), y, 1)
+    calls = []
+    hook = module.own.register_forward_hook(lambda *args: calls.append(1))
+    losses, grads = twins.gradients(module, params | ({"classes": masks} if masked else {}), x, y)
+    hook.remove()
+    if fields != "probe" and not (masked and "objective" in fields):
+        assert not calls  # the closed form asks no forward
+    assert grads.keys() == params.keys()
+    for k in range(3):
+        module.load_state_dict({name: tensor[k] for name, tensor in params.items()})
+        module.classes.copy_(masks[k])
+        loss = twins.loss(module, x[k], y[k])
+        torch.testing.assert_close(losses[k], loss, rtol=1e-11, atol=1e-11)
+        for name, grad in zip(trained(module), torch.autograd.grad(loss, list(module.parameters())), strict=True):
+            torch.testing.assert_close(grads[name][k], grad, rtol=1e-9, atol=1e-12)
+    assert module.classes is module.own.classes is module.shared.classes
+
+
+def test_classes_that_are_out_of_question_are_so_for_both_halves_of_ditto():
+    twins = parse("server", "ditto").fit(parse("method", "probe"))
+    module, (x, _) = built(twins), a_batch(5)
+    y = torch.tensor([0, 2, 1, 0, 2])
+    module.register_buffer("classes", torch.tensor([True, True, True, False]), persistent=False)
+    alone = cross_entropy(10 * normalize(x, dim=1) @ module.own.weight[:3].T, y)
+    assert twins.loss(module, x, y).item() == pytest.approx(2 * alone.item(), rel=1e-12)
+    assert (module(x)[:, 3] == -torch.inf).all() and module(x)[:, :3].isfinite().all()
+
+
+class Asked(nn.Module):
+    """Computes for the classes in question alone, and holds a tower that is no part of it."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.tower = backbone.text
+        self.weight = nn.Parameter(torch.randn(len(backbone.prototypes), backbone.width))
+        self.register_buffer("classes", torch.ones(len(self.weight), dtype=torch.bool), persistent=False)
+
+    def forward(self, x):
+        logits = x.new_full((len(x), len(self.weight)), -torch.inf)
+        return logits.index_copy(1, self.classes.nonzero().flatten(), x @ self.weight[self.classes].T)
+
+
+@component
+class Asking(Method):
+    def build(self, backbone):
+        return Asked(backbone)
+
+    def loss(self, module, x, y):
+        return cross_entropy(module(x), y) + module.classes.sum()
+
+    def scope(self, name):
+        return "frozen" if name == "weight" else "shared"
+
+
+@component
+class TowersAsking(Asking):
+    """Reads a tower, so that clients are computed one by one and indices may depend on values."""
+
+    @property
+    def sites(self):
+        return ("text_tokens",)
+
+
+def test_a_module_that_asks_for_its_classes_is_told_in_both_halves_and_no_tower_is_copied():
+    twins, tower = parse("server", "ditto").fit(Asking()), object()
+    module = built(twins, text_tower=tower)
+    assert module.shared.tower is module.own.tower is tower
+    assert torch.equal(module.shared.weight, module.own.weight) and module.shared.weight is not module.own.weight
+    assert {twins.scope(name) for name in module.state_dict()} == {"frozen"} and len(module.state_dict()) == 2
+    x, y = a_batch(5)[0], torch.tensor([0, 2, 1, 0, 2])
+    whole = twins.loss(module, x, y)
+    module.classes[3] = False
+    assert (module(x)[:, 3] == -torch.inf).all()
+    one = cross_entropy((x @ module.own.weight.T)[:, :3], y) + 3
+    assert twins.loss(module, x, y).item() == pytest.approx(2 * one.item()) != whole.item()
+    masks = {"classes": module.classes.clone()}
+    module.classes.fill_(True)
+    params = {name: tensor.unsqueeze(0) for name, tensor in module.state_dict().items()}
+    twins = parse("server", "ditto").fit(TowersAsking())
+    losses, grads = twins.gradients(module, params | masks, x[None], y[None])
+    assert losses.item() == pytest.approx(2 * one.item()) and grads.keys() == params.keys()
+    assert torch.equal(losses, Contract.gradients(twins, module, params | masks, x[None], y[None])[0])
+
+
+# In a run -------------------------------------------------------------------------------------------------------
+
+SGD = {"name": "probe", "optimizer": "sgd", "lr": 0.01, "batch": 8}
+PER = {"name": "fedper", "prefix": "weight"}
+
+
+def adapter(report):
+    return flatten(report.adapter)
+
+
+def test_in_a_run_rules_become_fedavg_where_they_should(config, tmp_path):
+    def of(server, rounds):
+        name = server if isinstance(server, str) else server["name"]
+        fields = {"method": SGD, "clients": 4, "rounds": rounds, "partition": "iid", "dtype": "float64"}
+        return adapter(run(config(server=server, **fields, out=tmp_path / f"{name}-{rounds}")))
+
+    one, three = of("fedavg", 1), of("fedavg", 3)
+    np.testing.assert_allclose(of("scaffold", 1), one, rtol=1e-12)
+    np.testing.assert_allclose(of("fednova", 3), three, rtol=1e-12)
+    # Each client's delta is rounded to float32.
+    np.testing.assert_allclose(of({"name": "trimmed_mean", "share": 0.0}, 3), three, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("server", ["scaffold", "feddyn", "ditto", "median", PER])
+def test_in_a_run_stacked_clients_go_where_single_ones_go(server, config, tmp_path):
+    fields = {"method": SGD, "server": server, "clients": 6, "cohort": 4, "dtype": "float64"}
+    stacked, single = (run(config(**fields, chunk=k, out=tmp_path / str(k))) for k in (4, 1))
+    np.testing.assert_allclose(adapter(stacked), adapter(single), rtol=1e-7)
+    assert stacked.score_table().correct.tolist() == single.score_table().correct.tolist()
+
+
+def test_in_a_run_scaffold_sends_twice_the_bytes_and_dittos_shared_half_is_fedavg(config, tmp_path):
+    sent, last = {}, {}
+    for name in ("fedavg", "scaffold", "ditto"):
+        ours = config(method=SGD, server=name, clients=4, rounds=3, out=tmp_path / name)
+        sent[name] = run(ours).round_table()[["bytes_up", "bytes_down"]].to_numpy()
+        last[name] = load_checkpoint(ours.folder(), ours.experiment())[0].params
+    assert (sent["scaffold"] == 2 * sent["fedavg"]).all() and (sent["ditto"] == sent["fedavg"]).all()
+    torch.testing.assert_close(last["ditto"]["shared.weight"], last["fedavg"]["weight"], rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(last["scaffold"]["weight"], last["fedavg"]["weight"], rtol=0, atol=1e-5)
+
+
+def test_krum_refuses_a_small_cohort_in_a_run(config):
+    with pytest.raises(InputError, match="krum with f 1 wants 5 clients or more in a round, not 3"):
+        run(config(server="krum", clients=6, cohort=3, rounds=1))

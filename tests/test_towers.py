@@ -1,0 +1,215 @@
+"""Training through CLIP's towers: what is kept, what is derived, and the engine's promises for such methods."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim import Config, InputError, Method, available, component, run
+from fedsim.checkpoint import load_checkpoint
+from fedsim.clip import EMBEDDED, Clip, find_weights
+from fedsim.registry import parse
+from fedsim.sites import Reads, reads_of
+
+KINDS = "animal", "vehicle"
+TOWERED = [name for name in available("method") if parse("method", name).reads.towers]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """48 embedded drawings as files: 2 domains x 2 classes x 12."""
+    folder = tmp_path_factory.mktemp("pictures")
+    glyphs = parse("dataset", "glyphs").load(None)
+    for domain in ("noto", "twemoji"):
+        for kind in glyphs.classes[:2]:
+            mine = (glyphs.domain == glyphs.domains.index(domain)) & (glyphs.y == glyphs.classes.index(kind))
+            place = folder / domain / kind
+            place.mkdir(parents=True)
+            for row in np.flatnonzero(mine)[:12]:
+                glyphs.open(row).save(place / f"{row}.png")
+    return folder
+
+
+@pytest.fixture
+def small(pictures, tmp_path):
+    """Makes a Config of a quick run on the pictures, in this process."""
+
+    def make(**fields):
+        quick = {"dataset": "folder", "data_dir": pictures, "rounds": 2, "actors": 0, "out": tmp_path / "run"}
+        return Config(**(quick | fields))
+
+    return make
+
+
+def test_what_is_read_follows_from_where_parameters_attach():
+    assert reads_of([]) == Reads("features", "prototypes")
+    assert reads_of(["image_feature", "head"]) == Reads("features", "prototypes")
+    assert reads_of(["text_tokens"]) == Reads("features", "embeddings")
+    assert reads_of(["text_tokens", "patch_tokens"]) == Reads("tokens", "embeddings")
+    assert reads_of(["text_blocks", "text_tokens", "image_blocks"]) == Reads("pixels", "blocks")
+    assert not reads_of(["image_feature"]).towers and reads_of(["text_tokens"]).towers
+
+
+def test_every_method_says_where_it_attaches_and_reads_no_more():
+    reads = {name: parse("method", name).reads for name in available("method")}
+    assert {name for name, what in reads.items() if what.image == "pixels"} == {"finetune"}
+    assert reads["fedclip"] == reads["probe"] == Reads("features", "prototypes")
+    assert reads["promptfl"] == Reads("features", "embeddings") and reads["lora"] == Reads("features", "blocks")
+    assert parse("method", {"name": "lora", "towers": "both"}).reads == Reads("pixels", "blocks")
+
+
+@component
+class Undeclared(Method):
+    """Trains through the text tower and does not say so."""
+
+    def build(self, backbone):
+        return backbone.text
+
+
+def test_a_tower_that_is_not_declared_is_not_there(config):
+    with pytest.raises(TypeError, match="says so: `text_tokens` among its sites"):
+        run(config(method=Undeclared()))
+
+
+@pytest.mark.parametrize("name", [name for name in TOWERED if parse("method", name).reads.image != "tokens"])
+def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_kill(name, small, tmp_path):
+    # `--chunk 1` is the readable path; it must agree to rounding, and a resumed run to the bit.
+    fields = {"method": {"name": name, "batch": 4}}
+    whole = run(small(**fields, out=tmp_path / "whole"))
+
+    def kill(event):
+        if event.stage == "training" and event.done == 1:
+            raise KeyboardInterrupt
+
+    ours = small(**fields, out=tmp_path / "killed")
+    with pytest.raises(KeyboardInterrupt):
+        run(ours, kill)
+    again = run(ours)
+    assert all(torch.equal(whole.adapter[tensor], again.adapter[tensor]) for tensor in whole.adapter)
+    assert whole.scores.tolist() == again.scores.tolist()
+    single = run(small(**fields, chunk=1, out=tmp_path / "single"))
+    last = [
+        load_checkpoint(tmp_path / run_, config.experiment())[0].params
+        for run_, config in {"whole": small(**fields), "single": small(**fields, chunk=1)}.items()
+    ]
+    for tensor in last[0]:
+        torch.testing.assert_close(last[0][tensor], last[1][tensor], rtol=1e-3, atol=1e-4)
+    assert single.facts["trained_parameters"] == whole.facts["trained_parameters"] > 0
+
+
+def test_actors_share_one_frozen_clip_and_give_the_bits_of_one_process(small, tmp_path):
+    fields = {"method": {"name": "finetune", "towers": "image", "batch": 8}, "partition": "iid", "clients": 3}
+    here = run(small(**fields, out=tmp_path / "here"))
+    there = run(small(**fields, out=tmp_path / "there", actors=2))
+    assert here.scores.tolist() == there.scores.tolist()
+    assert all(torch.equal(here.adapter[name], there.adapter[name]) for name in here.adapter)
+
+
+def test_a_frozen_clip_lies_where_it_was_put():
+    clip = Clip(find_weights(*EMBEDDED))
+    frozen = clip.frozen()
+    other = Clip(frozen.weights, "cpu", frozen.state)
+    texts = ["a picture of a cat", "a picture of a bus"]
+    assert np.array_equal(clip.encode_texts(texts), other.encode_texts(texts))
+    matrix = dict(other.model.named_parameters())["token_embedding.weight"]
+    assert matrix.data_ptr() == frozen.state["token_embedding.weight"].__array_interface__["data"][0]
+
+
+def test_kept_pixels_give_the_features_of_the_images_to_the_bit(pictures):
+    images = parse("dataset", "folder").load(pictures)
+    clip = Clip(find_weights(*EMBEDDED))
+    opened = [images.open(row) for row in range(4)]
+    assert np.array_equal(clip.encode_images(opened), clip.encode_pixels(clip.pixels(opened)))
+    views = clip.pixels(opened, [5, 6, 7, 8])
+    assert np.array_equal(views, clip.pixels(opened, [5, 6, 7, 8]))
+    assert not np.array_equal(views, clip.pixels(opened, [5, 6, 7, 9]))
+    assert views.dtype == np.uint8 and views.shape == (4, 3, 160, 160)
+
+
+def test_augmented_views_train_and_never_judge(small, tmp_path):
+    probe = {"method": {"name": "probe", "lr": 1e-2}}
+    plain = run(small(**probe, out=tmp_path / "plain"))
+    augmented = run(small(**probe, augment=2, out=tmp_path / "augmented"))
+    assert plain.facts["augment"] == 0 and augmented.facts["augment"] == 2
+    assert augmented.parts[0].tolist() == plain.parts[0].tolist()  # before training: the same rows, as they are
+    assert not torch.equal(plain.adapter["weight"], augmented.adapter["weight"])
+    pixels = run(small(method={"name": "finetune", "towers": "image"}, augment=1, rounds=1, out=tmp_path / "pixels"))
+    assert pixels.facts["reads"] == "image pixels, text prototypes"
+
+
+def test_bytes_are_those_of_the_tensors_that_travel(small):
+    report = run(small(method={"name": "promptfl", "length": 4}, rounds=1))
+    row = report.round_table().iloc[0]
+    assert row.bytes_up == row.bytes_down == 2 * 4 * 128 * 4  # clients x tokens x width x bytes
+    assert report.facts["trained_parameters"] == 4 * 128
+
+
+@pytest.mark.parametrize("method", ["finetune", "promptfl", "fedotp"])
+def test_features_of_ones_own_cannot_go_through_a_tower(method, config):
+    with pytest.raises(InputError, match=rf"method {method} computes with CLIP itself \(.*\) and wants a data set of"):
+        run(config(method=method))
+
+
+def test_a_tower_without_patch_tokens_is_named(small):
+    with pytest.raises(
+        InputError, match=r"wants patch tokens and tiny's image tower \(EfficientNet\) has none; take a ViT"
+    ):
+        run(small(method="fedotp"))
+
+
+def small_clip(folder, name, vision):
+    """A CLIP of random weights in a checkpoint file, under a name that open_clip knows in this process."""
+    import open_clip
+
+    text = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps({"embed_dim": 24, "vision_cfg": {"image_size": 32, **vision}, "text_cfg": text}))
+    open_clip.add_model_config(file)
+    torch.manual_seed(0)
+    weights = folder / f"{name}.pt"
+    torch.save(open_clip.create_model(name).state_dict(), weights)
+    return {"backbone": name, "pretrained": str(weights)}
+
+
+VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+RESNET = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
+
+
+@pytest.mark.parametrize(
+    "tower, method",
+    [
+        ("vit", "finetune"),
+        ("vit", "fedotp"),
+        ("vit", {"name": "lora", "towers": "both"}),
+        ("resnet", "finetune"),
+        ("resnet", {"name": "lora", "towers": "image"}),
+        ("resnet", "promptfl"),
+    ],
+)
+def test_the_towers_of_vits_and_of_resnets_are_trained_through(tower, method, small, tmp_path):
+    clip = small_clip(tmp_path, f"small-{tower}", VIT if tower == "vit" else RESNET)
+    ours = small(**clip, method=method, rounds=1)
+    report = run(ours)
+    state, _ = load_checkpoint(ours.folder(), ours.experiment())
+    assert report.last_round == 1
+    assert all(tensor.isfinite().all() for tensor in state.params.values())
+    trained = run(small(**clip, method=method, rounds=0, out=tmp_path / "none")).adapter
+    assert any(not torch.equal(trained[name], state.params[name]) for name in trained)
+
+
+def test_what_is_too_large_for_an_actors_share_of_a_gpu_is_said_in_one_sentence():
+    # torch raises the same error on a GPU; no device is needed to see what becomes of it.
+    from fedsim.pool import _Worker
+
+    worker = _Worker(_Greedy, 1, 0.25)
+    with pytest.raises(InputError, match=r"does not fit into the 0\.25 of a GPU that an actor has; take a larger"):
+        worker.call("take")
+
+
+class _Greedy:
+    def __init__(self, device):
+        pass
+
+    def take(self):
+        raise torch.OutOfMemoryError
