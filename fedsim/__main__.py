@@ -224,30 +224,32 @@ def _on(bars: Progress):
 
 def _show(console: Console, report, folder: Path) -> None:
     round = report.chosen_round
-    table = Table(title=f"accuracy in percent, round {round} of {report.last_round} (chosen on validation rows)")
-    before, after = report.zero_shot_summary(), report.summary()
+    means = report.zero_shot_summary(), report.summary()
     heads = {
         "generalization": f"held-out domain ({listing(report.held_out) or 'none'})",
         "personalization": "clients' own test rows",
         "worst_tenth": "worst tenth of clients",
     }
+    if any(abs(one["personalization_own"] - one["personalization"]) > 0 for one in means):
+        heads["personalization_own"] = "own test rows among own classes"
+    tables = {f"accuracy in percent, round {round} of {report.last_round} (chosen on validation rows)": heads}
     if report.new_classes:
-        heads |= {
-            "local": "local (own classes competing)",
+        heads = {
+            "local": "local",
             "base": "base",
-            "new": "new classes",
-            "harmonic_2": "harmonic mean (base, new)",
-            "harmonic_3": "harmonic mean (local, base, new)",
+            "new": "new",
+            "harmonic_2": "of base, new",
+            "harmonic_3": "of all three",
         }
-    elif any(abs(means["personalization_own"] - means["personalization"]) > 0 for means in (before, after)):
-        heads["personalization_own"] = "own test rows, own classes competing"
-    for head in ("", *heads.values()):
-        table.add_column(head, justify="right" if head else "left")
+        tables["base and new classes, and harmonic means"] = heads
     method, server = report.experiment["method"]["name"], report.experiment["server"]["name"]
-    for name, means in (("zero-shot CLIP", before), (f"{method}, {server}", after)):
-        cells = (means[key] for key in heads)
-        table.add_row(name, *("-" if cell != cell else f"{100 * cell:.1f}" for cell in cells))
-    console.print(table)
+    for title, heads in tables.items():
+        table = Table(title=title)
+        for head in ("", *heads.values()):
+            table.add_column(head, justify="right" if head else "left")
+        for name, one in zip(("zero-shot CLIP", f"{method}, {server}"), means, strict=True):
+            table.add_row(name, *("-" if one[key] != one[key] else f"{100 * one[key]:.1f}" for key in heads))
+        console.print(table)
     for file in ("report.html", "scores.parquet", "rounds.parquet", "adapter.safetensors", "config.yaml"):
         console.print(f"  {folder / file}", highlight=False, soft_wrap=True)
 

@@ -308,6 +308,7 @@ class Trainer:
         corrections = [task.server.correction(kept, told) for kept in rule]
         correction = {name: torch.stack([one[name] for one in corrections]) for name in corrections[0]}
         classes = self._classes(task, ids)
+        module.classes.fill_(True)  # evaluation leaves what it asked last
         if task.reference:
             if classes is not None:
                 module.classes.copy_(classes[0])

@@ -29,9 +29,9 @@ MEASURES = {
     "generalization": "held-out domains",
     "personalization": "own test rows, mean over clients",
     "worst_tenth": "own test rows, worst tenth of the clients",
-    "validation": "validation rows, mean over clients",
     "spread": "own test rows, standard deviation over clients",
     "personalization_own": "own test rows, only a client's own classes competing, mean over clients",
+    "validation": "validation rows, mean over clients",
 }
 # Of runs whose clients train on some of the classes only; `local` is personalization_own by another name.
 NEW_MEASURES = {
@@ -140,10 +140,12 @@ def _how_chosen(report: Report) -> list[str]:
     else:
         how = f"Round {chosen} of {last} is reported: the first of the best mean accuracy on validation rows. {NEVER}"
     scores = report.score_table()
-    judges = scores[scores.domain.isin(report.held_out)].client.nunique()
-    if judges > len(report.held_out):
-        how += f" Each of {judges} clients has a model of its own: held-out accuracy is the mean over their models."
-    if new := report.new_classes:
+    new = report.new_classes
+    judges = scores[scores.domain.isin(report.held_out) | (scores.split == "new")].client.nunique()
+    if judges > len(report.held_out) + bool(new):
+        what = "accuracy on held-out domains and new classes" if new else "held-out accuracy"
+        how += f" Each of {judges} clients has a model of its own: {what} is the mean over their models."
+    if new:
         how += (
             f" Nobody trains on the {len(new)} new classes, the last in alphabetical order: rows of theirs in held-out "
             "domains judge nothing."
@@ -280,6 +282,8 @@ def _partition(report: Report) -> Plot:
 def _facts(report: Report) -> dict[str, pd.DataFrame]:
     costs, facts = report.round_table(), portable(report.facts)
     versions, skipped = facts.pop("versions", {}), facts.pop("skipped", [])
+    told = {"flops_per_step", "flops_per_row"}  # by the teraflops below
+    facts = {name.replace("_", " "): value for name, value in facts.items() if name not in told}
     facts |= {
         "domains": f"{len(report.domains)}: {listing(report.domains)}",
         "held-out domains": listing(report.held_out) or "none",

@@ -79,8 +79,9 @@ def train_stack(
             if term:
                 extra, pull = _of_term(term, {name: mine[name] for name in learned}, received)
                 loss, grads = loss + extra, {name: grads[name] + pull[name] for name in learned}
-            for name, constant in (correction or {}).items():
-                grads[name] = grads[name] + constant[first:last]
+            for name in learned if correction else ():
+                if name in correction:
+                    grads[name] = grads[name] + correction[name][first:last]
             optimizer.step([grads[name][k] for k in range(last - first) for name in learned], first * len(learned))
             losses[first:last] += loss
             steps[first:last] += 1

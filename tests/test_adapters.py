@@ -54,7 +54,7 @@ def test_a_clip_adapter_of_ratio_0_is_zero_shot_clip_and_of_little_width_is_whol
 
 
 def test_a_tip_adapter_adds_the_answers_of_its_keys(backbone):
-    _, module = build(backbone, "tip_adapter", alpha=1.5, beta=2.0)
+    _, module = build(backbone, "tip_adapter", alpha=0.5, shots=3, beta=2.0)
     keys = draw(CLASSES, WIDTH, seed=3)
     module.load_state_dict({"keys": keys})
     logits = module(X)

@@ -84,6 +84,25 @@ def test_runs_of_several_seeds_are_also_a_mean_and_a_sample_deviation(runs, tmp_
     assert "These runs deal rows to clients differently" in text
 
 
+def test_new_classes_and_their_harmonic_means_are_shown_where_a_run_has_some(runs, tmp_path):
+    folders, reports = runs(all={}, half={"new_classes": 0.5})
+    table, page = compare(folders, tmp_path / "page.html")
+    means = reports[1].summary()
+    for head, key in (
+        ("local", "local"),
+        ("base", "base"),
+        ("new", "new"),
+        ("harmonic mean (base, new)", "harmonic_2"),
+        ("harmonic mean (local, base, new)", "harmonic_3"),
+    ):
+        assert list(table[head]) == ["-", percent(means[key])]
+    text = page.read_text()
+    assert "These runs train on different classes" in text
+    for report in reports:
+        cells = [percent(report.summary()[key]) for key in ("spread", "personalization_own", "macro_f1", "ece")]
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+
+
 def test_a_seed_that_was_run_twice_counts_once(runs, tmp_path):
     folders, _ = runs(a={}, again={}, b={"seed": 1})
     table, page = compare(folders, tmp_path / "page.html")

@@ -18,7 +18,7 @@ rng = np.random.default_rng
 def rows(count=240, domains=3, classes=4, split=UNSAID, **fields):
     index = np.arange(count)
     labels = {"y": index % classes, "domain": index // classes % domains}
-    names = {"classes": tuple("abcd"[:classes]), "domains": ("ink", "oil", "photo")[:domains]}
+    names = {"classes": tuple("abcdef"[:classes]), "domains": ("ink", "oil", "photo")[:domains]}
     return Labelled(**(labels | names | {"split": np.full(count, split, np.int8)} | fields))
 
 
@@ -37,7 +37,7 @@ DRAWN = sorted(set(available("partition")) - set(DEALT))  # client by client
 @pytest.mark.parametrize("name", DEALT)
 @pytest.mark.parametrize("count", [3, 6])
 def test_every_partition_deals_rows_once_and_by_its_seed(name, count):
-    data, partition = rows(), parse("partition", name)
+    data, partition = rows(classes=6), parse("partition", name)
     dealt = partition.split(data.y, data.domain, count, rng(1))
     again = partition.split(data.y, data.domain, count, rng(1))
     everyone = np.concatenate(dealt)
@@ -84,6 +84,19 @@ def test_shards_give_a_client_few_classes_from_all_domains():
     dealt = parse("partition", {"name": "shards", "per_client": 1}).split(data.y, data.domain, 4, rng())
     assert [len(set(data.y[part])) for part in dealt] == [1, 1, 1, 1]
     assert [len(set(data.domain[part])) for part in dealt] == [3, 3, 3, 3]
+
+
+def test_classes_are_dealt_whole_and_evenly_by_the_seed_of_the_partition():
+    data, partition = rows(classes=6), parse("partition", "classes")
+    dealt = partition.split(data.y, data.domain, 4, rng(0))
+    hands = [sorted(set(data.y[part])) for part in dealt]
+    assert [len(hand) for hand in hands] == [2, 2, 1, 1] and sorted(np.concatenate(hands)) == [0, 1, 2, 3, 4, 5]
+    assert sum(map(len, dealt)) == len(data)  # all rows of a class are its client's
+    assert all(set(data.domain[part]) == {0, 1, 2} for part in dealt)
+    other = partition.split(data.y, data.domain, 4, rng(1))
+    assert hands != [sorted(set(data.y[part])) for part in other]
+    with pytest.raises(InputError, match="7 clients for 6 classes; under partition classes each has its own"):
+        partition.split(data.y, data.domain, 7, rng())
 
 
 def test_a_smaller_alpha_skews_labels_more():

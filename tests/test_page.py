@@ -10,6 +10,7 @@ import pytest
 
 from fedsim import Config, run
 from fedsim.checkpoint import load_checkpoint
+from fedsim.evaluate import Counts
 from fedsim.page import curves, portable, write_page
 from fedsim.report import Report
 
@@ -77,6 +78,7 @@ SHAPES = {
     "no validation rows": {"partition": "iid", "clients": 40, "train_share": 0.7},
     "many clients": {"partition": "iid", "clients": 48},
 }
+NEW = {"base to new": {"new_classes": 0.5}}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def shown(features_dir, tmp_path_factory):
 
     @cache
     def show(shape: str) -> tuple[Report, Page, Config]:
-        config = Config(**quick | {"out": tmp_path_factory.mktemp("run") / "run"} | SHAPES[shape])
+        config = Config(**quick | {"out": tmp_path_factory.mktemp("run") / "run"} | (SHAPES | NEW)[shape])
         report = run(config)
         return report, Page((config.folder() / "report.html").read_text()), config
 
@@ -108,12 +110,12 @@ def test_the_summary_is_the_report_s_and_nothing_is_loaded(shape, shown):
     rows = page.table("Top-1 accuracy")
     assert [row[1:] for row in rows[1:]] == [
         [percent(before[key]), percent(after[key]), points(after[key] - before[key])]
-        for key in ("generalization", "personalization", "worst_tenth", "validation")
+        for key in ("generalization", "personalization", "worst_tenth", "spread", "personalization_own", "validation")
     ]
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
     assert len(page.ids) == len(set(page.ids))
     assert page.headings[1:] == ["Round by round", "By domain", "By client", "Who holds what", "What was run"]
-    assert {len(row) for rows in page.tables.values() for row in rows} <= {2, 4, 7, 8}
+    assert {len(row) for rows in page.tables.values() for row in rows} <= {2, 4, 5, 7, 8}
     assert all(len(alt) > 20 for alt in page.alts)
 
 
@@ -141,6 +143,49 @@ def test_the_page_says_how_the_round_was_chosen(shown):
     for shape in SHAPES:
         own = "Each of 2 clients has a model of its own" in shown(shape)[1].words
         assert own == (shape == "everyone alone")
+
+
+def test_kinds_of_rows_have_their_f1_and_calibration_before_and_after(shown):
+    report, page, _ = shown("plain")
+    before, after = report.zero_shot_summary(), report.summary()
+    head, own, away = page.table("All rows of a kind together, in percent: zero-shot CLIP → round")
+    assert head == ["rows", "among", "accuracy", "macro-F1", "calibration error"]
+    for row, name, f1, ece in (
+        (own, "own test rows", "macro_f1", "ece"),
+        (away, "held-out domains", "generalization_f1", "generalization_ece"),
+    ):
+        assert row[:2] == [name, "all 4 classes"]
+        assert row[3:] == [f"{percent(before[key])} → {percent(after[key])}" for key in (f1, ece)]
+    assert own[2].split(" → ")[1] == percent(after["personalization"])  # two clients of 24 test rows each
+    assert away[2].split(" → ")[1] == percent(after["generalization"])  # one domain
+    assert not any("harmonic" in words for rows in page.tables.values() for row in rows for words in row)
+
+
+def test_new_classes_are_told_apart_and_their_harmonic_means_shown(shown):
+    report, page, _ = shown("base to new")
+    summary = report.summary()
+    rows = {row[0]: row[2] for row in page.table("Top-1 accuracy")[1:]}
+    for start, key in (
+        ("base:", "base"),
+        ("new:", "new"),
+        ("harmonic mean of base and new", "harmonic_2"),
+        ("harmonic mean of local", "harmonic_3"),
+    ):
+        assert [value for name, value in rows.items() if name.startswith(start)] == [percent(summary[key])]
+    kinds = {row[0]: row[1] for row in page.table("All rows of a kind")[1:]}
+    assert kinds == {
+        "own test rows": "the 2 trained classes",
+        "held-out domains": "the 2 trained classes",
+        "new classes": "the 2 new classes",
+    }
+    assert "Nobody trains on the 2 new classes" in page.words
+    # 2 of 4 classes of 30 rows: a domain has 60 left, cut 36, 12, 12; rows of new classes are in no client's.
+    assert {row[0]: row[1:4] for row in page.table("Rows by client")[1:]} == {
+        "0": ["36", "12", "12"],
+        "1": ["36", "12", "12"],
+    }
+    assert {row[0]: row[3] for row in page.table("Rows by domain")[1:]}["ink (held out)"] == "60"
+    assert dict(page.table("Data and cost")[1:])["new classes"] == "2: owl, pig"
 
 
 def test_tables_by_domain_and_client_count_rows_and_accuracy(shown):
@@ -215,7 +260,8 @@ def crowd(clients: int, classes: int = 60, domains: int = 5) -> Report:
     domain = ids % domains
     cells = [np.column_stack([ids, domain, (ids * 7 + k) % classes, 0 * ids, 1 + k + 0 * ids]) for k in range(4)]
     tests = np.column_stack([ids, domain, ids % classes, 2 + 0 * ids, 4 + 0 * ids])
-    counts = np.column_stack([ids, domain, 1 + 0 * ids, np.where(ids % 10, 3, 1), 4 + 0 * ids])
+    right = np.where(ids % 10, 3, 1)
+    counts = Counts(np.column_stack([ids, domain, 1 + 0 * ids, right, 4 + 0 * ids, right]).astype(np.int32))
     config = {
         "dataset": {"name": "glyphs"},
         "data_dir": None,
@@ -229,7 +275,7 @@ def crowd(clients: int, classes: int = 60, domains: int = 5) -> Report:
     report.add_zero_shot(counts)
     for round in (0, 1):
         report.add_scores(round, counts)
-    report.rounds = np.array([[1, clients, clients, 0, 0, 4e6, 4e6, 0.5, 0.0, 1.25]])
+    report.rounds = np.array([[1, clients, clients, 0, 0, 4e6, 4e6, 0.5, 0.0, 1.25, clients, np.nan]])
     return report
 
 

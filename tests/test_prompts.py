@@ -137,8 +137,9 @@ def test_classes_out_of_question_are_out_and_cost_no_text(name, backbone, monkey
     everyone = module(x)
     assert everyone.shape == (6, len(CLASSES)) and everyone.isfinite().all()
     module.register_buffer("classes", torch.tensor([True, False, True, False, True]), persistent=False)
-    encoded, encode = [], backbone.text.encode
-    monkeypatch.setattr(backbone.text, "encode", lambda texts, ends: encoded.append(len(texts)) or encode(texts, ends))
+    encoded, encode = [], backbone.text.encode_after
+    counting = lambda start, rests, ends: encoded.append(len(rests)) or encode(start, rests, ends)  # noqa: E731
+    monkeypatch.setattr(backbone.text, "encode_after", counting)
     some = module(x)
     assert set(encoded) == {3}
     assert (some[:, ~module.classes] == -torch.inf).all()

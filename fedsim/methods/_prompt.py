@@ -74,7 +74,7 @@ class Prompted(nn.Module):
                 f"{asked} leaves no room for {names[int(ends.argmax())]!r}: the model takes {context} tokens, start "
                 f"and end among them, so that {room} fit before it"
             )
-        constants = {"names": self.tower.embed(tokens), "ends": ends + length, "prototypes": backbone.prototypes}
+        constants = {"names": self.tower.embed(tokens), "ends": ends, "prototypes": backbone.prototypes}
         for name, tensor in constants.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -88,8 +88,8 @@ class Prompted(nn.Module):
         """(L, W) -> (n, D) unit rows, the texts of the n classes in question behind these tokens."""
         among = self.among()
         names = self.names[among]
-        whole = torch.cat([names[:, :1], tokens.expand(len(names), -1, -1), names[:, 1:]], dim=1)
-        return normalize(self.tower.encode(whole, self.ends[among]), dim=-1)
+        start = torch.cat([self.names[0, :1], tokens])
+        return normalize(self.tower.encode_after(start, names[:, 1:], self.ends[among] - 1), dim=-1)
 
     def logits(self, x: Tensor, texts: Tensor) -> Tensor:
         """(B, D) images and (n, D) texts of the classes in question -> (B, C)."""

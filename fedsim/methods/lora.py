@@ -33,14 +33,14 @@ EMBEDDINGS = "token_embedding.weight", "positional_embedding", "class_embedding"
 
 @component
 class Lora(Method):
-    """Rank, scale, place, start, loss and optimizer are those of the authors' code; what it does not say is PyTorch's.
+    """Rank, scale, start, loss and optimizer are those of the authors' code; its scripts say `modules: all`.
 
-    Differs: the code also cuts gradients to a norm of 1.
+    Differs: the code also cuts gradients to a norm of 1, and its AdamW goes on from round to round, which here wants
+    `keep_moments`.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="a client's optimizer")
     lr: float = Field(5e-5, gt=0, description="step size")
-    weight_decay: float = Field(0.01, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
     objective: Objective = Field(
         "contrastive", description="CLIP's loss over the batch's own texts, or over the classes"
     )

@@ -4,7 +4,8 @@ What travels is close to the images. A client moves a key along a weighted sum o
 mean of those of its class, and where it has one image of a class, toward that image's feature. Whoever sees one
 client's keys sees that; the server of a plain mean sees it of every client, and clients see the mean.
 
-Source: Zhang et al. 2021, arXiv 2111.03930 (Tip-Adapter, and Tip-Adapter-F, whose keys are trained).
+Source: Zhang et al. 2021, arXiv 2111.03930 (Tip-Adapter, and Tip-Adapter-F, whose keys are trained); values as in the
+authors' code, gaopengcuhk/Tip-Adapter.
 """
 
 from typing import Literal
@@ -20,25 +21,26 @@ from fedsim.registry import component
 
 @component
 class TipAdapter(Method):
-    """Ratio, sharpness and AdamW are the paper's.
+    """Defaults are the code's for ImageNet, from which it goes on to search alpha and beta on validation rows.
 
     Differs: the published cache has a key per training image, which a federation would have to send. Here each class
-    has one, which starts at its prototype: round 0 ranks classes as zero-shot CLIP does.
+    has one, that answers for as many as `shots`, and starts at the prototype: round 0 ranks as zero-shot CLIP does.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="a client's optimizer")
     lr: float = Field(1e-3, gt=0, description="step size")
     eps: float = Field(1e-4, gt=0, description="of adam and adamw")
     weight_decay: float = Field(0.01, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
-    alpha: float = Field(1.0, ge=0, description="strength of the keys beside the zero-shot logits")
-    beta: float = Field(5.5, gt=0, description="sharpness: how alike an image must be to be answered")
+    alpha: float = Field(1.17, ge=0, description="strength of an answer beside the zero-shot logits")
+    beta: float = Field(1.0, gt=0, description="sharpness: how alike an image must be to be answered")
+    shots: int = Field(16, ge=1, description="images of a class that its key stands for, whose answers add up")
     # The second is the training-free form: with sgd, lr 1 and a batch of all rows, one step lands on the means.
     objective: Literal["cross_entropy", "means"] = Field(
         "cross_entropy", description="train keys to tell classes apart (Tip-Adapter-F), or draw them to class means"
     )
 
     def build(self, backbone: Backbone) -> nn.Module:
-        return _Keyed(backbone, self.alpha, self.beta)
+        return _Keyed(backbone, self.alpha * self.shots, self.beta)
 
     def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if self.objective == "cross_entropy":
@@ -49,14 +51,14 @@ class TipAdapter(Method):
 
 
 class _Keyed(nn.Module):
-    def __init__(self, backbone: Backbone, alpha: float, beta: float) -> None:
+    def __init__(self, backbone: Backbone, strength: float, beta: float) -> None:
         super().__init__()
         self.keys = nn.Parameter(backbone.prototypes.clone())
         self.register_buffer("text", backbone.prototypes, persistent=False)
         self.scale = backbone.logit_scale
-        self.alpha, self.beta = alpha, beta
+        self.strength, self.beta = strength, beta
 
     def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
         unit = normalize(x, dim=-1)
         answer = torch.exp(self.beta * (unit @ self.keys.T - 1))
-        return self.scale * unit @ self.text.T + self.alpha * answer
+        return self.scale * unit @ self.text.T + self.strength * answer

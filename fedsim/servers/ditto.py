@@ -37,7 +37,7 @@ class Ditto(Server):
 
 @component
 class _Twins(Method):
-    """Any method twice over. The losses are added, and no tensor of one half is in the loss of the other."""
+    """Any method twice over. What is noted as a loss is the sum; no tensor of one half is in the loss of the other."""
 
     inner: InstanceOf[Method]
 
