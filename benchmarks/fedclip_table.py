@@ -5,9 +5,9 @@
     uv run python benchmarks/fedclip_table.py --backbone ViT-B-32 --pretrained openai --dataset pacs --data-dir DIR \\
         --rounds 200 --tower-rounds 200 --tower-seeds 3                      # the paper's own experiment
 
-Accuracy on the domain that nobody trained on and on the clients' own test rows: zero-shot, FedAvg and FedProx of all of
-CLIP, FedCLIP, a linear probe, and each client alone. A seed draws the partition, the splits, the initial weights and the
-batches. Cells are ordinary runs in folders of their own, so that the same command goes on where it was interrupted.
+Accuracy on the domain that nobody trained on and on the own test rows of clients: zero-shot, FedAvg and FedProx of all
+of CLIP, FedCLIP, a linear probe, and each client alone. A seed draws the partition, the splits, the initial weights and
+the batches. Cells are ordinary runs in folders of their own: the same command goes on where it was interrupted.
 """
 
 import argparse

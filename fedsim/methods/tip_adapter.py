@@ -1,8 +1,8 @@
 """A key for every class answers to images like it, beside zero-shot CLIP; only the keys are trained and travel.
 
-What travels is close to the images. A client moves a key along a weighted sum of its own image features: toward the
-mean of those of its class, and where it has one image of a class, toward that image's feature. Whoever sees one
-client's keys sees that; the server of a plain mean sees it of every client, and clients see the mean.
+What travels is close to the images. The gradient of a key is a weighted sum of the client's own image features: it
+pulls toward the mean of those of the key's class, and where there is one image of a class, toward that image's feature.
+Who sees one client's keys sees that; the server of a plain mean sees it of every client, and clients see the mean.
 
 Source: Zhang et al. 2021, arXiv 2111.03930 (Tip-Adapter, and Tip-Adapter-F, whose keys are trained); values as in the
 authors' code, gaopengcuhk/Tip-Adapter.
