@@ -1,0 +1,209 @@
+"""Every method x protocol x seed: accuracy against bytes, and what it is worth to choose the round on test rows.
+
+    uv run python benchmarks/methods.py
+    uv run python benchmarks/methods.py --address auto --dataset pacs --data-dir DIR --backbone ViT-B-32 \
+        --pretrained openai --rounds 100
+
+Every method at its own published hyperparameters but for one local epoch; none was tuned here. What trains the image
+tower is in `fedclip_table.py`. Cells are ordinary runs in folders of their own, one task of the cluster each: the same
+command goes on where it was interrupted.
+"""
+
+import argparse
+import itertools
+from io import StringIO
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from fedsim import Config, run
+from fedsim.cluster import session
+from fedsim.config import merged, read_yaml
+from fedsim.registry import parse
+
+METHODS = {
+    "FedCLIP": ("fedclip", "fedavg"),
+    "linear probe": ("probe", "fedavg"),
+    "linear probe, alone": ("probe", "local_only"),
+    "CLIP-Adapter": ("clip_adapter", "fedavg"),
+    "Tip-Adapter": ("tip_adapter", "fedavg"),
+    "PromptFL": ("promptfl", "fedavg"),
+    "KgCoOp": ("kgcoop", "fedavg"),
+    "FedTPG": ("fedtpg", "fedavg"),
+    "PromptFolio": ("promptfolio", "fedavg"),
+    "FedPGP": ("fedpgp", "fedavg"),
+    "LoRA, FedIT": ("lora", "fedavg"),
+    "FFA-LoRA": ("lora", "ffa_lora"),
+    "FedSA-LoRA": ("lora", "fedsa_lora"),
+    "LoRA, stacking": ("lora", "lora_stacking"),
+    "FedEx-LoRA": ("lora", "fedex_lora"),
+}
+PROTOCOLS = {  # fedsim/experiments/NAME.yaml, and the number that its papers print
+    "leave_one_out": "generalization",
+    "in_domain": "personalization",
+    "base_to_new": "harmonic_3",
+    "pathological": "personalization",
+    "label_skew": "personalization",
+    "few_shot": "personalization",
+}
+
+
+def cell(fields: dict, metric: str) -> dict[str, float]:
+    """One run under three ways to choose the round that is reported, in percent."""
+    report = run(Config(**fields, actors=0))
+    by_round = {round: report.summary(round) for round in report.parts}
+    scores = {round: 100 * summary[metric] for round, summary in by_round.items() if round}
+    rounds = report.round_table()
+    chosen = by_round[report.chosen_round]
+    return {
+        "zero-shot": 100 * report.zero_shot_summary()[metric],
+        "validation": scores[report.chosen_round],
+        "last": scores[report.last_round],
+        "test": max(scores.values()),
+        "round": report.chosen_round,
+        "bytes": int((rounds.bytes_up + rounds.bytes_down).sum()),
+        "parameters": report.facts["trained_parameters"],
+        "gflops": rounds.flops.sum() / 1e9,
+        "seconds": rounds.seconds.sum(),
+        **{f"chosen/{name}": value for name, value in chosen.items()},
+    }
+
+
+def cells(args: argparse.Namespace) -> list[dict]:
+    data = {"dataset": {"name": args.dataset}, "data_dir": args.data_dir}
+    data |= {"backbone": args.backbone, "pretrained": args.pretrained, "rounds": args.rounds}
+    domains = args.held_out or parse("dataset", args.dataset).load(args.data_dir).domains
+    made = []
+    for name, protocol, seed in itertools.product(args.methods or METHODS, args.protocols, range(args.seeds)):
+        method, server = METHODS[name]
+        what = {"method": {"name": method, "local_epochs": 1}, "server": server} | data
+        for domain in domains if protocol == "leave_one_out" else [None]:
+            here = {"seed": seed, "partition_seed": seed} | ({"held_out": (domain,)} if domain else {})
+            out = (
+                args.out / args.dataset / "-".join(filter(None, (name, protocol, domain, str(seed)))).replace(" ", "_")
+            )
+            fields = merged(read_yaml(protocol), what | here) | {"out": out.absolute()}
+            made.append({"method": name, "protocol": protocol, "domain": domain, "seed": seed, "fields": fields})
+    return made
+
+
+def spread(values: pd.Series) -> str:
+    return f"{values.mean():.1f} ± {values.std():.1f}"
+
+
+def by_method(table: pd.DataFrame) -> pd.DataFrame:
+    """Methods x protocols: the number that each protocol's papers print, mean ± deviation over seeds."""
+    # One number per seed first: held-out domains are not repeats of one another.
+    seeds = table.groupby(["method", "protocol", "seed"], sort=False)[["validation", "zero-shot"]].mean()
+    shown = seeds["validation"].groupby(["method", "protocol"], sort=False).agg(spread).unstack(sort=False)
+    zero = seeds["zero-shot"].groupby(["protocol"], sort=False).agg(spread)
+    shown = pd.concat([pd.DataFrame({"zero-shot": zero}).T, shown])
+    runs = table.groupby("method", sort=False)
+    shown["parameters"] = runs.parameters.median().map("{:,.0f}".format)
+    shown["MB in all"] = (runs.bytes.median() / 1e6).map("{:,.2f}".format)
+    shown["GFLOP in all"] = runs.gflops.median().map("{:,.0f}".format)
+    return shown.fillna("-")
+
+
+def by_choice(table: pd.DataFrame) -> pd.DataFrame:
+    """Each method under three ways to choose the round, mean over protocols and seeds; what the last one is worth."""
+    shown = table.groupby("method", sort=False)[["validation", "last", "test"]].mean()
+    gain = (table["test"] - table["validation"]).groupby(table.method, sort=False)
+    shown["test - validation"] = gain.agg(spread)
+    shown.columns = ["chosen on validation rows", "last round", "chosen on test rows", "test - validation"]
+    shown["rank by validation"], shown["rank by test"] = (
+        shown[column].rank(ascending=False).astype(int) for column in shown.columns[[0, 2]]
+    )
+    return shown.round(1)
+
+
+def plot(table: pd.DataFrame, protocols: list[str]) -> str:
+    """Accuracy against bytes, a panel per protocol, as SVG."""
+    columns = min(3, len(protocols))
+    rows = -(-len(protocols) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(table.method))
+    colours = plt.get_cmap("tab20").colors
+    for axis, protocol in zip(axes.flat, protocols, strict=False):
+        mine = table[table.protocol == protocol]
+        for k, name in enumerate(names):
+            one = mine[mine.method == name]
+            mean = one.groupby("seed").validation.mean()
+            where = max(one.bytes.median() / 1e6, 1e-3)  # alone: nothing travels
+            mark = "osD^v"[k % 5]
+            axis.errorbar(where, mean.mean(), mean.std(), fmt=mark, color=colours[k % 20], ms=6, capsize=2, label=name)
+        axis.axhline(mine["zero-shot"].mean(), color="0.5", lw=1, ls="--")
+        axis.set_xscale("log")
+        axis.set_title(f"{protocol.replace('_', ' ')}: {PROTOCOLS[protocol]}", fontsize=10)
+        axis.set_xlabel("MB up and down, whole run")
+        axis.set_ylabel("percent")
+    for axis in list(axes.flat)[len(protocols) :]:
+        axis.set_axis_off()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    text = StringIO()
+    figure.savefig(text, format="svg")
+    plt.close(figure)
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+STYLE = (
+    "body{font:15px system-ui;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse"
+)
+STYLE += ";font-size:13px}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}th:first-child"
+STYLE += "{text-align:left}svg{max-width:100%;height:auto}"
+
+
+def page(table: pd.DataFrame, args: argparse.Namespace) -> str:
+    about = f"{args.dataset}, {args.backbone or 'the embedded model'}, {args.rounds} rounds, {args.seeds} seeds."
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Methods</title><style>{STYLE}</style>"
+        f"<h1>Methods and protocols</h1><p>{about} Percent, mean ± deviation over seeds; the round was chosen on "
+        f"validation rows. Each method has its published hyperparameters, one local epoch a round. The dashed line is "
+        f"zero-shot CLIP.</p>{plot(table, args.protocols)}<h2>Every method and protocol</h2>"
+        f"{by_method(table).to_html(border=0)}<h2>What choosing on test rows is worth</h2><p>Mean over protocols and "
+        f"seeds. Many published codes print the last column but one.</p>{by_choice(table).to_html(border=0)}</html>"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="glyphs")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--backbone")
+    parser.add_argument("--pretrained")
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
+    parser.add_argument("--held-out", nargs="+", help="domains that leave_one_out holds out in turn; none given: all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--address", help="of a Ray cluster; none given: a private one")
+    parser.add_argument("--cpus", type=float, default=1, help="of one cell")
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
+    args = parser.parse_args()
+
+    work = cells(args)
+    with session(args.address) as ray:
+        remote = ray.remote(num_cpus=args.cpus)(cell)
+        todo = {remote.remote(one["fields"], PROTOCOLS[one["protocol"]]): one for one in work}
+        results, waiting = [], list(todo)
+        while waiting:
+            (ready,), waiting = ray.wait(waiting)
+            about = {name: value for name, value in todo[ready].items() if name != "fields"}
+            results.append(about | ray.get(ready))
+            print(f"\r{len(results)}/{len(work)}", end="", flush=True)
+    place = {name: k for k, name in enumerate((*METHODS, *PROTOCOLS))}
+    table = pd.DataFrame(results).sort_values(["method", "protocol"], key=lambda names: names.map(place), kind="stable")
+    args.out.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(args.out / f"{args.dataset}.parquet", index=False)
+    (args.out / f"{args.dataset}.html").write_text(page(table, args))
+    print(f"\n\npercent, mean ± deviation over {args.seeds} seeds, the round chosen on validation rows\n")
+    print(by_method(table).to_markdown())
+    print("\nwhat choosing on test rows is worth: percent, mean over protocols and seeds\n")
+    print(by_choice(table).to_markdown())
+    print(f"\n-> {args.out / f'{args.dataset}.html'}")
+
+
+if __name__ == "__main__":
+    main()
