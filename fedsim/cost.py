@@ -42,7 +42,9 @@ def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarra
     return float(two - (four - two)), (four - two) / 2
 
 
-def _convolution_backward(grad, x, weight, bias, stride, padding, dilation, transposed, more, groups, wanted, **_) -> int:
+def _convolution_backward(
+    grad, x, weight, bias, stride, padding, dilation, transposed, more, groups, wanted, **_
+) -> int:
     """Of the shapes: as much as the forward pass for each of the gradients by input and by weight that is wanted.
 
     torch's own count forgets the groups of a convolution by its weight: of a depthwise one it finds as many times too

@@ -88,14 +88,14 @@ class Fits:
     rule: list[Params]
 
 
-def start(task: Task, backbone: Backbone) -> Params:
-    """The parameters of round 0."""
+def start(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
+    """The parameters of round 0, for rounds of so many clients."""
     module = task.build(backbone)
     dtype = getattr(torch, task.dtype)
     if whole := [name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()]:
         raise InputError(f"{name_of(task.method)} has tensors that are no numbers to average: {listing(whole)}")
     params = {name: tensor.detach().clone().to(dtype) for name, tensor in module.state_dict().items()}
-    task.server.check(params)
+    task.server.check(params, cohort)
     return params
 
 

@@ -65,7 +65,8 @@ class TextTower:
         pool = getattr(text, "pool_type", None) or getattr(model, "text_pool_type", None)
         if getattr(text, "attn_mask", None) is None or pool not in ("argmax", "eos"):
             raise InputError(
-                f"prompts and text LoRA want a causal text tower that is read at the end of the text; {name} has another"
+                f"training through the text tower wants one that is causal and read at the end of the text; {name}'s "
+                "is another"
             )
         self._module, self._tokenizer = _Text(text), tokenizer
         self._blocks = blocks

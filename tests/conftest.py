@@ -1,5 +1,6 @@
 """Small real data that several tests train on."""
 
+import json
 import os
 import secrets
 from pathlib import Path
@@ -60,5 +61,30 @@ def config(features_dir, tmp_path):
     def make(**fields):
         quick = {"dataset": "features", "data_dir": features_dir, "held_out": ("ink",), "rounds": 3, "actors": 0}
         return Config(**(quick | {"out": tmp_path / "run"} | fields))
+
+    return make
+
+
+TOWERS = {
+    "vit": {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "resnet": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
+}
+
+
+@pytest.fixture
+def small_clip(tmp_path):
+    """Makes the file of a small CLIP of random weights, whose architecture open_clip knows in this process alone."""
+    import open_clip
+    import torch
+
+    def make(name, tower):
+        text = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+        about = {"embed_dim": 8, "vision_cfg": {"image_size": 32, **TOWERS[tower]}, "text_cfg": text}
+        file, weights = tmp_path / f"{name}-{tower}.json", tmp_path / f"{name}-{tower}.pt"
+        file.write_text(json.dumps(about))
+        open_clip.add_model_config(file)
+        torch.manual_seed(0)
+        torch.save(open_clip.create_model(file.stem).state_dict(), weights)
+        return {"model": file.stem, "pretrained": str(weights)}
 
     return make

@@ -20,9 +20,9 @@ BAD = {
     "a flag": (["run", "--roundz", "3"], "no flag --roundz; did you mean --rounds"),
     "a word": (["run", "glyphs"], "no flag glyphs"),
     "a flag without its value": (["run", "--rounds"], "argument --rounds: expected one argument"),
-    "a method": (["run", "--method", "fedklip"], "no method 'fedklip'; there are: fedclip, probe, zero_shot"),
-    "a server": (["run", "--server", "x"], "no server 'x'; there are: fedadam, fedavg, fedavgm, fedbuff,"),
-    "a partition": (["run", "--partition", "x"], "no partition 'x'; there are: bootstrap, by_domain"),
+    "a method": (["run", "--method", "fedklip"], "no method 'fedklip'; there are: clip_adapter, fedclip, fedotp"),
+    "a server": (["run", "--server", "x"], "no server 'x'; there are: ditto, fedadam, fedavg, fedavgm, fedbuff,"),
+    "a partition": (["run", "--partition", "x"], "no partition 'x'; there are: bootstrap, by_domain, classes"),
     "a data set": (["run", "--dataset", "x"], "no dataset 'x'; there are: domainnet, features, folder, glyphs,"),
     "a field of another": (["run", "--method.alpha", "1"], "no flag --method.alpha"),
     "a field of a component": (
@@ -83,7 +83,7 @@ def test_the_exit_code_reaches_the_shell_and_ray_is_not_imported(tmp_path):
         ("rounds: [", "is not YAML"),
         ("- rounds", "wants a mapping of fields to values, not list"),
         ("roundz: 3", "no field 'roundz' in Config; there are: dataset, data_dir"),
-        ("server: {name: 7}", "server wants a name, not 7; there are: fedadam"),
+        ("server: {name: 7}", "server wants a name, not 7; there are: ditto"),
         ("method: {name: fedclip, lr: high}", "method.lr wants a number, not 'high'"),
     ],
 )

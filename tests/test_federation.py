@@ -1,11 +1,14 @@
 """Partitions, clients, methods and server rules: what each promises, for every one that is there."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from fedsim import Backbone, InputError, Partition, available, run
 from fedsim.clients import make_clients, sample_cohort
+from fedsim.clip import Clip, find_weights
 from fedsim.datasets import TEST, UNSAID, Labelled
 from fedsim.local import Task, start
 from fedsim.params import flatten, unflatten
@@ -163,11 +166,27 @@ def backbone():
     return Backbone(text, 100.0)
 
 
+@pytest.fixture
+def towers(backbone, small_clip):
+    """The backbone of a method, with those towers that it reads, and six inputs."""
+    clip = Clip(find_weights(**small_clip("towers", "vit")))
+
+    def make(method):
+        x = {"features": torch.randn(6, 8), "tokens": torch.randn(6, 16, 8)}
+        x["pixels"] = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+        text = clip.text_tower(method.reads.text == "blocks") if method.reads.text != "prototypes" else None
+        image = clip.image_tower() if method.reads.image == "pixels" else None
+        names = {"classes": ("cat", "dog", "owl", "pig"), "text_tower": text, "image_tower": image}
+        return replace(backbone, **names), x[method.reads.image]
+
+    return make
+
+
 @pytest.mark.parametrize("name", available("method"))
-def test_every_method_scores_classes_and_learns_only_what_travels(name, backbone):
+def test_every_method_scores_classes_and_learns_only_what_travels(name, towers):
     method = parse("method", name)
-    module = method.build(backbone)
-    x, y = torch.randn(6, 8), torch.tensor([0, 1, 2, 3, 0, 1])
+    backbone, x = towers(method)
+    module, y = method.build(backbone), torch.tensor([0, 1, 2, 3, 0, 1])
     assert module(x).shape == (6, 4)
     assert method.loss(module, x, y).shape == ()
     assert {n for n, _ in module.named_parameters()} <= set(module.state_dict())
@@ -175,7 +194,9 @@ def test_every_method_scores_classes_and_learns_only_what_travels(name, backbone
 
 
 @pytest.mark.parametrize("name", available("method"))
-def test_every_method_starts_the_same_from_the_same_seed(name, backbone):
+def test_every_method_starts_the_same_from_the_same_seed(name, towers):
+    backbone, _ = towers(parse("method", name))
+
     def at(seed):
         return flatten(start(Task(parse("method", name), parse("server", "fedavg"), seed), backbone))
 

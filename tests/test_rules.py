@@ -366,8 +366,8 @@ def test_fedper_keeps_what_is_named_and_shares_the_rest():
 def test_fedper_names_tensors_where_none_is_called_so():
     params = parse("method", "fedclip").build(a_backbone()).state_dict()
     with pytest.raises(InputError, match=r"begin with 'head', .* --server\.prefix .* attention\.0\.bias, attention"):
-        parse("server", "fedper").check(params)
-    assert parse("server", {"name": "fedper", "prefix": "attention.2"}).check(params) is None
+        parse("server", "fedper").check(params, 3)
+    assert parse("server", {"name": "fedper", "prefix": "attention.2"}).check(params, 3) is None
 
 
 # Ditto ----------------------------------------------------------------------------------------------------------

@@ -114,11 +114,11 @@ def test_a_buffer_of_stale_updates_is_trained_from_what_each_client_was_sent(con
     sent_by_version, mixed = {}, []
     train = Trainer.train
 
-    def watch(self, task, round, sent, chunk):
+    def watch(self, task, round, sent, *others):
         for version, vector in sent.items():
             assert np.array_equal(sent_by_version.setdefault(version, vector.copy()), vector)  # the same ever after
         mixed.append(len(sent))
-        return train(self, task, round, sent, chunk)
+        return train(self, task, round, sent, *others)
 
     monkeypatch.setattr(Trainer, "train", watch)
     server = {"name": "fedbuff", "buffer": 2, "concurrency": 6}

@@ -1,7 +1,5 @@
 """Training through CLIP's towers: what is kept, what is derived, and the engine's promises for such methods."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -158,24 +156,6 @@ def test_a_tower_without_patch_tokens_is_named(small):
         run(small(method="fedotp"))
 
 
-def small_clip(folder, name, vision):
-    """A CLIP of random weights in a checkpoint file, under a name that open_clip knows in this process."""
-    import open_clip
-
-    text = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-    file = folder / f"{name}.json"
-    file.write_text(json.dumps({"embed_dim": 24, "vision_cfg": {"image_size": 32, **vision}, "text_cfg": text}))
-    open_clip.add_model_config(file)
-    torch.manual_seed(0)
-    weights = folder / f"{name}.pt"
-    torch.save(open_clip.create_model(name).state_dict(), weights)
-    return {"backbone": name, "pretrained": str(weights)}
-
-
-VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
-RESNET = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
-
-
 @pytest.mark.parametrize(
     "tower, method",
     [
@@ -187,8 +167,8 @@ RESNET = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
         ("resnet", "promptfl"),
     ],
 )
-def test_the_towers_of_vits_and_of_resnets_are_trained_through(tower, method, small, tmp_path):
-    clip = small_clip(tmp_path, f"small-{tower}", VIT if tower == "vit" else RESNET)
+def test_the_towers_of_vits_and_of_resnets_are_trained_through(tower, method, small, small_clip, tmp_path):
+    clip = dict(zip(("backbone", "pretrained"), small_clip("towers", tower).values(), strict=True))
     ours = small(**clip, method=method, rounds=1)
     report = run(ours)
     state, _ = load_checkpoint(ours.folder(), ours.experiment())

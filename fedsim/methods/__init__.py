@@ -1,8 +1,8 @@
 """Methods: what is trained on top of the frozen CLIP, and how a client trains it.
 
 A method's file says `build(backbone)`, which returns a module that holds exactly what is trained, and perhaps `sites`
-(where that attaches to CLIP), `loss`, its closed-form `gradients`, and `scope` (what of it travels). The hyperparameters
-of a client's training are fields of every method.
+(where that attaches to CLIP), `loss`, its closed-form `gradients`, and `scope` (what of it travels). The
+hyperparameters of a client's training are fields of every method.
 """
 
 from abc import ABC, abstractmethod

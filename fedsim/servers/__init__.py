@@ -58,7 +58,8 @@ def add_up(partials: Iterable[Partial], population: int = 0) -> Partial:
     first = next(partials)
     # Copies: what comes from an actor lies in shared memory, and one note would hold its whole partial there.
     delta, message, weight, clients = first.delta.copy(), first.message.copy(), first.weight, [first.clients.copy()]
-    file = _laid_down(first.each, TemporaryFile()) if first.each is not None else None
+    # Closed, and thereby gone, with the last who maps it.
+    file = _laid_down(first.each, TemporaryFile()) if first.each is not None else None  # noqa: SIM115
     for partial in partials:
         delta += partial.delta
         message += partial.message
@@ -117,8 +118,16 @@ class Server(ABC):
         """
         return method
 
-    def check(self, params: Params) -> None:
-        """Raises InputError where the module's tensors, in round 0, are not of the kind that the rule speaks of."""
+    def check(self, params: Params, cohort: int) -> None:  # noqa: B027 - most rules take what comes
+        """Looks at what is to be trained, before the first round.
+
+        Args:
+            params: the module's tensors in round 0.
+            cohort: clients of a round.
+
+        Raises:
+            InputError: the tensors are not of the kind that the rule speaks of, or the clients too few.
+        """
 
     def scope(self, name: str, scope: Scope) -> Scope:
         """Who has the tensor of this name, for which the method says `scope`."""

@@ -16,7 +16,7 @@ class FedPer(Server):
 
     prefix: str = Field("head", min_length=1, description="a tensor whose name begins so stays with its client")
 
-    def check(self, params):
+    def check(self, params, cohort):
         if not any(name.startswith(self.prefix) for name in params):
             raise InputError(
                 f"fedper keeps tensors whose names begin with {self.prefix!r}, and this method has none; "

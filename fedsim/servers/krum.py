@@ -24,15 +24,18 @@ class Krum(Server):
     f: int = Field(1, ge=0, description="clients of a cohort that may send anything; it wants 2f + 3 clients or more")
     m: int = Field(1, ge=1, description="clients whose mean is taken; 1 is Krum, more is multi-Krum")
 
-    def step(self, params, slots, total):
-        clients = len(total.each)
-        if clients < 2 * self.f + 3:
-            raise InputError(f"krum with f {self.f} wants {2 * self.f + 3} clients or more in a round, not {clients}")
-        if self.m > clients - self.f:
+    def check(self, params, cohort):
+        if cohort < 2 * self.f + 3:
+            raise InputError(f"krum with f {self.f} wants {2 * self.f + 3} clients or more in a round, not {cohort}")
+        if self.m > cohort - self.f:
             raise InputError(
-                f"krum with f {self.f} takes the mean of {clients - self.f} of {clients} clients at most, "
+                f"krum with f {self.f} takes the mean of {cohort - self.f} of {cohort} clients at most, "
                 f"not of {self.m}; set --server.m"
             )
+
+    def step(self, params, slots, total):
+        clients = len(total.each)
+        self.check(params, clients)  # of a cohort some may not have answered
         apart = np.sort(_squared_distances(total), axis=1)  # a client's distance to itself comes first
         scores = apart[:, 1 : clients - self.f - 1].sum(axis=1)
         chosen = np.sort(np.argsort(scores, kind="stable")[: self.m])  # of equal scores, who comes first
