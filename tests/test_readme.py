@@ -1,6 +1,7 @@
 """What the README shows is run as it stands there."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def test_every_command_line_in_the_readme_is_understood():
     commands = re.findall(r"^    uv run fedsim run (.*?)(?: +#.*)?$", README, flags=re.MULTILINE)
     assert len(commands) >= 5
     for flags in commands:
-        parse_run(flags.split())
+        parse_run(shlex.split(flags))
 
 
 def test_the_readme_has_two_commands_that_do_all_the_set_up():
