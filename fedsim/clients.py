@@ -59,17 +59,16 @@ class Population(Sequence):
         """`Client.split` of a client, whose rows need not be drawn for it."""
         return "new" if client == len(self.splits) + len(self.away) else "test"
 
-    def classes_of(self, client: int, rows: Labelled) -> np.ndarray:
+    def classes_of(self, client: Client, rows: Labelled) -> np.ndarray:
         """(C,) bool, a client's own label space: the classes of its rows; where nobody trains, of all whose test it is.
 
         These are the trained classes for a held-out domain, and the new ones for the client of these.
         """
-        if client >= self.trainers:
+        if client.id >= self.trainers:
             trained = self.trained_classes(rows)
-            return ~trained if self.split_of(client) == "new" else trained
-        own = self[client]
+            return ~trained if client.split == "new" else trained
         present = np.zeros(len(rows.classes), bool)
-        present[rows.y[np.concatenate([own.train, own.val, own.test])]] = True
+        present[rows.y[np.concatenate([client.train, client.val, client.test])]] = True
         return present
 
     def trained_classes(self, rows: Labelled) -> np.ndarray:

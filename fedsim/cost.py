@@ -14,7 +14,9 @@ def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarra
     """Operations of one local step: those of any step, and those of each row of its batch on top.
 
     Forward and backward passes of `Method.loss` by autograd; matrix products, convolutions and attention, two
-    operations to a multiply-add, as torch counts them. Neither the optimizer nor what is computed once and kept.
+    operations to a multiply-add, as torch counts them. Neither the optimizer nor what is computed once and kept. Where
+    a loss wants the texts of its batch's own classes alone, this is the most that it can be: each row is taken to bring
+    another.
 
     Args:
         rows: some of those that are trained on; two are enough.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsim.clients import Population
+from fedsim.clients import Client, Population
 from fedsim.clip import Clip, Frozen
 from fedsim.datasets import Features
 from fedsim.errors import InputError, listing
@@ -223,12 +223,12 @@ class Trainer:
         received = _to(self.device, unflatten(sent, like))
         module.eval().load_state_dict(received)
         entries, answers = [], []
+        others = [self.clients[k] for k in also]
         for k, written in chunk:
             client = self.clients[k]
-            mine = [(k, "val", client.val), (k, self.clients.split_of(k), client.test)]
-            away = [(k, self.clients.split_of(a), self.clients[a].test) for a in also]
-            spaces = [self._space(k), self._space(k), *(self._space(a) for a in also)]
-            entries += zip([*mine, *away], spaces, strict=True)
+            parts = [("val", client.val), (client.split, client.test), *((one.split, one.test) for one in others)]
+            spaces = [self._space(client)] * 2 + [self._space(one) for one in others]
+            entries += [((k, *part), space) for part, space in zip(parts, spaces, strict=True)]
             if task.of(like, "private"):
                 module.load_state_dict(received | self._kept(task, k, written)[0])
                 answers += self._judge(module, task, entries[len(answers) :])
@@ -238,9 +238,9 @@ class Trainer:
         )
         return tally([entry for entry, _ in entries], guesses, owns, confidence, self.features, held_out)
 
-    def _space(self, client: int) -> Space:
+    def _space(self, client: Client) -> Space:
         own = self.clients.classes_of(client, self.features)
-        everyone = self.trained_classes if self.clients.split_of(client) != "new" else own
+        everyone = own if client.split == "new" else self.trained_classes
         return torch.from_numpy(everyone), torch.from_numpy(own)
 
     @torch.no_grad()
@@ -333,7 +333,7 @@ class Trainer:
         if not self._masked(task):
             return None
         own = task.method.label_space == "client"
-        masks = [self.clients.classes_of(k, self.features) if own else self.trained_classes for k in clients]
+        masks = [self._space(self.clients[k])[1].numpy() if own else self.trained_classes for k in clients]
         return torch.from_numpy(np.stack(masks) & self.trained_classes).to(self.device)
 
     def _masked(self, task: Task) -> bool:

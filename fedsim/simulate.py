@@ -85,6 +85,7 @@ def prepare(config: Config) -> Experiment:
     folder = config.folder().absolute()
     _check_folder(folder, config)
     check_reachable(config.address)
+    config.server.fit(config.method)  # refuses what the rule cannot train
     if config.gpus_per_actor and config.address is None and not torch.cuda.is_available():
         raise InputError(f"--gpus-per-actor {config.gpus_per_actor:g}, but torch finds no GPU on this machine")
     try:

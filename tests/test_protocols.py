@@ -99,12 +99,12 @@ def test_new_classes_are_judged_on_a_sets_own_test_rows_where_it_has_some():
 def test_a_client_s_classes_are_those_of_its_rows_and_others_have_the_protocol_s():
     data = rows(classes=6)
     some = population("classes", clients=3, held_out=("ink",), new_classes=0.5)
-    own = [np.flatnonzero(some.classes_of(k, data)).tolist() for k in range(5)]
+    own = [np.flatnonzero(some.classes_of(some[k], data)).tolist() for k in range(5)]
     assert sorted(own[:3]) == [[0], [1], [2]]
     assert own[3] == [0, 1, 2] and own[4] == [3, 4, 5]
     assert some.trained_classes(data).tolist() == [True] * 3 + [False] * 3
     one = population("classes", clients=3, held_out=("ink",), new_classes=0.5, shots=1)
-    assert [np.flatnonzero(one.classes_of(k, data)).tolist() for k in range(5)] == own
+    assert [np.flatnonzero(one.classes_of(one[k], data)).tolist() for k in range(5)] == own
 
 
 def test_data_made_on_demand_has_no_rows_to_choose_from():
