@@ -1,29 +1,15 @@
 """Adam on the server, with the mean delta in the gradient's place.
 
-Source: Reddi et al. 2021, arXiv 2003.00295 (FedOpt). As there, moments are not corrected for their start.
+Source: Reddi et al. 2021, arXiv 2003.00295 (FedOpt).
 """
 
-import torch
-from pydantic import Field
-
 from fedsim.registry import component
-from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers._adaptive import Adaptive
 
 
 @component
-class FedAdam(Server):
-    """Adaptive steps per parameter; `tau` bounds them where deltas are small."""
+class FedAdam(Adaptive):
+    """The second moment goes toward the squared delta by a share of the distance to it."""
 
-    lr: float = Field(0.01, gt=0, description="step size of the server; the paper tunes it per task")
-    beta1: float = Field(0.9, ge=0, lt=1, description="share of the past first moment that is kept")
-    beta2: float = Field(0.99, ge=0, lt=1, description="share of the past second moment that is kept")
-    tau: float = Field(1e-3, gt=0, description="added to the root of the second moment, which starts at tau**2")
-
-    def step(self, params, slots, total):
-        delta = mean_delta(total, params)
-        first = slots.get("first", {name: torch.zeros_like(value) for name, value in delta.items()})
-        second = slots.get("second", {name: torch.full_like(v, self.tau**2) for name, v in delta.items()})
-        first = {name: self.beta1 * first[name] + (1 - self.beta1) * delta[name] for name in params}
-        second = {name: self.beta2 * second[name] + (1 - self.beta2) * delta[name] ** 2 for name in params}
-        step = {name: self.lr * first[name] / (second[name].sqrt() + self.tau) for name in params}
-        return moved(params, step), {"first": first, "second": second}
+    def second(self, past, delta):
+        return self.beta2 * past + (1 - self.beta2) * delta**2

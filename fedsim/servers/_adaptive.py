@@ -1,0 +1,36 @@
+"""What the adaptive rules of FedOpt share: two moments of the mean delta; they differ in how the second one moves.
+
+Source: Reddi et al. 2021, arXiv 2003.00295. As there, moments are not corrected for their start.
+"""
+
+from abc import abstractmethod
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedsim.registry import component
+from fedsim.servers import Server, mean_delta, moved
+
+
+@component
+class Adaptive(Server):
+    """Steps of a size per parameter; `tau` bounds them where deltas are small."""
+
+    lr: float = Field(0.01, gt=0, description="step size of the server; the paper tunes it per task")
+    beta1: float = Field(0.9, ge=0, lt=1, description="share of the past first moment that is kept")
+    beta2: float = Field(0.99, ge=0, lt=1, description="1 less the share by which the second moment moves")
+    tau: float = Field(1e-3, gt=0, description="added to the root of the second moment, which starts at tau**2")
+
+    @abstractmethod
+    def second(self, past: Tensor, delta: Tensor) -> Tensor:
+        """The second moment after a delta."""
+
+    def step(self, params, slots, total):
+        delta = mean_delta(total, params)
+        first = slots.get("first", {name: torch.zeros_like(value) for name, value in delta.items()})
+        second = slots.get("second", {name: torch.full_like(v, self.tau**2) for name, v in delta.items()})
+        first = {name: self.beta1 * first[name] + (1 - self.beta1) * delta[name] for name in params}
+        second = {name: self.second(second[name], delta[name]) for name in params}
+        step = {name: self.lr * first[name] / (second[name].sqrt() + self.tau) for name in params}
+        return moved(params, step), {"first": first, "second": second}
