@@ -15,11 +15,10 @@ def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarra
 
     Forward and backward passes of `Method.loss` by autograd; matrix products, convolutions and attention, two
     operations to a multiply-add, as torch counts them. Neither the optimizer nor what is computed once and kept. Where
-    a loss wants the texts of its batch's own classes alone, this is the most that it can be: each row is taken to bring
-    another.
+    a loss wants the texts of its batch's own classes alone, this is about as much as the first rows want.
 
     Args:
-        rows: some of those that are trained on; two are enough.
+        rows: some of those that are trained on, a batch if there are as many.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,8 +39,10 @@ def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarra
             task.method.loss(module.train(), x, y).backward()
         return counter.get_total_flops()
 
-    two, four = count(2), count(4)  # of which two: a batch of one is skipped by some methods
-    return float(two - (four - two)), (four - two) / 2
+    # Two at least, since some methods skip a batch of one; of images few, since each takes a tower's time.
+    few = 2 if task.method.reads.image == "pixels" else max(2, task.method.batch // 2)
+    half, whole = count(few), count(2 * few)
+    return float(half - (whole - half)), (whole - half) / few
 
 
 def _convolution_backward(

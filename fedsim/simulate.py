@@ -343,7 +343,7 @@ def _resume(experiment: Experiment, features: Features) -> tuple[ServerState, Re
 def _begin(experiment: Experiment, features: Features, task: Task, clip: Clip | None) -> tuple[ServerState, Report]:
     backbone = backbone_of(features, reads=task.method.reads, clip=clip)
     params = start(task, backbone, experiment.config.cohort or experiment.clients.trainers)
-    sample = experiment.clients[0].train[:4]
+    sample = experiment.clients[0].train[: task.method.batch]
     per_step, per_row = flops_of(task, backbone, features, sample)
     kept = experiment.clients.trainers if task.keeps(params) else 0
     state = ServerState(0, params, private=np.zeros(kept, np.int64))
