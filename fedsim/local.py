@@ -95,7 +95,12 @@ def start(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
     if whole := [name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()]:
         raise InputError(f"{name_of(task.method)} has tensors that are no numbers to average: {listing(whole)}")
     params = {name: tensor.detach().clone().to(dtype) for name, tensor in module.state_dict().items()}
-    task.server.check(params, cohort)
+    if (of_server := task.of(params, "server")) and not task.server.moves_server:
+        raise InputError(
+            f"server {name_of(task.server)} does not move the tensors that a server alone changes, such as "
+            f"{next(iter(of_server))}; of method lora leave --method.merged out"
+        )
+    task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
     return params
 
 
@@ -399,6 +404,8 @@ class Trainer:
             everything = torch.ones(len(self.features.classes), dtype=torch.bool, device=self.device)
             module.register_buffer("classes", everything, persistent=False)
             module.asks_all = True
+        else:  # where two modules share it, a move to another device has parted them
+            module.register_buffer("classes", module.classes, persistent=False)
         if self._masked(task):
             module.register_forward_hook(_masked_out)
         return module, like

@@ -131,13 +131,14 @@ def simulate(experiment: Experiment, progress: Progress) -> Report:
 
 def _simulate(experiment: Experiment, sizing: Sizing, progress: Progress) -> Report:
     config, folder, clients = experiment.config, experiment.folder, experiment.clients
-    write_text(folder / "config.yaml", to_yaml(config.plain()))
     features = _features(experiment, sizing, progress)
     private = PrivateStore(folder / "private")
     method = config.server.fit(config.method)
     task = Task(method, config.server, config.seed, config.dtype, private, reference=config.chunk == 1)
     clip = Clip(experiment.weights) if method.reads.towers else None
     state, report = _resume(experiment, features) or _begin(experiment, features, task, clip)
+    # Not before: a folder would else be held by an experiment that the method or the rule has refused.
+    write_text(folder / "config.yaml", to_yaml(config.plain()))
     frozen = clip and clip.frozen()
     del clip
     with open_pool(sizing, len(clients), Trainer, features, clients, frozen) as pool:

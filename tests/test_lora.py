@@ -8,6 +8,7 @@ import torch
 from test_finetune import CLASSES, Y, embedded, inputs, other, whole, zero_shot
 
 from fedsim import InputError
+from fedsim.local import Task, start
 from fedsim.methods import trained
 from fedsim.params import flatten
 from fedsim.registry import parse
@@ -296,3 +297,13 @@ def test_rules_change_nothing_of_a_method_but_what_they_need():
     ours = lora(rank=5, lr=0.3)
     assert parse("server", "fedex_lora").fit(ours) == replace(ours, merged=True) != ours
     assert parse("server", "ffa_lora").fit(ours) is ours
+
+
+def test_what_a_rule_does_not_move_is_refused_before_a_round(tiny):
+    task = Task(parse("method", {"name": "lora", "merged": True}), parse("server", "fedavg"), 0)
+    with pytest.raises(
+        InputError, match="server fedavg does not move the tensors that a server alone changes, such as"
+    ):
+        start(task, tiny[0])
+    with pytest.raises(InputError, match="lora_stacking starts every pair anew each round; leave"):
+        parse("server", "lora_stacking").fit(parse("method", {"name": "lora", "keep_moments": True}))

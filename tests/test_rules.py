@@ -322,9 +322,33 @@ def test_krum_takes_the_first_of_those_that_tie():
 
 def test_krum_says_how_many_clients_it_wants():
     with pytest.raises(InputError, match="krum with f 1 wants 5 clients or more in a round, not 4"):
-        stepped(parse("server", "krum"), deltas([1.0], [2.0], [3.0], [4.0]))
+        parse("server", "krum").check({}, 4)
     with pytest.raises(InputError, match="takes the mean of 4 of 5 clients at most, not of 5"):
-        stepped(parse("server", {"name": "krum", "m": 5}), deltas(*[[1.0]] * 5))
+        parse("server", {"name": "krum", "m": 5}).check({}, 5)
+
+
+def test_krum_changes_nothing_where_too_few_have_answered():
+    params = {"w": torch.tensor([7.0])}
+    four = deltas([1.0], [1.0], [1.0], [1.0])
+    assert parse("server", "krum").step(params, {}, four)[0] is params
+
+
+@pytest.mark.parametrize("name", ["median", {"name": "trimmed_mean", "share": 0.2}, "krum"])
+def test_who_took_no_step_has_no_voice(name):
+    # Zeros of two idle clients would be the median of six, and nearest to everybody.
+    total = deltas([0.0], [5.0], [6.0], [7.0], [8.0], [9.0], [0.0])
+    total.clients["steps"] = [0, 2, 2, 2, 2, 2, 0]
+    moved_by = parse("server", name).step({"w": torch.tensor([0.0])}, {}, total)[0]["w"].item()
+    assert moved_by == 7.0
+    total.clients["steps"] = 0
+    assert parse("server", name).step({"w": torch.tensor([1.0])}, {}, total)[0]["w"].item() == 1.0
+
+
+def test_a_trimmed_mean_that_trims_nobody_is_refused():
+    rule = parse("server", "trimmed_mean")
+    with pytest.raises(InputError, match=r"cuts nobody of 9 clients and would be fedavg; set --server.share to 0\.111"):
+        rule.check({}, 9)
+    assert rule.check({}, 10) is None and parse("server", {"name": "trimmed_mean", "share": 0}).check({}, 9) is None
 
 
 @pytest.mark.parametrize("name", ["median", "trimmed_mean", "krum"])
@@ -554,7 +578,7 @@ def test_a_module_that_asks_for_its_classes_is_told_in_both_halves_and_no_tower_
 # In a run -------------------------------------------------------------------------------------------------------
 
 SGD = {"name": "probe", "optimizer": "sgd", "lr": 0.01, "batch": 8}
-PER = {"name": "fedper", "prefix": "weight"}
+PER = {"name": "fedper", "prefix": "attention.2"}
 
 
 def adapter(report):
@@ -576,7 +600,8 @@ def test_in_a_run_rules_become_fedavg_where_they_should(config, tmp_path):
 
 @pytest.mark.parametrize("server", ["scaffold", "feddyn", "ditto", "median", PER])
 def test_in_a_run_stacked_clients_go_where_single_ones_go(server, config, tmp_path):
-    fields = {"method": SGD, "server": server, "clients": 6, "cohort": 4, "dtype": "float64"}
+    method = SGD | {"name": "fedclip"} if server is PER else SGD  # which has more than one tensor
+    fields = {"method": method, "server": server, "clients": 6, "cohort": 4, "dtype": "float64"}
     stacked, single = (run(config(**fields, chunk=k, out=tmp_path / str(k))) for k in (4, 1))
     np.testing.assert_allclose(adapter(stacked), adapter(single), rtol=1e-7)
     assert stacked.score_table().correct.tolist() == single.score_table().correct.tolist()

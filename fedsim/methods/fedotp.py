@@ -20,7 +20,7 @@ MOST = 1 << 22  # similarities that are shared out at once: 32 MB in float64
 
 @component
 class FedOTP(PromptMethod):
-    """Defaults are those of the authors' code; its 10 rounds are the experiment's."""
+    """Defaults are those of the authors' code; its 10 rounds, and averaging by rows, are the experiment's."""
 
     # Below 0.003 patches and texts that are opposite would have nothing to scale, even in float64.
     entropy: float = Field(0.1, ge=0.003, description="how evenly the transport spreads")

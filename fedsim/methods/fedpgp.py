@@ -15,7 +15,7 @@ from fedsim.registry import component
 
 @component
 class FedPGP(PromptMethod):
-    """Defaults are those of the authors' code; its 25 rounds are the experiment's."""
+    """Defaults are those of the authors' code; its 25 rounds, and averaging by rows, are the experiment's."""
 
     local_epochs: int = Field(2, ge=1, description="passes over a client's train rows in a round")
     rank: int = Field(4, ge=1, description="of a client's correction")

@@ -21,7 +21,7 @@ from fedsim.sites import Site
 
 @component
 class Finetune(Method):
-    """Adam's values and the loss are those of FedCLIP's code, as its paper compares the two under one training."""
+    """Adam's values and the loss are those of FedCLIP's code; what the paper gave FedAvg was not read."""
 
     lr: float = Field(5e-5, gt=0, description="step size")
     beta2: float = Field(0.98, ge=0, lt=1, description="of adam and adamw")

@@ -34,7 +34,7 @@ class TipAdapter(Method):
     alpha: float = Field(1.17, ge=0, description="strength of an answer beside the zero-shot logits")
     beta: float = Field(1.0, gt=0, description="sharpness: how alike an image must be to be answered")
     shots: int = Field(16, ge=1, description="images of a class that its key stands for, whose answers add up")
-    # The second is the training-free form: with sgd, lr 1 and a batch of all rows, one step lands on the means.
+    # The second is the training-free form: with sgd, lr 1, no decay and a batch of all rows, a step lands on the means.
     objective: Literal["cross_entropy", "means"] = Field(
         "cross_entropy", description="train keys to tell classes apart (Tip-Adapter-F), or draw them to class means"
     )

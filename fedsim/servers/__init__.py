@@ -78,11 +78,17 @@ def _laid_down(each: np.ndarray, file: IO[bytes]) -> IO[bytes]:
     return file
 
 
+def voters(total: Partial) -> np.ndarray:
+    """Places of the clients that took a step; a delta of zero is not the word of one that had too few rows for any."""
+    return np.flatnonzero(total.clients["steps"] > 0)
+
+
 def blocks(total: Partial, width: int = 1 << 16) -> Iterator[tuple[slice, np.ndarray]]:
-    """Every client's delta, a block of parameters at a time: its place in (P,), and (n, width) float64."""
+    """The deltas of `voters`, a block of parameters at a time: its place in (P,), and (n, width) float64."""
+    who = voters(total)
     for first in range(0, total.each.shape[1], width):
         place = slice(first, min(first + width, total.each.shape[1]))
-        yield place, total.each[:, place].astype(np.float64)
+        yield place, total.each[who, place].astype(np.float64)
 
 
 def mean_delta(total: Partial, like: Params) -> Params:
@@ -109,6 +115,8 @@ class Server(ABC):
 
     # Whether `step` needs every client's delta (`Partial.each`), and not their sum alone.
     sees_each: ClassVar[bool] = False
+    # Whether `step` moves tensors of scope `server`; to other rules a method with such is refused.
+    moves_server: ClassVar[bool] = False
 
     def fit(self, method: Method) -> Method:
         """The method as this rule has it trained.
@@ -122,7 +130,7 @@ class Server(ABC):
         """Looks at what is to be trained, before the first round.
 
         Args:
-            params: the module's tensors in round 0.
+            params: the module's tensors in round 0 that are shared by the method's own word.
             cohort: clients of a round.
 
         Raises:
@@ -195,7 +203,8 @@ class Server(ABC):
         """The parameters of the next round, and the rule's memory; leaves its arguments alone.
 
         Args:
-            params: the shared tensors, to which `total.delta` belongs, and those of scope `server`, if there are any.
+            params: the shared tensors, to which `total.delta` belongs; and, of a rule that moves them, those of scope
+                `server`.
         """
 
 

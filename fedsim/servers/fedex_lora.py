@@ -19,6 +19,8 @@ class FedExLora(Server):
     since one that was away would otherwise miss some. Products are made where clients train only to sum them there.
     """
 
+    moves_server = True
+
     def fit(self, method):
         wants_lora(self, method)
         return replace(method, merged=True)

@@ -17,10 +17,12 @@ class FedPer(Server):
     prefix: str = Field("head", min_length=1, description="a tensor whose name begins so stays with its client")
 
     def check(self, params, cohort):
-        if not any(name.startswith(self.prefix) for name in params):
+        mine = [name for name in params if name.startswith(self.prefix)]
+        if not mine or len(mine) == len(params):
             raise InputError(
-                f"fedper keeps tensors whose names begin with {self.prefix!r}, and this method has none; "
-                f"set --server.prefix to the beginning of one of: {listing(sorted(params))}"
+                f"fedper keeps some of a method's shared tensors, those whose names begin with {self.prefix!r}, and of "
+                f"this method these are {'all' if mine else 'none'}; set --server.prefix to the beginning of some of: "
+                f"{listing(sorted(params))}"
             )
 
     def scope(self, name, scope):

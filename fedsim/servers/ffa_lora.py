@@ -1,6 +1,6 @@
 """Every client keeps the same random `down` of each pair, and trains and sends `up` alone.
 
-The product is then linear in what travels, so that the mean is exact; half as much travels.
+The product is then linear in what travels, so that the mean is exact; about half as much travels.
 
 Source: Sun et al. 2024, arXiv 2403.12313 (FFA-LoRA).
 """

@@ -11,12 +11,15 @@ from pydantic import Field
 from fedsim.errors import InputError
 from fedsim.params import unflatten
 from fedsim.registry import component
-from fedsim.servers import Partial, Server, blocks, moved
+from fedsim.servers import Partial, Server, blocks, moved, voters
 
 
 @component
 class Krum(Server):
-    """A client's score is the sum of its squared distances to the n - f - 2 nearest others; the least win."""
+    """A client's score is the sum of its squared distances to the n - f - 2 nearest others; the least win.
+
+    A round in which fewer than 2f + 3 answer changes nothing.
+    """
 
     sees_each = True
 
@@ -34,17 +37,19 @@ class Krum(Server):
             )
 
     def step(self, params, slots, total):
-        clients = len(total.each)
-        self.check(params, clients)  # of a cohort some may not have answered
+        who = voters(total)
+        clients = len(who)
+        if clients < max(2 * self.f + 3, self.m + self.f):  # too few have answered for any to be trusted
+            return params, slots
         apart = np.sort(_squared_distances(total), axis=1)  # a client's distance to itself comes first
         scores = apart[:, 1 : clients - self.f - 1].sum(axis=1)
-        chosen = np.sort(np.argsort(scores, kind="stable")[: self.m])  # of equal scores, who comes first
+        chosen = who[np.sort(np.argsort(scores, kind="stable")[: self.m])]  # of equal scores, who comes first
         return moved(params, unflatten(total.each[chosen].astype(np.float64).mean(axis=0), params)), slots
 
 
 def _squared_distances(total: Partial) -> np.ndarray:
-    """(n, n) between the clients' deltas."""
-    apart = np.zeros((len(total.each), len(total.each)))
+    """(n, n) between the deltas of those that took a step."""
+    apart = np.zeros((len(voters(total)),) * 2)
     for _, each in blocks(total):
         # Pair by pair: by a product of matrices, equals would lie a rounding apart, and not be tied.
         for k, one in enumerate(each[:-1]):

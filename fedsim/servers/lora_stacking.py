@@ -8,6 +8,7 @@ from hashlib import blake2b
 
 import torch
 
+from fedsim.errors import InputError
 from fedsim.params import flatten, payload_bytes, unflatten
 from fedsim.registry import component
 from fedsim.servers import Server, mean_delta, moved
@@ -18,12 +19,16 @@ from fedsim.servers._lora import products, wants_lora
 class LoraStacking(Server):
     """A product of stacked pairs is the mean of the clients' products, which is how it is held here: summed.
 
-    Bytes are those of the paper: a client sends its pairs and is sent the stack of the round's. Not counted is what a
-    client that was away has missed of earlier stacks.
+    Bytes are those of the paper: a client sends its pairs and is sent the stack of a whole cohort's, in the first round
+    too. Not counted is what a client that was away has missed of earlier stacks.
     """
+
+    moves_server = True
 
     def fit(self, method):
         wants_lora(self, method)
+        if method.keep_moments:
+            raise InputError("lora_stacking starts every pair anew each round; leave --method.keep_moments out")
         return replace(method, merged=True)
 
     def settle(self, kept, sent, received, trained, steps, lr):

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from fedsim.params import unflatten
 from fedsim.registry import component
-from fedsim.servers import Server, blocks, moved
+from fedsim.servers import Server, blocks, moved, voters
 
 
 @component
@@ -22,6 +22,8 @@ class Median(Server):
     weighting: Literal["uniform"] = Field("uniform", description="weight of a client in the median: 1, as in the paper")
 
     def step(self, params, slots, total):
+        if not len(voters(total)):
+            return params, slots
         middle = np.empty(total.each.shape[1])
         for place, each in blocks(total):
             middle[place] = np.median(each, axis=0)

@@ -8,9 +8,10 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from fedsim.errors import InputError
 from fedsim.params import unflatten
 from fedsim.registry import component
-from fedsim.servers import Server, blocks, moved
+from fedsim.servers import Server, blocks, moved, voters
 
 
 @component
@@ -27,10 +28,22 @@ class TrimmedMean(Server):
         description="of the cohort, cut at each end and rounded down; the paper wants as many as may be faulty",
     )
 
+    def cut(self, clients: int) -> int:
+        """How many of so many are cut at each end."""
+        return int(round(self.share * clients, 9))  # 0.29 * 100 is a little less than 29
+
+    def check(self, params, cohort):
+        if self.share and not self.cut(cohort):
+            raise InputError(
+                f"trimmed_mean with share {self.share:g} cuts nobody of {cohort} clients and would be fedavg; "
+                f"set --server.share to {1 / cohort:.3g} or more, or to 0"
+            )
+
     def step(self, params, slots, total):
-        clients, width = total.each.shape
-        cut = int(round(self.share * clients, 9))  # 0.29 * 100 is a little less than 29
-        mean = np.empty(width)
+        clients, width = len(voters(total)), total.each.shape[1]
+        if not clients:
+            return params, slots
+        cut, mean = self.cut(clients), np.empty(width)
         for place, each in blocks(total):
             mean[place] = np.sort(each, axis=0)[cut : clients - cut].mean(axis=0)
         return moved(params, unflatten(mean, params)), slots
