@@ -67,13 +67,17 @@ class Frozen:
 
     Attributes:
         state: by name in open_clip's model; read-only.
-        mean, std: of the three colours, in [0, 1].
     """
 
     weights: Weights
     state: dict[str, np.ndarray]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+
+
+def width_of(weights: Weights) -> int:
+    """D, the width of a model's features, of which nothing is read but its description."""
+    if weights.model == EMBEDDED[0]:
+        return json.loads((_ASSETS / "tiny.json").read_text())["embed_dim"]
+    return _open_clip().get_model_config(weights.model)["embed_dim"]
 
 
 class Clip:
@@ -139,17 +143,22 @@ class Clip:
         """(n, 3, H, W) of `pixels` -> (n, D) float16, projected and not normalised."""
         return self.image_tower().encode(torch.from_numpy(pixels).to(self.device)).half().cpu().numpy()
 
+    def check_tokens(self) -> None:
+        """Raises InputError where the image tower has no patch tokens."""
+        visual = self.model.visual
+        if not hasattr(visual, "output_tokens") or getattr(visual, "attn_pool", None) is not None:
+            name = f"{self.weights.model}'s image tower ({type(getattr(visual, 'trunk', visual)).__name__})"
+            raise InputError(f"this method wants patch tokens and {name} has none; take a ViT, such as ViT-B-32")
+
     @torch.no_grad()
     def encode_tokens(self, pixels: np.ndarray) -> np.ndarray:
         """(n, 3, H, W) of `pixels` -> (n, T, D) float16: the patch tokens, projected and not normalised.
 
         Raises:
-            InputError: the image tower has no patch tokens.
+            InputError: the image tower has none.
         """
+        self.check_tokens()
         visual = self.model.visual
-        if not hasattr(visual, "output_tokens") or getattr(visual, "attn_pool", None) is not None:
-            name = f"{self.weights.model}'s image tower ({type(getattr(visual, 'trunk', visual)).__name__})"
-            raise InputError(f"this method wants patch tokens and {name} has none; take a ViT, such as ViT-B-32")
         visual.output_tokens = True
         try:
             _, tokens = self.image_tower().encode(torch.from_numpy(pixels).to(self.device))
@@ -158,7 +167,8 @@ class Clip:
         return (tokens if visual.proj is None else tokens @ visual.proj).half().cpu().numpy()
 
     def image_tower(self) -> ImageTower:
-        return ImageTower(self.model.visual, *self._colours())
+        normalise = self.preprocess.transforms[-1]
+        return ImageTower(self.model.visual, normalise.mean, normalise.std)
 
     def text_tower(self, blocks: bool) -> TextTower:
         """
@@ -173,11 +183,7 @@ class Clip:
     def frozen(self) -> Frozen:
         """This CLIP for other processes."""
         state = {name: tensor.cpu().contiguous().numpy() for name, tensor in self.model.state_dict().items()}
-        return Frozen(self.weights, state, *self._colours())
-
-    def _colours(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        normalise = self.preprocess.transforms[-1]
-        return tuple(normalise.mean), tuple(normalise.std)
+        return Frozen(self.weights, state)
 
     def _view(self, image: Image.Image, seed: int) -> Image.Image:
         from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop

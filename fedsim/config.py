@@ -52,8 +52,12 @@ def _component(kind: str, base: type) -> Any:
 
 
 def _prompt(value: str) -> str:
-    if "{}" not in value:
-        raise InputError(f"prompt wants {{}} where the class name goes, not {value!r}")
+    try:
+        filled = value.format("name")
+    except (LookupError, ValueError):
+        filled = value
+    if filled == value:
+        raise InputError(f"prompt wants {{}} where the class name goes, and no other braces, not {value!r}")
     return value
 
 

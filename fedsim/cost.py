@@ -15,10 +15,10 @@ def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarra
 
     Forward and backward passes of `Method.loss` by autograd; matrix products, convolutions and attention, two
     operations to a multiply-add, as torch counts them. Neither the optimizer nor what is computed once and kept. Where
-    a loss wants the texts of its batch's own classes alone, this is about as much as the first rows want.
+    a loss wants the texts of its batch's own classes alone, this is about as much as these rows want.
 
     Args:
-        rows: some of those that are trained on, a batch if there are as many.
+        rows: some of those that are trained on, in no order; a batch if there are as many.
     """
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -89,6 +89,8 @@ def encode(
         kept = file.with_suffix(f".{level}-{augment}.npy")
         if not kept.exists():
             _keep(images, weights, kept, level, augment, sizing, progress)
+        for part in file.parent.glob(f"{file.stem}.[0-9]*-[0-9]*.npy"):  # one that was killed left them
+            part.unlink()
         return replace(features, augment=augment, kept={level: kept})
 
 
@@ -97,24 +99,21 @@ def _keep(images: Images, weights: Weights, file: Path, level: str, augment: int
     wanted = [(view, block) for view in range(1 + augment) for block in blocks]
     parts = {part: file.with_suffix(f".{part[0]}-{part[1]:06d}.npy") for part in wanted}
     todo = [part for part in wanted if not parts[part].exists()]
-    with open_pool(sizing, len(todo), Encoder, images, weights) as pool:
-        for done, (part, array) in enumerate(zip(todo, pool.map("keep", todo, level), strict=True), 1):
-            _save(parts[part], array)
-            ready = (len(parts) - len(todo) + done) * BLOCK
-            progress(Event(f"keeping {level}", min(ready, len(images) * (1 + augment)), len(images) * (1 + augment)))
+    total = len(images) * (1 + augment)
+    if todo:
+        with open_pool(sizing, len(todo), Encoder, images, weights) as pool:
+            for done, (part, array) in enumerate(zip(todo, pool.map("keep", todo, level), strict=True), 1):
+                _save(parts[part], array)
+                ready = (len(parts) - len(todo) + done) * BLOCK
+                progress(Event(f"keeping {level}", min(ready, total), total))
     first = np.load(parts[wanted[0]], mmap_mode="r")
     whole = file.with_name(f"part-{os.getpid()}-{file.name}")
-    out = np.lib.format.open_memmap(whole, "w+", first.dtype, (len(images) * (1 + augment), *first.shape[1:]))
-    place = 0
-    for part in wanted:  # one at a time: together they may be larger than memory
-        array = np.load(parts[part])
-        out[place : place + len(array)] = array
-        place += len(array)
-    out.flush()
-    del out
+    about = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False}
+    with whole.open("wb") as stream:  # not through a map, by which a full disk would end the process
+        np.lib.format.write_array_header_2_0(stream, about | {"shape": (total, *first.shape[1:])})
+        for part in wanted:  # one at a time: together they may be larger than memory
+            stream.write(np.load(parts[part]).tobytes())
     whole.replace(file)
-    for part in parts.values():
-        part.unlink()
 
 
 def _encode(images: Images, weights: Weights, prompt: str, file: Path, sizing: Sizing, progress: Progress) -> Features:

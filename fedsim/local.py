@@ -1,7 +1,7 @@
 """One client's share of a round, and a chunk of clients': stacked, or one after the other on the readable path."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -105,17 +105,19 @@ def start(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
 
 
 def backbone_of(
-    features: Features,
-    device: str = "cpu",
-    dtype: str = "float32",
-    reads: Reads | None = None,
-    clip: Clip | None = None,
+    features: Features, device: str = "cpu", dtype: str = "float32", reads: Reads = FEATURES, clip: Clip | None = None
 ) -> Backbone:
     """What a method sees of the frozen CLIP: its prototypes, and those towers that are read."""
     prototypes = torch.tensor(features.prototypes, dtype=getattr(torch, dtype), device=device)
+    texts = Backbone(prototypes, features.logit_scale, features.classes, features.prompt)
+    return with_towers(texts, reads, clip)
+
+
+def with_towers(backbone: Backbone, reads: Reads, clip: Clip | None) -> Backbone:
+    """The same with the towers that are read."""
     text = clip.text_tower(reads.text == "blocks") if clip and reads.text != "prototypes" else None
     image = clip.image_tower() if clip and reads.image == "pixels" else None
-    return Backbone(prototypes, features.logit_scale, features.classes, features.prompt, text, image)
+    return replace(backbone, text_tower=text, image_tower=image)
 
 
 def train_client(
@@ -254,28 +256,34 @@ class Trainer:
         if not entries:
             return []
         sizes = [len(rows) for (_, _, rows), _ in entries]
-        rows = np.concatenate([rows for (_, _, rows), _ in entries])
         masks = [torch.stack(some).to(self.device) for some in zip(*(spaces for _, spaces in entries), strict=True)]
-        entry = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.device)
-        if _reads_classes(module):
-            # What it says of one class follows from the others in question, so each entry is asked twice.
-            found = []
-            for k, part in enumerate(np.split(rows, np.cumsum(sizes)[:-1])):
-                both = []
-                for mask in masks:
-                    module.classes.copy_(mask[k])
-                    both.append(self._logits(module, task, part).masked_fill(~mask[k], -torch.inf))
-                found.append(_answers(*both))
-            return found
-        module.classes.fill_(True)
-        logits, found = self._logits(module, task, rows), []
-        everyone, own = (logits.masked_fill(~mask[entry], -torch.inf) for mask in masks)
-        return list(zip(*(np.split(some, np.cumsum(sizes)[:-1]) for some in _answers(everyone, own)), strict=True))
+        if not _reads_classes(module):
+            module.classes.fill_(True)
+            rows = np.concatenate([rows for (_, _, rows), _ in entries])
+            found = self._guess(module, task, rows, np.repeat(np.arange(len(sizes)), sizes), masks)
+            return list(zip(*(np.split(some, np.cumsum(sizes)[:-1]) for some in found), strict=True))
+        # What it says of one class follows from the others in question, so each entry is asked twice.
+        answers = []
+        for k, ((_, _, rows), _) in enumerate(entries):
+            at, asked = np.full(len(rows), k), []
+            for mask in masks if not torch.equal(masks[0][k], masks[1][k]) else masks[:1]:
+                module.classes.copy_(mask[k])
+                asked.append(self._guess(module, task, rows, at, [mask, mask]))
+            answers.append((asked[0][0], asked[-1][0], asked[0][2]))
+        return answers
 
-    def _logits(self, module: nn.Module, task: Task, rows: np.ndarray) -> Tensor:
-        size = BLOCK[task.method.reads.image]
-        blocks = [rows[first : first + size] for first in range(0, max(1, len(rows)), size)]
-        return torch.cat([module(self._xy(task, block)[0]) for block in blocks])
+    def _guess(
+        self, module: nn.Module, task: Task, rows: np.ndarray, entry: np.ndarray, masks: list[Tensor]
+    ) -> Answers:
+        """Guesses within each of two label spaces, those of the rows' entries, and how sure of the former."""
+        size, found = BLOCK[task.method.reads.image], []
+        for first in range(0, max(1, len(rows)), size):  # one block of logits at a time
+            logits = module(self._xy(task, rows[first : first + size])[0])
+            at = torch.from_numpy(entry[first : first + size]).to(self.device)
+            everyone, own = (logits.masked_fill(~mask[at], -torch.inf) for mask in masks)
+            some = everyone.argmax(dim=1), own.argmax(dim=1), everyone.softmax(dim=1).amax(dim=1).float()
+            found.append([answers.cpu().numpy() for answers in some])
+        return tuple(np.concatenate(some) for some in zip(*found, strict=True))
 
     def _fits(
         self, task: Task, round: int, received: Params, told: Params, clients: Written, rows_of: Rows
@@ -338,8 +346,11 @@ class Trainer:
         if not self._masked(task):
             return None
         own = task.method.label_space == "client"
-        masks = [self._space(self.clients[k])[1].numpy() if own else self.trained_classes for k in clients]
-        return torch.from_numpy(np.stack(masks) & self.trained_classes).to(self.device)
+        masks = np.tile(self.trained_classes, (len(clients), 1))
+        for mask, k in zip(masks, clients if own else (), strict=False):
+            mask[:] = False
+            mask[self.features.y[self.clients[k].train]] = True  # what only its test rows show is not for training
+        return torch.from_numpy(masks).to(self.device)
 
     def _masked(self, task: Task) -> bool:
         return task.method.label_space == "client" or not self.trained_classes.all()
@@ -457,11 +468,6 @@ def _reads_classes(module: nn.Module) -> bool:
 
 def _masked_out(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
     return logits.masked_fill(~module.classes, -torch.inf)
-
-
-def _answers(everyone: Tensor, own: Tensor) -> Answers:
-    guesses, owns, sure = everyone.argmax(dim=1), own.argmax(dim=1), everyone.softmax(dim=1).amax(dim=1)
-    return guesses.cpu().numpy(), owns.cpu().numpy(), sure.float().cpu().numpy()
 
 
 def _to(device: str, params: Params, dtype: str | None = None) -> Params:

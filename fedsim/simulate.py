@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from fedsim.checkpoint import load_checkpoint, refuse_another, save_checkpoint, write_safetensors
 from fedsim.clients import Population, held_out_ids, make_clients, sample_cohort
-from fedsim.clip import EMBEDDED, Clip, Weights, find_weights
+from fedsim.clip import EMBEDDED, Clip, Weights, find_weights, width_of
 from fedsim.cluster import Sizing, check_reachable
 from fedsim.config import EXECUTION, Config, read_yaml
 from fedsim.cost import flops_of
@@ -27,8 +27,8 @@ from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError, Stopped
 from fedsim.evaluate import Counts, merge
 from fedsim.features import encode, feature_file, keep
-from fedsim.local import Task, Trainer, backbone_of, start
-from fedsim.methods import Method
+from fedsim.local import Task, Trainer, backbone_of, start, with_towers
+from fedsim.methods import Backbone, Method
 from fedsim.methods.zero_shot import ZeroShot
 from fedsim.page import write_page
 from fedsim.params import Params, flatten
@@ -36,6 +36,7 @@ from fedsim.pool import Event, Pool, Progress, drive, open_pool
 from fedsim.private import PrivateStore
 from fedsim.registry import name_of
 from fedsim.report import Report, environment, holdings, to_yaml, write_tables, write_text
+from fedsim.rng import numpy_rng
 from fedsim.schedule import Turn, check, schedule
 from fedsim.servers import NOTE, ServerState, add_up, advance, kept_past
 from fedsim.servers.fedavg import FedAvg
@@ -104,6 +105,8 @@ def prepare(config: Config) -> Experiment:
         least = config.method.min_batch
         raise InputError(f"--method.batch wants {least} or more with this method, not {config.method.batch}")
     found = load_checkpoint(folder, config.experiment())
+    if not found:
+        _try_out(config, source, weights, clients)
     if isinstance(source, Features) and not source.block:
         source = keep(source, config.cache_dir)
     done = found[1] if found and found[0].round == config.rounds and (folder / "report.html").exists() else None
@@ -253,6 +256,18 @@ def _check_reads(config: Config, source: Images | Features) -> None:
         raise InputError(f"--augment {config.augment} wants a data set of images; these are features")
 
 
+def _try_out(config: Config, source: Images | Features, weights: Weights | None, clients: Population) -> None:
+    """Builds what is to be trained, on texts of no meaning: what does not fit is said before anything is computed."""
+    method = config.server.fit(config.method)
+    clip = Clip(weights) if method.reads.towers else None
+    if clip and method.reads.image == "tokens":
+        clip.check_tokens()
+    width = width_of(weights) if weights else source.x.shape[1]
+    texts = Backbone(torch.eye(len(source.classes), width), 1.0, source.classes, config.prompt)
+    backbone = with_towers(texts, method.reads, clip)
+    start(Task(method, config.server, config.seed), backbone, config.cohort or clients.trainers)
+
+
 def _reading(method: Method) -> str:
     return f"image {method.reads.image}, text {method.reads.text}"
 
@@ -344,7 +359,7 @@ def _resume(experiment: Experiment, features: Features) -> tuple[ServerState, Re
 def _begin(experiment: Experiment, features: Features, task: Task, clip: Clip | None) -> tuple[ServerState, Report]:
     backbone = backbone_of(features, reads=task.method.reads, clip=clip)
     params = start(task, backbone, experiment.config.cohort or experiment.clients.trainers)
-    sample = experiment.clients[0].train[: task.method.batch]
+    sample = numpy_rng(task.seed, "flops").permutation(experiment.clients[0].train)[: task.method.batch]
     per_step, per_row = flops_of(task, backbone, features, sample)
     kept = experiment.clients.trainers if task.keeps(params) else 0
     state = ServerState(0, params, private=np.zeros(kept, np.int64))

@@ -63,7 +63,9 @@ class TextTower:
         """
         text = getattr(model, "text", model)
         pool = getattr(text, "pool_type", None) or getattr(model, "text_pool_type", None)
-        if getattr(text, "attn_mask", None) is None or pool not in ("argmax", "eos"):
+        causal = getattr(text, "attn_mask", None) is not None and not getattr(text, "use_pad_mask", False)
+        at_end = pool == "argmax" and getattr(text, "cls_emb", None) is None and hasattr(tokenizer, "encode")
+        if not (causal and at_end):
             raise InputError(
                 f"training through the text tower wants one that is causal and read at the end of the text; {name}'s "
                 "is another"

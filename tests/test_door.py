@@ -24,7 +24,7 @@ BAD = {
     "a server": (["run", "--server", "x"], "no server 'x'; there are: ditto, fedadam, fedavg, fedavgm, fedbuff,"),
     "a partition": (["run", "--partition", "x"], "no partition 'x'; there are: bootstrap, by_domain, classes"),
     "a data set": (["run", "--dataset", "x"], "no dataset 'x'; there are: domainnet, features, folder, glyphs,"),
-    "a field of another": (["run", "--method.alpha", "1"], "no flag --method.alpha"),
+    "a field of another": (["run", "--method.gamma", "1"], "no flag --method.gamma"),
     "a field of a component": (
         ["run", "--method", "probe", "--method.objective", "contrastive"],
         "no field 'objective' in Probe; there are: optimizer, lr",
@@ -37,7 +37,7 @@ BAD = {
     "a cohort": (["run", "--cohort", "40"], "a cohort of 40 from 4 clients"),
     "a config": (
         ["run", "--config", "nowhere.yaml"],
-        "no config file 'nowhere.yaml'; there are the embedded ones: glyphs, paper",
+        "no config file 'nowhere.yaml'; there are the embedded ones: base_to_new, few_shot",
     ),
     "a GPU": (["run", "--gpus-per-actor", "0.5"], "--gpus-per-actor 0.5, but torch finds no GPU on this machine"),
     "an address": (["run", "--address", "127.0.0.1:9"], "no cluster answers at 127.0.0.1:9"),
@@ -51,7 +51,34 @@ BAD = {
         "no file and no tag 'clozedai' for ViT-B-32; its tags: openai",
     ),
     "a data folder": (["run", "--dataset", "pacs", "--data-dir", "/nowhere"], "/nowhere is no folder"),
-    "a prompt": (["run", "--prompt", "a picture"], "prompt wants {} where the class name goes, not 'a picture'"),
+    "a rank": (
+        ["run", "--method", "lora", "--method.rank", "200"],
+        "lora.rank 200 is more than the smaller side of the text tower's transformer.resblocks.0.attn.in_proj_weight",
+    ),
+    "a context": (
+        ["run", "--method", "promptfl", "--method.length", "40"],
+        "--method.length 40 leaves no room for",
+    ),
+    "patch tokens": (
+        ["run", "--method", "fedotp"],
+        "wants patch tokens and tiny's image tower (EfficientNet) has none; take a ViT",
+    ),
+    "matrices": (
+        ["run", "--method", "lora", "--method.towers", "image"],
+        "lora wants attention matrices in the image tower, which has none",
+    ),
+    "a rule for pairs": (
+        ["run", "--server", "fedex_lora"],
+        "server fedex_lora wants the low-rank pairs of method lora",
+    ),
+    "few for krum": (["run", "--server", "krum"], "krum with f 1 wants 5 clients or more in a round, not 4"),
+    "a head": (["run", "--server", "fedper"], "fedper keeps some of a method's shared tensors"),
+    "adam under scaffold": (["run", "--server", "scaffold"], "--method.optimizer sgd"),
+    "new classes": (["run", "--new-classes", "0.01"], "new_classes 0.01 of 15 classes is none"),
+    "a prompt": (
+        ["run", "--prompt", "a picture"],
+        "prompt wants {} where the class name goes, and no other braces, not 'a picture'",
+    ),
 }
 
 

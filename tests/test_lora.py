@@ -301,9 +301,7 @@ def test_rules_change_nothing_of_a_method_but_what_they_need():
 
 def test_what_a_rule_does_not_move_is_refused_before_a_round(tiny):
     task = Task(parse("method", {"name": "lora", "merged": True}), parse("server", "fedavg"), 0)
-    with pytest.raises(
-        InputError, match="server fedavg does not move the tensors that a server alone changes, such as"
-    ):
+    with pytest.raises(InputError, match="server fedavg does not move the tensors that a server alone changes, such"):
         start(task, tiny[0])
     with pytest.raises(InputError, match="lora_stacking starts every pair anew each round; leave"):
         parse("server", "lora_stacking").fit(parse("method", {"name": "lora", "keep_moments": True}))

@@ -68,7 +68,10 @@ def add_up(partials: Iterable[Partial], population: int = 0) -> Partial:
         if file:
             _laid_down(partial.each, file)
     notes = np.concatenate(clients)
-    each = np.memmap(file, np.float32, "r").reshape(len(notes), -1) if file else None
+    each = None
+    if file:  # an empty one cannot be mapped
+        width = first.each.shape[1]
+        each = np.memmap(file, np.float32, "r").reshape(-1, width) if width else np.zeros((len(notes), 0), np.float32)
     return Partial(delta, weight, notes, message, each, population)
 
 

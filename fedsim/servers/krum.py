@@ -37,14 +37,16 @@ class Krum(Server):
             )
 
     def step(self, params, slots, total):
-        who = voters(total)
-        clients = len(who)
+        clients = len(voters(total))
         if clients < max(2 * self.f + 3, self.m + self.f):  # too few have answered for any to be trusted
             return params, slots
         apart = np.sort(_squared_distances(total), axis=1)  # a client's distance to itself comes first
         scores = apart[:, 1 : clients - self.f - 1].sum(axis=1)
-        chosen = who[np.sort(np.argsort(scores, kind="stable")[: self.m])]  # of equal scores, who comes first
-        return moved(params, unflatten(total.each[chosen].astype(np.float64).mean(axis=0), params)), slots
+        chosen = np.sort(np.argsort(scores, kind="stable")[: self.m])  # of equal scores, who comes first
+        mean = np.empty(total.each.shape[1])
+        for place, each in blocks(total):
+            mean[place] = each[chosen].mean(axis=0)
+        return moved(params, unflatten(mean, params)), slots
 
 
 def _squared_distances(total: Partial) -> np.ndarray:
