@@ -161,7 +161,8 @@ def page(table: pd.DataFrame, args: argparse.Namespace) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Methods</title><style>{STYLE}</style>"
         f"<h1>Methods and protocols</h1><p>{about} Percent, mean ± deviation over seeds; the round was chosen on "
         f"validation rows. Each method has its published hyperparameters, one local epoch a round. The dashed line is "
-        f"zero-shot CLIP; at the left edge of a panel nothing travels.</p>{plot(table, args.protocols)}<h2>Every method and protocol</h2>"
+        f"zero-shot CLIP; at the left edge of a panel nothing travels.</p>"
+        f"{plot(table, args.protocols)}<h2>Every method and protocol</h2>"
         f"{by_method(table).to_html(border=0)}<h2>What choosing on test rows is worth</h2><p>Mean over protocols and "
         f"seeds. Many published codes print the third column.</p>{by_choice(table).to_html(border=0)}</html>"
     )
