@@ -1,8 +1,12 @@
 """Training through CLIP's towers: what is kept, what is derived, and the engine's promises for such methods."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
+from test_bits import workers
 
 from fedsim import Config, InputError, Method, available, component, run
 from fedsim.checkpoint import load_checkpoint
@@ -97,10 +101,26 @@ def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_
     assert single.facts["trained_parameters"] == whole.facts["trained_parameters"] > 0
 
 
-def test_actors_share_one_frozen_clip_and_give_the_bits_of_one_process(small, tmp_path):
-    fields = {"method": {"name": "finetune", "towers": "image", "batch": 8}, "partition": "iid", "clients": 3}
+@pytest.mark.parametrize(
+    ("method", "server"),
+    [
+        ({"name": "finetune", "towers": "image", "batch": 8}, "fedavg"),
+        # Private prompts, and what every client keeps for the rule, in files.
+        ({"name": "promptfolio", "momentum": 0.0, "batch": 8}, "scaffold"),
+    ],
+)
+def test_actors_of_which_one_is_killed_give_the_bits_of_one_process(method, server, small, tmp_path):
+    fields = {"method": method, "server": server, "partition": "iid", "clients": 3, "rounds": 3}
     here = run(small(**fields, out=tmp_path / "here"))
-    there = run(small(**fields, out=tmp_path / "there", actors=2))
+    killed = []
+
+    def kill_one(event):
+        if event.stage == "training" and event.done == 1 and not killed:
+            killed.append(workers()[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    there = run(small(**fields, out=tmp_path / "there", actors=2), kill_one)
+    assert killed and killed[0] not in workers()
     assert here.scores.tolist() == there.scores.tolist()
     assert all(torch.equal(here.adapter[name], there.adapter[name]) for name in here.adapter)
 
