@@ -88,6 +88,32 @@ class Fits:
     rule: list[Params]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What is kept of some rows, as a tensor that is read when it is indexed.
+
+    Attributes:
+        dtype: of all but pixels, which are bytes.
+    """
+
+    features: Features
+    level: str
+    rows: np.ndarray
+    views: np.ndarray | None
+    device: str
+    dtype: torch.dtype
+
+    def whole(self) -> Tensor:
+        return self[torch.arange(len(self.rows))]
+
+    def __getitem__(self, places: Tensor) -> Tensor:
+        """(*I) places among the rows -> (*I, ...)."""
+        at = places.cpu().numpy()
+        taken = self.features.take(self.level, self.rows[at], None if self.views is None else self.views[at])
+        x = torch.from_numpy(taken).to(self.device)
+        return x if x.dtype == torch.uint8 else x.to(self.dtype)
+
+
 def start(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
     """The parameters of round 0, for rounds of so many clients."""
     module = task.build(backbone)
@@ -123,7 +149,7 @@ def with_towers(backbone: Backbone, reads: Reads, clip: Clip | None) -> Backbone
 def train_client(
     module: nn.Module,
     optimizer: Optimizer,
-    x: Tensor,
+    x: Tensor | Inputs,
     y: Tensor,
     method: Method,
     term: Term,
@@ -149,7 +175,7 @@ def train_client(
     received = {name: params[name].detach().clone() for name in params if shared is None or name in shared}
     losses = []
     for _ in range(method.local_epochs if params else 0):
-        order = torch.randperm(len(x), generator=rng).to(x.device)
+        order = torch.randperm(len(y), generator=rng).to(y.device)
         for rows in order.split(method.batch):
             if len(rows) < method.min_batch:
                 continue
@@ -278,7 +304,7 @@ class Trainer:
         """Guesses within each of two label spaces, those of the rows' entries, and how sure of the former."""
         size, found = BLOCK[task.method.reads.image], []
         for first in range(0, max(1, len(rows)), size):  # one block of logits at a time
-            logits = module(self._xy(task, rows[first : first + size])[0])
+            logits = module(self._inputs(task, rows[first : first + size]).whole())
             at = torch.from_numpy(entry[first : first + size]).to(self.device)
             everyone, own = (logits.masked_fill(~mask[at], -torch.inf) for mask in masks)
             some = everyone.argmax(dim=1), own.argmax(dim=1), everyone.softmax(dim=1).amax(dim=1).float()
@@ -314,9 +340,11 @@ class Trainer:
                 tensor.copy_(moments[name])
             rule.append(kept or task.server.keeps(shared))
         ids = [client for client, _ in clients]
-        x, y = self._xy(
-            task, np.concatenate([rows_of[client] for client in ids]), self._views(task, round, ids, rows_of)
-        )
+        rows = np.concatenate([rows_of[client] for client in ids])
+        x = self._inputs(task, rows, self._views(task, round, ids, rows_of))
+        if x.level == "features":  # few bytes, asked for again and again; images may not fit into memory
+            x = x.whole()
+        y = torch.from_numpy(self.features.y[rows]).to(self.device)
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
         corrections = [task.server.correction(kept, told) for kept in rule]
         correction = {name: torch.stack([one[name] for one in corrections]) for name in corrections[0]}
@@ -385,10 +413,8 @@ class Trainer:
         )
         return {name: v for name, v in kept.items() if not name.startswith((MOMENTS, RULE))}, moments, rule
 
-    def _xy(self, task: Task, rows: np.ndarray, views: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        x = torch.from_numpy(self.features.take(task.method.reads.image, rows, views)).to(self.device)
-        x = x if x.dtype == torch.uint8 else x.to(getattr(torch, task.dtype))
-        return x, torch.from_numpy(self.features.y[rows]).to(self.device)
+    def _inputs(self, task: Task, rows: np.ndarray, views: np.ndarray | None = None) -> Inputs:
+        return Inputs(self.features, task.method.reads.image, rows, views, self.device, getattr(torch, task.dtype))
 
     def _room(self, task: Task, clients: int) -> tuple[Params, Optimizer]:
         """Room for a stack, used again and again, since fresh memory is slow; for one client, its module's own."""

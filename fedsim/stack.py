@@ -51,7 +51,8 @@ def train_stack(
         params: each (M, *shape): every client's tensors, of which the parameters are trained.
         optimizer: over `slices(params)`.
         shared: the tensors that all clients received alike, as they came: (*shape).
-        x, y: (N, ...) inputs and (N,) classes of all clients' train rows, client by client.
+        x, y: (N, ...) inputs, or what gives them when it is indexed, and (N,) classes of all clients' train rows,
+            client by client.
         sizes: rows of each client, descending.
         term: what the server rule adds to the loss, if anything.
         rngs: draw the order of each client's rows, epoch by epoch.
@@ -64,12 +65,13 @@ def train_stack(
     starts = torch.tensor([0, *sizes]).cumsum(0)
     learned = trained(module)
     received = {name: tensor for name, tensor in shared.items() if name in learned}
-    losses = torch.zeros(len(sizes), dtype=dtype_of(params, x), device=x.device)
+    dtype = next((tensor.dtype for tensor in params.values()), torch.float32)
+    losses = torch.zeros(len(sizes), dtype=dtype, device=y.device)
     steps = torch.zeros(len(sizes), dtype=torch.int64)
     for epoch in range(method.local_epochs if learned else 0):
         orders = [starts[k] + torch.randperm(size, generator=rngs[k]) for k, size in enumerate(sizes)]
         for taken, first, last in groups(sizes, method.batch, method.min_batch):
-            batch = torch.stack([order[taken : taken + method.batch] for order in orders[first:last]]).to(x.device)
+            batch = torch.stack([order[taken : taken + method.batch] for order in orders[first:last]]).to(y.device)
             mine = {name: tensor[first:last] for name, tensor in params.items()}
             # Until the first step all clients have the same parameters, and one large product serves them all.
             at = mine | (received if epoch == 0 and taken == 0 else {})
@@ -86,11 +88,6 @@ def train_stack(
             losses[first:last] += loss
             steps[first:last] += 1
     return (losses.cpu() / steps).where(steps > 0, torch.nan)
-
-
-def dtype_of(params: Params, x: Tensor) -> torch.dtype:
-    """The dtype in which a stack computes: of its parameters, since images are bytes."""
-    return next((tensor.dtype for tensor in params.values()), x.dtype)
 
 
 def slices(module: nn.Module, params: Params) -> list[Tensor]:
