@@ -66,7 +66,7 @@ class Frozen:
     """A CLIP that has been read, for other processes: its tensors as arrays, which the workers of a machine share.
 
     Attributes:
-        state: by name in open_clip's model; read-only.
+        state: by name in open_clip's model; read-only, and of convolutions with the channels last, as they are used.
     """
 
     weights: Weights
@@ -132,7 +132,7 @@ class Clip:
         """
         *geometry, _, _ = self.preprocess.transforms
         if seeds is None:
-            seen = [_through(geometry, image) for image in images]
+            seen = [type(self.preprocess)(geometry)(image) for image in images]
         else:
             with torch.random.fork_rng(devices=[]):
                 seen = [self._view(image, seed) for image, seed in zip(images, seeds, strict=True)]
@@ -182,7 +182,7 @@ class Clip:
 
     def frozen(self) -> Frozen:
         """This CLIP for other processes."""
-        state = {name: tensor.cpu().contiguous().numpy() for name, tensor in self.model.state_dict().items()}
+        state = {name: _last(tensor.cpu()).contiguous().numpy() for name, tensor in self.model.state_dict().items()}
         return Frozen(self.weights, state)
 
     def _view(self, image: Image.Image, seed: int) -> Image.Image:
@@ -204,13 +204,12 @@ class Clip:
 def _tensors(state: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that they cannot be written to, which is as it should be
-        return {name: torch.from_numpy(array) for name, array in state.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+    return {name: tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
 
 
-def _through(steps: Sequence, image: Image.Image) -> Image.Image:
-    for step in steps:
-        image = step(image)
-    return image
+def _last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor
 
 
 def _size(size: int | Sequence[int]) -> tuple[int, int]:

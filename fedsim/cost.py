@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.datasets import Features
-from fedsim.local import Task
-from fedsim.methods import Backbone
+from fedsim.local import Inputs, Task
+from fedsim.methods import Backbone, trained
 
 
 def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarray) -> tuple[float, float]:
@@ -23,17 +23,15 @@ def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarra
         rows: some of those that are trained on, in no order; a batch if there are as many.
     """
     module = task.build(backbone)
-    for name, tensor in module.named_parameters():
-        tensor.requires_grad_(task.scope(name) in ("shared", "private"))
-    if not any(tensor.requires_grad for tensor in module.parameters()):
+    if not trained(module):
         return 0.0, 0.0
     if not hasattr(module, "classes"):
         module.register_buffer("classes", torch.ones(len(backbone.prototypes), dtype=torch.bool), persistent=False)
 
     def count(size: int) -> int:
         some = np.resize(rows, size)
-        x, y = torch.from_numpy(features.take(task.method.reads.image, some)), torch.from_numpy(features.y[some])
-        x = x if x.dtype == torch.uint8 else x.to(backbone.prototypes.dtype)
+        x = Inputs(features, task.method.reads.image, some, None, "cpu", backbone.prototypes.dtype).whole()
+        y = torch.from_numpy(features.y[some])
         with Operations() as operations:
             task.method.loss(module.train(), x, y).backward()
         return operations.total

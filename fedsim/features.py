@@ -89,7 +89,7 @@ def encode(
         kept = file.with_suffix(f".{level}-{augment}.npy")
         if not kept.exists():
             _keep(images, weights, kept, level, augment, sizing, progress)
-        for part in file.parent.glob(f"{file.stem}.[0-9]*-[0-9]*.npy"):  # one that was killed left them
+        for part in file.parent.glob(f"{file.stem}.{level}-*-*.npy"):  # one that was killed left them
             part.unlink()
         return replace(features, augment=augment, kept={level: kept})
 
@@ -97,7 +97,8 @@ def encode(
 def _keep(images: Images, weights: Weights, file: Path, level: str, augment: int, sizing: Sizing, progress) -> None:
     blocks = range(-(-len(images) // BLOCK))
     wanted = [(view, block) for view in range(1 + augment) for block in blocks]
-    parts = {part: file.with_suffix(f".{part[0]}-{part[1]:06d}.npy") for part in wanted}
+    # Of their level: a run of another may have been killed, and its parts are here too.
+    parts = {(view, block): file.with_suffix(f".{level}-{view}-{block:06d}.npy") for view, block in wanted}
     todo = [part for part in wanted if not parts[part].exists()]
     total = len(images) * (1 + augment)
     if todo:

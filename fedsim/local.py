@@ -64,10 +64,16 @@ class Task:
         return self.method.keep_moments or bool(rule) or bool(self.of(params, "private"))
 
     def build(self, backbone: Backbone) -> nn.Module:
-        """The module of round 0, the same in every process: PyTorch's default initialisation under the run's seed."""
+        """The module of round 0, the same in every process: PyTorch's default initialisation under the run's seed.
+
+        Only what clients train carries gradients.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(self.seed, "init"))
-            return self.method.build(backbone)
+            module = self.method.build(backbone)
+        for name, tensor in module.named_parameters():
+            tensor.requires_grad_(self.scope(name) in ("shared", "private"))
+        return module
 
 
 @dataclass(frozen=True)
@@ -434,8 +440,6 @@ class Trainer:
         module = task.build(backbone).to(self.device, getattr(torch, task.dtype))
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.contiguous()  # the fused optimizers walk raw memory
-        for name, tensor in module.named_parameters():
-            tensor.requires_grad_(task.scope(name) in ("shared", "private"))
         like = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
         if not _reads_classes(module):
             everything = torch.ones(len(self.features.classes), dtype=torch.bool, device=self.device)

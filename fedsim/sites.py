@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Site = Literal["image_feature", "text_feature", "head", "patch_tokens", "image_blocks", "text_tokens", "text_blocks"]
+Site = Literal["image_feature", "head", "patch_tokens", "image_blocks", "text_tokens", "text_blocks"]
 
 IMAGE_LEVELS = "features", "tokens", "pixels"  # each holds what is left to be computed of the one before
 TEXT_LEVELS = "prototypes", "embeddings", "blocks"

@@ -88,3 +88,15 @@ def small_clip(tmp_path):
         return {"model": file.stem, "pretrained": str(weights)}
 
     return make
+
+
+def run_until(round, config):
+    """A run that ends as by Ctrl-C, once it has told of this round."""
+    from fedsim import run
+
+    def interrupt(event):
+        if event.stage == "training" and event.done == round:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, interrupt)

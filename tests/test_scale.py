@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import run_until
 
 from fedsim import run
 from fedsim.checkpoint import HISTORY, load_checkpoint
@@ -95,13 +96,8 @@ def test_simulated_time_is_the_same_to_the_bit_after_a_kill_and_on_actors(server
     assert (clock.diff().dropna() >= 0).all() and clock.iloc[-1] > 0
     assert "simulated seconds" in (whole.folder() / "report.html").read_text()
 
-    def kill(event):
-        if event.stage == "training" and event.done == 2:
-            raise KeyboardInterrupt
-
     ours = config(**fields, out=tmp_path / "killed")
-    with pytest.raises(KeyboardInterrupt):
-        run(ours, kill)
+    run_until(2, ours)
     run(ours)
     spread = config(**fields, out=tmp_path / "actors", actors=2)
     run(spread)

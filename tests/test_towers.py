@@ -2,15 +2,19 @@
 
 import os
 import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_until
 from test_bits import workers
 
 from fedsim import Config, InputError, Method, available, component, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.clip import EMBEDDED, Clip, find_weights
+from fedsim.cluster import session
 from fedsim.registry import parse
 from fedsim.sites import Reads, reads_of
 
@@ -81,13 +85,8 @@ def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_
     fields = {"method": {"name": name, "batch": 8, "local_epochs": 1, **slow}}
     whole = run(small(**fields, out=tmp_path / "whole"))
 
-    def kill(event):
-        if event.stage == "training" and event.done == 1:
-            raise KeyboardInterrupt
-
     ours = small(**fields, out=tmp_path / "killed")
-    with pytest.raises(KeyboardInterrupt):
-        run(ours, kill)
+    run_until(1, ours)
     again = run(ours)
     assert all(torch.equal(whole.adapter[tensor], again.adapter[tensor]) for tensor in whole.adapter)
     assert whole.scores.tolist() == again.scores.tolist()
@@ -133,6 +132,41 @@ def test_a_frozen_clip_lies_where_it_was_put():
     assert np.array_equal(clip.encode_texts(texts), other.encode_texts(texts))
     matrix = dict(other.model.named_parameters())["token_embedding.weight"]
     assert matrix.data_ptr() == frozen.state["token_embedding.weight"].__array_interface__["data"][0]
+
+
+def where_it_lies(frozen):
+    """How many of the parameters lie in memory that is shared, and how many there are."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ends = [line.split()[0].split("-") for line in lines if "/dev/shm" in line or "plasma" in line]
+    places = [tensor.data_ptr() for tensor in Clip(frozen.weights, "cpu", frozen.state).model.parameters()]
+    shared = [any(int(a, 16) <= place < int(b, 16) for a, b in ends) for place in places]
+    return sum(shared), len(places)
+
+
+def test_workers_use_the_one_frozen_clip_of_their_machine():
+    with session(None) as ray:
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker can import a test
+        ref = ray.put(Clip(find_weights(*EMBEDDED)).frozen())
+        shared, everything = ray.get(ray.remote(where_it_lies).remote(ref))
+    assert shared == everything > 200
+
+
+def test_what_a_killed_run_left_of_features_is_not_taken_for_pixels(small, tmp_path):
+    def interrupt(event):
+        if event.stage == "keeping features":
+            raise KeyboardInterrupt
+
+    kept = []
+    for killed_before in (False, True):
+        cache = tmp_path / f"cache-{killed_before}"
+        if killed_before:
+            with pytest.raises(KeyboardInterrupt):
+                run(small(method="probe", augment=1, cache_dir=cache, out=tmp_path / "killed"), interrupt)
+            assert list(cache.glob("*.features-0-*.npy"))
+        method = {"name": "finetune", "towers": "image"}
+        run(small(method=method, rounds=0, cache_dir=cache, out=tmp_path / str(killed_before)))
+        kept += [file.read_bytes() for file in cache.glob("*.pixels-0.npy")]
+    assert len(kept) == 2 and kept[0] == kept[1]
 
 
 def test_kept_pixels_give_the_features_of_the_images_to_the_bit(pictures):
