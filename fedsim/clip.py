@@ -72,6 +72,9 @@ class Frozen:
     weights: Weights
     state: dict[str, np.ndarray]
 
+    def open(self, device: str = "cpu") -> "Clip":
+        return Clip(self.weights, device, self.state)
+
 
 def width_of(weights: Weights) -> int:
     """D, the width of a model's features, of which nothing is read but its description."""

@@ -1,13 +1,16 @@
 """The cluster: how to join one, what each of its machines has, and who is to work where."""
 
 import os
+import re
 import secrets
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, inf
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ class Sizing:
         gpu_gb_per_actor: the memory of a GPU that an actor needs, to tell how many fit on one.
         threads_per_actor: torch's; an actor takes as many CPUs. Another number may round sums in another way.
         call_timeout_s: how long a call may run before it is given to another actor as well.
+        grouped: the pool has the bundles, after the first, of the placement group that this process is in.
     """
 
     actors: int | None = None
@@ -37,6 +41,7 @@ class Sizing:
     gpu_gb_per_actor: float | None = None
     threads_per_actor: int = 1
     call_timeout_s: float | None = None
+    grouped: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,20 @@ class Node:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an actor is to be, and what share of a CPU and a GPU it is given there."""
+    """Where an actor is to be, on a node or in a bundle of this process's group; and its share of a CPU and a GPU."""
 
-    node: str
+    node: str | int
     num_cpus: float
     num_gpus: float
+
+    def strategy(self) -> Any:
+        """Ray's word for it. When a node is lost, its actors start again elsewhere, if there is room."""
+        if isinstance(self.node, str):
+            return on(self.node)
+        from ray.util import get_current_placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return PlacementGroupSchedulingStrategy(get_current_placement_group(), self.node)
 
 
 def plan(sizing: Sizing, jobs: int, nodes: Sequence[Node]) -> list[Placement]:
@@ -93,6 +107,12 @@ def plan(sizing: Sizing, jobs: int, nodes: Sequence[Node]) -> list[Placement]:
     return placements
 
 
+def bundles(ray) -> list[Placement]:
+    """One placement for every bundle after the first, which is this process's own, of the group that it is in."""
+    specs = ray.util.get_current_placement_group().bundle_specs
+    return [Placement(k, spec.get("CPU", 0.0), spec.get("GPU", 0.0)) for k, spec in enumerate(specs) if k]
+
+
 def _room(sizing: Sizing, node: Node, use_gpus: bool) -> int:
     """How many actors a node is good for."""
     if not use_gpus:
@@ -118,7 +138,8 @@ def sizes_of(placements: list[Placement], threads: int) -> str:
     share = f"{shares[0]:g}" if len(shares) == 1 else f"{shares[0]:g} to {shares[-1]:g}"
     actors, nodes = len(placements), len({place.node for place in placements})
     each = f", {threads} threads each" if threads > 1 else ""
-    return f"{actors} actor{'s' * (actors > 1)} of {share} {unit} on {nodes} node{'s' * (nodes > 1)}{each}"
+    where = f"on {nodes} node{'s' * (nodes > 1)}" if isinstance(placements[0].node, str) else "in a placement group"
+    return f"{actors} actor{'s' * (actors > 1)} of {share} {unit} {where}{each}"
 
 
 def nodes_of(ray, sizing: Sizing) -> list[Node]:
@@ -146,6 +167,22 @@ def _gpu_gb(ray, node: str) -> float | None:
         return ray.get(probe.remote(), timeout=PROBE_S)
     except ray.exceptions.GetTimeoutError:
         return None
+
+
+def blind(ray, folder: Path) -> list[str]:
+    """Names of the machines that do not see a folder of this one's."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="seen-by-all-") as mark:
+        probe = ray.remote(num_cpus=0)(lambda file: file.exists())
+        nodes = {told["NodeID"]: told["NodeName"] for told in ray.nodes() if told["Alive"]}
+        asked = {
+            probe.options(scheduling_strategy=on(node, soft=False)).remote(Path(mark.name)): node for node in nodes
+        }
+        return sorted(nodes[node] for ref, node in asked.items() if not ray.get(ref, timeout=PROBE_S))
+
+
+def here(ray) -> str:
+    """The node of this process."""
+    return ray.get_runtime_context().get_node_id()
 
 
 def on(node: str, soft: bool = True) -> Any:
@@ -190,6 +227,11 @@ def session(address: str | None):
         # Said in so many words: without an address, Ray joins whatever cluster it finds on the machine.
         ray.init(address=address or "local", **quiet, **({} if address else {"include_dashboard": False}))
     except (ConnectionError, RuntimeError, ValueError) as error:
+        if versions := re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error)):
+            theirs, ours = (f"Ray {ray} on Python {python}" for ray, python in versions)
+            raise InputError(
+                f"the cluster at {address} runs {theirs}, this process {ours}; Ray wants the same on both"
+            ) from error
         raise InputError(f"cannot join a cluster at {address or 'this machine'}: {error}") from error
     try:
         yield ray

@@ -250,13 +250,20 @@ class Trainer:
         return sums.partial(np.sort(np.array(notes, NOTE), order="client"))
 
     def evaluate(
-        self, task: Task, sent: np.ndarray, also: Sequence[int], held_out: Sequence[int], chunk: Written
+        self,
+        task: Task,
+        sent: np.ndarray,
+        also: Sequence[int],
+        held_out: Sequence[int],
+        splits: Sequence[str],
+        chunk: Written,
     ) -> Counts:
         """Counts of a chunk of clients on their own validation and test rows.
 
         Args:
             also: ids of clients that train nothing, on whose rows every client of the chunk is judged as well.
             held_out: indices of the held-out domains.
+            splits: of `evaluate.SPLITS`; rows of others are not read.
         """
         module, like = self.module(task)
         received = _to(self.device, unflatten(sent, like))
@@ -265,9 +272,9 @@ class Trainer:
         others = [self.clients[k] for k in also]
         for k, written in chunk:
             client = self.clients[k]
-            parts = [("val", client.val), (client.split, client.test), *((one.split, one.test) for one in others)]
-            spaces = [self._space(client)] * 2 + [self._space(one) for one in others]
-            entries += [((k, *part), space) for part, space in zip(parts, spaces, strict=True)]
+            own = [("val", client.val, client), (client.split, client.test, client)]
+            parts = own + [(one.split, one.test, one) for one in others]
+            entries += [((k, split, rows), self._space(whose)) for split, rows, whose in parts if split in splits]
             if task.of(like, "private"):
                 module.load_state_dict(received | self._kept(task, k, written)[0])
                 answers += self._judge(module, task, entries[len(answers) :])
@@ -452,7 +459,7 @@ class Trainer:
         return module, like
 
     def _clip(self, dtype: str) -> Clip:
-        clip = Clip(self.frozen.weights, self.device, self.frozen.state)
+        clip = self.frozen.open(self.device)
         clip.model.to(getattr(torch, dtype))
         return clip
 

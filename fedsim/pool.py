@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedsim.cluster import Sizing, nodes_of, on, plan, session, sizes_of
-from fedsim.errors import InputError, Stopped
+from fedsim.cluster import Sizing, blind, bundles, here, nodes_of, on, plan, session, sizes_of
+from fedsim.errors import InputError, Stopped, listing
 
 Progress = Callable[["Event"], None]
 QUEUED = 2  # calls given to an actor: one that runs, one that waits, so that it never idles on the driver
@@ -41,9 +42,29 @@ class Pool(ABC):
 
     Attributes:
         sizes: what they have, such as "2 actors of 1 CPU on 1 node".
+        staff: the factory of the workers and what it is given.
     """
 
     sizes: str
+    staff: tuple = ()
+
+    def employ(self, factory: type, *args: Any) -> None:
+        """From here on `factory(*args, device)` answers; the workers that are there, where they are just that.
+
+        Processes stay: a new worker costs its own making, not the start of Python and torch.
+        """
+        staff = factory, *args
+        if len(staff) != len(self.staff) or any(a is not b for a, b in zip(staff, self.staff, strict=True)):
+            self.staff = staff
+            self._renew()
+
+    @abstractmethod
+    def _renew(self) -> None:
+        """What is to be done when the staff is another."""
+
+    @abstractmethod
+    def check_sees(self, folder: Path) -> None:
+        """Raises InputError where a worker's machine does not see a folder of this one's; names the machines."""
 
     @abstractmethod
     def map(self, name: str, items: Sequence[Any], *shared: Any) -> Iterator[Any]:
@@ -61,19 +82,33 @@ class Pool(ABC):
 
 def open_pool(sizing: Sizing, jobs: int, factory: type, *args: Any) -> Pool:
     """A pool of `factory(*args, device)` workers, of use for at most `jobs` calls at a time."""
-    return _InProcess(sizing, factory, args) if sizing.actors == 0 else _Actors(sizing, jobs, factory, args)
+    pool = _InProcess(sizing) if sizing.actors == 0 else _Actors(sizing, jobs)
+    try:
+        pool.employ(factory, *args)
+    except BaseException:
+        pool.close()
+        raise
+    return pool
 
 
 class _InProcess(Pool):
-    """One worker, here: for a debugger."""
+    """One worker, here: for a debugger, and where runs and not clients are side by side."""
 
     sizes = "in this process"
 
-    def __init__(self, sizing: Sizing, factory: type, args: tuple) -> None:
+    def __init__(self, sizing: Sizing) -> None:
         self.threads = torch.get_num_threads()
         torch.set_num_threads(sizing.threads_per_actor)  # as in every actor: sums then come out the same to the bit
         _keep_memory()
-        self.worker = factory(*args, "cpu")
+        self.gpus = sizing.gpus_per_actor or 0.0
+
+    def _renew(self):
+        factory, *args = self.staff
+        self.worker = None  # before the next one is made: memory may not hold both
+        self.worker = factory(*args, device_of(self.gpus))
+
+    def check_sees(self, folder):
+        pass
 
     def map(self, name, items, *shared):
         return (getattr(self.worker, name)(*shared, item) for item in items)
@@ -128,7 +163,7 @@ class _Call:
 class _Actors(Pool):
     """Workers on Ray actors, which come and go."""
 
-    def __init__(self, sizing: Sizing, jobs: int, factory: type, args: tuple) -> None:
+    def __init__(self, sizing: Sizing, jobs: int) -> None:
         import ray
 
         # How a call tells of its actor or node: it has ended, its answer with it, or there was no memory left.
@@ -136,19 +171,33 @@ class _Actors(Pool):
         self.ray = ray
         self.timeout_s = sizing.call_timeout_s
         self.longest: dict[str, float] = {}  # seconds from the start of a call to its answer, by name
-        placements = plan(sizing, jobs, nodes_of(ray, sizing))
+        nodes = nodes_of(ray, sizing)
+        self.spans = len(nodes) > 1  # several machines: they share no files, unless somebody says so
+        placements = bundles(ray) if sizing.grouped else plan(sizing, jobs, nodes)
         self.sizes = sizes_of(placements, sizing.threads_per_actor)
-        # Kept: a restarted actor is made from these references again, which must then still be alive.
-        self.args = [ray.put(arg) for arg in args]
+        self.post = 0, []
         actor = ray.remote(max_restarts=-1, max_task_retries=0)(_Worker)
         self.seats = []
         for place in placements:
-            # Soft: when the node is lost, its actors start again elsewhere, if there is room.
-            where = {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus, "scheduling_strategy": on(place.node)}
-            made = actor.options(**where).remote(factory, sizing.threads_per_actor, place.num_gpus, *self.args)
-            self.seats.append(_Seat(made))
+            where = {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus, "scheduling_strategy": place.strategy()}
+            self.seats.append(_Seat(actor.options(**where).remote(sizing.threads_per_actor, place.num_gpus)))
             self.seats[-1].bench(inf)  # Ray starts it when it has room; many take minutes
         self.placed = False
+
+    def _renew(self):
+        # By reference with every call: an actor that has restarted knows nothing of earlier ones. On another machine
+        # an argument has what it carries with it, once for all actors there.
+        number, _ = self.post
+        carried = [arg.carried() if self.spans and hasattr(arg, "carried") else arg for arg in self.staff]
+        self.post = number + 1, [self.ray.put(arg) for arg in carried]
+        self.longest.clear()
+
+    def check_sees(self, folder):
+        if self.spans and (names := blind(self.ray, folder)):
+            raise InputError(
+                f"{folder} is not seen by {listing(names)}; clients keep something to themselves here, which wants a "
+                "--out on a file system that all machines of the cluster share"
+            )
 
     def map(self, name, items, *shared):
         work = _Work(self, name, items, [self.ray.put(value) for value in shared])  # once for all calls
@@ -256,7 +305,7 @@ class _Work:
                 if (seat := self.pool.idle(weight)) is None:
                     return
                 call = _Call(index, seat, weight)
-                ref = seat.actor.call.remote(self.name, *self.shared, self.items[index])
+                ref = seat.actor.call.remote(self.pool.post, self.name, *self.shared, self.items[index])
                 self.running[ref] = seat.calls[ref] = call
                 self._start(seat)
             heappop(self.todo)
@@ -313,27 +362,44 @@ class _Work:
 class _Worker:
     """The actor around a worker."""
 
-    def __init__(self, factory: type, threads: int, gpus: float, *args: Any) -> None:
+    def __init__(self, threads: int, gpus: float) -> None:
         torch.set_num_threads(threads)
         _keep_memory()
-        self.gpus = gpus
-        # Asked of torch and not of Ray: an actor without a GPU sees all of them, and one may be only logical.
-        device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
-        if device == "cuda" and gpus < 1:  # or one that takes too much would end the others on its GPU
-            torch.cuda.set_per_process_memory_fraction(gpus)
-        self.worker = factory(*args, device)
+        self.gpus, self.number, self.worker = gpus, 0, None
 
     def ping(self) -> None:
         pass
 
-    def call(self, name: str, *args: Any) -> Any:
+    def call(self, post: tuple[int, list], name: str, *args: Any) -> Any:
+        """Args: post: the number of the staff, and references to its factory and arguments."""
         try:
+            if post[0] != self.number:
+                self._join(*post)
             return getattr(self.worker, name)(*args)
         except torch.OutOfMemoryError:
             raise InputError(
                 f"this does not fit into the {self.gpus:g} of a GPU that an actor has; take a larger --gpus-per-actor, "
                 "a smaller --method.batch, or a smaller backbone"
             ) from None
+
+    def _join(self, number: int, refs: list) -> None:
+        import ray
+
+        self.worker = None  # before the next one is made: memory may not hold both
+        factory, *args = ray.get(refs)
+        self.worker, self.number = factory(*args, device_of(self.gpus)), number
+
+
+def device_of(gpus: float) -> str:
+    """Where a worker with a share of a GPU computes.
+
+    Asked of torch and not of Ray: an actor without a GPU sees all of them, and one may be only logical.
+    """
+    if not gpus or not torch.cuda.is_available():
+        return "cpu"
+    if gpus < 1:  # or one that takes too much would end the others on its GPU
+        torch.cuda.set_per_process_memory_fraction(gpus)
+    return "cuda"
 
 
 def _keep_memory() -> None:
@@ -365,8 +431,9 @@ def drive(work: Callable[..., Any], args: tuple, address: str | None, progress: 
         # No CPU of its own: a pool that owns every CPU would starve it. One thread works, the other tells. On this
         # machine, where the folder of the run was checked, and whose loss would end it in any case; Ray puts an actor
         # that takes nothing on a node by chance, unless it must be here.
-        here = on(ray.get_runtime_context().get_node_id(), soft=False)
-        driver = ray.remote(num_cpus=0, max_concurrency=2, scheduling_strategy=here)(_Driver).remote()
+        driver = ray.remote(num_cpus=0, max_concurrency=2, scheduling_strategy=on(here(ray), soft=False))(
+            _Driver
+        ).remote()
         result = driver.run.remote(work, args)
         try:
             while not ray.wait([result], timeout=0.2)[0]:

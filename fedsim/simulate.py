@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,14 +18,14 @@ from filelock import FileLock, Timeout
 
 from fedsim.checkpoint import load_checkpoint, refuse_another, save_checkpoint, write_safetensors
 from fedsim.clients import Population, held_out_ids, make_clients, sample_cohort
-from fedsim.clip import EMBEDDED, Clip, Weights, find_weights, width_of
+from fedsim.clip import EMBEDDED, Clip, Frozen, Weights, find_weights, width_of
 from fedsim.cluster import Sizing, check_reachable
 from fedsim.config import EXECUTION, Config, read_yaml
 from fedsim.cost import flops_of
 from fedsim.datasets import Features, Images, Labelled
 from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError, Stopped
-from fedsim.evaluate import Counts, merge
+from fedsim.evaluate import SPLITS, Counts, merge
 from fedsim.features import encode, feature_file, keep
 from fedsim.local import Task, Trainer, backbone_of, start, with_towers
 from fedsim.methods import Backbone, Method
@@ -42,6 +42,8 @@ from fedsim.servers import NOTE, ServerState, add_up, advance, kept_past
 from fedsim.servers.fedavg import FedAvg
 
 CHUNKS, LARGEST_CHUNK = 16, 64  # of a cohort; and clients: enough to outweigh a call, few enough to do again
+DATA = "dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prompt", "augment", "cache_dir"
+DEALT = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes"
 JUDGED = -1  # in the place of a round: who is judged is drawn once
 
 
@@ -66,10 +68,12 @@ class Experiment:
     """A config that has been checked, and what was found while checking.
 
     Attributes:
-        source: the data set as it was loaded, unreadable images left out.
+        source: the data set as it was loaded, unreadable images left out; features once it is `encoded`.
         weights: the backbone's; None for features of one's own.
         clients: training clients first, then one per held-out domain.
         done: the report, where the folder holds a finished run.
+        frozen: CLIP itself, once it is `encoded` for a method that trains through its towers.
+        splits: the rows to judge by; with ("val",) test rows are not read, and held-out domains not judged.
     """
 
     config: Config
@@ -79,103 +83,134 @@ class Experiment:
     weights: Weights | None
     clients: Population
     done: Report | None
+    frozen: Frozen | None = None
+    splits: tuple[str, ...] = SPLITS
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the report, as plain values; judged by other rows it is another one."""
+        return self.config.experiment() | ({} if self.splits == SPLITS else {"splits": list(self.splits)})
 
 
-def prepare(config: Config) -> Experiment:
-    """Checks all that can be checked before anything is started or written."""
+def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, ...] = SPLITS) -> Experiment:
+    """Checks all that can be checked before anything is started or written.
+
+    Args:
+        like: of the same data, which are then not loaded again; nor are clients made anew who would be the same.
+    """
     folder = config.folder().absolute()
     _check_folder(folder, config)
     check_reachable(config.address)
     config.server.fit(config.method)  # refuses what the rule cannot train
     if config.gpus_per_actor and config.address is None and not torch.cuda.is_available():
         raise InputError(f"--gpus-per-actor {config.gpus_per_actor:g}, but torch finds no GPU on this machine")
-    try:
-        source = config.dataset.load(config.data_dir)
-    except OSError as error:  # a folder that this user may not read, say
-        raise InputError(f"--data-dir cannot be read: {error.filename}: {error.strerror}") from None
-    _check_reads(config, source)
-    weights = None if isinstance(source, Features) else _weights(config)
-    if isinstance(source, Features) and (config.backbone or config.pretrained):
-        raise InputError("features of one's own have their encoder behind them; leave --backbone and --pretrained out")
-    skipped: list[str] = []
-    if isinstance(source, Images) and not feature_file(source, weights, config.cache_dir).exists():
-        source, skipped = _readable(source, config.skip_unreadable)
-    clients = _clients(config, source)
+    if like and not _agree(DATA, config, like.config):
+        like = None
+    experiment = like or _load(config)
+    _check_reads(experiment, config)
+    clients = like.clients if like and _agree(DEALT, config, like.config) else _clients(config, experiment.source)
+    _check_asked(config, clients)
     if config.method.batch < config.method.min_batch:
         least = config.method.min_batch
         raise InputError(f"--method.batch wants {least} or more with this method, not {config.method.batch}")
-    found = load_checkpoint(folder, config.experiment())
+    experiment = replace(experiment, config=config, folder=folder, clients=clients, splits=splits)
+    found = load_checkpoint(folder, experiment.identity())
     if not found:
-        _try_out(config, source, weights, clients)
-    if isinstance(source, Features) and not source.block:
-        source = keep(source, config.cache_dir)
+        _try_out(experiment)
+    if not like and isinstance(experiment.source, Features) and not experiment.source.block:
+        experiment = replace(experiment, source=keep(experiment.source, config.cache_dir))
     done = found[1] if found and found[0].round == config.rounds and (folder / "report.html").exists() else None
-    return Experiment(config, folder, source, skipped, weights, clients, done)
+    return replace(experiment, done=done)
 
 
 def simulate(experiment: Experiment, progress: Progress) -> Report:
     """Features, rounds, report: what the driver actor does."""
     config, folder = experiment.config, experiment.folder
-    sizing = Sizing(
-        config.actors,
-        config.gpus_per_actor,
-        config.gpu_gb_per_actor,
-        config.threads_per_actor,
-        config.call_timeout_s,
-    )
+    sizing = sizing_of(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder):
-            return _simulate(experiment, sizing, progress)
+        with alone_in(folder):
+            experiment = encoded(experiment, sizing, progress)
+            with open_pool(sizing, len(experiment.clients), *staff(experiment)) as pool:
+                progress(Event("workers", 0, 0, pool.sizes))
+                for report in rounds(experiment, pool):
+                    if len(report.rounds):
+                        progress(Event("training", len(report.rounds), config.rounds, _note(report)))
+            _write(report, folder)
+            return report
     except OSError as error:  # a disk is full, say; here, in an actor's hands, or under Parquet's
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[0]
         raise Stopped(f"{what}; once that is mended, the same command goes on from the last round") from None
 
 
-def _simulate(experiment: Experiment, sizing: Sizing, progress: Progress) -> Report:
-    config, folder, clients = experiment.config, experiment.folder, experiment.clients
-    features = _features(experiment, sizing, progress)
+def encoded(experiment: Experiment, sizing: Sizing, progress: Progress, methods: Iterable[Method] = ()) -> Experiment:
+    """The same with features for images; and whatever else its method reads, or any of some more methods."""
+    config, source = experiment.config, experiment.source
+    reads = {method.reads for method in (config.server.fit(config.method), *methods)}
+    if isinstance(source, Images):
+        what = config.prompt, config.cache_dir, sizing, progress
+        levels = sorted({one.image for one in reads})
+        each = [encode(source, experiment.weights, *what, level, config.augment) for level in levels]
+        source = replace(each[0], kept={level: file for one in each for level, file in one.kept.items()})
+    frozen = Clip(experiment.weights).frozen() if any(one.towers for one in reads) else None
+    return replace(experiment, source=source, frozen=experiment.frozen or frozen)
+
+
+def staff(experiment: Experiment) -> tuple:
+    """Who works on an encoded experiment, for `Pool.employ`."""
+    return Trainer, experiment.source, experiment.clients, experiment.frozen
+
+
+def rounds(experiment: Experiment, pool: Pool) -> Iterator[Report]:
+    """The report of an encoded experiment after each round, once that is in a checkpoint.
+
+    The first is that of round 0, or of the round where an earlier run ended. Always the same object, which grows.
+    """
+    config, folder, features, clients = experiment.config, experiment.folder, experiment.source, experiment.clients
     private = PrivateStore(folder / "private")
-    method = config.server.fit(config.method)
-    task = Task(method, config.server, config.seed, config.dtype, private, reference=config.chunk == 1)
-    clip = Clip(experiment.weights) if method.reads.towers else None
-    state, report = _resume(experiment, features) or _begin(experiment, features, task, clip)
+    task = Task(config.server.fit(config.method), config.server, config.seed, config.dtype, private, config.chunk == 1)
+    state, report = _resume(experiment) or _begin(experiment, task)
+    if len(state.private):
+        pool.check_sees(folder)
     # Not before: a folder would else be held by an experiment that the method or the rule has refused.
     write_text(folder / "config.yaml", to_yaml(config.plain()))
-    frozen = clip and clip.frozen()
-    del clip
-    with open_pool(sizing, len(clients), Trainer, features, clients, frozen) as pool:
-        progress(Event("workers", 0, 0, pool.sizes))
-        federation = _Federation(config, task, features, clients, pool, state.params)
-        if not report.parts:
-            report.add_zero_shot(federation.zero_shot())
-            report.add_scores(0, federation.evaluate(state))
-            save_checkpoint(folder, config.experiment(), state, report)
-        for turn in federation.turns(state.round):
-            began = time.perf_counter()
-            state, notes = federation.train(state, turn)
-            flops = _flops(report, notes, config.method)
-            report.add_round(turn, notes, federation.down, time.perf_counter() - began, flops)
-            if turn.round % config.evaluate_every == 0 or turn.round == config.rounds:
-                report.add_scores(turn.round, federation.evaluate(state))
-                if report.chosen_round == turn.round:
-                    report.adapter, report.private = state.params, state.private
-            save_checkpoint(folder, config.experiment(), state, report)
-            private.prune([state.private, report.private])
-            progress(Event("training", turn.round, config.rounds, _note(report)))
+    pool.employ(*staff(experiment))
+    federation = _Federation(config, task, features, clients, pool, state.params, experiment.splits)
+    if not report.parts:
+        report.add_zero_shot(federation.zero_shot())
+        report.add_scores(0, federation.evaluate(state))
+        save_checkpoint(folder, experiment.identity(), state, report)
+    yield report
+    for turn in federation.turns(state.round):
+        pool.employ(*staff(experiment))  # meanwhile, somebody else may have had the pool
+        began = time.perf_counter()
+        state, notes = federation.train(state, turn)
+        flops = _flops(report, notes, config.method)
+        report.add_round(turn, notes, federation.down, time.perf_counter() - began, flops)
+        if turn.round % config.evaluate_every == 0 or turn.round == config.rounds:
+            report.add_scores(turn.round, federation.evaluate(state))
+            if report.chosen_round == turn.round:
+                report.adapter, report.private = state.params, state.private
+        save_checkpoint(folder, experiment.identity(), state, report)
+        private.prune([state.private, report.private])
+        yield report
     private.prune([report.private])
-    _write(report, folder)
-    return report
 
 
 class _Federation:
     """The pool, and who is asked for what."""
 
     def __init__(
-        self, config: Config, task: Task, features: Features, clients: Population, pool: Pool, params: Params
+        self,
+        config: Config,
+        task: Task,
+        features: Features,
+        clients: Population,
+        pool: Pool,
+        params: Params,
+        splits: Sequence[str],
     ) -> None:
-        self.config, self.task, self.clients, self.pool = config, task, clients, pool
-        self.away = list(range(clients.trainers, len(clients)))
+        self.config, self.task, self.clients, self.pool, self.splits = config, task, clients, pool, splits
+        self.away = list(range(clients.trainers, len(clients))) if "test" in splits else []
         self.domains = held_out_ids(features, config.held_out)
         self.sent = list(task.of(params, "shared", "server"))
         shared = task.of(params, "shared")
@@ -217,12 +252,16 @@ class _Federation:
         ids = [*judged(self.config, self.clients), *([] if self.personal else self.away)]
         chunks = self._chunks([(client, self._written(state, client) * self.personal) for client in ids])
         also = self.away if self.personal else []
-        return merge(list(self.pool.map("evaluate", chunks, self.task, flatten(state.params), also, self.domains)))
+        return self._judged(chunks, self.task, state.params, also)
 
     def zero_shot(self) -> Counts:
         plain = Task(ZeroShot(), FedAvg(), self.task.seed, self.task.dtype)
         chunks = self._chunks([(client, 0) for client in [*judged(self.config, self.clients), *self.away]])
-        return merge(list(self.pool.map("evaluate", chunks, plain, flatten({}), [], self.domains)))
+        return self._judged(chunks, plain, {}, [])
+
+    def _judged(self, chunks: list, task: Task, params: Params, also: list[int]) -> Counts:
+        what = task, flatten(params), also, self.domains, self.splits
+        return merge(self.pool.map("evaluate", chunks, *what))
 
     def _train_rows(self, clients: Sequence[int]) -> np.ndarray:
         for client in clients:
@@ -242,9 +281,29 @@ class _Federation:
         return [clients[first:last] for first, last in pairwise(ends)]  # as even as can be, for nobody to wait long
 
 
-def _check_reads(config: Config, source: Images | Features) -> None:
+def _load(config: Config) -> Experiment:
+    """The data, and the weights to encode them with; clients are still nobody."""
+    try:
+        source = config.dataset.load(config.data_dir)
+    except OSError as error:  # a folder that this user may not read, say
+        raise InputError(f"--data-dir cannot be read: {error.filename}: {error.strerror}") from None
+    skipped: list[str] = []
+    if isinstance(source, Features):
+        if config.backbone or config.pretrained:
+            raise InputError(
+                "features of one's own have their encoder behind them; leave --backbone and --pretrained out"
+            )
+        weights = None
+    else:
+        weights = _weights(config)
+        if not feature_file(source, weights, config.cache_dir).exists():
+            source, skipped = _readable(source, config.skip_unreadable)
+    return Experiment(config, Path(), source, skipped, weights, Population([], []), None)
+
+
+def _check_reads(experiment: Experiment, config: Config) -> None:
     """What a method reads of images must be there to be read."""
-    if isinstance(source, Images):
+    if experiment.weights:
         return
     method = config.server.fit(config.method)
     if method.reads.towers or method.reads.image != "features":
@@ -256,16 +315,28 @@ def _check_reads(config: Config, source: Images | Features) -> None:
         raise InputError(f"--augment {config.augment} wants a data set of images; these are features")
 
 
-def _try_out(config: Config, source: Images | Features, weights: Weights | None, clients: Population) -> None:
+def _try_out(experiment: Experiment) -> None:
     """Builds what is to be trained, on texts of no meaning: what does not fit is said before anything is computed."""
+    config, weights, source = experiment.config, experiment.weights, experiment.source
     method = config.server.fit(config.method)
-    clip = Clip(weights) if method.reads.towers else None
+    clip = _clip_of(experiment, method)
     if clip and method.reads.image == "tokens":
         clip.check_tokens()
     width = width_of(weights) if weights else source.x.shape[1]
     texts = Backbone(torch.eye(len(source.classes), width), 1.0, source.classes, config.prompt)
     backbone = with_towers(texts, method.reads, clip)
-    start(Task(method, config.server, config.seed), backbone, config.cohort or clients.trainers)
+    start(Task(method, config.server, config.seed), backbone, config.cohort or experiment.clients.trainers)
+
+
+def _clip_of(experiment: Experiment, method: Method) -> Clip | None:
+    """CLIP itself, where a method trains through its towers."""
+    if not method.reads.towers:
+        return None
+    return experiment.frozen.open() if experiment.frozen else Clip(experiment.weights)
+
+
+def _agree(fields: Iterable[str], config: Config, other: Config) -> bool:
+    return all(getattr(config, name) == getattr(other, name) for name in fields)
 
 
 def _reading(method: Method) -> str:
@@ -273,7 +344,12 @@ def _reading(method: Method) -> str:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
+    """Holds a folder for as long as it lasts.
+
+    Raises:
+        InputError: another process has it.
+    """
     try:
         with FileLock(folder / ".lock", timeout=0):
             yield
@@ -318,7 +394,7 @@ def _readable(images: Images, skip: bool) -> tuple[Images, list[str]]:
 
 
 def _clients(config: Config, rows: Labelled) -> Population:
-    clients = make_clients(
+    return make_clients(
         rows,
         config.partition,
         config.clients,
@@ -328,11 +404,14 @@ def _clients(config: Config, rows: Labelled) -> Population:
         shots=config.shots,
         new_classes=config.new_classes,
     )
+
+
+def _check_asked(config: Config, clients: Population) -> None:
+    """Nobody can be asked who is not there."""
     for what, asked in {"a cohort": config.cohort, "eval_clients": config.eval_clients}.items():
         if asked and asked > clients.trainers:
             raise InputError(f"{what} of {asked} from {clients.trainers} clients; at most all of them can train")
     check(config, clients.trainers)
-    return clients
 
 
 def judged(config: Config, clients: Population) -> list[int]:
@@ -340,24 +419,27 @@ def judged(config: Config, clients: Population) -> list[int]:
     return sample_cohort(clients.trainers, config.eval_clients, config.partition_seed, JUDGED)
 
 
-def _features(experiment: Experiment, sizing: Sizing, progress: Progress) -> Features:
-    config, source = experiment.config, experiment.source
-    if isinstance(source, Features):
-        return source
-    level = config.server.fit(config.method).reads.image
-    what = config.prompt, config.cache_dir, sizing, progress, level, config.augment
-    return encode(source, experiment.weights, *what)
+def sizing_of(config: Config) -> Sizing:
+    """What the pool of a run may use."""
+    return Sizing(
+        config.actors,
+        config.gpus_per_actor,
+        config.gpu_gb_per_actor,
+        config.threads_per_actor,
+        config.call_timeout_s,
+    )
 
 
-def _resume(experiment: Experiment, features: Features) -> tuple[ServerState, Report] | None:
-    found = load_checkpoint(experiment.folder, experiment.config.experiment())
-    if found and found[1].facts["features"] != _identity(features):
+def _resume(experiment: Experiment) -> tuple[ServerState, Report] | None:
+    found = load_checkpoint(experiment.folder, experiment.identity())
+    if found and found[1].facts["features"] != _identity(experiment.source):
         raise InputError(f"the images or weights behind {experiment.folder} have changed; give another --out")
     return found
 
 
-def _begin(experiment: Experiment, features: Features, task: Task, clip: Clip | None) -> tuple[ServerState, Report]:
-    backbone = backbone_of(features, reads=task.method.reads, clip=clip)
+def _begin(experiment: Experiment, task: Task) -> tuple[ServerState, Report]:
+    features = experiment.source
+    backbone = backbone_of(features, reads=task.method.reads, clip=_clip_of(experiment, task.method))
     params = start(task, backbone, experiment.config.cohort or experiment.clients.trainers)
     sample = numpy_rng(task.seed, "flops").permutation(experiment.clients[0].train)[: task.method.batch]
     per_step, per_row = flops_of(task, backbone, features, sample)

@@ -237,14 +237,12 @@ def test_what_is_too_large_for_an_actors_share_of_a_gpu_is_said_in_one_sentence(
     # torch raises the same error on a GPU; no device is needed to see what becomes of it.
     from fedsim.pool import _Worker
 
-    worker = _Worker(_Greedy, 1, 0.25)
+    worker = _Worker(1, 0.25)
+    worker.worker = _Greedy()
     with pytest.raises(InputError, match=r"does not fit into the 0\.25 of a GPU that an actor has; take a larger"):
-        worker.call("take")
+        worker.call((0, []), "take")
 
 
 class _Greedy:
-    def __init__(self, device):
-        pass
-
     def take(self):
         raise torch.OutOfMemoryError

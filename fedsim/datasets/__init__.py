@@ -109,7 +109,8 @@ def fault(error: Exception) -> str:
 class Features(Labelled):
     """What a frozen image tower says of N images, and its text tower of C classes.
 
-    Pickled, it carries the path of its rows and not the rows: each process maps the file for itself.
+    Pickled, it has the path of its rows and not the rows: each process maps the file for itself. `carried` has the rows
+    with it, for machines that do not see the file.
 
     Attributes:
         file: Arrow IPC file that holds `x`; None while the rows are only in memory, or made on demand.
@@ -120,6 +121,7 @@ class Features(Labelled):
         augment: augmented views that are kept of each image.
         kept: by level of `sites.IMAGE_LEVELS`, a file of what else is kept of the images, in (1 + augment) views:
             (views * N, ...), all images of a view one after the other.
+        aboard: by level, what is in these files.
     """
 
     file: Path | None
@@ -129,6 +131,13 @@ class Features(Labelled):
     prompt: str = "{}"
     augment: int = 0
     kept: dict[str, Path] = field(default_factory=dict)
+    aboard: dict[str, np.ndarray] | None = None
+
+    def carried(self) -> "Features":
+        """The same with all rows aboard: Ray's object store has them once on each machine, for all processes there."""
+        if self.block:
+            return self
+        return replace(self, aboard={level: np.asarray(_mapped(file)) for level, file in self.kept.items()})
 
     def take(self, level: str, rows: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
         """What is kept of n rows at a level, (n, ...); a copy.
@@ -138,17 +147,18 @@ class Features(Labelled):
         """
         if level not in self.kept:
             return self.x[rows]
-        return _mapped(self.kept[level])[rows if views is None else rows + views * len(self)]
+        kept = _mapped(self.kept[level]) if self.aboard is None else self.aboard[level]
+        return kept[rows if views is None else rows + views * len(self)]
 
     def __getstate__(self) -> dict:
-        if self.block:
+        if self.block or self.aboard is not None:
             return self.__dict__
         if self.file is None:
             raise TypeError("features that are not in a file yet cannot be sent to another process")
         return {**self.__dict__, "x": None}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state if state["block"] else state | {"x": map_matrix(state["file"])})
+        self.__dict__.update(state if state["x"] is not None else state | {"x": map_matrix(state["file"])})
 
 
 def write_matrix(file: Path, x: np.ndarray) -> None:
