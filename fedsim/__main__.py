@@ -21,39 +21,98 @@ from fedsim.clip import EMBEDDED
 from fedsim.config import Config, merged, read_yaml
 from fedsim.errors import InputError, Stopped, listing
 from fedsim.registry import KINDS, available, find
+from fedsim.watch import Telling, code_of, detach, read_status, sentence_of, stop, watch
 
-COMMANDS = ("run", "compare")
-USAGE = "fedsim run [FLAGS]   or   fedsim compare RUN RUN ... [--out DIR];  --help after either tells more"
+DETACH = "--detach"
+USAGE = """\
+fedsim run [FLAGS]                    one experiment
+fedsim sweep [FLAGS]                  a search over hyperparameters
+fedsim compare RUN RUN ... [--out D]  finished runs side by side
+fedsim watch FOLDER                   a run or sweep that another process is doing, to its end
+fedsim stop FOLDER                    interrupts it; the same command goes on from there
+--help after any of them tells more"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for bad input, 1 for a run that was stopped, 130 for one that was interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    commands = {
+        "run": run_command,
+        "sweep": sweep_command,
+        "compare": compare_command,
+        "watch": watch_command,
+        "stop": stop_command,
+    }
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(USAGE)
             return 0
-        if argv[0] not in COMMANDS:
-            raise InputError(f"no command {argv[0]!r}; there are: {listing(COMMANDS)}")
-        return run_command(argv[1:]) if argv[0] == "run" else compare_command(argv[1:])
-    except (InputError, Stopped) as error:
-        print(f"fedsim: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt:
-        print("\nfedsim: interrupted; the same command goes on from the last round", file=sys.stderr)
-        return 130
+        if argv[0] not in commands:
+            raise InputError(f"no command {argv[0]!r}; there are: {listing(commands)}")
+        return commands[argv[0]](argv[1:])
+    except (InputError, Stopped, KeyboardInterrupt) as error:
+        print(f"fedsim: {sentence_of(error)}", file=sys.stderr)
+        return code_of(error)
 
 
 def run_command(argv: list[str]) -> int:
     """fedsim run: one experiment, with its progress and a small table at the end."""
-    config, origin = parse_run(argv)
-    from fedsim.simulate import run
+    config, origin = parse_run([word for word in argv if word != DETACH])
+    from fedsim.simulate import prepare, run
 
+    console = Console(record=True)
+    folder = config.folder()
+    console.print(f"{origin}\n-> {folder}", highlight=False)
+    if DETACH in argv:
+        prepare(config)  # what is refused is said here
+        return _let_go(console, folder, ["run", *argv])
+    with _bars(console) as bars, Telling(folder, _on(bars)) as telling:
+        report = run(config, telling.progress)
+        bars.stop()
+        console.export_text()  # what was said so far
+        _show(console, report, folder)
+        telling.said = console.export_text()
+    return 0
+
+
+def sweep_command(argv: list[str]) -> int:
+    """fedsim sweep: a search over hyperparameters."""
+    from tune.command import sweep_command
+
+    return sweep_command(argv)
+
+
+def watch_command(argv: list[str]) -> int:
+    """fedsim watch: a run or a sweep of another process, until it ends; its exit code."""
     console = Console()
-    console.print(f"{origin}\n-> {config.folder()}", highlight=False)
+    folder = _folder("watch", "Show how a run or sweep is getting on, until it ends; to leave does not end it.", argv)
     with _bars(console) as bars:
-        report = run(config, _on(bars))
-    _show(console, report, config.folder())
+        ended = watch(folder, _on(bars))
+    if ended["code"]:
+        print(f"fedsim: {ended['said']}", file=sys.stderr)
+    else:
+        console.print(ended["said"], highlight=False, markup=False, end="")
+    return ended["code"]
+
+
+def stop_command(argv: list[str]) -> int:
+    """fedsim stop: interrupts a run or a sweep of another process."""
+    stop(_folder("stop", "Interrupt a run or sweep, as Ctrl-C would.", argv))
+    return 0
+
+
+def _folder(command: str, about: str, argv: list[str]) -> Path:
+    parser = _Parser(prog=f"fedsim {command}", description=about, allow_abbrev=False)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="its --out, as it was said when it started")
+    return parser.parse_args(argv).folder
+
+
+def _let_go(console: Console, folder: Path, argv: list[str]) -> int:
+    """Has another process do a command, which then needs this terminal no more."""
+    detach(folder, [word for word in argv if word != DETACH])
+    pid, host = (read_status(folder)[name] for name in ("pid", "host"))
+    console.print(f"goes on in process {pid} on {host}", highlight=False)
+    console.print(f"  fedsim watch {folder}\n  fedsim stop {folder}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -106,6 +165,7 @@ def run_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of these fields, or the name of an embedded one")
+    parser.add_argument(DETACH, action="store_true", help="go on without this terminal; fedsim watch picks it up again")
     for name, field in Config.model_fields.items():
         switch = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
         about = f"{field.description} (default: {_default(field)}{_range(field)})"

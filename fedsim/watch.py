@@ -1,0 +1,180 @@
+"""Runs that outlive their terminal: how far one has come stands in a file beside it, for whoever wants to look.
+
+A process of its own session does the work; nothing of it hangs on the terminal, or on Ray, which may be a cluster that
+is joined or a private one. `status.json` is written whole or not at all; a lock that the process holds until its end
+tells whether it is alive.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fedsim.errors import InputError, Stopped
+from fedsim.pool import Event, Progress
+from fedsim.report import write_text
+
+STATUS, LOG = "status.json", "run.log"
+PATIENCE_S = 0.3  # between two looks
+INTERRUPTED = "interrupted; the same command goes on from the last round"
+# Whoever starts a process in the background may have it ignore what `stop` sends.
+CHILD = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from fedsim.__main__ import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+class Telling:
+    """Writes what comes of a run to its folder, from the first event on; used as a context.
+
+    Before that nothing is written, since a run may still be refused; nor while another process has the folder.
+
+    Attributes:
+        said: what the run has said at its end, for those who come later.
+    """
+
+    def __init__(self, folder: Path, show: Progress) -> None:
+        self.folder, self.show, self.said = folder, show, ""
+        self.lock: FileLock | None = None
+        self.events: dict[str, dict[str, Any]] = {}
+        self.about = {"pid": os.getpid(), "host": socket.gethostname(), "began": time.time()}
+
+    def progress(self, event: Event) -> None:
+        self.show(event)
+        self.events[event.stage] = asdict(event)
+        self._write(None)
+
+    def __enter__(self) -> "Telling":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        code, said = (0, self.said) if error is None else (code_of(error), sentence_of(error))
+        self._write({"code": code, "said": said})
+        if self.lock:
+            self.lock.release()
+
+    def _write(self, ended: dict[str, Any] | None) -> None:
+        if self.folder.is_dir() and (self.lock or self._take()):
+            status = self.about | {"events": list(self.events.values()), "ended": ended}
+            write_text(self.folder / STATUS, json.dumps(status))
+
+    def _take(self) -> bool:
+        self.lock = _held(self.folder, PATIENCE_S)  # somebody who only looks has it for no time
+        return self.lock is not None
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of a command that ended so: 2 for bad input, 130 for an interrupt, 1 for anything else."""
+    return 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def sentence_of(error: BaseException) -> str:
+    """What a user is told of it."""
+    if isinstance(error, InputError | Stopped):
+        return " ".join(str(error).split())
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+
+
+def detach(folder: Path, argv: Sequence[str]) -> None:
+    """Starts `fedsim ARGV` in a process that needs no terminal, and returns once it is under way or has ended.
+
+    Raises:
+        InputError, Stopped: it has ended, with what it said.
+    """
+    if _alive(folder):
+        raise InputError(f"another process is running in {folder}; fedsim watch {folder} shows it")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STATUS).unlink(missing_ok=True)
+    with (folder / LOG).open("w") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    while not (folder / STATUS).exists() and child.poll() is None:
+        time.sleep(PATIENCE_S)
+    if child.poll():
+        last = (folder / LOG).read_text().strip().splitlines()[-1:] or [f"it ended with code {child.returncode}"]
+        raise (InputError if child.returncode == 2 else Stopped)(last[0].removeprefix("fedsim: "))
+
+
+def watch(folder: Path, show: Progress) -> dict[str, Any]:
+    """Shows the events of the run in a folder until it ends; returns its exit `code` and what it `said`.
+
+    Raises:
+        InputError: there is no such run.
+        Stopped: it has died without a word.
+    """
+    shown: dict[str, dict] = {}
+    while True:
+        alive = _alive(folder)  # before the look at what it wrote: it may end in between
+        status = read_status(folder)
+        for event in status["events"]:
+            if shown.get(event["stage"]) != event:
+                shown[event["stage"]] = event
+                show(Event(**event))
+        if status["ended"]:
+            return status["ended"]
+        if not alive and status["host"] == socket.gethostname():
+            raise Stopped(f"the process that ran in {folder} is gone; the same command goes on from the last round")
+        time.sleep(PATIENCE_S)
+
+
+def stop(folder: Path) -> None:
+    """Interrupts the run in a folder, as Ctrl-C would, and waits for its end.
+
+    Raises:
+        InputError: nobody runs there, or on another machine.
+    """
+    status = read_status(folder)
+    if status["host"] != socket.gethostname():
+        raise InputError(f"{folder} is run by a process on {status['host']}; stop it there")
+    if not _alive(folder):
+        raise InputError(f"nobody runs in {folder}")
+    os.kill(status["pid"], signal.SIGINT)
+    while _alive(folder):
+        time.sleep(PATIENCE_S)
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What `Telling` wrote last.
+
+    Raises:
+        InputError: nothing is there; the message lists the runs that are below the folder.
+    """
+    try:
+        return json.loads((folder / STATUS).read_text())
+    except OSError:
+        below = sorted(str(file.parent) for file in folder.glob(f"*/{STATUS}"))
+        more = f"; below it are {', '.join(below[:12])}" if below else ""
+        raise InputError(f"no command of fedsim has run in {folder}{more}") from None
+    except ValueError as error:
+        raise InputError(f"{folder / STATUS} is no status of a run ({error})") from None
+
+
+def _alive(folder: Path) -> bool:
+    lock = _held(folder) if folder.is_dir() else None
+    if lock:
+        lock.release()
+    return folder.is_dir() and lock is None
+
+
+def _held(folder: Path, patience_s: float = 0) -> FileLock | None:
+    """The lock of a process that runs in a folder; None where another one has it, or it is somebody else's folder."""
+    lock = FileLock(folder / ".running.lock")
+    try:
+        lock.acquire(timeout=patience_s)
+    except (Timeout, PermissionError):
+        return None
+    return lock
