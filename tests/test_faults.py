@@ -1,6 +1,7 @@
 """Faults are caused, not mocked: actors stopped, slow or killed in a call, a machine lost in a run, Ctrl-C."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -21,6 +22,19 @@ from fedsim.pool import open_pool
 ITEMS = range(12)
 SQUARES = [item * item for item in ITEMS]
 SOON = 1.0  # seconds a call may run: short for a test, long for a square
+
+
+class Tripler:
+    """Another worker."""
+
+    def __init__(self, device: str) -> None:
+        pass
+
+    def square(self, item: int) -> int:
+        return 3 * item
+
+    def home(self, item: int) -> tuple[int, int]:
+        return os.getppid(), os.getpid()
 
 
 class Squarer:
@@ -165,6 +179,69 @@ def test_a_pool_closes_over_a_stopped_actor(joined, folder):
         os.kill(int((folder / "here").read_text()), signal.SIGSTOP)
     with open_pool(Sizing(actors=1), 1, Squarer, folder) as pool:
         assert squares(pool) == SQUARES
+
+
+def test_actors_change_what_they_do_and_stay_the_same_processes_even_after_one_was_killed(joined, folder):
+    with open_pool(Sizing(actors=2), 2, Squarer, folder) as pool:
+        before = homes(pool, 2)
+        pool.employ(Tripler)
+        assert squares(pool) == [3 * item for item in ITEMS]
+        assert homes(pool, 2) == before
+        lost = min(before)
+        os.kill(lost, signal.SIGKILL)  # the one that takes its place has never heard of a change
+        assert squares(pool) == [3 * item for item in ITEMS]
+        assert len(homes(pool, 2, {lost})) == 2
+        pool.employ(Squarer, folder)
+        assert squares(pool) == SQUARES
+
+
+def test_a_pool_in_a_placement_group_takes_the_bundles_after_the_first(joined, folder):
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = ray.util.placement_group([{"CPU": 0.5}, {"CPU": 1}, {"CPU": 1}])
+
+    @ray.remote(num_cpus=0.5)
+    def inside():
+        with open_pool(Sizing(grouped=True), 99, Squarer, folder) as pool:
+            answers = squares(pool)
+            return pool.sizes, answers, ray.available_resources()["CPU"], len(homes(pool, 2))
+
+    where = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+    sizes, answers, free, actors = ray.get(inside.options(scheduling_strategy=where).remote())
+    ray.util.remove_placement_group(group)
+    assert (sizes, answers, actors) == ("2 actors of 1 CPU in a placement group", SQUARES, 2)
+    assert free == 4 - 2.5  # what the group has, and no more
+
+
+def test_another_ray_on_the_cluster_is_said_in_one_sentence(cluster, features_dir, tmp_path):
+    there = f"Ray {ray_version()} on Python {platform.python_version()}"
+    argv = ["run", "--dataset=features", f"--data-dir={features_dir}", f"--address={cluster.address}"]
+    program = (
+        "import sys, ray; ray.__version__ = '2.0.1'; from fedsim.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, *argv, f"--out={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"fedsim: the cluster at {cluster.address} runs {there}, this process Ray 2.0.1 on Python "
+        f"{platform.python_version()}; Ray wants the same on both\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def ray_version() -> str:
+    import ray
+
+    return ray.__version__
+
+
+def test_a_folder_on_a_disk_that_all_machines_have_is_seen_by_all(joined, tmp_path):
+    node = joined.add_node(num_cpus=1)  # tests/test_cluster.py has machines that do not share a disk
+    with open_pool(Sizing(actors=1), 1, Tripler) as pool:
+        assert pool.spans
+        pool.check_sees(tmp_path)
+    joined.remove_node(node)
 
 
 def test_an_actor_of_a_lost_machine_comes_back_on_another(joined, folder):

@@ -1,6 +1,7 @@
 """Images through the real open_clip, into one file, once."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -66,6 +67,22 @@ def test_two_actors_write_the_same_file_as_this_process(images, weights, feature
     finally:
         ray.shutdown()
     assert theirs.file.read_bytes() == features.file.read_bytes()
+
+
+def test_carried_features_need_no_file_at_any_level_and_their_rows_are_read_where_they_lie(images, weights, tmp_path):
+    few = images.take(np.arange(4))
+    there = encode(few, weights, "a picture of a {}", tmp_path, Sizing(actors=0), quiet, "pixels", augment=1)
+    rows, views = np.array([3, 1]), np.array([0, 1])
+    expected = there.x[rows], there.take("pixels", rows), there.take("pixels", rows, views)
+    buffers = []
+    sent = pickle.dumps(there.carried(), protocol=5, buffer_callback=buffers.append)
+    assert len(sent) < there.kept["pixels"].stat().st_size  # the rows are beside it, in buffers that can be shared
+    for file in (there.file, there.kept["pixels"]):
+        file.unlink()
+    came = pickle.loads(sent, buffers=[memoryview(buffer).toreadonly() for buffer in buffers])
+    found = came.x[rows], came.take("pixels", rows), came.take("pixels", rows, views)
+    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+    assert not came.x.flags.writeable
 
 
 def test_a_killed_encoding_goes_on_where_it_stopped(images, weights, features, tmp_path):
