@@ -21,6 +21,7 @@ from fedsim.clip import EMBEDDED
 from fedsim.config import Config, merged, read_yaml
 from fedsim.errors import InputError, Stopped, listing
 from fedsim.registry import KINDS, available, find
+from fedsim.search import search_of
 from fedsim.watch import Telling, code_of, detach, read_status, sentence_of, stop, watch
 
 DETACH = "--detach"
@@ -168,7 +169,7 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument(DETACH, action="store_true", help="go on without this terminal; fedsim watch picks it up again")
     for name, field in Config.model_fields.items():
         switch = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-        about = f"{field.description} (default: {_default(field)}{_range(field)})"
+        about = f"{field.description} (default: {_default(field)}{_range(Config, name)})"
         parser.add_argument(_flag(name), dest=name, metavar=_metavar(name), help=about.replace("%", "%%"), **switch)
     for kind in KINDS:
         fields = {field for name in available(kind) for field in find(kind, name).__pydantic_fields__}
@@ -188,7 +189,7 @@ def describe_components() -> str:
             lines.append(f"  {name}  {(component.__doc__ or '').strip().splitlines()[0]}")
             lines.append(f"      source: {' '.join(source.split())}")
             for field, about in component.__pydantic_fields__.items():
-                lines.append(f"      --{kind}.{field} {_default(about)}{_range(about)}: {about.description}")
+                lines.append(f"      --{kind}.{field} {_default(about)}{_range(component, field)}: {about.description}")
         lines.append("")
     return "\n".join(lines)
 
@@ -218,8 +219,9 @@ def _default(field: FieldInfo) -> str:
     return "none" if value in (None, ()) else str(value)
 
 
-def _range(field: FieldInfo) -> str:
-    """`, > 0, < 1` or `, one of adam, sgd`, as the field itself declares it."""
+def _range(owner: type, name: str) -> str:
+    """`, > 0, < 1` or `, one of adam, sgd`, as the field itself declares it, and what a sweep searches of it."""
+    field = owner.__pydantic_fields__[name]
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     limits = [
         f"{sign} {getattr(limit, name):g}"
@@ -228,7 +230,8 @@ def _range(field: FieldInfo) -> str:
         if hasattr(limit, name)
     ]
     choices = [f"one of {' | '.join(get_args(field.annotation))}"] if get_origin(field.annotation) is Literal else []
-    return "".join(f", {text}" for text in limits + choices)
+    search = search_of(owner, name)
+    return "".join(f", {text}" for text in limits + choices + ([f"searched {search}"] if search else []))
 
 
 def _flag(name: str) -> str:

@@ -16,7 +16,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     InstanceOf,
     PlainSerializer,
     ValidationError,
@@ -28,6 +27,7 @@ from fedsim.fleets import Fleet
 from fedsim.methods import Method
 from fedsim.partitions import Dealing
 from fedsim.registry import KINDS, name_of, parse, sentence
+from fedsim.search import Field, Log
 from fedsim.servers import Server
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -102,7 +102,9 @@ class Config(BaseModel):
     )
     method: _component("method", Method) = Field(DEFAULTS["method"], description="what is trained")
     server: _component("server", Server) = Field(DEFAULTS["server"], description="how updates are combined")
-    cohort: int | None = Field(None, ge=1, description="clients that train in a round; none given: all")
+    cohort: int | None = Field(
+        None, ge=1, search=Log(2, 100), description="clients that train in a round; none given: all"
+    )
     fleet: _component("fleet", Fleet) = Field(DEFAULTS["fleet"], description="devices of clients, in simulated time")
     deadline_s: float | None = Field(
         None,

@@ -10,16 +10,18 @@ from inspect import isclass
 from pkgutil import iter_modules
 from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationError
+import pydantic
+from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 from typing_extensions import dataclass_transform  # in typing from Python 3.11 on
 
 from fedsim.errors import InputError, listing
+from fedsim.search import Field
 
 KINDS = ("dataset", "partition", "method", "server", "fleet")
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field, pydantic.Field))
 def component(cls: type) -> type:
     """Makes a class a frozen dataclass whose values are checked wherever it is made.
 

@@ -4,10 +4,10 @@ Source: ours. The defaults are round numbers of a phone's order of magnitude, an
 """
 
 import numpy as np
-from pydantic import Field
 
 from fedsim.fleets import Fleet
 from fedsim.registry import component
+from fedsim.search import Field
 
 
 @component

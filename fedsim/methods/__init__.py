@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
 
 from fedsim.params import Params
 from fedsim.registry import component
+from fedsim.search import Choice, Field, Linear, Log
 from fedsim.sites import Reads, Site, reads_of
 from fedsim.towers import ImageTower, TextTower
 
@@ -63,19 +63,30 @@ class Backbone:
         return self.image_tower
 
 
+# Beside which optimizers a hyperparameter counts.
+SGD = ("optimizer", "sgd")
+ADAM = ("optimizer", "adam", "adamw")
+
+
 @component
 class Method(ABC):
     """What is trained, as hyperparameters. Subclasses are components; defaults are their paper's."""
 
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="a client's optimizer")
-    lr: float = Field(1e-3, gt=0, description="step size")
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    beta1: float = Field(0.9, ge=0, lt=1, description="of adam and adamw")
-    beta2: float = Field(0.999, ge=0, lt=1, description="of adam and adamw")
+    lr: float = Field(1e-3, gt=0, search=Log(1e-5, 1e-1), description="step size")
+    momentum: float = Field(0.0, ge=0, lt=1, search=Linear(0.0, 0.95, when=SGD), description="of sgd")
+    beta1: float = Field(0.9, ge=0, lt=1, search=Linear(0.5, 0.95, when=ADAM), description="of adam and adamw")
+    # Values and no range: what counts is how far below 1 it is, in powers of ten.
+    beta2: float = Field(
+        0.999, ge=0, lt=1, search=Choice((0.9, 0.98, 0.99, 0.999), when=ADAM), description="of adam and adamw"
+    )
     eps: float = Field(1e-8, gt=0, description="of adam and adamw")
-    weight_decay: float = Field(0.0, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
-    local_epochs: int = Field(1, ge=1, description="passes over a client's train rows in a round")
-    batch: int = Field(32, ge=1, description="rows of a local step")
+    # 0 has no logarithm: a search tries little decay, and not none.
+    weight_decay: float = Field(
+        0.0, ge=0, search=Log(1e-6, 1e-1), description="coupled (L2) for adam and sgd, decoupled for adamw"
+    )
+    local_epochs: int = Field(1, ge=1, search=Linear(1, 5), description="passes over a client's train rows in a round")
+    batch: int = Field(32, ge=1, search=Choice((16, 32, 64, 128)), description="rows of a local step")
     keep_moments: bool = Field(
         False, description="a client's optimizer goes on where its last round ended, in place of starting afresh"
     )

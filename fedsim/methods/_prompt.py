@@ -6,13 +6,13 @@ Source: CoOp, Zhou et al. 2022, arXiv 2109.01134.
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, Method
 from fedsim.registry import component
+from fedsim.search import Choice, Field, Log
 from fedsim.sites import Site
 from fedsim.towers import TextTower
 
@@ -26,9 +26,17 @@ class PromptMethod(Method):
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = Field("sgd", description="a client's optimizer")
+    # CoOp's 2e-3 in the middle; for the adams, say a lower range.
+    lr: float = Field(1e-3, gt=0, search=Log(1e-4, 1e-1), description="step size")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
     weight_decay: float = Field(5e-4, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
-    length: int = Field(16, ge=1, description="tokens that are learnt, before the name of a class")
+    # The lengths that CoOp tries; with a text to start from, that text's length is what counts.
+    length: int = Field(
+        16,
+        ge=1,
+        search=Choice((4, 8, 16), when=("init", "")),
+        description="tokens that are learnt, before the name of a class",
+    )
     init: str = Field("", description="a text that the tokens start as, in place of `length` random ones")
 
     @property

@@ -3,12 +3,12 @@
 Source: Gao et al. 2021, arXiv 2110.04544 (CLIP-Adapter).
 """
 
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fedsim.methods import Backbone, Method
 from fedsim.registry import component
+from fedsim.search import Choice, Field, Linear
 
 
 @component
@@ -16,8 +16,12 @@ class ClipAdapter(Method):
     """Reduction and ratio are the paper's; the hyperparameters of training are ours."""
 
     lr: float = Field(1e-3, gt=0, description="step size")
-    reduction: int = Field(4, ge=1, description="the feature is so many times wider than the bottleneck")
-    ratio: float = Field(0.2, ge=0, le=1, description="share of the bottleneck's output in the feature")
+    reduction: int = Field(
+        4, ge=1, search=Choice((2, 4, 8, 16)), description="the feature is so many times wider than the bottleneck"
+    )
+    ratio: float = Field(
+        0.2, ge=0, le=1, search=Linear(0.05, 1.0), description="share of the bottleneck's output in the feature"
+    )
 
     def build(self, backbone: Backbone) -> nn.Module:
         return _Mixed(backbone, self.reduction, self.ratio)

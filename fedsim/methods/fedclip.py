@@ -7,7 +7,6 @@ folder fedclip, commit 441670e.
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
@@ -15,16 +14,19 @@ from fedsim.methods import Backbone, Method
 from fedsim.methods._contrast import Objective, contrastive
 from fedsim.params import Params
 from fedsim.registry import component
+from fedsim.search import Field, Log
 
 
 @component
 class FedCLIP(Method):
     """Defaults are those of the authors' code. Its rounds (200) and uniform averaging are the experiment's."""
 
-    lr: float = Field(5e-5, gt=0, description="step size")
+    lr: float = Field(5e-5, gt=0, search=Log(1e-5, 1e-2), description="step size")
     beta2: float = Field(0.98, ge=0, lt=1, description="of adam and adamw")
     eps: float = Field(1e-6, gt=0, description="of adam and adamw")
-    weight_decay: float = Field(0.2, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
+    weight_decay: float = Field(
+        0.2, ge=0, search=Log(1e-5, 1.0), description="coupled (L2) for adam and sgd, decoupled for adamw"
+    )
     objective: Objective = Field(
         "contrastive", description="CLIP's loss over the batch's own texts, or over the classes"
     )

@@ -6,13 +6,13 @@ Source: Li et al., CVPR 2024, arXiv 2403.00041; details as in the authors' code,
 """
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fedsim.methods import Backbone, Scope
 from fedsim.methods._prompt import Prompted, PromptMethod
 from fedsim.registry import component
+from fedsim.search import Field, Linear, Log
 from fedsim.sites import Site
 
 MOST = 1 << 22  # similarities that are shared out at once: 32 MB in float64
@@ -23,8 +23,10 @@ class FedOTP(PromptMethod):
     """Defaults are those of the authors' code; its 10 rounds, and averaging by rows, are the experiment's."""
 
     # Below 0.003 patches and texts that are opposite would have nothing to scale, even in float64.
-    entropy: float = Field(0.1, ge=0.003, description="how evenly the transport spreads")
-    mass: float = Field(0.8, gt=0, le=1, description="share of an image's patches that is transported")
+    entropy: float = Field(0.1, ge=0.003, search=Log(0.01, 1.0), description="how evenly the transport spreads")
+    mass: float = Field(
+        0.8, gt=0, le=1, search=Linear(0.3, 1.0), description="share of an image's patches that is transported"
+    )
     tolerance: float = Field(1e-3, ge=0, description="change of the scaling at which the transport is done")
     iterations: int = Field(100, ge=1, description="most scalings of the transport")
 

@@ -4,13 +4,13 @@ Source: Cui et al., ICML 2024; details as in the authors' code, TianyuCuiOvO/Fed
 """
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedsim.methods import Backbone, Scope
 from fedsim.methods._prompt import Prompted, PromptMethod
 from fedsim.registry import component
+from fedsim.search import Choice, Field, Log
 
 
 @component
@@ -18,9 +18,9 @@ class FedPGP(PromptMethod):
     """Defaults are those of the authors' code; its 25 rounds, and averaging by rows, are the experiment's."""
 
     local_epochs: int = Field(2, ge=1, description="passes over a client's train rows in a round")
-    rank: int = Field(4, ge=1, description="of a client's correction")
-    contrast: float = Field(1.0, ge=0, description="weight of the contrast")
-    temperature: float = Field(0.5, gt=0, description="of the contrast")
+    rank: int = Field(4, ge=1, search=Choice((1, 2, 4, 8)), description="of a client's correction")
+    contrast: float = Field(1.0, ge=0, search=Log(0.01, 10.0), description="weight of the contrast")
+    temperature: float = Field(0.5, gt=0, search=Log(0.05, 1.0), description="of the contrast")
 
     def build(self, backbone: Backbone) -> nn.Module:
         return _LowRank(backbone, self)

@@ -6,7 +6,6 @@ Source: Qiu et al., ICLR 2024, arXiv 2310.06123; details as in the authors' code
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -14,6 +13,7 @@ from fedsim.errors import InputError
 from fedsim.methods import Backbone, Method
 from fedsim.methods._prompt import Prompted
 from fedsim.registry import component
+from fedsim.search import Choice, Field, Log
 from fedsim.sites import Site
 
 
@@ -26,17 +26,19 @@ class FedTPG(Method):
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = Field("sgd", description="a client's optimizer")
-    lr: float = Field(3e-3, gt=0, description="step size")
+    lr: float = Field(3e-3, gt=0, search=Log(1e-4, 1e-1), description="step size")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
     weight_decay: float = Field(1e-5, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
-    batch: int = Field(200, ge=1, description="rows of a local step")
+    batch: int = Field(200, ge=1, search=Choice((32, 64, 128, 200)), description="rows of a local step")
     keep_moments: bool = Field(
         True, description="a client's optimizer goes on where its last round ended, in place of starting afresh"
     )
     label_space: Literal["all", "client"] = Field(
         "client", description="classes that compete in a client's loss: all that anybody trains on, or the client's own"
     )
-    length: int = Field(4, ge=1, description="tokens that are written, before the name of a class")
+    length: int = Field(
+        4, ge=1, search=Choice((2, 4, 8, 16)), description="tokens that are written, before the name of a class"
+    )
     heads: int = Field(4, ge=1, description="of the attention to the class texts")
 
     @property

@@ -8,7 +8,6 @@ from math import log
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim.errors import InputError
@@ -16,6 +15,7 @@ from fedsim.methods import Backbone, Method
 from fedsim.methods._through import Objective, Side, Sides, Through, blocks, held, objective, tower_of
 from fedsim.params import Params
 from fedsim.registry import component
+from fedsim.search import Field, Log
 from fedsim.sites import Site
 
 
@@ -23,10 +23,13 @@ from fedsim.sites import Site
 class Finetune(Method):
     """Adam's values and the loss are those of FedCLIP's code; what the paper gave FedAvg was not read."""
 
-    lr: float = Field(5e-5, gt=0, description="step size")
+    # All of a pretrained CLIP is lost to steps that a small set of new weights stands.
+    lr: float = Field(5e-5, gt=0, search=Log(1e-6, 3e-4), description="step size")
     beta2: float = Field(0.98, ge=0, lt=1, description="of adam and adamw")
     eps: float = Field(1e-6, gt=0, description="of adam and adamw")
-    weight_decay: float = Field(0.2, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
+    weight_decay: float = Field(
+        0.2, ge=0, search=Log(1e-5, 1.0), description="coupled (L2) for adam and sgd, decoupled for adamw"
+    )
     objective: Objective = Field(
         "contrastive", description="CLIP's loss over the batch's own texts, or over the classes"
     )

@@ -3,12 +3,12 @@
 Source: Yao et al. 2023, arXiv 2303.13283; among clients as in the code of FedTPG, boschresearch/FedTPG.
 """
 
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedsim.methods.promptfl import PromptFL
 from fedsim.registry import component
+from fedsim.search import Field, Linear
 
 
 @component
@@ -16,7 +16,12 @@ class KgCoOp(PromptFL):
     """The weight is the paper's, the single local epoch that of FedTPG's code, and the rest is PromptFL's."""
 
     local_epochs: int = Field(1, ge=1, description="passes over a client's train rows in a round")
-    pull: float = Field(8.0, ge=0, description="weight of 1 - the mean cosine of learnt and written class texts")
+    pull: float = Field(
+        8.0,
+        ge=0,
+        search=Linear(0.0, 10.0),
+        description="weight of 1 - the mean cosine of learnt and written class texts",
+    )
 
     def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         texts = module.texts(module.tokens)

@@ -10,7 +10,6 @@ import re
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim.errors import InputError, listing
@@ -18,6 +17,7 @@ from fedsim.methods import Backbone, Method, Scope
 from fedsim.methods._through import Objective, Side, Sides, Through, blocks, held, objective, tower_of
 from fedsim.params import Params
 from fedsim.registry import component
+from fedsim.search import Choice, Field, Log
 from fedsim.sites import Site
 
 Modules = Literal["attention", "mlp", "all"]
@@ -40,12 +40,14 @@ class Lora(Method):
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="a client's optimizer")
-    lr: float = Field(5e-5, gt=0, description="step size")
+    lr: float = Field(5e-5, gt=0, search=Log(1e-5, 1e-2), description="step size")
     objective: Objective = Field(
         "contrastive", description="CLIP's loss over the batch's own texts, or over the classes"
     )
-    rank: int = Field(2, ge=1, description="of every pair")
-    alpha: float = Field(16.0, gt=0, description="alpha / rank is what a pair's product is multiplied with")
+    rank: int = Field(2, ge=1, search=Choice((1, 2, 4, 8, 16)), description="of every pair")
+    alpha: float = Field(
+        16.0, gt=0, search=Log(1.0, 64.0), description="alpha / rank is what a pair's product is multiplied with"
+    )
     towers: Sides = Field("text", description="where pairs are added")
     modules: Modules = Field(
         "attention", description="matrices that get a pair: of attention, of the MLPs, or all but embeddings"

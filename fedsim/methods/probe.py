@@ -4,12 +4,12 @@ Source: linear probing as in Radford et al. 2021, arXiv 2103.00020; the start fr
 WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903. Its training hyperparameters are ours.
 """
 
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fedsim.methods import Backbone, Method
 from fedsim.registry import component
+from fedsim.search import Field
 
 
 @component

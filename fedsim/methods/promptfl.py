@@ -4,12 +4,12 @@ Source: Guo et al. 2022, arXiv 2208.11625; the prompt is CoOp's, Zhou et al. 202
 for all classes, the name last.
 """
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim.methods import Backbone
 from fedsim.methods._prompt import Prompted, PromptMethod
 from fedsim.registry import component
+from fedsim.search import Field
 
 
 @component

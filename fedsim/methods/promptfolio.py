@@ -3,12 +3,12 @@
 Source: Pan et al., NeurIPS 2024; the share of a client's own text and the batch as in the authors' code.
 """
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from fedsim.methods import Backbone, Scope
 from fedsim.methods._prompt import Prompted, PromptMethod
 from fedsim.registry import component
+from fedsim.search import Field, Linear
 
 
 @component
@@ -17,7 +17,9 @@ class PromptFolio(PromptMethod):
 
     batch: int = Field(16, ge=1, description="rows of a local step")
     length: int = Field(8, ge=1, description="tokens that are learnt, before the name of a class")
-    theta: float = Field(0.4, ge=0, le=1, description="share of a client's own text; 0 is PromptFL")
+    theta: float = Field(
+        0.4, ge=0, le=1, search=Linear(0.0, 1.0), description="share of a client's own text; 0 is PromptFL"
+    )
 
     def build(self, backbone: Backbone) -> nn.Module:
         return _Folio(backbone, self)

@@ -11,12 +11,12 @@ authors' code, gaopengcuhk/Tip-Adapter.
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from fedsim.methods import Backbone, Method
 from fedsim.registry import component
+from fedsim.search import Field, Linear
 
 
 @component
@@ -31,8 +31,13 @@ class TipAdapter(Method):
     lr: float = Field(1e-3, gt=0, description="step size")
     eps: float = Field(1e-4, gt=0, description="of adam and adamw")
     weight_decay: float = Field(0.01, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
-    alpha: float = Field(1.17, ge=0, description="strength of an answer beside the zero-shot logits")
-    beta: float = Field(1.0, gt=0, description="sharpness: how alike an image must be to be answered")
+    # Both as far as the code searches them for ImageNet.
+    alpha: float = Field(
+        1.17, ge=0, search=Linear(0.1, 3.0), description="strength of an answer beside the zero-shot logits"
+    )
+    beta: float = Field(
+        1.0, gt=0, search=Linear(0.1, 7.0), description="sharpness: how alike an image must be to be answered"
+    )
     shots: int = Field(16, ge=1, description="images of a class that its key stands for, whose answers add up")
     # The second is the training-free form: with sgd, lr 1, no decay and a batch of all rows, a step lands on the means.
     objective: Literal["cross_entropy", "means"] = Field(

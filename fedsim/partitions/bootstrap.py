@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import Field
 
 from fedsim.errors import InputError
 from fedsim.partitions import Dealing, Splits, cut, refuse_made, sizes
 from fedsim.registry import component
 from fedsim.rng import numpy_rng
+from fedsim.search import Field, Log
 
 
 @component
@@ -26,6 +26,7 @@ class Bootstrap(Dealing):
         None,
         gt=0,
         allow_inf_nan=False,
+        search=Log(0.05, 10.0),
         description="of a Dirichlet over each client's classes, smaller is more skewed; none given: no skew",
     )
 

@@ -4,17 +4,17 @@ Source: Hsu et al. 2019, arXiv 1909.06335, drawn class by class as in Yurochkin 
 """
 
 import numpy as np
-from pydantic import Field
 
 from fedsim.partitions import Partition, deal_by_share, until_all_have, wanted
 from fedsim.registry import component
+from fedsim.search import Field, Log
 
 
 @component
 class Dirichlet(Partition):
     """The smaller alpha, the fewer classes a client sees."""
 
-    alpha: float = Field(0.5, gt=0, description="concentration of the proportions")
+    alpha: float = Field(0.5, gt=0, search=Log(0.05, 10.0), description="concentration of the proportions")
     min_rows: int = Field(10, ge=1, description="draw again until every client has as many rows")
 
     def split(self, labels, domains, clients, rng):

@@ -4,19 +4,19 @@ Source: the Dirichlet partition of Hsu et al. 2019, arXiv 1909.06335, applied to
 """
 
 import numpy as np
-from pydantic import Field
 
 from fedsim.errors import InputError
 from fedsim.partitions import Partition, wanted
 from fedsim.partitions.dirichlet import Dirichlet
 from fedsim.registry import component
+from fedsim.search import Field, Log
 
 
 @component
 class DomainDirichlet(Partition):
     """Feature skew and label skew at once: a client has one domain and few of its classes."""
 
-    alpha: float = Field(0.5, gt=0, description="concentration of the proportions")
+    alpha: float = Field(0.5, gt=0, search=Log(0.05, 10.0), description="concentration of the proportions")
     min_rows: int = Field(10, ge=1, description="draw again until every client has as many rows")
 
     def split(self, labels, domains, clients, rng):

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import Field
 
 from fedsim.errors import InputError
 from fedsim.partitions import Dealing, Splits, sizes
 from fedsim.registry import component
 from fedsim.rng import numpy_rng
+from fedsim.search import Field, Linear
 
 AWAY = 16  # clients' worth of test rows stand for a domain that nobody trains on
 
@@ -22,7 +22,11 @@ class Natural(Dealing):
     """Wants a data set that makes clients, such as synthetic, and --clients N; no client is made before its turn."""
 
     rows_sigma: float = Field(
-        0.0, ge=0, le=5, description="spread of the logarithm of a client's rows; 0: all have as many, else fewer"
+        0.0,
+        ge=0,
+        le=5,
+        search=Linear(0.0, 2.0),
+        description="spread of the logarithm of a client's rows; 0: all have as many, else fewer",
     )
 
     def deal(self, rows, domains, clients, seed, train_share):

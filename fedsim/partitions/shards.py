@@ -4,18 +4,18 @@ Source: McMahan et al. 2017, arXiv 1602.05629, section 3 (200 shards of 300, two
 """
 
 import numpy as np
-from pydantic import Field
 
 from fedsim.errors import InputError
 from fedsim.partitions import Partition, wanted
 from fedsim.registry import component
+from fedsim.search import Field, Linear
 
 
 @component
 class Shards(Partition):
     """A client sees about `per_client` classes."""
 
-    per_client: int = Field(2, ge=1, description="shards that each client gets")
+    per_client: int = Field(2, ge=1, search=Linear(1, 5), description="shards that each client gets")
 
     def split(self, labels, domains, clients, rng):
         count = wanted(clients, len(labels), "shards")

@@ -12,12 +12,12 @@ from tempfile import TemporaryFile
 from typing import IO, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
 from torch import Tensor
 
 from fedsim.methods import Method, Scope
 from fedsim.params import Params, payload_bytes, unflatten
 from fedsim.registry import component
+from fedsim.search import Field
 
 Slots = dict[str, Params]
 

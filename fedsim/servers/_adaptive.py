@@ -6,10 +6,10 @@ Source: Reddi et al. 2021, arXiv 2003.00295. As there, moments are not corrected
 from abc import abstractmethod
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from fedsim.registry import component
+from fedsim.search import Choice, Field, Linear, Log
 from fedsim.servers import Server, mean_delta, moved
 
 
@@ -17,10 +17,24 @@ from fedsim.servers import Server, mean_delta, moved
 class Adaptive(Server):
     """Steps of a size per parameter; `tau` bounds them where deltas are small."""
 
-    lr: float = Field(0.01, gt=0, description="step size of the server; the paper tunes it per task")
-    beta1: float = Field(0.9, ge=0, lt=1, description="share of the past first moment that is kept")
-    beta2: float = Field(0.99, ge=0, lt=1, description="1 less the share by which the second moment moves")
-    tau: float = Field(1e-3, gt=0, description="added to the root of the second moment, which starts at tau**2")
+    # The paper tunes lr and tau per task, over powers of ten. A parameter moves by about lr in a round, and what is
+    # trained here stands beside a CLIP that is good already: hence none above 1.
+    lr: float = Field(
+        0.01, gt=0, search=Log(1e-4, 1.0), description="step size of the server; the paper tunes it per task"
+    )
+    beta1: float = Field(
+        0.9, ge=0, lt=1, search=Linear(0.0, 0.95), description="share of the past first moment that is kept"
+    )
+    beta2: float = Field(
+        0.99,
+        ge=0,
+        lt=1,
+        search=Choice((0.9, 0.99, 0.999)),
+        description="1 less the share by which the second moment moves",
+    )
+    tau: float = Field(
+        1e-3, gt=0, search=Log(1e-5, 1e-1), description="added to the root of the second moment, which starts at tau**2"
+    )
 
     @abstractmethod
     def second(self, past: Tensor, delta: Tensor) -> Tensor:

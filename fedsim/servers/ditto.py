@@ -4,12 +4,13 @@ Source: Li et al. 2021, arXiv 2012.04221.
 """
 
 import torch
-from pydantic import Field, InstanceOf
+from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from fedsim.methods import Backbone, Method
 from fedsim.params import Params
 from fedsim.registry import component
+from fedsim.search import Field, Log
 from fedsim.servers import Server, mean_delta, moved
 
 HALVES = "shared", "own"
@@ -22,7 +23,10 @@ class Ditto(Server):
     Differs: the paper gives the own model a number of local steps of its own; here both step on the same batches.
     """
 
-    lam: float = Field(1.0, ge=0, description="strength of the pull; the paper tunes it; 0 is training alone")
+    # The paper chooses from 0.05 to 2, client by client.
+    lam: float = Field(
+        1.0, ge=0, search=Log(0.01, 10.0), description="strength of the pull; the paper tunes it; 0 is training alone"
+    )
 
     def fit(self, method):
         return _Twins(inner=method, **{name: getattr(method, name) for name in Method.__pydantic_fields__})

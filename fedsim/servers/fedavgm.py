@@ -4,9 +4,9 @@ Source: Hsu et al. 2019, arXiv 1909.06335.
 """
 
 import torch
-from pydantic import Field
 
 from fedsim.registry import component
+from fedsim.search import Choice, Field, Log
 from fedsim.servers import Server, mean_delta, moved
 
 
@@ -14,8 +14,14 @@ from fedsim.servers import Server, mean_delta, moved
 class FedAvgM(Server):
     """The momentum keeps past means; with beta 0 and lr 1 it is FedAvg."""
 
-    lr: float = Field(1.0, gt=0, description="step size of the server")
-    beta: float = Field(0.9, ge=0, lt=1, description="share of the past momentum that is kept")
+    lr: float = Field(1.0, gt=0, search=Log(0.01, 10.0), description="step size of the server")
+    beta: float = Field(
+        0.9,
+        ge=0,
+        lt=1,
+        search=Choice((0.0, 0.7, 0.9, 0.97, 0.99, 0.997)),  # the paper's
+        description="share of the past momentum that is kept",
+    )
 
     def step(self, params, slots, total):
         delta = mean_delta(total, params)

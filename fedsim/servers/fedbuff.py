@@ -6,10 +6,9 @@ not by the sum of their scales: a stale buffer takes a shorter step.
 
 from typing import Literal
 
-from pydantic import Field
-
 from fedsim.params import unflatten
 from fedsim.registry import component
+from fedsim.search import Field, Log
 from fedsim.servers import Server, moved
 
 
@@ -22,7 +21,9 @@ class FedBuff(Server):
     weighting: Literal["uniform"] = Field("uniform", description="weight of an update before it is scaled: 1")
     buffer: int = Field(10, ge=1, description="updates of a step; the paper's K, which it sets to 10")
     concurrency: int = Field(100, ge=1, description="clients at work at any time, if there are as many")
-    lr: float = Field(1.0, gt=0, description="step size of the server; the paper tunes it per task")
+    lr: float = Field(
+        1.0, gt=0, search=Log(0.01, 10.0), description="step size of the server; the paper tunes it per task"
+    )
     staleness: Literal["sqrt", "constant"] = Field(
         "sqrt", description="scale of an update that is t rounds old: 1/sqrt(1 + t), as in the paper, or 1"
     )

@@ -6,9 +6,9 @@ Source: Acar et al. 2021, arXiv 2111.04263.
 from typing import Literal
 
 import torch
-from pydantic import Field
 
 from fedsim.registry import component
+from fedsim.search import Field, Log
 from fedsim.servers import Server, mean_delta, moved
 
 OF = "gradient."  # before a parameter's name, in what a client keeps
@@ -20,7 +20,10 @@ class FedDyn(Server):
 
     weighting: Literal["uniform"] = Field("uniform", description="weight of a client in the mean: 1, as in the paper")
     alpha: float = Field(
-        0.01, gt=0, description="strength of the pull to what was received; the paper tunes it, from 0.001 to 0.1"
+        0.01,
+        gt=0,
+        search=Log(1e-3, 1e-1),
+        description="strength of the pull to what was received; the paper tunes it, from 0.001 to 0.1",
     )
 
     def local_term(self, params, received):

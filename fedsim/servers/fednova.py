@@ -4,11 +4,11 @@ Source: Wang et al. 2020, arXiv 2007.07481.
 """
 
 import numpy as np
-from pydantic import Field
 
 from fedsim.errors import InputError
 from fedsim.params import unflatten
 from fedsim.registry import component
+from fedsim.search import Field
 from fedsim.servers import Server, moved
 
 

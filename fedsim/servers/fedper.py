@@ -3,10 +3,9 @@
 Source: Arivazhagan et al. 2019, arXiv 1912.00818.
 """
 
-from pydantic import Field
-
 from fedsim.errors import InputError, listing
 from fedsim.registry import component
+from fedsim.search import Field
 from fedsim.servers import Server, mean_delta, moved
 
 

@@ -3,9 +3,8 @@
 Source: Li et al. 2020, arXiv 1812.06127, which tunes mu over 0.001, 0.01, 0.1 and 1.
 """
 
-from pydantic import Field
-
 from fedsim.registry import component
+from fedsim.search import Field, Log
 from fedsim.servers import Server, mean_delta, moved
 
 
@@ -13,7 +12,7 @@ from fedsim.servers import Server, mean_delta, moved
 class FedProx(Server):
     """Adds mu/2 times the squared distance to the received parameters to every client's loss."""
 
-    mu: float = Field(0.01, ge=0, description="strength of the pull; 0 is FedAvg")
+    mu: float = Field(0.01, ge=0, search=Log(1e-3, 1.0), description="strength of the pull; 0 is FedAvg")
 
     def local_term(self, params, received):
         # From the live parameters, never from a state_dict: its tensors are detached, and the term, though it

@@ -6,11 +6,11 @@ Source: Blanchard et al. 2017, arXiv 1703.02757 (Krum and multi-Krum).
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
 from fedsim.errors import InputError
 from fedsim.params import unflatten
 from fedsim.registry import component
+from fedsim.search import Field, Linear
 from fedsim.servers import Partial, Server, blocks, moved, voters
 
 
@@ -25,7 +25,10 @@ class Krum(Server):
 
     weighting: Literal["uniform"] = Field("uniform", description="weight of a chosen client: 1, as in the paper")
     f: int = Field(1, ge=0, description="clients of a cohort that may send anything; it wants 2f + 3 clients or more")
-    m: int = Field(1, ge=1, description="clients whose mean is taken; 1 is Krum, more is multi-Krum")
+    # As many as the least cohort that krum takes, of 5 with f 1, can give.
+    m: int = Field(
+        1, ge=1, search=Linear(1, 4), description="clients whose mean is taken; 1 is Krum, more is multi-Krum"
+    )
 
     def check(self, params, cohort):
         if cohort < 2 * self.f + 3:

@@ -6,10 +6,10 @@ Source: Yin et al. 2018, arXiv 1803.01498.
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
 from fedsim.params import unflatten
 from fedsim.registry import component
+from fedsim.search import Field
 from fedsim.servers import Server, blocks, moved, voters
 
 

@@ -7,11 +7,11 @@ of its last round, read off how far it went.
 from typing import Literal
 
 import torch
-from pydantic import Field
 
 from fedsim.errors import InputError
 from fedsim.params import payload_bytes, unflatten
 from fedsim.registry import component
+from fedsim.search import Field, Log
 from fedsim.servers import Server, mean_delta, moved
 
 OF = "variate."  # before a parameter's name, where its variate is kept, sent or returned
@@ -22,7 +22,9 @@ class Scaffold(Server):
     """Wants plain sgd; twice the bytes of FedAvg both ways, and a kept variate per client."""
 
     weighting: Literal["uniform"] = Field("uniform", description="weight of a client in the mean: 1, as in the paper")
-    lr: float = Field(1.0, gt=0, description="step size of the server; 1 as in the paper's experiments")
+    lr: float = Field(
+        1.0, gt=0, search=Log(0.01, 10.0), description="step size of the server; 1 as in the paper's experiments"
+    )
 
     def fit(self, method):
         if method.optimizer != "sgd":

@@ -6,11 +6,11 @@ Source: Yin et al. 2018, arXiv 1803.01498.
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
 from fedsim.errors import InputError
 from fedsim.params import unflatten
 from fedsim.registry import component
+from fedsim.search import Field, Linear
 from fedsim.servers import Server, blocks, moved, voters
 
 
@@ -25,6 +25,7 @@ class TrimmedMean(Server):
         0.1,
         ge=0,
         lt=0.5,
+        search=Linear(0.1, 0.45),
         description="of the cohort, cut at each end and rounded down; the paper wants as many as may be faulty",
     )
 
