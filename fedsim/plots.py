@@ -108,7 +108,7 @@ def plot_lines(figure: "Figure", panels: Sequence[Panel]) -> str:
             axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", color=GREY)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.xaxis.set_major_formatter(EngFormatter())  # 20 M
-    _legend(figure, handles)
+    legend(figure, handles)
     return f"{panels[0].ylabel}: {', '.join(told)}"
 
 
@@ -135,7 +135,7 @@ def plot_bars(figure: "Figure", xlabel: str, before: pd.Series, after: pd.Series
     spare = max(0, 8 - len(after)) / 2  # three bars are not walls
     axes.set_xlim(-0.7 - spare, len(after) - 0.3 + spare)
     axes.grid(False, axis="x")
-    _legend(figure, handles)
+    legend(figure, handles)
     return f"Accuracy by {xlabel}: {after.min():.1f} to {after.max():.1f} percent, median {after.median():.1f}"
 
 
@@ -174,20 +174,20 @@ def _draw_line(axes: "Axes", line: Line) -> Any:
     return axes.plot(x, y, color=colour, linestyle=DASHES[line.place // 7 % 4], marker=marker)[0]
 
 
-def _legend(figure: "Figure", handles: dict[str, Any]) -> None:
+def legend(figure: "Figure", handles: dict[str, Any]) -> None:
     """Above the plot, where it covers nothing."""
-    labels = [_short(label, 110) for label in handles]
+    labels = [short(label, 110) for label in handles]
     columns = max(1, min(4, 150 // (8 + max(map(len, labels), default=0))))
     figure.set_figheight(figure.get_figheight() + 0.2 * (len(labels) // columns))
     figure.legend(handles.values(), labels, loc="outside upper left", ncols=columns, fontsize="small")
 
 
 def _name(axis: "Axis", names: Iterable[Any]) -> None:
-    names = [_short(str(name), 28) for name in names]
+    names = [short(str(name), 28) for name in names]
     long = max(map(len, names), default=1) if axis.axis_name == "x" else 1
     every = -(-len(names) // max(1, min(NAMED, 160 // (long + 2))))  # about 160 letters stand side by side
     axis.set_ticks(range(0, len(names), every), names[::every], fontsize="small")
 
 
-def _short(name: str, most: int) -> str:
+def short(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
