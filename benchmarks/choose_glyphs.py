@@ -8,14 +8,11 @@ Test rows are printed beside it, to look at afterwards, and choose nothing.
 """
 
 import itertools
-import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
 
-from fedsim import Config, run
+from fedsim import Config, Report, run_all
 
 DOMAINS = "clipart", "ink", "noto", "render3d", "twemoji"
 GRID = {
@@ -26,29 +23,26 @@ GRID = {
 ROUNDS, SEED = 50, 100
 
 
-def score(fields: dict) -> dict[str, float]:
+def score(report: Report) -> dict[str, float]:
     """One run's validation, held-out and own-test accuracy, in percent."""
-    report = run(Config(**fields, actors=0))
     return {name: 100 * value for name, value in report.summary().items()} | {"round": report.chosen_round}
 
 
 def main() -> None:
     settings = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
     work = [(setting, domain) for setting in settings for domain in DOMAINS]
-    fields = [
-        {
-            "method": {"name": "fedclip"} | setting,
-            "held_out": (domain,),
-            "rounds": ROUNDS,
-            "seed": SEED,
-            "partition_seed": SEED,
-            "out": Path("runs/choose_glyphs") / "-".join(map(str, (*setting.values(), domain))),
-        }
+    configs = [
+        Config(
+            method={"name": "fedclip"} | setting,
+            held_out=(domain,),
+            rounds=ROUNDS,
+            seed=SEED,
+            partition_seed=SEED,
+            out=Path("runs/choose_glyphs") / "-".join(map(str, (*setting.values(), domain))),
+        )
         for setting, domain in work
     ]
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        scores = list(pool.map(score, fields))
-    table = pd.DataFrame([setting | one for (setting, _), one in zip(work, scores, strict=True)])
+    table = pd.DataFrame([work[index][0] | score(report) for index, report in run_all(configs)])
     means = table.groupby(list(GRID)).mean().sort_values("validation", ascending=False).round(1)
     print(means.reset_index().to_markdown(index=False))
 

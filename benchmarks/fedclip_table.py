@@ -12,14 +12,11 @@ the batches. Cells are ordinary runs in folders of their own: the same command g
 
 import argparse
 import itertools
-import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
 
-from fedsim import Config, run
+from fedsim import Config, Report, run_all
 from fedsim.config import merged, read_yaml
 from fedsim.registry import parse
 
@@ -35,9 +32,8 @@ METHODS = {
 }
 
 
-def cell(fields: dict) -> dict[str, float]:
+def cell(report: Report) -> dict[str, float]:
     """One run's numbers, in percent; and what it sent."""
-    report = run(Config(**fields, actors=0))
     zero, ours, rounds = report.zero_shot_summary(), report.summary(), report.round_table()
     return {
         "held-out": 100 * ours["generalization"],
@@ -50,7 +46,7 @@ def cell(fields: dict) -> dict[str, float]:
     }
 
 
-def cells(args: argparse.Namespace) -> list[tuple[str, str, int, dict]]:
+def cells(args: argparse.Namespace) -> list[tuple[str, str, int, Config]]:
     data = {"dataset": {"name": args.dataset}, "data_dir": args.data_dir}
     data |= {"backbone": args.backbone, "pretrained": args.pretrained}
     domains = args.held_out or parse("dataset", args.dataset).load(args.data_dir).domains
@@ -63,7 +59,8 @@ def cells(args: argparse.Namespace) -> list[tuple[str, str, int, dict]]:
         here = {"held_out": (domain,), "seed": seed, "partition_seed": seed}
         here |= {"rounds": args.tower_rounds if large else args.rounds}
         out = args.out / args.dataset / f"{name}-{domain}-{seed}".replace(" ", "_")
-        made.append((name, domain, seed, merged(merged(read_yaml(base), change), data | here) | {"out": out}))
+        fields = merged(merged(read_yaml(base), change), data | here)
+        made.append((name, domain, seed, Config(**fields, out=out)))
     return made
 
 
@@ -83,15 +80,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--tower-seeds", type=int, default=2, help="seeds of what trains all of CLIP")
     parser.add_argument("--tower-rounds", type=int, default=4, help="rounds of what trains all of CLIP")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--address", help="of a Ray cluster; none given: a private one")
+    parser.add_argument("--at-once", type=int, help="runs at a time at most; none given: as many as there is room for")
     parser.add_argument("--out", type=Path, default=Path("runs/fedclip_table"))
     args = parser.parse_args()
 
     work = cells(args)
-    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
-        results = list(pool.map(cell, [fields for *_, fields in work]))
+    reports = run_all([config for *_, config in work], args.address, at_once=args.at_once)
+    results = {index: cell(report) for index, report in reports}
     table = pd.DataFrame(
-        [{"method": m, "domain": d, "seed": s} | r for (m, d, s, _), r in zip(work, results, strict=True)]
+        [{"method": m, "domain": d, "seed": s} | results[index] for index, (m, d, s, _) in enumerate(work)]
     )
     first = table.drop_duplicates(["domain", "seed"]).assign(method="zero-shot")
     first[["held-out", "own test"]] = first[["zero-shot held-out", "zero-shot own test"]]

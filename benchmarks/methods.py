@@ -17,8 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from fedsim import Config, run
-from fedsim.cluster import session
+from fedsim import Config, Report, run_all
 from fedsim.config import merged, read_yaml
 from fedsim.registry import parse
 
@@ -49,9 +48,8 @@ PROTOCOLS = {  # fedsim/experiments/NAME.yaml, and the number that its papers pr
 }
 
 
-def cell(fields: dict, metric: str) -> dict[str, float]:
+def cell(report: Report, metric: str) -> dict[str, float]:
     """One run under three ways to choose the round that is reported, in percent."""
-    report = run(Config(**fields, actors=0))
     by_round = {round: report.summary(round) for round in report.parts}
     scores = {round: 100 * summary[metric] for round, summary in by_round.items() if round}
     rounds = report.round_table()
@@ -73,6 +71,7 @@ def cell(fields: dict, metric: str) -> dict[str, float]:
 def cells(args: argparse.Namespace) -> list[dict]:
     data = {"dataset": {"name": args.dataset}, "data_dir": args.data_dir}
     data |= {"backbone": args.backbone, "pretrained": args.pretrained, "rounds": args.rounds}
+    data |= {"threads_per_actor": args.threads}
     domains = args.held_out or parse("dataset", args.dataset).load(args.data_dir).domains
     made = []
     for name, protocol, seed in itertools.product(args.methods or METHODS, args.protocols, range(args.seeds)):
@@ -83,8 +82,8 @@ def cells(args: argparse.Namespace) -> list[dict]:
             out = (
                 args.out / args.dataset / "-".join(filter(None, (name, protocol, domain, str(seed)))).replace(" ", "_")
             )
-            fields = merged(read_yaml(protocol), what | here) | {"out": out.absolute()}
-            made.append({"method": name, "protocol": protocol, "domain": domain, "seed": seed, "fields": fields})
+            config = Config(**merged(read_yaml(protocol), what | here), out=out)
+            made.append({"method": name, "protocol": protocol, "domain": domain, "seed": seed, "config": config})
     return made
 
 
@@ -180,20 +179,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--address", help="of a Ray cluster; none given: a private one")
-    parser.add_argument("--cpus", type=float, default=1, help="of one cell")
+    parser.add_argument("--threads", type=int, default=1, help="of one cell, each with a CPU")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     args = parser.parse_args()
 
     work = cells(args)
-    with session(args.address) as ray:
-        remote = ray.remote(num_cpus=args.cpus)(cell)
-        todo = {remote.remote(one["fields"], PROTOCOLS[one["protocol"]]): one for one in work}
-        results, waiting = [], list(todo)
-        while waiting:
-            (ready,), waiting = ray.wait(waiting)
-            about = {name: value for name, value in todo[ready].items() if name != "fields"}
-            results.append(about | ray.get(ready))
-            print(f"\r{len(results)}/{len(work)}", end="", flush=True)
+    results = []
+    for index, report in run_all([one["config"] for one in work], args.address):
+        about = {name: value for name, value in work[index].items() if name != "config"}
+        results.append(about | cell(report, PROTOCOLS[about["protocol"]]))
+        print(f"\r{len(results)}/{len(work)}", end="", flush=True)
     place = {name: k for k, name in enumerate((*METHODS, *PROTOCOLS))}
     table = pd.DataFrame(results).sort_values(["method", "protocol"], key=lambda names: names.map(place), kind="stable")
     args.out.mkdir(parents=True, exist_ok=True)

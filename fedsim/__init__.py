@@ -4,6 +4,7 @@ from fedsim.config import Config
 from fedsim.datasets import Dataset, Features, Images
 from fedsim.errors import InputError
 from fedsim.fleets import Fleet
+from fedsim.many import run_all
 from fedsim.methods import Backbone, Method
 from fedsim.partitions import Partition
 from fedsim.registry import available, component
@@ -26,4 +27,5 @@ __all__ = [
     "available",
     "component",
     "run",
+    "run_all",
 ]

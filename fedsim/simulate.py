@@ -44,6 +44,7 @@ from fedsim.servers.fedavg import FedAvg
 CHUNKS, LARGEST_CHUNK = 16, 64  # of a cohort; and clients: enough to outweigh a call, few enough to do again
 DATA = "dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prompt", "augment", "cache_dir"
 DEALT = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes"
+BUILT = "method", "server", "cohort", *DEALT
 JUDGED = -1  # in the place of a round: who is judged is drawn once
 
 
@@ -114,7 +115,7 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
         raise InputError(f"--method.batch wants {least} or more with this method, not {config.method.batch}")
     experiment = replace(experiment, config=config, folder=folder, clients=clients, splits=splits)
     found = load_checkpoint(folder, experiment.identity())
-    if not found:
+    if not found and not (like and _agree(BUILT, config, like.config)):
         _try_out(experiment)
     if not like and isinstance(experiment.source, Features) and not experiment.source.block:
         experiment = replace(experiment, source=keep(experiment.source, config.cache_dir))
@@ -151,8 +152,10 @@ def encoded(experiment: Experiment, sizing: Sizing, progress: Progress, methods:
         levels = sorted({one.image for one in reads})
         each = [encode(source, experiment.weights, *what, level, config.augment) for level in levels]
         source = replace(each[0], kept={level: file for one in each for level, file in one.kept.items()})
-    frozen = Clip(experiment.weights).frozen() if any(one.towers for one in reads) else None
-    return replace(experiment, source=source, frozen=experiment.frozen or frozen)
+    frozen = experiment.frozen
+    if not frozen and any(one.towers for one in reads):
+        frozen = Clip(experiment.weights).frozen()
+    return replace(experiment, source=source, frozen=frozen)
 
 
 def staff(experiment: Experiment) -> tuple:

@@ -16,7 +16,7 @@ from fedsim.checkpoint import NAME
 from fedsim.registry import KINDS, available, find
 
 BAD = {
-    "a command": (["rum"], "no command 'rum'; there are: run, compare"),
+    "a command": (["rum"], "no command 'rum'; there are: run, sweep, compare, watch, stop"),
     "a flag": (["run", "--roundz", "3"], "no flag --roundz; did you mean --rounds"),
     "a word": (["run", "glyphs"], "no flag glyphs"),
     "a flag without its value": (["run", "--rounds"], "argument --rounds: expected one argument"),
@@ -245,7 +245,7 @@ def test_help_lists_every_component_with_its_source_and_every_field():
             assert "Source: " in sys.modules[component.__module__].__doc__, f"{kind}s/{name}.py names no source"
             for field in component.__pydantic_fields__:
                 assert f"--{kind}.{field} " in text
-    assert "--method.beta2 0.98, >= 0, < 1: of adam and adamw" in text
+    assert "--method.beta2 0.98, >= 0, < 1, searched 0.9,0.98,0.99,0.999: of adam and adamw" in text
     assert "--method.objective contrastive, one of contrastive | cross_entropy: " in text
 
 

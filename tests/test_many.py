@@ -1,0 +1,120 @@
+"""Runs side by side are the runs that they are alone, whatever happens to one of them."""
+
+import os
+import signal
+import sys
+from threading import Event, Thread
+
+import pytest
+from conftest import run_until
+from test_bits import descendants, result
+
+from fedsim import run, run_all
+from fedsim.checkpoint import NAME
+from fedsim.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One of 2 CPUs, which this process has joined."""
+    from fedsim.cluster import session
+
+    with session(None) as ray:
+        yield ray
+
+
+@pytest.fixture
+def pair(config, tmp_path):
+    """Makes a config that is run alone, and the same one to be run among others."""
+    return lambda name, **fields: [config(**fields, out=tmp_path / where / name) for where in ("alone", "many")]
+
+
+def test_finished_runs_come_back_at_once_and_no_cluster_is_started(config, tmp_path):
+    configs = [config(seed=seed, out=tmp_path / str(seed)) for seed in range(2)]
+    for one in configs:
+        run(one)
+    reports = run_all(configs)
+    assert next(reports)[0] == 0
+    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+    assert [place for place, _ in reports] == [1]
+
+
+def test_runs_side_by_side_give_the_bits_that_each_gives_alone(cluster, pair, tmp_path):
+    # Of clients of two kinds, on the same data; one that keeps something; one that was interrupted; one that is done.
+    pairs = [
+        pair("averaged"),
+        pair("dealt", partition="iid", clients=5, cohort=2, method="probe"),
+        pair("kept", server="local_only"),
+        pair("interrupted", seed=1),
+        pair("done", seed=2),
+    ]
+    for alone, _ in pairs:
+        run(alone)
+    many = [config for _, config in pairs]
+    run_until(2, many[3])
+    run(many[4])
+    told = []
+    reports = dict(run_all(many, progress=told.append))
+    assert sorted(reports) == [0, 1, 2, 3, 4]
+    assert [(event.done, event.total) for event in told if event.stage == "runs"] == [(k, 5) for k in range(1, 6)]
+    for place, (alone, config) in enumerate(pairs):
+        assert result(config.folder()) == result(alone.folder())
+        assert reports[place].experiment["seed"] == alone.seed
+        assert reports[place].summary() == run(alone).summary()
+
+
+def test_a_run_that_fails_is_named_when_all_others_have_ended(cluster, config, tmp_path):
+    far = {"name": "fedclip", "lr": 1e30, "optimizer": "sgd"}
+    configs = [config(method=far, out=tmp_path / "far"), *(config(seed=k, out=tmp_path / str(k)) for k in range(2))]
+    ended = []
+    with pytest.raises(InputError, match=rf"{tmp_path}/far: training diverged: in round \d"):
+        ended += [place for place, _ in run_all(configs, at_once=1)]
+    with pytest.raises(InputError, match=r"2 of 4 runs failed; \S+/far: training diverged: .*; and other"):
+        ended += [place for place, _ in run_all([config(method=far, seed=9, out=tmp_path / "other"), *configs][::-1])]
+    assert (tmp_path / "0" / "report.html").exists() and (tmp_path / "1" / "report.html").exists()
+
+
+def test_bad_input_of_any_run_is_told_before_one_starts(config, tmp_path):
+    good = config(out=tmp_path / "good")
+    with pytest.raises(InputError, match="no domain 'wood' to hold out"):
+        run_all([good, config(held_out=("wood",), out=tmp_path / "bad")])
+    with pytest.raises(InputError, match=r"runs 0 and 2 share the folder \S+/good; each wants an out of its own"):
+        run_all([good, config(seed=1), config(seed=2, out=tmp_path / "good")])
+    with pytest.raises(InputError, match="at_once wants 1 run or more, not 0"):
+        run_all([good], at_once=0)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_run_whose_process_is_killed_is_gone_on_with_in_another(cluster, pair):
+    alone, ours = pair("killed", rounds=60)
+    run(alone)
+    over, killed = Event(), []
+
+    def kill():
+        while not (ours.folder() / NAME).exists() and not over.wait(0.005):
+            pass
+        for pid, title in descendants(os.getpid()).items():
+            if title.startswith("ray::_whole"):
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+
+    killer = Thread(target=kill)
+    killer.start()
+    try:
+        [(place, _)] = run_all([ours])
+    finally:
+        over.set()
+        killer.join()
+    assert place == 0 and killed
+    assert result(ours.folder()) == result(alone.folder())
+
+
+def test_who_stops_asking_ends_the_others_and_leaves_their_folders(cluster, config, tmp_path):
+    short, long = config(out=tmp_path / "short"), config(rounds=100_000, out=tmp_path / "long")
+    reports = run_all([short, long])
+    assert next(reports)[0] == 0
+    reports.close()
+    from filelock import FileLock
+
+    with FileLock(tmp_path / "long" / ".lock", timeout=0):
+        assert not (tmp_path / "long" / "report.html").exists()
