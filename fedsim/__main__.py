@@ -9,22 +9,20 @@ import argparse
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from fedsim.clip import EMBEDDED
 from fedsim.config import Config, merged, read_yaml
 from fedsim.errors import InputError, Stopped, listing
 from fedsim.registry import KINDS, available, find
 from fedsim.search import search_of
-from fedsim.watch import Telling, code_of, detach, read_status, sentence_of, stop, watch
+from fedsim.terminal import DETACH, Parser, bars_on, let_go, shown
+from fedsim.watch import Telling, code_of, sentence_of, stop, watch
 
-DETACH = "--detach"
 USAGE = """\
 fedsim run [FLAGS]                    one experiment
 fedsim sweep [FLAGS]                  a search over hyperparameters
@@ -66,8 +64,8 @@ def run_command(argv: list[str]) -> int:
     console.print(f"{origin}\n-> {folder}", highlight=False)
     if DETACH in argv:
         prepare(config)  # what is refused is said here
-        return _let_go(console, folder, ["run", *argv])
-    with _bars(console) as bars, Telling(folder, _on(bars)) as telling:
+        return let_go(console, folder, ["run", *argv])
+    with bars_on(console) as bars, Telling(folder, shown(bars)) as telling:
         report = run(config, telling.progress)
         bars.stop()
         console.export_text()  # what was said so far
@@ -87,8 +85,8 @@ def watch_command(argv: list[str]) -> int:
     """fedsim watch: a run or a sweep of another process, until it ends; its exit code."""
     console = Console()
     folder = _folder("watch", "Show how a run or sweep is getting on, until it ends; to leave does not end it.", argv)
-    with _bars(console) as bars:
-        ended = watch(folder, _on(bars))
+    with bars_on(console) as bars:
+        ended = watch(folder, shown(bars))
     if ended["code"]:
         print(f"fedsim: {ended['said']}", file=sys.stderr)
     else:
@@ -103,18 +101,9 @@ def stop_command(argv: list[str]) -> int:
 
 
 def _folder(command: str, about: str, argv: list[str]) -> Path:
-    parser = _Parser(prog=f"fedsim {command}", description=about, allow_abbrev=False)
+    parser = Parser(prog=f"fedsim {command}", description=about, allow_abbrev=False)
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="its --out, as it was said when it started")
     return parser.parse_args(argv).folder
-
-
-def _let_go(console: Console, folder: Path, argv: list[str]) -> int:
-    """Has another process do a command, which then needs this terminal no more."""
-    detach(folder, [word for word in argv if word != DETACH])
-    pid, host = (read_status(folder)[name] for name in ("pid", "host"))
-    console.print(f"goes on in process {pid} on {host}", highlight=False)
-    console.print(f"  fedsim watch {folder}\n  fedsim stop {folder}", highlight=False, soft_wrap=True)
-    return 0
 
 
 def parse_run(argv: list[str]) -> tuple[Any, str]:
@@ -135,7 +124,7 @@ def parse_run(argv: list[str]) -> tuple[Any, str]:
 
 def compare_command(argv: list[str]) -> int:
     """fedsim compare: runs side by side, as a table and a page."""
-    parser = _Parser(prog="fedsim compare", description="Lay finished runs side by side.", allow_abbrev=False)
+    parser = Parser(prog="fedsim compare", description="Lay finished runs side by side.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folder of a finished run")
     parser.add_argument(
         "--out", type=Path, default=Path(), metavar="DIR", help="where compare.html goes (default: here)"
@@ -150,14 +139,9 @@ def compare_command(argv: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
 def run_parser() -> argparse.ArgumentParser:
     """Flags for every field of Config, and for every field of every component below its kind."""
-    parser = _Parser(
+    parser = Parser(
         prog="fedsim run",
         description="Run one experiment; the same command again resumes it.",
         epilog=describe_components(),
@@ -249,40 +233,6 @@ def _dashed(word: str) -> str:
         return word
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value
-
-
-def _bars(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        _Rate(),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
-
-
-class _Rate(ProgressColumn):
-    """Images or rounds a second."""
-
-    def render(self, task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.3g}/s")
-
-
-def _on(bars: Progress):
-    tasks: dict[str, Any] = {}
-
-    def show(event) -> None:
-        if not event.total:  # said once, and nothing to wait for
-            bars.console.print(f"{event.stage}: {event.note}", highlight=False)
-            return
-        if event.stage not in tasks:
-            tasks[event.stage] = bars.add_task(event.stage, total=event.total, note="")
-        bars.update(tasks[event.stage], completed=event.done, note=event.note)
-
-    return show
 
 
 def _show(console: Console, report, folder: Path) -> None:

@@ -232,7 +232,9 @@ def session(address: str | None):
             raise InputError(
                 f"the cluster at {address} runs {theirs}, this process {ours}; Ray wants the same on both"
             ) from error
-        raise InputError(f"cannot join a cluster at {address or 'this machine'}: {error}") from error
+        where = f"at {address}" if address else "of this machine's own"
+        hint = "; if it asks for a token, RAY_AUTH_MODE=token and its ~/.ray/auth_token are wanted here" * bool(address)
+        raise InputError(f"cannot join a cluster {where}: {error}{hint}") from error
     try:
         yield ray
     finally:

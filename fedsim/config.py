@@ -26,7 +26,7 @@ from fedsim.errors import InputError, listing
 from fedsim.fleets import Fleet
 from fedsim.methods import Method
 from fedsim.partitions import Dealing
-from fedsim.registry import KINDS, name_of, parse, sentence
+from fedsim.registry import KINDS, changed, name_of, parse, sentence
 from fedsim.search import Field, Log
 from fedsim.servers import Server
 
@@ -130,7 +130,9 @@ class Config(BaseModel):
     dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and training")
     threads_per_actor: int = Field(1, ge=1, description="torch's; more than one round sums in another way")
 
-    out: Path | None = Field(None, description="folder of the run; none given: runs/ and a name of its own")
+    out: Annotated[Path | None, AfterValidator(lambda value: value and value.expanduser())] = Field(
+        None, description="folder of the run; none given: runs/ and a name of its own"
+    )
     actors: int | None = Field(None, ge=0, description="client actors; 0: in this process; none given: by the cluster")
     gpus_per_actor: float | None = Field(None, ge=0, le=1, description="share of a GPU; none given: by the cluster")
     gpu_gb_per_actor: float | None = Field(
@@ -199,9 +201,14 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     result = dict(below)
     for name, value in above.items():
         if name in KINDS:
-            old, new = _as_fields(result.get(name, {})), _as_fields(value)
-            same = new.get("name") in (None, old.get("name", DEFAULTS[name]))
-            value = (old | new) if same else new
+            there, new = result.get(name, {}), _as_fields(value)
+            old = _as_fields(there)
+            if new.get("name") not in (None, old.get("name", DEFAULTS[name])):
+                value = new
+            elif isinstance(there, str | dict):
+                value = old | new
+            else:  # an object, which need not be one that can be made from a name
+                value = changed(name, there, {field: each for field, each in new.items() if field != "name"})
         result[name] = value
     return result
 

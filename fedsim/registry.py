@@ -79,6 +79,19 @@ def parse(kind: str, value: Any, default: str | None = None) -> Any:
         raise InputError(sentence(error, f"{kind}.", component.__pydantic_fields__)) from None
 
 
+def changed(kind: str, thing: Any, fields: dict[str, Any]) -> Any:
+    """The same component, one of the user's own perhaps, with other values of some fields.
+
+    Raises:
+        InputError: no such field, or a value of the wrong type or out of its range.
+    """
+    there = type(thing).__pydantic_fields__
+    try:
+        return type(thing)(**{name: getattr(thing, name) for name in there} | fields)
+    except ValidationError as error:
+        raise InputError(sentence(error, f"{kind}.", there)) from None
+
+
 def sentence(error: ValidationError, prefix: str, names: Iterable[str]) -> str:
     """The first of pydantic's complaints: what was wanted, what came, what there is."""
     first = error.errors()[0]

@@ -347,14 +347,14 @@ def _reading(method: Method) -> str:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, patience_s: float = 0) -> Iterator[None]:
     """Holds a folder for as long as it lasts.
 
     Raises:
-        InputError: another process has it.
+        InputError: another process has it, and keeps it.
     """
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / ".lock", timeout=patience_s):
             yield
     except Timeout:
         raise InputError(f"another process is running in {folder}; wait for it, or give another --out") from None

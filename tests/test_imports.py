@@ -9,7 +9,7 @@ import fedsim
 ORDER = """
     errors search rng registry params datasets partitions sites towers methods servers fleets clients clip cluster pool
     features private evaluate optimizer stack local cost config schedule report plots page checkpoint simulate many
-    compare watch __init__ __main__
+    compare watch terminal __init__ __main__
 """.split()  # noqa: SIM905
 
 

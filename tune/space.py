@@ -18,9 +18,9 @@ from typing import Any, Literal, get_args, get_origin
 
 import optuna
 
-from fedsim.config import EXECUTION, Config, fields_of
+from fedsim.config import EXECUTION, Config
 from fedsim.errors import InputError, listing
-from fedsim.registry import KINDS, available, find, name_of, parse
+from fedsim.registry import KINDS, available, changed, find, name_of, parse
 from fedsim.search import Choice, Plain, Span, search_of
 
 # What changes the problem (partition, clients, cohort) is searched only when it is named.
@@ -239,8 +239,9 @@ class _Base:
     def made(self, kind: str, component: str, fields: dict[str, Any]) -> Any:
         """A component with some fields; the others are the base config's where it has that component."""
         there = getattr(self.config, kind)
-        below = fields_of(there) if name_of(there) == component else {"name": component}
-        return parse(kind, below | fields)
+        if name_of(there) == component:
+            return changed(kind, there, fields)
+        return parse(kind, {"name": component} | fields)
 
     def cls(self, kind: str, component: str) -> type:
         if not kind:
