@@ -173,7 +173,7 @@ def blind(ray, folder: Path) -> list[str]:
     """Names of the machines that do not see a folder of this one's."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix="seen-by-all-") as mark:
         probe = ray.remote(num_cpus=0)(lambda file: file.exists())
-        nodes = {told["NodeID"]: told["NodeName"] for told in ray.nodes() if told["Alive"]}
+        nodes = {told["NodeID"]: told["NodeManagerHostname"] for told in ray.nodes() if told["Alive"]}
         asked = {
             probe.options(scheduling_strategy=on(node, soft=False)).remote(Path(mark.name)): node for node in nodes
         }

@@ -5,6 +5,7 @@ import re
 import select
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -260,6 +261,29 @@ def test_a_job_has_actors_on_a_machine_that_came_back(up, laptop):
     )
     assert "4 actors of 1 CPU on 2 nodes" in told, told
     assert (up.home("head") / "runs" / "job" / "report.html").exists()
+
+
+@pytest.mark.hosts
+def test_trials_of_a_sweep_are_on_both_machines_though_these_share_no_disk(up, laptop, tmp_path):
+    together(up, laptop)
+    search = "--search method.lr --trials 8 --report-seeds 0"
+    sweep = f"fedsim sweep {RUN} --rounds 3 {search} --address auto --out ~/runs/sweep"
+    told = laptop(f"uv run ray exec cluster.local.yaml {shlex.quote(sweep)}")
+    assert "8 trials" in told
+    shutil.copy(up.home("head") / "runs" / "sweep" / "study.db", tmp_path)
+    asked = "SELECT value_json FROM trial_user_attributes WHERE key = 'node'"
+    machines = sqlite3.connect(tmp_path / "study.db").execute(asked).fetchall()
+    assert sorted(set(machines)) == [('"head"',), ('"w1"',)]
+    assert len(machines) == 8
+
+
+@pytest.mark.hosts
+def test_clients_that_keep_something_want_a_disk_that_all_machines_share(up, laptop):
+    run = f"fedsim run {RUN} --server local_only --rounds 2 --address auto --actors 4 --out ~/runs/kept"
+    process = laptop(f"uv run ray exec cluster.local.yaml {shlex.quote(run)}", up.start)
+    told, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode
+    assert f"fedsim: /{HOME}/runs/kept is not seen by w1; clients keep something to themselves" in told
 
 
 @pytest.mark.hosts

@@ -196,7 +196,7 @@ def test_reporting_is_on_seeds_that_no_trial_was_judged_on(done):
 
 
 def test_a_method_of_ones_own_is_searched_around_its_own_values(base):
-    mine = base.config.model_copy(update={"method": Mine(lr=0.5, pull=2.0)})
+    mine = base(method=Mine(lr=0.5, pull=2.0))
     space = Space.parse(("method.lr=1e-3:1", "method.pull"), mine)
     assert space.defaults(mine) == {"test_sweep.Mine.lr": 0.5, "test_sweep.Mine.pull": 2.0}
     tried = config_of(mine, {"method": {"lr": 0.25}})
