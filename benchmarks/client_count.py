@@ -449,6 +449,8 @@ def main() -> None:
     args.out = args.out.absolute()
     try:
         todo = cells(args)
+        if not todo:
+            parser.error("none of these cells can be run; take fewer --clients, or more --rows and --total")
         rows = measure(todo, args.out / "rows.parquet", args.address)
     except InputError as error:
         parser.error(str(error))

@@ -7,6 +7,7 @@ ranges only of what came through the command line; tyro makes a subcommand of ev
 
 import argparse
 import sys
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -76,6 +77,10 @@ def run_command(argv: list[str]) -> int:
 
 def sweep_command(argv: list[str]) -> int:
     """fedsim sweep: a search over hyperparameters."""
+    for mine in (Path("tune.py"), Path("tune/__init__.py")):
+        if mine.exists() and mine.absolute().parents[1 if mine.parent.name else 0] != Path(__file__).parents[1]:
+            # Ray's workers look in the folder where a command was given before they look among what is installed.
+            raise InputError(f"{mine} in this folder hides fedsim's own `tune`; give the command in another folder")
     from tune.command import sweep_command
 
     return sweep_command(argv)
@@ -106,9 +111,14 @@ def _folder(command: str, about: str, argv: list[str]) -> Path:
     return parser.parse_args(argv).folder
 
 
-def parse_run(argv: list[str]) -> tuple[Any, str]:
-    """The Config that the flags of `fedsim run` describe, and a sentence on where it starts from."""
-    flags = _flags(argv)
+def parse_run(argv: list[str], command: str = "run", others: Iterable[str] = ()) -> tuple[Any, str]:
+    """The Config that the flags of `fedsim run` describe, and a sentence on where it starts from.
+
+    Args:
+        command: that has these flags too.
+        others: what else it has, to be named where one is misspelt.
+    """
+    flags = _flags(argv, command, others)
     file = flags.pop("config", None)
     # The embedded experiment is tuned for its own images and model; with any other, defaults are the papers'.
     ours = {"dataset": {"name": "glyphs"}, "backbone": EMBEDDED[0], "pretrained": EMBEDDED[1]}
@@ -178,14 +188,14 @@ def describe_components() -> str:
     return "\n".join(lines)
 
 
-def _flags(argv: list[str]) -> dict[str, Any]:
+def _flags(argv: list[str], command: str, others: Iterable[str]) -> dict[str, Any]:
     """Flags as nested fields: `--method fedclip --method.lr 1e-3` -> {"method": {"name": "fedclip", "lr": "1e-3"}}."""
     parser = run_parser()
     args, unknown = parser.parse_known_args([_dashed(word) for word in argv])
     if unknown:
         flag = unknown[0].partition("=")[0]
-        close = get_close_matches(flag, parser._option_string_actions, n=3)
-        hint = f"did you mean {listing(close)}?" if close else "fedsim run --help lists all"
+        close = get_close_matches(flag, [*others, *parser._option_string_actions], n=3)
+        hint = f"did you mean {listing(close)}?" if close else f"fedsim {command} --help lists all"
         raise InputError(f"no flag {flag}; {hint}")
     fields: dict[str, Any] = {}
     for name, value in vars(args).items():

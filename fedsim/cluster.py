@@ -170,14 +170,22 @@ def _gpu_gb(ray, node: str) -> float | None:
 
 
 def blind(ray, folder: Path) -> list[str]:
-    """Names of the machines that do not see a folder of this one's."""
+    """Names of the machines that do not see a folder of this one's, or do not answer."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix="seen-by-all-") as mark:
-        probe = ray.remote(num_cpus=0)(lambda file: file.exists())
+        probe = ray.remote(num_cpus=0, max_retries=0)(lambda file: file.exists())
         nodes = {told["NodeID"]: told["NodeManagerHostname"] for told in ray.nodes() if told["Alive"]}
-        asked = {
-            probe.options(scheduling_strategy=on(node, soft=False)).remote(Path(mark.name)): node for node in nodes
-        }
-        return sorted(nodes[node] for ref, node in asked.items() if not ray.get(ref, timeout=PROBE_S))
+        asked = {}
+        for node in nodes:
+            asked[probe.options(scheduling_strategy=on(node, soft=False)).remote(Path(mark.name))] = node
+        ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_S)
+        return sorted(nodes[node] for ref, node in asked.items() if not _says_yes(ray, ref))
+
+
+def _says_yes(ray, ref: Any) -> bool:
+    try:
+        return ray.get(ref, timeout=0)
+    except (ray.exceptions.RayError, ValueError):  # of a machine that has just been lost, or is too slow
+        return False
 
 
 def here(ray) -> str:
@@ -217,8 +225,9 @@ def session(address: str | None):
     # with --no-sync they would never start, and nobody would be told. Read, too, when Ray is imported.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     if address is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
-        # A cluster of our own, which nobody else can use and which leaves no token in the home folder. Ray reads
-        # this once, when it is imported; where that has happened, its own choice stands.
+        # A cluster of our own, which nobody else can use (its figures for Prometheus excepted, which Ray shows to all)
+        # and which leaves no token in the home folder. Ray reads this once, when it is imported; where that has
+        # happened, its own choice stands.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 

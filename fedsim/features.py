@@ -73,7 +73,7 @@ def encode(
 
     Args:
         prompt: with `{}` where the class name goes.
-        cache: a folder that all nodes of the cluster see.
+        cache: a folder of this machine.
         level: of `sites.IMAGE_LEVELS`: what clients read of an image, kept beside its features.
         augment: augmented views of each image that are kept at that level.
 

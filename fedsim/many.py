@@ -129,6 +129,8 @@ def _outcomes(ray, calls: list[_Call], at_once: int) -> Iterator[tuple[int, Repo
     # A run whose process or machine is lost begins again elsewhere, from its checkpoint where that is seen. Not left to
     # Ray, which begins again without end where memory is short.
     task = ray.remote(max_retries=0)(_whole)
+    # A process that has met a GPU keeps its context, memory and limits: not for the next run.
+    once = ray.remote(max_retries=0, max_calls=1)(_whole)
     lost = tuple(getattr(ray.exceptions, name) for name in LOST)
     waiting, losses = deque(range(len(calls))), Counter()
     running: dict[Any, int] = {}
@@ -137,7 +139,8 @@ def _outcomes(ray, calls: list[_Call], at_once: int) -> Iterator[tuple[int, Repo
             while waiting and len(running) < at_once:
                 call = calls[waiting[0]]
                 share = {"num_cpus": call.share.num_cpus, "num_gpus": call.share.num_gpus}
-                running[task.options(**share).remote(*call.args)] = waiting.popleft()
+                either = once if call.share.num_gpus else task
+                running[either.options(**share).remote(*call.args)] = waiting.popleft()
             (ref,), _ = ray.wait(list(running))
             index = running.pop(ref)
             try:

@@ -55,12 +55,13 @@ class Pool(ABC):
         """
         staff = factory, *args
         if len(staff) != len(self.staff) or any(a is not b for a, b in zip(staff, self.staff, strict=True)):
+            before, self.staff = self.staff, ()  # nobody's, if this fails
+            self._renew(staff, before)
             self.staff = staff
-            self._renew()
 
     @abstractmethod
-    def _renew(self) -> None:
-        """What is to be done when the staff is another."""
+    def _renew(self, staff: tuple, before: tuple) -> None:
+        """Has calls answered by another staff than before."""
 
     @abstractmethod
     def check_sees(self, folder: Path) -> None:
@@ -102,8 +103,8 @@ class _InProcess(Pool):
         _keep_memory()
         self.gpus = sizing.gpus_per_actor or 0.0
 
-    def _renew(self):
-        factory, *args = self.staff
+    def _renew(self, staff, before):
+        factory, *args = staff
         self.worker = None  # before the next one is made: memory may not hold both
         self.worker = factory(*args, device_of(self.gpus))
 
@@ -184,13 +185,16 @@ class _Actors(Pool):
             self.seats[-1].bench(inf)  # Ray starts it when it has room; many take minutes
         self.placed = False
 
-    def _renew(self):
+    def _renew(self, staff, before):
         # By reference with every call: an actor that has restarted knows nothing of earlier ones. On another machine
         # an argument has what it carries with it, once for all actors there.
-        number, _ = self.post
-        carried = [arg.carried() if self.spans and hasattr(arg, "carried") else arg for arg in self.staff]
-        self.post = number + 1, [self.ray.put(arg) for arg in carried]
+        number, refs = self.post
+        there = {id(arg): ref for arg, ref in zip(before, refs, strict=False)}
+        self.post = number + 1, [there.get(id(arg)) or self._sent(arg) for arg in staff]
         self.longest.clear()
+
+    def _sent(self, arg):
+        return self.ray.put(arg.carried() if self.spans and hasattr(arg, "carried") else arg)
 
     def check_sees(self, folder):
         if self.spans and (names := blind(self.ray, folder)):
@@ -397,8 +401,7 @@ def device_of(gpus: float) -> str:
     """
     if not gpus or not torch.cuda.is_available():
         return "cpu"
-    if gpus < 1:  # or one that takes too much would end the others on its GPU
-        torch.cuda.set_per_process_memory_fraction(gpus)
+    torch.cuda.set_per_process_memory_fraction(gpus)  # or one that takes too much would end the others on its GPU
     return "cuda"
 
 

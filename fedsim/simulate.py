@@ -59,6 +59,7 @@ def run(config: Config, progress: Progress = lambda event: None) -> Report:
     experiment = prepare(config)
     if experiment.done:
         return experiment.done
+    progress(Event("begun", 0, 0))  # nothing is refused any more
     if config.actors == 0:
         return simulate(experiment, progress)
     return drive(simulate, (experiment,), config.address, progress)

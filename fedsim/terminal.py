@@ -23,8 +23,9 @@ class Parser(argparse.ArgumentParser):
 def let_go(console: Console, folder: Path, argv: list[str]) -> int:
     """Has another process do a command, which then needs this terminal no more."""
     detach(folder, [word for word in argv if word != DETACH])
-    pid, host = (read_status(folder)[name] for name in ("pid", "host"))
-    console.print(f"goes on in process {pid} on {host}", highlight=False)
+    status = read_status(folder)
+    where = "is done" if status["ended"] else f"goes on in process {status['pid']} on {status['host']}"
+    console.print(where, highlight=False)
     console.print(f"  fedsim watch {folder}\n  fedsim stop {folder}", highlight=False, soft_wrap=True)
     return 0
 
@@ -55,6 +56,8 @@ def shown(bars: Progress) -> Tell:
     tasks: dict[str, Any] = {}
 
     def show(event) -> None:
+        if not event.total and not event.note:
+            return
         if not event.total:  # said once, and nothing to wait for
             bars.console.print(f"{event.stage}: {event.note}", highlight=False)
             return

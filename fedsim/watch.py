@@ -23,14 +23,10 @@ from fedsim.errors import InputError, Stopped
 from fedsim.pool import Event, Progress
 from fedsim.report import write_text
 
-STATUS, LOG = "status.json", "run.log"
+STATUS, LOG, LOCK = "status.json", "run.log", ".running.lock"
 PATIENCE_S = 0.3  # between two looks
 INTERRUPTED = "interrupted; the same command goes on from the last round"
-# Whoever starts a process in the background may have it ignore what `stop` sends.
-CHILD = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from fedsim.__main__ import main; sys.exit(main(sys.argv[1:]))"
-)
+STOP_S = 60  # for an interrupted run to end
 
 
 class Telling:
@@ -54,11 +50,14 @@ class Telling:
         self._write(None)
 
     def __enter__(self) -> "Telling":
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a script's shell has it for what ends in &
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # what `stop` sends
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         code, said = (0, self.said) if error is None else (code_of(error), sentence_of(error))
-        self._write({"code": code, "said": said})
+        if self.lock or error is None:  # a run that is refused leaves what an earlier one has said
+            self._write({"code": code, "said": said})
         if self.lock:
             self.lock.release()
 
@@ -68,7 +67,7 @@ class Telling:
             write_text(self.folder / STATUS, json.dumps(status))
 
     def _take(self) -> bool:
-        self.lock = _held(self.folder, PATIENCE_S)  # somebody who only looks has it for no time
+        self.lock = _held(self.folder, PATIENCE_S)
         return self.lock is not None
 
 
@@ -96,7 +95,7 @@ def detach(folder: Path, argv: Sequence[str]) -> None:
     (folder / STATUS).unlink(missing_ok=True)
     with (folder / LOG).open("w") as log:
         child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, *argv],
+            [sys.executable, "-m", "fedsim", *argv],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -136,14 +135,19 @@ def stop(folder: Path) -> None:
 
     Raises:
         InputError: nobody runs there, or on another machine.
+        Stopped: it does not end.
     """
-    status = read_status(folder)
-    if status["host"] != socket.gethostname():
-        raise InputError(f"{folder} is run by a process on {status['host']}; stop it there")
-    if not _alive(folder):
+    host = read_status(folder)["host"]
+    if host != socket.gethostname():
+        raise InputError(f"{folder} is run by a process on {host}; stop it there")
+    alive, status = _alive(folder), read_status(folder)
+    if status["ended"] or not alive:
         raise InputError(f"nobody runs in {folder}")
     os.kill(status["pid"], signal.SIGINT)
+    late = time.monotonic() + STOP_S
     while _alive(folder):
+        if time.monotonic() > late:
+            raise Stopped(f"process {status['pid']} does not end; its checkpoints are whole, and `kill -9` may be used")
         time.sleep(PATIENCE_S)
 
 
@@ -164,15 +168,21 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def _alive(folder: Path) -> bool:
-    lock = _held(folder) if folder.is_dir() else None
+    if not (folder / LOCK).exists():
+        return False
+    lock = _held(folder, PATIENCE_S)
     if lock:
         lock.release()
-    return folder.is_dir() and lock is None
+    return lock is None
 
 
-def _held(folder: Path, patience_s: float = 0) -> FileLock | None:
-    """The lock of a process that runs in a folder; None where another one has it, or it is somebody else's folder."""
-    lock = FileLock(folder / ".running.lock")
+def _held(folder: Path, patience_s: float) -> FileLock | None:
+    """The lock of a process that runs in a folder; None where another one has it, or it is somebody else's folder.
+
+    Args:
+        patience_s: somebody who only looks has it for no time.
+    """
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=patience_s)
     except (Timeout, PermissionError):

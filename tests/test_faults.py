@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -193,6 +194,40 @@ def test_actors_change_what_they_do_and_stay_the_same_processes_even_after_one_w
         assert len(homes(pool, 2, {lost})) == 2
         pool.employ(Squarer, folder)
         assert squares(pool) == SQUARES
+
+
+class Unready:
+    """What cannot be sent at first: a disk is full, say."""
+
+    refusals = 1
+
+    def __reduce__(self):
+        if self.refusals:
+            self.refusals -= 1
+            raise OSError("no room")
+        return str, ("sent",)
+
+
+@pytest.mark.parametrize("actors", [0, 2])
+def test_a_pool_whose_actors_could_not_be_given_other_work_does_not_go_on_with_the_old(joined, folder, actors):
+    refused = Unready()
+    made = partial(Refusing, refused) if actors == 0 else Tripler
+    with open_pool(Sizing(actors=actors), 2, Squarer, folder) as pool:
+        assert squares(pool) == SQUARES
+        with pytest.raises(OSError, match="no room"):
+            pool.employ(made, *([refused] if actors else []))
+        if actors == 0:
+            pool.employ(made)
+            assert squares(pool) == [3 * item for item in ITEMS]
+        else:
+            with pytest.raises(TypeError):  # it came: a second argument is one too many for this worker
+                pool.employ(made, refused)
+                squares(pool)
+
+
+class Refusing(Tripler):
+    def __init__(self, refused: Unready, device: str) -> None:
+        refused.__reduce__()
 
 
 def test_a_pool_in_a_placement_group_takes_the_bundles_after_the_first(joined, folder):

@@ -83,6 +83,7 @@ def test_carried_features_need_no_file_at_any_level_and_their_rows_are_read_wher
     found = came.x[rows], came.take("pixels", rows), came.take("pixels", rows, views)
     assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
     assert not came.x.flags.writeable
+    assert came.carried() is came  # where it has come to, there are no files
 
 
 def test_a_killed_encoding_goes_on_where_it_stopped(images, weights, features, tmp_path):

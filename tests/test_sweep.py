@@ -15,12 +15,14 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 from PIL import Image
+from safetensors.torch import load_file
 from test_bits import descendants
 
 from fedsim import Config, Fleet, InputError, component, run
-from fedsim.checkpoint import load_checkpoint
+from fedsim.checkpoint import HISTORY
 from fedsim.cluster import Sizing
-from fedsim.evaluate import SPLITS
+from fedsim.errors import Stopped
+from fedsim.evaluate import SPLITS, Counts
 from fedsim.fleets.ideal import Ideal
 from fedsim.methods.probe import Probe
 from fedsim.pool import open_pool
@@ -113,6 +115,10 @@ def study_of(folder: Path) -> optuna.Study:
     return optuna.load_study(study_name=NAME, storage=f"sqlite:///{folder / STUDY}")
 
 
+def counts_in(folder: Path, name: str) -> Counts:
+    return Counts.from_flat(load_file(folder / HISTORY / f"{name}.safetensors")[name].numpy())
+
+
 def told(folder: Path) -> list[tuple]:
     """All that a study knows of its trials but when and for how long."""
     return [
@@ -154,7 +160,7 @@ def test_what_is_written_is_what_was_found(done):
     config = Config(**yaml.safe_load((folder / "best.yaml").read_text()))
     assert config.method.lr == found.trials["probe.lr"][found.number]
     assert f"trial {found.number}" in (folder / "sweep.html").read_text()
-    assert list((folder / "tensorboard" / "0000").glob("events.out.tfevents*"))
+    assert list((folder / "tune" / "0000").glob("events.out.tfevents*"))
 
 
 def test_trials_that_fall_behind_are_stopped(done):
@@ -173,12 +179,12 @@ def test_a_trial_is_a_run_on_each_tuning_seed_without_its_test_rows(done, tmp_pa
         assert fields["seed"] == seed
         alone = run(Config(**fields | {"out": tmp_path / str(seed), "actors": 0}))
         accuracy.append(alone.summary()["validation"])
-        _, report = load_checkpoint(there, Config(**fields).experiment() | {"splits": ["val"]})
-        assert set(report.scores[:, 3]) == {VAL} == set(report.zero_shot.scores[:, 2])
-        assert not any(counts.labels.any() for counts in report.counts.values())  # which are of test rows
-        mine = report.scores[:, :6]
-        theirs = alone.scores[alone.scores[:, 3] == VAL][:, :6]
-        assert np.array_equal(mine, theirs)
+        for round in range(5):
+            mine = counts_in(there, f"scores-{round}")
+            theirs = alone.counts[round].scores
+            assert np.array_equal(mine.scores[:, :5], theirs[theirs[:, 2] == VAL][:, :5])
+            assert not mine.labels.any()  # which are of test rows
+        assert set(counts_in(there, "zero_shot").scores[:, 2]) == {VAL}
     assert found.trials.validation[found.number] == np.mean(accuracy)
 
 
@@ -272,12 +278,35 @@ def test_a_trial_that_fails_says_why_and_the_others_go_on(ray, base, tmp_path):
     assert 0 < diverged.sum() < 4
     assert list(found.trials.state == "fail") == list(diverged)
     assert found.trials.failed[diverged].str.startswith("training diverged: in round").all()
-    attempts = [trial.user_attrs["attempts"] for trial in study_of(tmp_path / "out").trials]
-    assert attempts == [1, 1, 1, 1]  # it would diverge again
+    trials = study_of(tmp_path / "out").trials
+    assert [trial.user_attrs["attempts"] for trial in trials] == [1, 1, 1, 1]  # it would diverge again
+    # To Optuna it is pruned, or its sampler would not learn to stay away.
+    assert [trial.state == TrialState.PRUNED for trial in trials] == list(diverged)
+    assert not list((tmp_path / "out" / "trials").glob("*/checkpoint.safetensors"))  # of trials that have ended
     # The best is the base config itself, and is run once.
     best, base = (found.reporting[found.reporting.which == which].iloc[0] for which in ("best", "base"))
     assert best.drop("which").equals(base.drop("which"))
     assert [folder.name for folder in (tmp_path / "out" / "reporting").iterdir()] == ["base-7"]
+
+
+def test_a_disk_that_cannot_be_written_fails_no_trial_and_the_same_command_goes_on(ray, base, tmp_path):
+    swept(sweep_of(base(), tmp_path / "out", trials=1))
+    sweep = sweep_of(base(), tmp_path / "out", trials=2, retries=0)
+    in_the_way = tmp_path / "out" / "trials" / "0001" / "history"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
+    with pytest.raises(Stopped, match=rf"1 of 2 trials have ended \({in_the_way}: File exists\); the same command"):
+        swept(sweep)
+    in_the_way.unlink()
+    assert list(swept(sweep).trials.state) == ["complete"] * 2
+
+
+def test_a_sweep_that_waited_for_another_one_in_its_folder_does_not_go_on_with_that(ray, base, tmp_path):
+    later = prepare_sweep(sweep_of(base(), tmp_path / "out", search=("method.lr=1e-2:1",)))
+    swept(sweep_of(base(), tmp_path / "out", trials=1))
+    with pytest.raises(InputError, match="holds another sweep"):
+        search(later, print)
+    assert len(study_of(tmp_path / "out").trials) == 1
 
 
 def test_a_trial_that_kills_every_process_is_given_up(ray, base, tmp_path):
@@ -356,6 +385,10 @@ BAD = {
     "a field": ({"trails": 3}, {}, "no field 'trails' in Sweep; there are: config, search, trials"),
     "a space": ({"search": ("method.lr=1:2:3",)}, {}, "a range wants LOW:HIGH"),
     "other data": ({"search": ("skip_unreadable=true,false",)}, {}, "all trials of a sweep are on the same data"),
+    "who judges": ({"search": ("eval_clients=1:3",)}, {}, "the best would be the one that was judged with luck"),
+    "another deal": ({"search": ("clients=3:6",)}, {}, "these data have no test rows of their own"),
+    "too large a cohort": ({"search": ("cohort",)}, {}, "a cohort of 100 from 6 clients"),
+    "a rule of many": ({"search": ("server=fedavg,krum",)}, {"cohort": 4}, "krum with f 1 wants 5 clients or more"),
     "no rounds": ({}, {"rounds": 0}, "rounds wants 1 or more"),
     "the base config": ({}, {"cohort": 40}, "a cohort of 40 from 6 clients"),
 }
@@ -489,6 +522,44 @@ def test_a_study_opened_again_asks_what_it_would_have_asked(sampler, pruner, tmp
     first, *others = study_of(tmp_path / "whole").trials
     assert first.params == {"probe.lr": 0.5}
     assert {TrialState.PRUNED, TrialState.COMPLETE} == {trial.state for trial in others}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("pruner", ["asha", "median"])
+@pytest.mark.parametrize("validation", [0.1, 0.95])
+def test_what_the_pruner_said_before_a_kill_holds_after_it(pruner, validation, tmp_path, monkeypatch):
+    def said(study, rounds):
+        number = study.ask(suggest).number
+        return [study.report(number, round, {"validation": validation}) for round in rounds]
+
+    study = Study(tmp_path, Rules(pruner=pruner, grace=2))
+    for _ in range(6):
+        number = study.ask(suggest).number
+        for round in range(1, 5):
+            study.report(number, round, {"validation": 0.8})
+        study.finish(number, 6, {"validation": 0.8})
+
+    def killed(*args, **about):
+        raise Killed
+
+    monkeypatch.setattr(study, "_end", killed)
+    rounds = range(1, 3)
+    if validation == 0.1:
+        with pytest.raises(Killed):
+            said(study, rounds)
+    else:
+        assert not any(said(study, rounds))
+    again = Study(tmp_path, Rules(pruner=pruner, grace=2))
+    *before, last = said(again, rounds)
+    assert not any(before) and last == (validation == 0.1)
+    assert again.optuna.trials[6].state == (TrialState.PRUNED if last else TrialState.RUNNING)
+
+
+def suggest(trial):
+    return {"method": {"lr": trial.suggest_float("probe.lr", 1e-6, 1, log=True)}}
 
 
 def test_a_study_in_a_folder_of_an_odd_name_is_in_that_folder(tmp_path):

@@ -94,6 +94,31 @@ def test_an_attached_run_can_be_watched_too_and_says_why_it_failed(config, tmp_p
     assert capsys.readouterr().err == "fedsim: it is over\n"
 
 
+def test_a_refused_command_leaves_what_an_earlier_run_has_said_and_nothing_in_other_folders(flags, tmp_path, capsys):
+    there = tmp_path / "run"
+    argv = ["run", *map(str, flags), "--rounds", "1", "--actors", "0", "--out", str(there)]
+    assert main(argv) == 0
+    assert main([*argv, "--seed", "5"]) == 2
+    capsys.readouterr()
+    assert main(["watch", str(there)]) == 0
+    assert "zero-shot CLIP" in capsys.readouterr().out
+    (tmp_path / "mine").mkdir()
+    assert main([*argv[:-1], str(tmp_path / "mine"), "--cohort", "99"]) == 2
+    assert main(["watch", str(tmp_path / "mine")]) == main(["stop", str(tmp_path / "mine")]) == 2
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_a_run_that_a_script_has_put_in_the_background_can_be_stopped(flags, tmp_path):
+    there = tmp_path / "run"
+    words = map(str, [*FEDSIM, "run", *flags, "--rounds", 100_000, "--actors", 0, "--out", there])
+    script = subprocess.Popen(["bash", "-c", f"{shlex.join(words)} & wait"], stdout=subprocess.DEVNULL)
+    while not (there / STATUS).exists() or not rounds_done(there):
+        time.sleep(0.05)
+    fedsim("stop", there)
+    script.wait(timeout=10)
+    assert status(there)["ended"]["code"] == 130
+
+
 @pytest.mark.parametrize("command", ["watch", "stop"])
 def test_a_folder_without_a_run_is_refused_and_those_below_it_are_named(command, tmp_path, capsys):
     (tmp_path / "a").mkdir()

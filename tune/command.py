@@ -13,7 +13,8 @@ from fedsim.terminal import DETACH, Parser, bars_on, let_go, shown
 from fedsim.watch import Telling
 from tune.sweep import Found, Sweep, prepare_sweep, run_sweep
 
-OURS = [name for name in Sweep.model_fields if name not in ("config", "out")]
+# Its --out as well: that of a config file is the folder of a run.
+OURS = [name for name in Sweep.model_fields if name != "config"]
 SEVERAL = "search", "objective", "tuning_seeds", "report_seeds", "loggers"
 EPILOG = """\
 All flags of `fedsim run` describe the config to start from; `fedsim run --help` lists them, and which hyperparameters
@@ -51,8 +52,8 @@ def parse_sweep(argv: Sequence[str]) -> tuple[Sweep, str]:
     if seeds := [word for word in argv if word.partition("=")[0] == "--seed"]:
         raise InputError(f"no flag {seeds[0]}: a sweep has --tuning-seeds, and --report-seeds to report on")
     ours, rest = sweep_parser().parse_known_args([_dashed(word) for word in argv])
-    config, origin = parse_run(rest)
-    return Sweep(config=config.model_copy(update={"out": None}), out=config.out, **vars(ours)), origin
+    config, origin = parse_run(rest, "sweep", map(_flag, OURS))
+    return Sweep(config=config.model_copy(update={"out": None}), **vars(ours)), origin
 
 
 def sweep_parser() -> argparse.ArgumentParser:
@@ -115,9 +116,8 @@ def _flag(name: str) -> str:
 
 
 def _metavar(name: str) -> str:
-    return {"search": "WHAT", "objective": "NAME", "sampler": "NAME", "pruner": "NAME", "loggers": "NAME"}.get(
-        name, "N"
-    )
+    known = {"search": "WHAT", "out": "DIR"} | dict.fromkeys(("objective", "sampler", "pruner", "loggers"), "NAME")
+    return known.get(name, "N")
 
 
 def _dashed(word: str) -> str:

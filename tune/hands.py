@@ -26,11 +26,13 @@ class Asking(Searcher):
 
     Attributes:
         faults: by Tune's name of a trial, why its process has failed, time after time.
+        stuck: why some trials could not go on though nothing is wrong with them: they are left unfinished.
     """
 
-    def __init__(self, study: "Study", suggest: Callable, ended: Callable[[], None]) -> None:
+    def __init__(self, study: "Study", suggest: Callable, ended: Callable[[int], None]) -> None:
         super().__init__()
         self.study, self._suggest, self._ended = study, suggest, ended
+        self.stuck: list[str] = []
         self.numbers: dict[str, int] = {}
         self.faults: dict[str, list[str]] = {}
 
@@ -43,16 +45,20 @@ class Asking(Searcher):
         number, faults = self.numbers[trial_id], self.faults.get(trial_id, [])
         if number not in self.study.live:  # it was pruned
             pass
+        elif error and faults[-1].startswith("Stopped: "):
+            return self.stuck.append(faults[-1].removeprefix("Stopped: "))
         elif error:
             times = "once" if len(faults) == 1 else f"{len(faults)} times"
-            self.study.fail(number, f"its process failed {times}: {faults[-1]}", attempts=len(faults))
+            self.study.fail(number, f"its process failed {times}: {faults[-1]}", False, attempts=len(faults))
         elif result is None:  # the sweep itself is ending
-            return
+            return None
+        elif "stuck" in result:
+            return self.stuck.append(result["stuck"])
         elif "failed" in result:
-            self.study.fail(number, result["failed"], **self.about(trial_id, result))
+            self.study.fail(number, result["failed"], True, **self.about(trial_id, result))
         else:
             self.study.finish(number, result["rounds"], measures_of(result), **self.about(trial_id, result))
-        self._ended()
+        self._ended(number)
 
     def about(self, trial_id: str, result: dict[str, Any]) -> dict[str, Any]:
         """What else is remembered of a trial."""
@@ -97,22 +103,22 @@ class Doing(ray.tune.Trainable):
     def reset_config(self, config: dict[str, Any]) -> bool:
         """Begins another trial: its `number`, and its `fields`."""
         self._let_go()
-        self.failed = ""
+        self.refused: dict[str, str] = {}
         try:
             experiments = experiments_of(self.base, config["fields"], self.seeds, self.folder, config["number"])
             self.pool = self.pool or open_pool(self.sizing, len(experiments[0].clients), *staff(experiments[0]))
             self.trial = Trial(experiments, self.pool)
-        except InputError as error:  # told at the first step: what is raised here, Tune would try again
-            self.failed = str(error)
+        except (InputError, OSError) as error:  # told at the first step: what is raised here, Tune would try again
+            self.refused = _told(error)
         return True
 
     def step(self) -> dict[str, Any]:
         try:
-            if not self.failed:
+            if not self.refused:
                 return self.trial.advance() | {"done": self.trial.done}
-        except InputError as error:  # it has diverged, say; it would do so again
-            self.failed = str(error)
-        return {"failed": self.failed, "done": True}
+        except (InputError, OSError) as error:  # it has diverged, say, or a disk is full; and would again
+            self.refused = _told(error)
+        return self.refused | {"done": True}
 
     def cleanup(self) -> None:
         self._let_go()
@@ -123,6 +129,13 @@ class Doing(ray.tune.Trainable):
         if self.trial:
             self.trial.close()
         self.trial = None
+
+
+def _told(error: InputError | OSError) -> dict[str, str]:
+    """Whether a trial has failed, by its parameters, or is stuck, by its machine; and why."""
+    if isinstance(error, InputError):
+        return {"failed": str(error)}
+    return {"stuck": f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[0]}
 
 
 def measures_of(result: dict[str, Any]) -> dict[str, float]:

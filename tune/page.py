@@ -23,7 +23,9 @@ from fedsim.config import EXECUTION
 from fedsim.errors import listing
 from fedsim.page import LONGEST, MEASURES, NEW_MEASURES, Section, number, percent, portable, render
 from fedsim.plots import Plot
+from fedsim.registry import available
 from fedsim.report import to_yaml, write_text
+from fedsim.simulate import DEALT
 from tune.plots import (
     FAILED,
     FINISHED,
@@ -115,7 +117,7 @@ def trial_table(study: optuna.Study) -> pd.DataFrame:
     goals = goals_of(study)
     table = {
         "number": pd.array([trial.number for trial in trials], "Int64"),
-        "state": pd.array([trial.state.name.lower() for trial in trials], "string"),
+        "state": pd.array([state_of(trial).name.lower() for trial in trials], "string"),
         "failed": pd.array([trial.user_attrs.get("failed") for trial in trials], "string"),
     }
     taken = {*FIRST, *MEASURED, *LAST}
@@ -126,6 +128,11 @@ def trial_table(study: optuna.Study) -> pd.DataFrame:
         table[name] = pd.array([found.get(name) for found in measures], kind)
     table["seconds"] = pd.array([trial.user_attrs.get("seconds") for trial in trials], "Float64")
     return pd.DataFrame(table)
+
+
+def state_of(trial: FrozenTrial) -> TrialState:
+    """To Optuna a trial that failed by its parameters is a pruned one, of which its sampler learns."""
+    return TrialState.FAIL if "failed" in trial.user_attrs else trial.state
 
 
 def pareto(study: optuna.Study) -> list[FrozenTrial]:
@@ -222,7 +229,7 @@ class _Seen:
         values = {
             goal.head: [goal.factor * _value(trial, k, goals) for trial in trials] for k, goal in enumerate(goals)
         }
-        shown = pd.DataFrame({"kind": [KINDS[trial.state] for trial in trials]} | values, index=numbers)
+        shown = pd.DataFrame({"kind": [KINDS[state_of(trial)] for trial in trials]} | values, index=numbers)
         scales = [_scale(name, trials) for name in _params(trials)]
         places = pd.DataFrame(
             {
@@ -273,7 +280,7 @@ def _typed(values: list[Any]) -> pd.api.extensions.ExtensionArray:
 
 def _measures(trial: FrozenTrial, goals: Sequence[Goal]) -> dict[str, Any]:
     found = {name: value for name, value in trial.user_attrs.get("measures", {}).items() if value is not None}
-    if trial.state == TrialState.COMPLETE:
+    if state_of(trial) == TrialState.COMPLETE:
         found = {goal.name: value for goal, value in zip(goals, trial.values, strict=True)} | found
     elif trial.intermediate_values:
         found.setdefault(goals[0].name, trial.intermediate_values[trial.last_step])
@@ -281,10 +288,10 @@ def _measures(trial: FrozenTrial, goals: Sequence[Goal]) -> dict[str, Any]:
 
 
 def _value(trial: FrozenTrial, place: int, goals: Sequence[Goal]) -> float:
-    if trial.state == TrialState.COMPLETE:
+    if state_of(trial) == TrialState.COMPLETE:
         return trial.values[place]
     # Where the accuracy of a pruned trial stood is known; costs that it did not come to would look like savings.
-    known = trial.state == TrialState.PRUNED and goals[place].unit == "%"
+    known = state_of(trial) == TrialState.PRUNED and goals[place].unit == "%"
     return _measures(trial, goals).get(goals[place].name, np.nan) if known else np.nan
 
 
@@ -325,7 +332,7 @@ def _count(count: int, noun: str) -> str:
 
 def _tally(trials: Sequence[FrozenTrial]) -> str:
     """`41 finished, 17 pruned, 2 failed`."""
-    states = Counter(KINDS[trial.state] for trial in trials)
+    states = Counter(KINDS[state_of(trial)] for trial in trials)
     return ", ".join(f"{states[kind]} {kind}" for kind in KINDS.values() if states[kind]) or "none was begun"
 
 
@@ -338,6 +345,9 @@ def _words(seen: _Seen) -> list[str]:
     if sweep.get("tuning_seeds"):
         how += f" Every trial was judged on {_seeds('tuning', sweep['tuning_seeds'])}."
     how += " Test rows took no part in the search."
+    deals = {*DEALT, *available("partition")}
+    if dealt := [scale.name for scale in seen.scales if scale.name.partition(".")[0] in deals]:
+        how += f" {listing(dealt)} deal the rows: trials that differ in them were judged on different problems."
     if seen.best is None:
         why = {trial.user_attrs.get("failed") for trial in seen.trials} - {None}
         return [how, "No trial has finished, so there is no best one." + (" Below is why." if why else "")]
@@ -391,7 +401,12 @@ def _reported(reporting: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
     if reporting is None or reporting.empty:
         return {}
     heads = MEASURES | NEW_MEASURES | F1_AND_ECE
+    heads["validation"] += " (the rows that the search chose by)"
     kinds = [kind for kind in ("base", "best") if (reporting.which == kind).any()]
+    # Where a run of one side has failed, its seed is none of the other's either.
+    common = set.intersection(*(set(reporting.seed[reporting.which == kind]) for kind in kinds))
+    seeds = sorted(common or set(reporting.seed))
+    reporting = reporting[reporting.seed.isin(seeds)]
     by_seed = {kind: reporting[reporting.which == kind].set_index("seed").sort_index() for kind in kinds}
     rows = {}
     for name, words in heads.items():
@@ -404,7 +419,6 @@ def _reported(reporting: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
     if "bytes" in reporting:
         row = {kind: number(runs["bytes"].mean() / 1e6) for kind, runs in by_seed.items()}
         rows["megabytes up and down, all clients and rounds"] = row | ({"difference": ""} if len(kinds) == 2 else {})
-    seeds = sorted(set(reporting.seed))
     caption = (
         f"On {_seeds('reporting', seeds)}, which no trial was judged on: accuracy in percent at the round of the best "
         "validation, the difference in percentage points"
@@ -455,9 +469,9 @@ def _history(seen: _Seen) -> Section:
         plots.append(_front(seen))
     first = seen.goals[0]
     curves = {
-        trial.number: (KINDS[trial.state], first.factor * pd.Series(trial.intermediate_values).sort_index())
+        trial.number: (KINDS[state_of(trial)], first.factor * pd.Series(trial.intermediate_values).sort_index())
         for trial in seen.trials
-        if trial.intermediate_values and KINDS[trial.state] in (FINISHED, PRUNED, FAILED)
+        if trial.intermediate_values and KINDS[state_of(trial)] in (FINISHED, PRUNED, FAILED)
     }
     if curves:
         best = list(curves).index(seen.best) if seen.best in curves else None

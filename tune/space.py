@@ -26,6 +26,9 @@ from fedsim.search import Choice, Plain, Span, search_of
 # What changes the problem (partition, clients, cohort) is searched only when it is named.
 DEFAULT = ("method.*", "server.*")
 SEEDS = ("seed", "partition_seed")
+JUDGING = ("eval_clients", "evaluate_every")
+SAME = ("chunk", "threads_per_actor")
+DATA = ("dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prompt", "held_out", "augment")
 
 
 @dataclass(frozen=True)
@@ -205,10 +208,15 @@ class _Base:
             return owners
         if head in SEEDS:
             raise InputError(f"a sweep has tuning and reporting seeds of its own, and one partition; {head} is no knob")
-        if head in EXECUTION:
+        if head in (*EXECUTION, *SAME):
             raise InputError(f"{head} changes nothing of what comes out, so there is nothing to search")
+        if head in JUDGING:
+            raise InputError(f"{head} says how a trial is judged: the best would be the one that was judged with luck")
+        if head in DATA:
+            raise InputError(f"all trials of a sweep are on the same data, so {head} is no knob")
         if head not in Config.model_fields:
-            there = [name for name in Config.model_fields if name not in (*SEEDS, *EXECUTION)]
+            none = SEEDS + EXECUTION + SAME + JUDGING + DATA
+            there = [name for name in Config.model_fields if name not in none]
             raise InputError(f"no field {head!r} to search; there are: {listing(there, 40)}")
         return [("", "")]
 

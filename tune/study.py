@@ -7,6 +7,7 @@ import logging
 import sqlite3
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ class Study:
         self.unfinished = [trial.number for trial in running]
         self.live: dict[int, optuna.trial.Trial] = {}
         self.told: dict[int, set[int]] = {}  # rounds of live trials
+        self.behind: dict[int, int] = {}  # of those that were to be pruned when they were killed, the round
 
     def describe(self, about: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
         """Says what is searched, and in an empty study what is to be tried first: parameters by Optuna's names."""
@@ -106,6 +108,8 @@ class Study:
             self.optuna.sampler = _sampler(self.rules, number)
             there = self.optuna.get_trials(deepcopy=False)[number]
             trial, told = optuna.trial.Trial(self.optuna, there._trial_id), set(there.intermediate_values)
+            if self._was_to_be_pruned(there):
+                self.behind[number] = max(told)
         else:
             # Made anew for each trial, so that what is asked follows from the trials before and not from this process.
             self.optuna.sampler = _sampler(self.rules, self._next())
@@ -127,11 +131,12 @@ class Study:
         trial = self.live[number]
         if len(self.rules.objectives) > 1:  # Optuna has no word for what is better
             return False
-        if round in self.told[number]:  # before the trial, or the sweep, was killed
-            return False
-        self.told[number].add(round)
-        trial.report(float(measures[self.rules.objectives[0]]), round)
-        if not trial.should_prune():
+        if round not in self.told[number]:
+            self.told[number].add(round)
+            trial.report(float(measures[self.rules.objectives[0]]), round)
+            if not trial.should_prune():
+                return False
+        elif self.behind.get(number) != round:  # told and decided before the trial, or the sweep, was killed
             return False
         self._end(number, TrialState.PRUNED, None, measures=dict(measures), **about)
         return True
@@ -143,15 +148,34 @@ class Study:
             self.live[number].report(*values, round)
         self._end(number, TrialState.COMPLETE, values, measures=dict(measures), **about)
 
-    def fail(self, number: int, reason: str, **about: Any) -> None:
-        """Notes that a trial cannot be done, and why, in one sentence."""
-        self._end(number, TrialState.FAIL, None, failed=reason, **about)
+    def fail(self, number: int, reason: str, at_fault: bool, **about: Any) -> None:
+        """Notes that a trial cannot be done, and why, in one sentence.
+
+        Args:
+            at_fault: by its parameters, and not by what became of its process. Optuna learns nothing from a trial that
+                has failed, and would be drawn to where training diverges: so this one is pruned, as bad as can be. Of
+                several objectives Optuna prunes nothing.
+        """
+        taught = at_fault and len(self.rules.objectives) == 1
+        self._end(number, TrialState.PRUNED if taught else TrialState.FAIL, None, failed=reason, **about)
 
     def best(self) -> optuna.trial.FrozenTrial | None:
         """The best so far: the first objective decides."""
         up = OBJECTIVES[self.rules.objectives[0]] == "maximize"
         done = self.optuna.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         return (max if up else min)(done, key=lambda trial: trial.values[0], default=None)
+
+    def _was_to_be_pruned(self, there: optuna.trial.FrozenTrial) -> bool:
+        """Whether a trial was killed between the last round that it told of and its end."""
+        rounds = sorted(there.intermediate_values)
+        if not rounds or len(self.rules.objectives) > 1:
+            return False
+        asked = deepcopy(there)
+        rung = sum(name.startswith("completed_rung_") for name in there.system_attrs) - 1
+        # The pruner remembers of a rung that it has decided, and not what; so of the last round's it is asked again.
+        if rung >= 0 and all(told < self.rules.grace * self.rules.reduction**rung for told in rounds[:-1]):
+            del asked.system_attrs[f"completed_rung_{rung}"]
+        return self.optuna.pruner.prune(self.optuna, asked)
 
     def _next(self) -> int:
         """The number of the trial that Optuna gives when it is asked."""

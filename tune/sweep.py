@@ -10,23 +10,26 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pandas as pd
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
 
+from fedsim.checkpoint import NAME as CHECKPOINT
 from fedsim.cluster import Sizing, nodes_of, plan
 from fedsim.config import Config, read_yaml
+from fedsim.datasets import TEST
 from fedsim.errors import InputError, Stopped, listing
 from fedsim.methods import Method
 from fedsim.pool import Event, Progress, drive
 from fedsim.registry import sentence
 from fedsim.report import environment, to_yaml, write_text
-from fedsim.simulate import DATA, Experiment, alone_in, encoded, judged, prepare, sizing_of
+from fedsim.simulate import DEALT, Experiment, alone_in, encoded, judged, prepare, sizing_of
 from tune.space import Space
 from tune.study import OBJECTIVES, PRUNERS, SAMPLERS, Rules, Study
-from tune.trial import config_of
+from tune.trial import JUDGED_BY, config_of, trial_folder
 
 if TYPE_CHECKING:
     import optuna
@@ -54,7 +57,8 @@ def _seeds(value: tuple[int, ...]) -> tuple[int, ...]:
 
 def _different(value: tuple[str, ...]) -> tuple[str, ...]:
     if not value or len(set(value)) < len(value):
-        raise InputError(f"objective wants one or more of {listing(OBJECTIVES)}, each once, not {listing(value)}")
+        what = listing(value) or "none"
+        raise InputError(f"objective wants one or more of {listing(OBJECTIVES)}, each once, not {what}")
     return value
 
 
@@ -87,9 +91,13 @@ class Sweep(BaseModel):
     objective: Objectives = Field(
         ("validation",), description=f"what to better, of {listing(OBJECTIVES)}; several give a Pareto front"
     )
-    sampler: Literal[SAMPLERS] = Field("tpe", description="of Optuna; nsga2 is for several objectives")
+    sampler: Literal[SAMPLERS] = Field(
+        "tpe", description=f"{listing(SAMPLERS)}: Optuna's; nsga2 is for several objectives"
+    )
     pruner: Literal[PRUNERS] | None = Field(
-        None, description="stops trials that fall behind; none given: asha, and none for several objectives or a cost"
+        None,
+        description=f"{listing(PRUNERS)}: stops trials that fall behind; none given: asha, but for several objectives "
+        "or a cost none",
     )
     grace: int = Field(5, ge=1, description="rounds before a trial may be stopped")
     reduction: int = Field(3, ge=2, description="of asha: one of so many trials goes on from each rung")
@@ -182,7 +190,9 @@ def run_sweep(sweep: Sweep, progress: Progress = lambda event: None) -> Found:
     Raises:
         InputError: whatever cannot work, before Ray starts and before anything is written.
     """
-    return drive(search, (prepare_sweep(sweep),), sweep.config.address, progress)
+    prepared = prepare_sweep(sweep)
+    progress(Event("begun", 0, 0))  # nothing is refused any more
+    return drive(search, (prepared,), sweep.config.address, progress)
 
 
 def prepare_sweep(sweep: Sweep) -> Prepared:
@@ -199,9 +209,10 @@ def prepare_sweep(sweep: Sweep) -> Prepared:
         wanted = " or ".join(name for (name,) in PRUNED)
         raise InputError(f"pruner {sweep.pruner} wants {wanted} as the one objective, not {listing(sweep.objective)}")
     searched = {one.path[0] for one in space.dimensions}
-    if data := sorted(searched & set(DATA)):
+    if data := sorted(searched & {"dataset"}):
         raise InputError(f"--search {listing(data)}: all trials of a sweep are on the same data, encoded once")
-    if "clock_s" in sweep.objective and config.fleet.timeless and "fleet" not in searched:
+    fleets = [config_of(config, {"fleet": chosen}).fleet for chosen in _chosen(space, "fleet")]
+    if "clock_s" in sweep.objective and any(fleet.timeless for fleet in fleets):
         raise InputError("objective clock_s wants a fleet whose clients take time, such as --fleet lognormal")
     if not config.rounds:
         raise InputError("rounds wants 1 or more, or there is nothing to search for")
@@ -209,12 +220,36 @@ def prepare_sweep(sweep: Sweep) -> Prepared:
         _check_logger(name)
     folder = sweep.folder().absolute()
     _refuse_another(folder, sweep.plain(), space)
-    execution = {"out": folder / "trials" / "base", "seed": sweep.tuning_seeds[0]}
-    base = prepare(config.model_copy(update=execution))
+    base = prepare(config.model_copy(update={"out": folder, "seed": sweep.tuning_seeds[0]}))
     who = judged(config, base.clients)
     if not any(len(base.clients[client].val) for client in who):
         raise InputError(f"none of {len(who)} clients has validation rows, by which a trial is judged")
+    if not searched & set(DEALT):
+        _try_out(space, base)
+    elif not (base.source.split == TEST).any():
+        raise InputError(
+            f"--search {listing(sorted(searched & set(DEALT)))} deals rows to clients anew in each trial, and these "
+            "data have no test rows of their own: what one trial trains on would be what another is tested on"
+        )
     return Prepared(sweep, folder, space, base, tuple(_methods(space, config)))
+
+
+def _try_out(space: Space, base: Experiment) -> None:
+    """What a trial cannot be begun with on these clients is said before all of them are: a cohort, a method, a rule."""
+    over = next((one.over for one in space.dimensions if one.path == ("cohort",)), None)
+    most = max((value for value in over.extremes if value), default=1) if over else 1
+    if most > (trainers := base.clients.trainers):
+        raise InputError(f"--search cohort: a cohort of {most} from {trainers} clients; cohort=2:{trainers} would do")
+    for method in _chosen(space, "method"):
+        for server in _chosen(space, "server"):
+            fields = {"method": method, "server": server} | ({"cohort": most} if over else {})
+            prepare(config_of(base.config, fields), base, JUDGED_BY)
+
+
+def _chosen(space: Space, kind: str) -> list[dict[str, str]]:
+    """The components of a kind that a trial may have, as fields; that of the base config where none is searched."""
+    over = next((one.over for one in space.dimensions if one.path == (kind, "name")), None)
+    return [{"name": name} for name in over.values] if over else [{}]
 
 
 def search(prepared: Prepared, progress: Progress) -> Found:
@@ -227,6 +262,7 @@ def search(prepared: Prepared, progress: Progress) -> Found:
         folder.mkdir(parents=True, exist_ok=True)
         with alone_in(folder, FREE_S):
             about = sweep.plain()
+            _refuse_another(folder, about, prepared.space)  # once more: another sweep may just have ended here
             write_text(folder / FILE, to_yaml(about))
             base = encoded(prepared.base, sizing_of(config), progress, prepared.methods)
             study = Study(folder, sweep.rules)
@@ -300,7 +336,12 @@ def _run_trials(prepared: Prepared, base: Experiment, study: Study, room: _Room,
         base = replace(base, source=base.source.carried())
     progress(Event("trials at once", 0, 0, room.told(left)))
     progress(Event("trials", study.ended(), sweep.trials))
-    asking = Asking(study, prepared.space.suggest, lambda: progress(_how_far(study, sweep.trials)))
+
+    def ended(number: int) -> None:
+        _tidy(trial_folder(folder, number))
+        progress(_how_far(study, sweep.trials))
+
+    asking = Asking(study, prepared.space.suggest, ended)
     given = {"base": base, "seeds": sweep.tuning_seeds, "folder": folder, "sizing": room.sizing}
     trainable = ray.tune.with_parameters(Doing, **given)  # in the object store, once for each machine
     ray.tune.Tuner(
@@ -315,7 +356,7 @@ def _run_trials(prepared: Prepared, base: Experiment, study: Study, room: _Room,
             trial_dirname_creator=_name,
         ),
         run_config=ray.tune.RunConfig(
-            name="tensorboard",
+            name="tune",
             storage_path=str(folder),
             verbose=0,
             failure_config=ray.tune.FailureConfig(max_failures=sweep.retries),
@@ -323,8 +364,21 @@ def _run_trials(prepared: Prepared, base: Experiment, study: Study, room: _Room,
             callbacks=[_logger(name, folder) for name in sweep.loggers],
         ),
     ).fit()
+    for file in (folder / "tune").glob("*"):  # Tune's own state, which nobody reads
+        if file.is_file():
+            file.unlink()
     if study.ended() < sweep.trials:
-        raise Stopped(f"{study.ended()} of {sweep.trials} trials have ended; the same command goes on with the others")
+        why = f" ({asking.stuck[0]})" if asking.stuck else ""
+        ended = f"{study.ended()} of {sweep.trials} trials have ended{why}"
+        raise Stopped(f"{ended}; the same command goes on with the others")
+
+
+def _tidy(folder: Path) -> None:
+    """Leaves of a trial that has ended its counts and its config, and no tensors: of large methods they fill a disk."""
+    for file in folder.glob("**/" + CHECKPOINT):
+        file.unlink()
+    for kept in folder.glob("**/private"):
+        rmtree(kept)
 
 
 def _conclude(prepared: Prepared, study: Study, room: _Room, progress: Progress) -> Found:
@@ -420,9 +474,8 @@ def _refuse_another(folder: Path, ours: dict[str, Any], space: Space) -> None:
 def _methods(space: Space, config: Config) -> Iterator[Method]:
     """Every method of the space, and every one that a parameter's ends make of it."""
     mine = [one for one in space.dimensions if one.path[0] == "method"]
-    names = next((one.over.values for one in mine if one.path == ("method", "name")), (None,))
-    for name in names:
-        chosen = {"name": name} if name else {}
+    for chosen in _chosen(space, "method"):
+        name = chosen.get("name")
         yield config_of(config, {"method": chosen}).method
         for one in mine:
             if one.path[1] != "name" and name in (None, one.name.partition(".")[0]):

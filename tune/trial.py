@@ -25,6 +25,10 @@ def config_of(base: Config, fields: Mapping[str, Any], **others: Any) -> Config:
     return Config(**merged(dict(base), dict(fields)) | others)
 
 
+def trial_folder(sweep: Path, number: int) -> Path:
+    return sweep / "trials" / f"{number:04d}"
+
+
 def experiments_of(
     base: Experiment, fields: Mapping[str, Any], seeds: Sequence[int], folder: Path, number: int
 ) -> list[Experiment]:
@@ -38,7 +42,7 @@ def experiments_of(
     Raises:
         InputError: they do not go together.
     """
-    here = folder / "trials" / f"{number:04d}"
+    here = trial_folder(folder, number)
     elsewhere = {"actors": 0, "gpus_per_actor": None, "address": None}  # its pool is given, and its cluster joined
     found, like = [], base
     for seed in seeds:

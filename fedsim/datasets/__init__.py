@@ -135,7 +135,7 @@ class Features(Labelled):
 
     def carried(self) -> "Features":
         """The same with all rows aboard: Ray's object store has them once on each machine, for all processes there."""
-        if self.block:
+        if self.block or self.aboard is not None:
             return self
         return replace(self, aboard={level: np.asarray(_mapped(file)) for level, file in self.kept.items()})
 
