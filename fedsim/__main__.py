@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -21,8 +22,8 @@ from fedsim.config import Config, merged, read_yaml
 from fedsim.errors import InputError, Stopped, listing
 from fedsim.registry import KINDS, available, find
 from fedsim.search import search_of
-from fedsim.terminal import DETACH, Parser, bars_on, let_go, shown
-from fedsim.watch import Telling, code_of, sentence_of, stop, watch
+from fedsim.terminal import DETACH, Parser, bars_on, launch, shown
+from fedsim.watch import code_of, sentence_of, stop, watch
 
 USAGE = """\
 fedsim run [FLAGS]                    one experiment
@@ -60,19 +61,9 @@ def run_command(argv: list[str]) -> int:
     config, origin = parse_run([word for word in argv if word != DETACH])
     from fedsim.simulate import prepare, run
 
-    console = Console(record=True)
     folder = config.folder()
-    console.print(f"{origin}\n-> {folder}", highlight=False)
-    if DETACH in argv:
-        prepare(config)  # what is refused is said here
-        return let_go(console, folder, ["run", *argv])
-    with bars_on(console) as bars, Telling(folder, shown(bars)) as telling:
-        report = run(config, telling.progress)
-        bars.stop()
-        console.export_text()  # what was said so far
-        _show(console, report, folder)
-        telling.said = console.export_text()
-    return 0
+    show = partial(_show, folder=folder)
+    return launch(["run", *argv], folder, origin, partial(prepare, config), partial(run, config), show)
 
 
 def sweep_command(argv: list[str]) -> int:

@@ -1,6 +1,7 @@
 """What the commands share: their flags' parser, their bars, and how they leave a terminal."""
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from fedsim.errors import InputError
 from fedsim.pool import Progress as Tell
-from fedsim.watch import detach, read_status
+from fedsim.watch import Telling, detach, read_status
 
 DETACH = "--detach"
 
@@ -20,9 +21,38 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def let_go(console: Console, folder: Path, argv: list[str]) -> int:
-    """Has another process do a command, which then needs this terminal no more."""
-    detach(folder, [word for word in argv if word != DETACH])
+def launch(
+    argv: Sequence[str],
+    folder: Path,
+    origin: str,
+    check: Callable[[], Any],
+    work: Callable[[Tell], Any],
+    show: Callable[[Console, Any], None],
+) -> int:
+    """Does a command with its progress and what it shows at the end; or, with --detach, has another process do it.
+
+    Args:
+        argv: the command and its flags.
+        origin: where it starts from, in a sentence.
+        check: raises what the command would be refused for.
+        work: told whom to tell of its progress; what it returns is shown.
+    """
+    console = Console(record=True)
+    console.print(f"{origin}\n-> {folder}", highlight=False)
+    if DETACH in argv:
+        check()
+        return _let_go(console, folder, [word for word in argv if word != DETACH])
+    with bars_on(console) as bars, Telling(folder, shown(bars)) as telling:
+        found = work(telling.progress)
+        bars.stop()
+        console.export_text()  # what was said so far
+        show(console, found)
+        telling.said = console.export_text()
+    return 0
+
+
+def _let_go(console: Console, folder: Path, argv: Sequence[str]) -> int:
+    detach(folder, argv)
     status = read_status(folder)
     where = "is done" if status["ended"] else f"goes on in process {status['pid']} on {status['host']}"
     console.print(where, highlight=False)

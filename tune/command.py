@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 from rich.console import Console
@@ -9,8 +10,7 @@ from rich.table import Table
 
 from fedsim.__main__ import parse_run
 from fedsim.errors import InputError
-from fedsim.terminal import DETACH, Parser, bars_on, let_go, shown
-from fedsim.watch import Telling
+from fedsim.terminal import DETACH, Parser, launch
 from tune.sweep import Found, Sweep, prepare_sweep, run_sweep
 
 # Its --out as well: that of a config file is the folder of a run.
@@ -32,19 +32,8 @@ declare a range. A sweep has seeds of its own, so there is no --seed. What can b
 def sweep_command(argv: Sequence[str]) -> int:
     """fedsim sweep: searches, with its progress and a small table at the end."""
     sweep, origin = parse_sweep([word for word in argv if word != DETACH])
-    console = Console(record=True)
-    folder = sweep.folder()
-    console.print(f"around {origin}\n-> {folder}", highlight=False)
-    if DETACH in argv:
-        prepare_sweep(sweep)  # what is refused is said here
-        return let_go(console, folder, ["sweep", *argv])
-    with bars_on(console) as bars, Telling(folder, shown(bars)) as telling:
-        found = run_sweep(sweep, telling.progress)
-        bars.stop()
-        console.export_text()  # what was said so far
-        _show(console, found)
-        telling.said = console.export_text()
-    return 0
+    check, work = partial(prepare_sweep, sweep), partial(run_sweep, sweep)
+    return launch(["sweep", *argv], sweep.folder(), f"around {origin}", check, work, _show)
 
 
 def parse_sweep(argv: Sequence[str]) -> tuple[Sweep, str]:
