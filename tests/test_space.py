@@ -159,7 +159,10 @@ BAD = {
         "no field 'gamma' in fedclip; ranges are declared by: fedclip.lr, fedclip.momentum, fedclip.beta1",
     ),
     "a field of no candidate": (["method=fedclip,probe", "method.rank"], "no field 'rank' in fedclip, probe; ranges"),
-    "a field of the config": (["kohort=2:3"], "no field 'kohort' to search; there are: dataset, data_dir"),
+    "a field of the config": (
+        ["kohort=2:3"],
+        "no field 'kohort' to search; there are: partition, clients, train_share",
+    ),
     "nothing": ([""], "no field '' to search"),
     "a field without a range": (
         ["method.eps"],
@@ -194,7 +197,8 @@ BAD = {
         ["server=fedavg,krum", "server.weighting=uniform,rows"],
         "krum: server.weighting wants 'uniform', not 'rows'",
     ),
-    "values that are lists": (["held_out=ink,photo"], "neither a number nor a word, and cannot be searched"),
+    "the data": (["held_out=ink,photo"], "all trials of a sweep are on the same data, so held_out is no knob"),
+    "who judges": (["evaluate_every=1,5"], "evaluate_every says how a trial is judged"),
     "a field twice": (["method.lr", "method.lr=1e-4:1e-3"], "--search method.lr=1e-4:1e-3: fedclip.lr is said twice"),
     "a field twice under two names": (["method.lr", "fedclip.lr"], "--search fedclip.lr: fedclip.lr is said twice"),
     "a range for all": (["method.*=1:2"], "* stands for declared ranges, and takes none"),
