@@ -137,7 +137,7 @@ class Room:
 
     def home(self, name):
         """The home folder of a machine, as this process sees it; for reading alone."""
-        return Path(f"/proc/{self.shell.pid}/root/run/{name}/new") / HOME
+        return Path("/proc", str(self.shell.pid), "root", "run", name, "new", HOME)
 
     def close(self):
         self.shell.stdin.close()
