@@ -39,17 +39,11 @@ def write_text(file: Path, text: str) -> None:
         stream.write(text.encode())
 
 
-def digest(*things: str | bytes | np.ndarray) -> str:
-    """A digest of strings, bytes and arrays in this order: 32 hexadecimal digits."""
+def digest(*things: str | np.ndarray) -> str:
+    """A digest of strings and arrays, in this order: 32 hexadecimal digits."""
     result = blake2b(digest_size=16)
     for thing in things:
-        data = (
-            thing.encode()
-            if isinstance(thing, str)
-            else np.ascontiguousarray(thing).data
-            if isinstance(thing, np.ndarray)
-            else thing
-        )
-        result.update(f"{memoryview(data).nbytes}:".encode())  # so that ("ab", "c") and ("a", "bc") differ
+        data = memoryview(thing.encode() if isinstance(thing, str) else np.ascontiguousarray(thing))
+        result.update(f"{data.nbytes}:".encode())  # so that ("ab", "c") and ("a", "bc") differ
         result.update(data)
     return result.hexdigest()
