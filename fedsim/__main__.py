@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -37,6 +38,9 @@ fedsim stop FOLDER                    interrupts it; the same command goes on fr
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for bad input, 1 for a run that was stopped, 130 for one that was interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name that a terminal cannot show is shown in escapes
+            stream.reconfigure(errors="backslashreplace")
     commands = {
         "run": run_command,
         "sweep": sweep_command,
@@ -190,8 +194,10 @@ def _flags(argv: list[str], command: str, others: Iterable[str]) -> dict[str, An
         raise InputError(f"no flag {flag}; {hint}")
     fields: dict[str, Any] = {}
     for name, value in vars(args).items():
-        value = None if value.lower() in ("none", "null") else value
         kind, _, field = name.partition(".")
+        # Not where a value is required: a domain may be called none.
+        if value.lower() in ("none", "null") and (field or _optional(name)):
+            value = None
         if kind in KINDS:
             fields.setdefault(kind, {})[field or "name"] = value
         else:
@@ -199,8 +205,15 @@ def _flags(argv: list[str], command: str, others: Iterable[str]) -> dict[str, An
     return fields
 
 
+def _optional(name: str) -> bool:
+    return name in Config.model_fields and type(None) in get_args(Config.model_fields[name].annotation)
+
+
 def _default(field: FieldInfo) -> str:
-    value = field.get_default(call_default_factory=True)
+    try:
+        value = field.get_default(call_default_factory=True)
+    except InputError:  # of the cache, where this user has no home folder
+        value = None
     return "none" if value in (None, ()) else str(value)
 
 

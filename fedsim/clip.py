@@ -5,6 +5,7 @@
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Weights:
 
     Attributes:
         model: open_clip's name of the architecture.
-        pretrained: the tag or the path as the user gave it; open_clip finds preprocessing by it.
+        pretrained: the tag, or the absolute path of a file; open_clip finds preprocessing by it.
         file: where the weights lie on this machine.
         key: changes with the architecture, the bytes of the weights, or open_clip's preprocessing.
     """
@@ -48,17 +49,18 @@ def find_weights(model: str, pretrained: str) -> Weights:
     """
     if (model, pretrained) == EMBEDDED:
         file = _ASSETS / "tiny.safetensors"
-        config = json.loads((_ASSETS / "tiny.json").read_text())
+        config = json.loads((_ASSETS / "tiny.json").read_text(encoding="utf-8"))
         return Weights(model, str(file), file, _key(config, None, file))
     open_clip = _open_clip()
     if model not in open_clip.list_models():
         raise InputError(f"no backbone {model!r} in open_clip; there are: {_alike(model, open_clip.list_models())}")
     tag = open_clip.pretrained.get_pretrained_cfg(model, pretrained)
-    file = _download(model, pretrained, tag) if tag else Path(pretrained)
+    # Absolute: a trial of a sweep, and a worker of another machine, runs in a folder of its own.
+    file = _download(model, pretrained, tag) if tag else Path(os.path.expanduser(pretrained)).absolute()
     if not file.is_file():
         tags = listing(open_clip.pretrained.list_pretrained_tags_by_model(model)) or "none"
         raise InputError(f"no file and no tag {pretrained!r} for {model}; its tags: {tags}; or give a checkpoint file")
-    return Weights(model, pretrained, file, _key(open_clip.get_model_config(model), tag, file))
+    return Weights(model, pretrained if tag else str(file), file, _key(open_clip.get_model_config(model), tag, file))
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Frozen:
 def width_of(weights: Weights) -> int:
     """D, the width of a model's features, of which nothing is read but its description."""
     if weights.model == EMBEDDED[0]:
-        return json.loads((_ASSETS / "tiny.json").read_text())["embed_dim"]
+        return json.loads((_ASSETS / "tiny.json").read_text(encoding="utf-8"))["embed_dim"]
     return _open_clip().get_model_config(weights.model)["embed_dim"]
 
 

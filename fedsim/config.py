@@ -5,10 +5,11 @@ mistake wherever it is made.
 """
 
 import os
+import re
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -26,7 +27,7 @@ from fedsim.errors import InputError, listing
 from fedsim.fleets import Fleet
 from fedsim.methods import Method
 from fedsim.partitions import Dealing
-from fedsim.registry import KINDS, changed, name_of, parse, sentence
+from fedsim.registry import CHECKED, KINDS, changed, name_of, numbers_are_not_truths, parse, sentence
 from fedsim.search import Field, Log
 from fedsim.servers import Server
 
@@ -42,8 +43,15 @@ def fields_of(thing: Any) -> dict[str, Any]:
 
 
 def _cache() -> Path:
-    named = os.environ.get("FEDSIM_CACHE_DIR")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fedsim"
+    if named := os.environ.get("FEDSIM_CACHE_DIR"):
+        return Path(named)
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if shared.is_absolute():  # the XDG specification: a relative path is to be ignored
+        return shared / "fedsim"
+    try:
+        return Path.home() / ".cache" / "fedsim"
+    except RuntimeError:  # a container's user id without a line in /etc/passwd
+        raise InputError("this user has no home folder for encoded features; give --cache-dir DIR") from None
 
 
 def _component(kind: str, base: type) -> Any:
@@ -61,18 +69,34 @@ def _prompt(value: str) -> str:
     return value
 
 
+def _expanded(value: Path | None) -> Path | None:
+    try:
+        return value and value.expanduser()
+    except RuntimeError:
+        raise InputError(f"{value}: there is no such user, or no home folder") from None
+
+
 def _absolute(value: Path | None) -> Path | None:
-    return value and value.expanduser().absolute()
+    # Workers run in folders of their own, so a relative path would be another one there.
+    return value and _expanded(value).absolute()
 
 
 def _names(value: Any) -> Any:
-    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+    """Names separated by commas, or a sequence of names; each is kept once."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
+    elif not isinstance(value, list | tuple):
+        value = [] if value is None else [value]
+    # In YAML a name such as 7 or true is no text.
+    names = [str(name).lower() if isinstance(name, int) else name for name in value]
+    return tuple(dict.fromkeys(name for name in names if name != ""))
 
 
 class Config(BaseModel):
     """One experiment. Every component is an object, its name, or `{"name": ..., field: value}`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(CHECKED, frozen=True, validate_default=True)
+    numbers_are_not_truths = numbers_are_not_truths
 
     dataset: _component("dataset", Dataset) = Field(
         DEFAULTS["dataset"], description="where images or features come from"
@@ -109,13 +133,11 @@ class Config(BaseModel):
     deadline_s: float | None = Field(
         None,
         gt=0,
-        allow_inf_nan=False,
         description="simulated seconds that a client has to answer; who is late does not count",
     )
     over_selection: float = Field(
         0.0,
         ge=0,
-        allow_inf_nan=False,
         description="share of the cohort that is asked on top; a round closes when as many as the cohort have answered",
     )
     rounds: int = Field(200, ge=0, description="rounds of aggregation; FedCLIP's README runs 200")
@@ -130,7 +152,7 @@ class Config(BaseModel):
     dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and training")
     threads_per_actor: int = Field(1, ge=1, description="torch's; more than one round sums in another way")
 
-    out: Annotated[Path | None, AfterValidator(lambda value: value and value.expanduser())] = Field(
+    out: Annotated[Path | None, AfterValidator(_expanded)] = Field(
         None, description="folder of the run; none given: runs/ and a name of its own"
     )
     actors: int | None = Field(None, ge=0, description="client actors; 0: in this process; none given: by the cluster")
@@ -144,7 +166,9 @@ class Config(BaseModel):
     address: str | None = Field(
         None, description="join this Ray cluster (host:port or auto); none given: a private one"
     )
-    cache_dir: Path = Field(default_factory=_cache, description="folder of encoded features; or $FEDSIM_CACHE_DIR")
+    cache_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
+        default_factory=_cache, description="folder of encoded features; or $FEDSIM_CACHE_DIR"
+    )
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -175,6 +199,35 @@ class Config(BaseModel):
         return Path("runs") / "-".join(filter(None, parts))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose values mean what they mean on the command line.
+
+    YAML 1.1 reads `no` as false, 010 as eight and 1:30 as ninety. Here only true, false, null, and numbers in plain
+    decimal notation have a type; anything else is text, which the field then reads as if it came from a flag. A key
+    that is given twice is refused.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return super().construct_mapping(node, deep)
+
+
+for _type, _form, _first in (
+    ("bool", "true|false", "tf"),
+    ("null", "null|~|", ["n", "~", ""]),
+    ("int", "0|-?[1-9][0-9]*", "-0123456789"),
+    ("float", r"-?(0|[1-9][0-9]*)\.[0-9]*([eE][-+][0-9]+)?|-?\.inf|\.nan", "-.0123456789"),
+    ("merge", "<<", "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_type}", re.compile(f"^(?:{_form})$"), _first)
+
+
 def read_yaml(file: str | Path) -> dict[str, Any]:
     """The fields in a YAML file, or in one of the experiments that come with fedsim, by its name.
 
@@ -188,7 +241,10 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
             raise InputError(f"no config file {str(file)!r}; there are the embedded ones: {listing(bundled)}")
         path = bundled[str(file)]
     try:
-        fields = yaml.safe_load(path.read_text())
+        fields = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InputError(f"{path}, line {line}, is not YAML: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):

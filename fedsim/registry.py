@@ -8,17 +8,30 @@ from collections.abc import Iterable
 from importlib import import_module
 from inspect import isclass
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+from pydantic_core.core_schema import ValidationInfo
 from typing_extensions import dataclass_transform  # in typing from Python 3.11 on
 
 from fedsim.errors import InputError, listing
 from fedsim.search import Field
 
 KINDS = ("dataset", "partition", "method", "server", "fleet")
+# Infinity and nan are no values of any field: what has no limit is None, and says so.
+CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@field_validator("*", mode="before", check_fields=False)
+def numbers_are_not_truths(cls: type, value: Any, info: ValidationInfo) -> Any:
+    """A validator of all fields: pydantic would read `rounds: true` as 1."""
+    types = cls.__pydantic_fields__[info.field_name].annotation
+    if isinstance(value, bool) and bool not in (types, *get_args(types)) and {int, float} & {types, *get_args(types)}:
+        raise PydanticCustomError("not_a_truth", "Input should be a number")
+    return value
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field, pydantic.Field))
@@ -28,7 +41,8 @@ def component(cls: type) -> type:
     pydantic does the checking, so that `FedCLIP(lr=-1)` in a notebook and `--method.lr -1` on the
     command line fail with the same sentence.
     """
-    return dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
+    cls.numbers_are_not_truths = numbers_are_not_truths
+    return dataclass(frozen=True, kw_only=True, config=CHECKED)(cls)
 
 
 def available(kind: str) -> list[str]:

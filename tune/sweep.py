@@ -24,7 +24,7 @@ from fedsim.datasets import TEST
 from fedsim.errors import InputError, Stopped, listing
 from fedsim.methods import Method
 from fedsim.pool import Event, Progress, drive
-from fedsim.registry import sentence
+from fedsim.registry import CHECKED, numbers_are_not_truths, sentence
 from fedsim.report import environment, to_yaml, write_text
 from fedsim.simulate import DEALT, Experiment, alone_in, encoded, judged, prepare, sizing_of
 from tune.space import Space
@@ -83,7 +83,8 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isi
 class Sweep(BaseModel):
     """What is to be searched, and how."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(CHECKED, frozen=True, validate_default=True)
+    numbers_are_not_truths = numbers_are_not_truths
 
     config: InstanceOf[Config] = Field(description="the experiment to start from; its seed takes no part")
     search: Texts = Field((), description="what to search, such as method.lr or method.lr=1e-5:1e-2; see below")

@@ -27,12 +27,8 @@ class Synthetic(Dataset):
     width: int = Field(512, ge=2, description="D, numbers of a feature")
     classes: int = Field(7, ge=2, description="number of classes")
     domains: int = Field(4, ge=1, description="number of visual domains, taking turns over clients")
-    noise: float = Field(
-        0.5, ge=0, allow_inf_nan=False, description="deviation of each number of a feature; a prototype has length 1"
-    )
-    shift: float = Field(
-        0.5, ge=0, allow_inf_nan=False, description="deviation of how far a domain leans toward each class"
-    )
+    noise: float = Field(0.5, ge=0, description="deviation of each number of a feature; a prototype has length 1")
+    shift: float = Field(0.5, ge=0, description="deviation of how far a domain leans toward each class")
     seed: int = Field(0, ge=0, description="draws the features")
 
     def load(self, root):

@@ -14,10 +14,10 @@ from fedsim.search import Field
 class Lognormal(Fleet):
     """A client's link is as slow down as up, measured by the median; its speed and its link are independent."""
 
-    rows_per_s: float = Field(20.0, gt=0, allow_inf_nan=False, description="median speed of training, rows per second")
+    rows_per_s: float = Field(20.0, gt=0, description="median speed of training, rows per second")
     speed_sigma: float = Field(0.5, ge=0, le=5, description="spread of the logarithm of the speed over clients")
-    down_mbps: float = Field(20.0, gt=0, allow_inf_nan=False, description="median link down, megabits per second")
-    up_mbps: float = Field(5.0, gt=0, allow_inf_nan=False, description="median link up, megabits per second")
+    down_mbps: float = Field(20.0, gt=0, description="median link down, megabits per second")
+    up_mbps: float = Field(5.0, gt=0, description="median link up, megabits per second")
     bandwidth_sigma: float = Field(0.5, ge=0, le=5, description="spread of the logarithm of the link over clients")
     jitter_sigma: float = Field(0.0, ge=0, le=5, description="spread of the logarithm of a client's time over rounds")
     availability: float = Field(1.0, gt=0, le=1, description="probability that a client can be asked in a round")

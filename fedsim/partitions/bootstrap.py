@@ -25,7 +25,6 @@ class Bootstrap(Dealing):
     alpha: float | None = Field(
         None,
         gt=0,
-        allow_inf_nan=False,
         search=Log(0.05, 10.0),
         description="of a Dirichlet over each client's classes, smaller is more skewed; none given: no skew",
     )
