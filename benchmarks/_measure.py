@@ -93,7 +93,7 @@ def watched(command: list[str], log: Path, timeout_s: float, env: dict[str, str]
         error: why there is no result, in place of all this; `log` holds the command's output.
     """
     began = time.time()
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=cwd)
         watch = Watch(process.pid)
         watch.start()
@@ -107,7 +107,9 @@ def watched(command: list[str], log: Path, timeout_s: float, env: dict[str, str]
         finally:
             watch.over.set()
             watch.join()
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("RESULT ")]
+    lines = [
+        line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("RESULT ")
+    ]
     if process.returncode or not lines:
         return {"error": f"failed with exit code {process.returncode}, see {log.name}"}
     result = json.loads(lines[-1].removeprefix("RESULT "))
@@ -135,14 +137,14 @@ def _end(process: subprocess.Popen) -> None:
 def _stat(pid: int) -> list[str] | None:
     """The fields of /proc/PID/stat from `state` on; None where the process has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
 
 
 def _pss(pid: int) -> float:
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0.0
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
@@ -150,7 +152,7 @@ def _pss(pid: int) -> float:
 
 def _title(pid: int) -> str:
     try:
-        title = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+        title = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "ended"
     named = re.match(r"ray::\w+", title)  # `ray::_Driver.run`, then zeros
@@ -159,5 +161,5 @@ def _title(pid: int) -> str:
 
 def _machine() -> float:
     """CPU seconds that the machine has worked since it started."""
-    times = [int(field) for field in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
+    times = [int(field) for field in Path("/proc/stat").read_text(encoding="utf-8").partition("\n")[0].split()[1:9]]
     return (sum(times) - times[3] - times[4]) / TICKS

@@ -301,7 +301,7 @@ def paragraphs(*texts: list[str]) -> str:
 
 
 def machine() -> str:
-    models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     return f"{models[0] if models else 'unknown CPU'}, {os.cpu_count()} cores"
 
 

@@ -189,7 +189,7 @@ def measure(chosen: dict[str, Job], repeats: int, out: Path) -> None:
     for repeat, name, job in todo:
         run = {"error": "not installed"} if job.engine in absent else once(name, job, chosen, out)
         record = asdict(job) | {"job": name, "repeat": repeat} | run
-        with file.open("a") as lines:
+        with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(record) + "\n")
         print(f"{repeat + 1}/{min(repeats, job.most)} {name}: {run.get('error') or brief(record)}", file=sys.stderr)
         if "apart" in run and not run["apart"] <= APART:
@@ -233,7 +233,7 @@ def brief(run: dict) -> str:
 
 def read(file: Path, made: dict[str, Job]) -> list[dict]:
     """Runs of these jobs at these sizes, the last of each; one that failed may have been done again."""
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     runs = [
         run for run in map(json.loads, lines) if (job := made.get(run["job"])) and asdict(job).items() <= run.items()
     ]

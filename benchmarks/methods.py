@@ -193,7 +193,7 @@ def main() -> None:
     table = pd.DataFrame(results).sort_values(["method", "protocol"], key=lambda names: names.map(place), kind="stable")
     args.out.mkdir(parents=True, exist_ok=True)
     table.to_parquet(args.out / f"{args.dataset}.parquet", index=False)
-    (args.out / f"{args.dataset}.html").write_text(page(table, args))
+    (args.out / f"{args.dataset}.html").write_text(page(table, args), encoding="utf-8")
     print(f"\n\npercent, mean ± deviation over {args.seeds} seeds, the round chosen on validation rows\n")
     print(by_method(table).to_markdown())
     print("\nwhat choosing on test rows is worth: percent, mean over protocols and seeds\n")

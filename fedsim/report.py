@@ -363,7 +363,7 @@ def environment() -> dict[str, str]:
 def write_text(file: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     part = file.with_name(f"part-{file.name}")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     part.replace(file)
 
 

@@ -93,7 +93,7 @@ def detach(folder: Path, argv: Sequence[str]) -> None:
         raise InputError(f"another process is running in {folder}; fedsim watch {folder} shows it")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STATUS).unlink(missing_ok=True)
-    with (folder / LOG).open("w") as log:
+    with (folder / LOG).open("w", encoding="utf-8") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "fedsim", *argv],
             stdin=subprocess.DEVNULL,
@@ -104,7 +104,9 @@ def detach(folder: Path, argv: Sequence[str]) -> None:
     while not (folder / STATUS).exists() and child.poll() is None:
         time.sleep(PATIENCE_S)
     if child.poll():
-        last = (folder / LOG).read_text().strip().splitlines()[-1:] or [f"it ended with code {child.returncode}"]
+        last = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or [
+            f"it ended with code {child.returncode}"
+        ]
         raise (InputError if child.returncode == 2 else Stopped)(last[0].removeprefix("fedsim: "))
 
 
@@ -158,7 +160,7 @@ def read_status(folder: Path) -> dict[str, Any]:
         InputError: nothing is there; the message lists the runs that are below the folder.
     """
     try:
-        return json.loads((folder / STATUS).read_text())
+        return json.loads((folder / STATUS).read_text(encoding="utf-8"))
     except OSError:
         below = sorted(str(file.parent) for file in folder.glob(f"*/{STATUS}"))
         more = f"; below it are {', '.join(below[:12])}" if below else ""

@@ -18,7 +18,7 @@ def stage(module: str) -> int:
 
 
 def imported(path: Path) -> list[str]:
-    nodes = ast.walk(ast.parse(path.read_text()))
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     names = [(node.module, [alias.name for alias in node.names]) for node in nodes if isinstance(node, ast.ImportFrom)]
     modules = [f"fedsim.{name}" if module == "fedsim" else module for module, all in names for name in all]
     return [module for module in modules if module and module.startswith("fedsim.")]
@@ -39,3 +39,21 @@ def test_every_module_has_its_place():
     root = Path(fedsim.__file__).parent
     there = {path.stem for path in root.glob("*.py")} | {path.parent.name for path in root.glob("*/__init__.py")}
     assert there == set(ORDER)
+
+
+def test_every_text_file_is_read_and_written_in_an_encoding_that_is_named():
+    root = Path(fedsim.__file__).parents[1]
+    for path in (path for folder in ("fedsim", "tune", "benchmarks") for path in (root / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and opens_text(node):
+                assert "encoding" in {word.arg for word in node.keywords}, f"{path}, line {node.lineno}"
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether it is `path.read_text()`, `path.write_text(...)`, or some `open` whose mode is one of text."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    words = [*call.args, *(word.value for word in call.keywords if word.arg == "mode")]
+    modes = [word.value for word in words if isinstance(word, ast.Constant) and word.value in ("r", "w", "a", "x")]
+    if name == "open":
+        return bool(modes)
+    return isinstance(call.func, ast.Attribute) and name in ("read_text", "write_text")

@@ -144,7 +144,11 @@ def measures_of(result: dict[str, Any]) -> dict[str, float]:
 
 def _fault(trial: Any) -> str:
     """Why the process of a trial has failed this time, from what Tune has written of it."""
-    said = Path(trial.error_file).read_text().rpartition("Failure # ")[2].splitlines() if trial.error_file else []
+    said = (
+        Path(trial.error_file).read_text(encoding="utf-8", errors="replace").rpartition("Failure # ")[2].splitlines()
+        if trial.error_file
+        else []
+    )
     if any("low on memory" in line for line in said):
         return "its machine ran out of memory"
     # Where a traceback ends; what Ray says of a process that was killed has none, and is not for its reader.

@@ -79,11 +79,11 @@ def write_texts(icons_file: Path, downloads: Path, file: Path) -> None:
     names |= dict.fromkeys(corpus.wordnet(downloads).frequent[:_NOUNS])
     names |= dict.fromkeys(tokens())
     vectors = Teacher(downloads)(list(names)).half().numpy()
-    file.with_suffix(".json").write_text(json.dumps(list(names)))
+    file.with_suffix(".json").write_text(json.dumps(list(names)), encoding="utf-8")
     np.save(file.with_suffix(".npy"), vectors)
 
 
 def read_texts(file: Path) -> Texts:
     """Reads what `write_texts` wrote."""
-    names = json.loads(file.with_suffix(".json").read_text())
+    names = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
     return Texts(names, torch.from_numpy(np.load(file.with_suffix(".npy"))).float())
