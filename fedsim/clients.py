@@ -9,6 +9,7 @@ from fedsim.datasets import TEST, Labelled
 from fedsim.errors import InputError, listing
 from fedsim.partitions import Dealing, Splits
 from fedsim.rng import numpy_rng
+from fedsim.shares import part
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def new_of(classes: Sequence[str], share: float) -> list[int]:
     Raises:
         InputError: the share of so few classes is none of them.
     """
-    count = int(len(classes) * share + 1e-9)  # 0.29 of 100 is 29, in floats too
+    count = part(len(classes), share)
     if share and not count:
         raise InputError(f"new_classes {share:g} of {len(classes)} classes is none; one needs {1 / len(classes):.3g}")
     by_name = sorted(range(len(classes)), key=lambda index: classes[index])

@@ -20,6 +20,7 @@ from fedsim.report import (
     calibration_error,
     macro_f1,
     tail_mean,
+    tail_of,
     to_yaml,
     write_text,
 )
@@ -256,7 +257,7 @@ def _by_client(report: Report) -> Section:
     table = table.dropna(subset=AFTER)
     if table.empty:
         return Section("By client", ["No client has test rows of its own."], tables=tables)
-    worst = max(1, int(0.1 * len(table)))  # as `tail_mean` has it
+    worst = tail_of(len(table))
     tail = np.arange(len(table)) < worst
     caption = (
         f"Accuracy by client on its own test rows, round {report.chosen_round}. "

@@ -21,6 +21,7 @@ from fedsim.datasets import Labelled
 from fedsim.evaluate import COLUMNS, GROUPS, SPLITS, Counts
 from fedsim.params import Params
 from fedsim.schedule import Turn
+from fedsim.shares import part
 
 # Of the clients that were asked, some dropped out, some were late, and the work of `clients` counted. Bytes down are of
 # all that were asked, bytes up of those whose work counted; clock_s are simulated seconds since the start. Local steps
@@ -250,9 +251,14 @@ def choose_round(scores: pd.DataFrame) -> int:
     return best_round({int(round): validation_of(rows) for round, rows in scores.groupby("round")})
 
 
+def tail_of(clients: int, share: float = 0.1) -> int:
+    """How many of so many clients are the worst-off ones; one at least."""
+    return max(1, part(clients, share))
+
+
 def tail_mean(accuracy: pd.Series, share: float = 0.1) -> float:
-    """Mean of the worst-off clients, which the mean over all hides; at least one client is the tail."""
-    return float(accuracy.sort_values().iloc[: max(1, int(share * len(accuracy)))].mean())
+    """Mean of the worst-off clients, which the mean over all hides; see `tail_of`."""
+    return float(accuracy.sort_values().iloc[: tail_of(len(accuracy), share)].mean())
 
 
 def macro_f1(labels: pd.DataFrame) -> float:

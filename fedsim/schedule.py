@@ -20,6 +20,7 @@ from fedsim.config import Config
 from fedsim.errors import InputError
 from fedsim.registry import name_of
 from fedsim.rng import numpy_rng
+from fedsim.shares import decimal
 
 IN_VAIN = 10_000  # clients in a row that do not answer in time, until one says that nobody will
 
@@ -191,5 +192,4 @@ def _take(pool: list[int], rng: np.random.Generator) -> int:
 
 def _wanted(config: Config, population: int) -> int:
     """Clients to ask in a round."""
-    # Rounded first: 100 * 1.1 is 110.00000000000001.
-    return population if config.cohort is None else ceil(round(config.cohort * (1 + config.over_selection), 6))
+    return population if config.cohort is None else ceil(config.cohort * (1 + decimal(config.over_selection)))

@@ -13,6 +13,7 @@ from fedsim.datasets import TEST, TRAIN, UNSAID, VAL, Labelled
 from fedsim.errors import InputError
 from fedsim.registry import name_of
 from fedsim.rng import numpy_rng
+from fedsim.shares import decimal, part
 
 Splits = tuple[np.ndarray, np.ndarray, np.ndarray]  # a client's train, validation and test rows, ascending
 
@@ -82,10 +83,12 @@ def cut(rows: Labelled, mine: np.ndarray, train_share: float, rng: np.random.Gen
     free = rng.permutation(mine[(said == UNSAID) | ((said == TRAIN) & (not own_val))])
     other_share = (1 - train_share) / 2
     if own_test:
+        # In floats, as ever: they decide which way a half is rounded, and no row is lost either way.
         train = round(len(free) * train_share / (train_share + other_share))
         val, test = len(free) - train, 0
     else:
-        train, val, test = (int(len(free) * share) for share in (train_share, other_share, other_share))
+        train = part(len(free), train_share)
+        val = test = int(len(free) * (1 - decimal(train_share)) / 2)
     drawn = np.split(free, [train, train + val, train + val + test])
     fixed = mine[(said == TRAIN) & own_val], mine[said == VAL], mine[said == TEST]
     first, second, third = (np.sort(np.concatenate(pair)) for pair in zip(fixed, drawn, strict=False))
@@ -94,7 +97,7 @@ def cut(rows: Labelled, mine: np.ndarray, train_share: float, rng: np.random.Gen
 
 def sizes(rows: int, train_share: float) -> tuple[int, int, int]:
     """Train, validation and test rows of a client that draws its rows alone."""
-    train = int(rows * train_share + 1e-9)  # 100 * 0.29 is 29, in floats too
+    train = part(rows, train_share)
     other = (rows - train) // 2
     return train, other, other
 

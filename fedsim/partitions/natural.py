@@ -5,6 +5,7 @@ Source: ours; data sets whose rows have owners, LEAF's (Caldas et al. 2018, arXi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from fedsim.partitions import Dealing, Splits, sizes
 from fedsim.registry import component
 from fedsim.rng import numpy_rng
 from fedsim.search import Field, Linear
+from fedsim.shares import decimal, part
 
 AWAY = 16  # clients' worth of test rows stand for a domain that nobody trains on
 
@@ -34,7 +36,7 @@ class Natural(Dealing):
             raise InputError("partition natural wants a data set that makes clients, such as synthetic; take bootstrap")
         if clients is None:
             raise InputError("partition natural wants --clients N, a number of clients from 1 on")
-        if rows.block * train_share < 1:
+        if not part(rows.block, train_share):
             raise InputError(f"a train share of {train_share:g} of {rows.block} rows leaves no client a train row")
         return _Owned(clients, rows.block, tuple(domains), len(rows.domains), seed, train_share, self.rows_sigma)
 
@@ -64,7 +66,7 @@ class _Owned(Sequence):
         if self.sigma:
             # Folded, for nobody has more rows than were made; and a client with none to train on is no client.
             less = np.exp(-abs(self.sigma * numpy_rng(self.seed, "split", client).standard_normal()))
-            rows = max(int(np.ceil(1 / self.train_share)), round(rows * less))
+            rows = max(ceil(1 / decimal(self.train_share)), round(rows * less))
         train, val, test = sizes(rows, self.train_share)
         mine = np.arange(first, first + rows)
         return mine[:train], mine[train : train + val], mine[train + val : train + val + test]

@@ -12,6 +12,7 @@ from fedsim.params import unflatten
 from fedsim.registry import component
 from fedsim.search import Field, Linear
 from fedsim.servers import Server, blocks, moved, voters
+from fedsim.shares import part
 
 
 @component
@@ -31,7 +32,7 @@ class TrimmedMean(Server):
 
     def cut(self, clients: int) -> int:
         """How many of so many are cut at each end."""
-        return int(round(self.share * clients, 9))  # 0.29 * 100 is a little less than 29
+        return part(clients, self.share)
 
     def check(self, params, cohort):
         if self.share and not self.cut(cohort):
