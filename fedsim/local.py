@@ -345,8 +345,12 @@ class Trainer:
         for name in params:
             params[name].copy_(received[name])
         rule, names = [], trained(module)
+        alike = dict(shared)  # what all clients start from
         for place, (client, written) in enumerate(clients):
             own, moments, kept = self._kept(task, client, written)
+            for name, tensor in task.server.start(shared, seed_for(task.seed, "start", round, client)).items():
+                params[name][place] = tensor
+                alike.pop(name, None)
             for name, tensor in own.items():
                 params[name][place] = tensor
             for name, tensor in _moments(optimizer, names, place).items() if moments else ():
@@ -369,16 +373,14 @@ class Trainer:
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))  # of a module with dropout, say
                 correction = {name: tensor[0] for name, tensor in correction.items()}
-                how = {"shared": list(shared), "correction": correction}
+                how = {"shared": list(alike), "correction": correction}
                 losses = [train_client(module, optimizer, x, y, task.method, task.server.local_term, rngs[0], **how)]
         else:
             sizes = [len(rows_of[client]) for client in ids]
             # A rule that adds nothing costs no second pass of autograd.
             term = None if type(task.server).local_term is Server.local_term else task.server.local_term
             how = {"correction": correction, "classes": classes}
-            losses = train_stack(
-                module, params, optimizer, shared, x, y, sizes, task.method, term, rngs, **how
-            ).tolist()
+            losses = train_stack(module, params, optimizer, alike, x, y, sizes, task.method, term, rngs, **how).tolist()
         kept = range(len(ids)) if task.method.keep_moments else ()
         return Fits(ids, params, losses, [_moments(optimizer, names, place) for place in kept], rule)
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from test_finetune import CLASSES, Y, embedded, inputs, other, whole, zero_shot
 
-from fedsim import InputError
+from fedsim import Config, InputError, run
 from fedsim.local import Task, start
 from fedsim.methods import trained
 from fedsim.params import flatten
 from fedsim.registry import parse
+from fedsim.rng import seed_for
 from fedsim.servers import NOTE, Partial, add_up
 
 RULES = "ffa_lora", "fedsa_lora", "fedex_lora", "lora_stacking"
@@ -163,7 +164,7 @@ class Federation:
         self.weights = weights or [1.0] * clients
         state = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
         self.scopes = {name: self.server.scope(name, self.method.scope(name)) for name in state}
-        self.params, self.slots, self.clients = state, {}, []
+        self.params, self.slots, self.clients, self.rounds = state, {}, [], 0
 
     def of(self, params, *scopes):
         return {name: tensor for name, tensor in params.items() if self.scopes[name] in scopes}
@@ -171,9 +172,9 @@ class Federation:
     def round(self, steps=3, lr=0.1):
         shared, partials = self.of(self.params, "shared"), []
         mine = [self.of(client, "private") for client in self.clients] or [{}] * len(self.ys)
-        self.clients = []
+        self.clients, self.rounds = [], self.rounds + 1
         for k, y in enumerate(self.ys):
-            ours = self.params | mine[k]
+            ours = self.params | self.server.start(shared, seed_for(0, "start", self.rounds, k)) | mine[k]
             learned = [name for name in trained(self.module) if self.scopes[name] in ("shared", "private")]
             for _ in range(steps):
                 given = {name: tensor.unsqueeze(0) for name, tensor in ours.items()}
@@ -209,14 +210,12 @@ def off(ours, exact):
     return ((ours - exact).norm() / exact.norm()).item()
 
 
-def test_for_one_client_all_rules_that_share_the_pair_are_the_same(tiny):
-    fedit, fedex, stacked = (
-        Federation(rule, tiny[0], tiny[2], clients=1).round() for rule in ("fedavg", "fedex_lora", "lora_stacking")
-    )
-    alone = fedit.added(fedit.clients[0])
+@pytest.mark.parametrize("rule", ["fedavg", "fedex_lora", "lora_stacking"])
+def test_with_one_client_the_weights_are_that_clients(rule, tiny):
+    ours = Federation(rule, tiny[0], tiny[2], clients=1).round()
+    alone = ours.added(ours.clients[0])
     assert alone.norm() > 0.1
-    for one in (fedit, fedex, stacked):
-        torch.testing.assert_close(one.added(one.params), alone, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours.added(ours.params), alone, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 5.0, 2.0]])
@@ -233,16 +232,62 @@ def test_the_mean_of_the_clients_weights_is_missed_by_fedit(tiny):
     assert off(ours.added(ours.params), ours.mean_added()) > 1e-3
 
 
-def test_stacking_starts_every_pair_anew_with_the_seeds_own_draw(tiny):
-    one, again = (Federation("lora_stacking", tiny[0], tiny[2], clients=2).round() for _ in range(2))
-    ups, downs = ([name for name in one.params if name.startswith(kind)] for kind in ("up.", "down."))
-    assert all((one.params[name] == 0).all() for name in ups)
-    assert all(torch.equal(one.params[name], again.params[name]) for name in downs)
-    first = {name: one.params[name] for name in downs}
+def test_stacking_draws_the_start_of_a_pair_by_the_seed_alone(tiny):
+    ours = Federation("lora_stacking", tiny[0], tiny[2], clients=1)
+    shared = ours.of(ours.params, "shared")
+    reverse = dict(reversed(shared.items()))
+    first, again, other = (ours.server.start(some, seed) for some, seed in ((shared, 1), (reverse, 1), (shared, 2)))
+    assert first.keys() == {name for name in shared if name.startswith("down.")}
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
     assert torch.cat([tensor.flatten() for tensor in first.values()]).var().item() == pytest.approx(1 / 3, rel=0.1)
-    one.round()
-    assert not any(torch.equal(one.params[name], first[name]) for name in downs)
-    assert one.slots == {}
+
+
+def test_stacking_leaves_the_servers_pairs_as_they_were_and_moves_the_products_alone(tiny):
+    ours = Federation("lora_stacking", tiny[0], tiny[2], clients=2)
+    before = dict(ours.params)
+    ours.round()
+    changed = {name for name in before if not torch.equal(before[name], ours.params[name])}
+    assert changed == {name for name in before if name.startswith("merged.")}
+    assert all((ours.params[name] == 0).all() for name in ours.params if name.startswith("up."))
+    assert ours.slots == {}
+
+
+@pytest.fixture(scope="module")
+def stacked(folder):
+    """Makes a run of lora_stacking: 3 clients, pairs of rank 3, a handful of images each."""
+
+    def make(name, **fields):
+        quick = {"dataset": "glyphs", "partition": "iid", "clients": 3, "shots": 1, "actors": 0, "eval_clients": 1}
+        method = {"name": "lora", "rank": 3, "lr": 3e-3, "batch": 8}
+        fields = quick | {"rounds": 2, "method": method, "server": "lora_stacking"} | fields
+        return run(Config(**fields, out=folder / "stacked" / name)).adapter
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def plain(stacked):
+    return stacked("plain", rounds=1)
+
+
+def test_the_stack_of_three_pairs_of_rank_3_has_rank_9(plain):
+    """Pairs that start from one and the same `down` would leave nearly nothing beyond the first 3 directions."""
+    stacks = [tensor.double() for name, tensor in plain.items() if name.startswith("merged.")]
+    energy = torch.cat([torch.linalg.svdvals(stack).square().reshape(-1, stack.shape[-1]) for stack in stacks])
+    shares = energy.sum(dim=0) / energy.sum()
+    assert shares[9:].sum() < 1e-9
+    assert shares[:3].sum() < 0.9
+    assert shares[8] > 1e-3
+
+
+@pytest.mark.parametrize("fields", [{"chunk": 1}, {"chunk": 2}])
+def test_a_clients_draw_depends_on_neither_the_chunk_nor_the_path(fields, stacked, plain):
+    same = stacked(f"chunk {fields['chunk']}", rounds=1, **fields)
+    other = stacked("other seed", rounds=1, seed=1)
+    for name in (name for name in plain if name.startswith("merged.")):
+        assert off(same[name], plain[name]) < 1e-3
+        assert off(other[name], plain[name]) > 0.5
 
 
 def test_fedex_goes_on_from_the_mean_pair(tiny):
@@ -303,5 +348,5 @@ def test_what_a_rule_does_not_move_is_refused_before_a_round(tiny):
     task = Task(parse("method", {"name": "lora", "merged": True}), parse("server", "fedavg"), 0)
     with pytest.raises(InputError, match="server fedavg does not move the tensors that a server alone changes, such"):
         start(task, tiny[0])
-    with pytest.raises(InputError, match="lora_stacking starts every pair anew each round; leave"):
+    with pytest.raises(InputError, match="lora_stacking starts every pair again each round; leave"):
         parse("server", "lora_stacking").fit(parse("method", {"name": "lora", "keep_moments": True}))

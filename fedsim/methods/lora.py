@@ -7,6 +7,7 @@ arXiv 2305.05644); the mean of products is another matrix than the product of me
 """
 
 import re
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -82,7 +83,7 @@ class _Paired(Through):
             for name, weight in weights.items():
                 *parts, out, into = _matrix(name, weight)
                 place = _place(side, name)
-                self.down[place] = nn.Parameter(torch.randn(*parts, method.rank, into) / method.rank**0.5)
+                self.down[place] = nn.Parameter(drawn((*parts, method.rank, into)))
                 self.up[place] = nn.Parameter(torch.zeros(*parts, out, method.rank))
                 if method.merged:
                     self.merged.register_buffer(place, torch.zeros(*parts, out, into))
@@ -95,6 +96,11 @@ class _Paired(Through):
         product = self.up[place] @ self.down[place]
         merged = getattr(self.merged, place, None)
         return self.strength * (product if merged is None else product + merged)
+
+
+def drawn(shape: Sequence[int], draw: torch.Generator | None = None) -> Tensor:
+    """A new `down`, (..., rank, in) of variance 1 / rank; with `up` at zero, a pair then starts as no change."""
+    return torch.randn(*shape, generator=draw) / shape[-2] ** 0.5
 
 
 def _place(side: Side, name: str) -> str:

@@ -172,6 +172,15 @@ class Server(ABC):
         """
         return {}
 
+    def start(self, shared: Params, seed: int) -> Params:
+        """Those shared tensors from which a client starts its round, where they are not the ones that the server has.
+
+        Args:
+            shared: the shared tensors as the server has them, for their names and shapes.
+            seed: another one for every client of every round; follows from the run's.
+        """
+        return {}
+
     def keeps(self, params: Params) -> Params:
         """What a client keeps for the rule before it has trained; `params` are the shared tensors."""
         return {}
@@ -187,7 +196,7 @@ class Server(ABC):
 
         Args:
             kept, sent: of `keeps` (or of the last `settle`) and `sends`.
-            received, trained: the shared tensors, before and after.
+            received, trained: the shared tensors, as the server has them and as the client has trained them.
             steps: local steps that it took; 0 where it had too few rows.
         """
         return kept, {}

@@ -1,17 +1,19 @@
-"""The pairs of all clients, stacked along the rank, are added to the frozen weights, and every pair starts anew.
+"""Every client draws a new pair in every round; the pairs of all, stacked along the rank, join the frozen weights.
 
-Source: Wang et al. 2024, arXiv 2409.05976 (FLoRA).
+Source: Wang et al. 2024, arXiv 2409.05976 (FLoRA); who draws a pair, and when, as in the authors' code,
+ATP-1010/FederatedLLM, main.py and fed_utils/model_aggregation.py, commit 7bea158. It is another method than the FLoRA
+of Nguyen et al. 2024, for which see method `lora`.
 """
 
 from dataclasses import replace
-from hashlib import blake2b
 
 import torch
 
 from fedsim.errors import InputError
-from fedsim.params import flatten, payload_bytes, unflatten
+from fedsim.methods.lora import drawn
+from fedsim.params import payload_bytes, unflatten
 from fedsim.registry import component
-from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers import Server, moved
 from fedsim.servers._lora import products, wants_lora
 
 
@@ -19,8 +21,14 @@ from fedsim.servers._lora import products, wants_lora
 class LoraStacking(Server):
     """A product of stacked pairs is the mean of the clients' products, which is how it is held here: summed.
 
+    `down` follows from the run's seed, the round and the client. If all clients started from the same one, their stack
+    would hardly have a higher rank than a single pair: `down` moves little in a round.
+
     Bytes are those of the paper: a client sends its pairs and is sent the stack of a whole cohort's, in the first round
     too. Not counted is what a client that was away has missed of earlier stacks.
+
+    Differs: uniform is the default, as of all rules; the code weights clients by their rows, here `weighting: rows`.
+    A pair starts as those of method `lora` do, where the code has PEFT's uniform start. All clients have the same rank.
     """
 
     moves_server = True
@@ -28,8 +36,14 @@ class LoraStacking(Server):
     def fit(self, method):
         wants_lora(self, method)
         if method.keep_moments:
-            raise InputError("lora_stacking starts every pair anew each round; leave --method.keep_moments out")
+            raise InputError("lora_stacking starts every pair again each round; leave --method.keep_moments out")
         return replace(method, merged=True)
+
+    def start(self, shared, seed):
+        draw = torch.Generator().manual_seed(seed)
+        # In the order of their names, and not of the dict, so that a draw follows from the seed alone.
+        downs = sorted(name for name in shared if name.startswith("down."))
+        return {name: drawn(shared[name].shape, draw).to(shared[name]) for name in downs}
 
     def settle(self, kept, sent, received, trained, steps, lr):
         return kept, products(trained)
@@ -38,24 +52,6 @@ class LoraStacking(Server):
         return cohort * payload_bytes(shared), payload_bytes(shared)
 
     def step(self, params, slots, total):
+        # The pairs stay as in round 0, with `up` zero: what clients have trained is in the products.
         merged = {name: tensor for name, tensor in params.items() if name.startswith("merged.")}
-        shared = {name: tensor for name, tensor in params.items() if name not in merged}
-        mean = moved(shared, mean_delta(total, shared))
-        merged = moved(merged, unflatten(total.message / total.weight, merged))
-        return mean | _anew(shared) | merged, slots
-
-
-def _anew(shared):
-    """Every pair as at its start: `down` drawn, `up` zero.
-
-    The seed is the last `down`. Each draw thus follows from that of round 0, and so from the run's seed, without
-    anything to remember; clients can draw it for themselves.
-    """
-    downs = {name: tensor for name, tensor in shared.items() if name.startswith("down.")}
-    seed = blake2b(flatten(downs).tobytes(), digest_size=8).digest()
-    draw = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
-    fresh = {name: torch.zeros_like(tensor) for name, tensor in shared.items() if name.startswith("up.")}
-    for name in sorted(downs):
-        like = downs[name]
-        fresh[name] = (torch.randn(like.shape, generator=draw, dtype=torch.float64) / like.shape[-2] ** 0.5).to(like)
-    return fresh
+        return params | moved(merged, unflatten(total.message / total.weight, merged)), slots
