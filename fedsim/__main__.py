@@ -21,6 +21,7 @@ from rich.table import Table
 from fedsim.clip import EMBEDDED
 from fedsim.config import Config, merged, read_yaml
 from fedsim.errors import InputError, Stopped, listing
+from fedsim.formats import percent
 from fedsim.registry import KINDS, available, find
 from fedsim.search import search_of
 from fedsim.terminal import DETACH, Parser, bars_on, launch, shown
@@ -275,7 +276,7 @@ def _show(console: Console, report, folder: Path) -> None:
         for head in ("", *heads.values()):
             table.add_column(head, justify="right" if head else "left")
         for name, one in zip(("zero-shot CLIP", f"{method}, {server}"), means, strict=True):
-            table.add_row(name, *("-" if one[key] != one[key] else f"{100 * one[key]:.1f}" for key in heads))
+            table.add_row(name, *(percent(one[key]) for key in heads))
         console.print(table)
     for file in ("report.html", "scores.parquet", "rounds.parquet", "adapter.safetensors", "config.yaml"):
         console.print(f"  {folder / file}", highlight=False, soft_wrap=True)

@@ -12,7 +12,8 @@ import pyarrow as pa
 from fedsim.config import EXECUTION, read_yaml
 from fedsim.errors import InputError, listing
 from fedsim.evaluate import COLUMNS
-from fedsim.page import NEVER, TRAVELLED, Section, curves, number, over, percent, portable, render
+from fedsim.formats import number, percent, setting, spread
+from fedsim.page import NEVER, TRAVELLED, Section, curves, over, portable, render
 from fedsim.plots import Line, Panel, Plot, plot_lines
 from fedsim.report import (
     CALIBRATION_COLUMNS,
@@ -226,7 +227,7 @@ def _word(run: Finished, field: str) -> str:
     value = portable(run.fields.get(field, ""))
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return setting(value)
 
 
 # What it brought -------------------------------------------------------------------------------------------
@@ -260,8 +261,7 @@ def _mean(group: list[Finished], key: str) -> str:
 
 def _spread(accuracies: list[float]) -> str:
     """Mean ± sample standard deviation, in percent; of one run, its number."""
-    mean, deviation = percent(np.mean(accuracies)), percent(pd.Series(accuracies).std())
-    return mean if deviation == "-" else f"{mean} ± {deviation}"
+    return spread(percent(np.mean(accuracies)), pd.Series(accuracies).std())
 
 
 def _plots(groups: Groups) -> list[Plot]:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.errors import listing
+from fedsim.formats import difference, number, percent
 from fedsim.plots import Line, Panel, Plot, plot_bars, plot_heat, plot_lines
 from fedsim.report import (
     Report,
@@ -104,16 +105,6 @@ def over(lines: pd.DataFrame, costs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {what: lines.set_axis(np.concatenate([[0], total])[lines.index]) for what, total in spent.items()}
 
 
-def percent(accuracy: float, sign: str = "") -> str:
-    """An accuracy in [0, 1] as percent with one decimal; a difference with sign "+"; nan as a dash."""
-    return "-" if np.isnan(accuracy) else f"{round(100 * accuracy, 1) + 0.0:{sign}.1f}"
-
-
-def number(value: float) -> str:
-    """One decimal, or three digits where that would show too little."""
-    return f"{value:.1f}" if value >= 10 or value == 0 else f"{value:.3g}"
-
-
 def portable(value: Any) -> Any:
     """The same without the machine in it: of a file's or folder's absolute path, its name."""
     if isinstance(value, dict):
@@ -124,9 +115,9 @@ def portable(value: Any) -> Any:
 
 
 def _written(table: pd.DataFrame) -> pd.DataFrame:
-    """Accuracies before and after as they are shown, and their difference."""
+    """Accuracies before and after as they are shown, and the difference of what is shown."""
     accuracies = {name: table[name].map(percent) for name in (BEFORE, AFTER)}
-    return table.assign(**accuracies, difference=[percent(gain, "+") for gain in table[AFTER] - table[BEFORE]])
+    return table.assign(**accuracies, difference=list(map(difference, table[BEFORE], table[AFTER])))
 
 
 # Sections --------------------------------------------------------------------------------------------------
@@ -161,7 +152,7 @@ def _summary(report: Report) -> dict[str, pd.DataFrame]:
     shown = {key: words for key, words in (MEASURES | NEW_MEASURES).items() if key in after}
     table = pd.DataFrame({BEFORE: before, AFTER: after}).loc[list(shown)]
     caption = (
-        f"Top-1 accuracy in percent, round {report.chosen_round}; the difference in percentage points. "
+        f"Top-1 accuracy in percent, round {report.chosen_round}; the difference of the two in percentage points. "
         f"Where no other classes are named, {_trained(report)} compete"
     )
     return {caption: _written(table.rename(index=shown).rename_axis("accuracy"))} | _by_group(report)
@@ -284,15 +275,17 @@ def _facts(report: Report) -> dict[str, pd.DataFrame]:
     costs, facts = report.round_table(), portable(report.facts)
     versions, skipped = facts.pop("versions", {}), facts.pop("skipped", [])
     told = {"flops_per_step", "flops_per_row"}  # by the teraflops below
-    facts = {name.replace("_", " "): value for name, value in facts.items() if name not in told}
+    facts = {name.replace("_", " "): _fact(value) for name, value in facts.items() if name not in told}
     facts |= {
         "domains": f"{len(report.domains)}: {listing(report.domains)}",
         "held-out domains": listing(report.held_out) or "none",
         "classes": f"{len(report.classes)}: {listing(report.classes)}",
-        "training clients whose rows were judged": report.holding_table().query("split == 'train'").client.nunique(),
+        "training clients whose rows were judged": number(
+            report.holding_table().query("split == 'train'").client.nunique()
+        ),
         "megabytes up, all rounds": number(costs.bytes_up.sum() / 1e6),
         "megabytes down, all rounds": number(costs.bytes_down.sum() / 1e6),
-        "local steps, all clients and rounds": costs.steps.sum(),
+        "local steps, all clients and rounds": number(int(costs.steps.sum())),
         "seconds of training": number(costs.seconds.sum()),
         "simulated seconds of training": number(costs.clock_s.max() if len(costs) else 0.0),
     }
@@ -308,3 +301,7 @@ def _facts(report: Report) -> dict[str, pd.DataFrame]:
         images = pd.Index(skipped[:LONGEST], name="image")
         tables[f"Unreadable images that were left out, {len(skipped)} in all"] = pd.DataFrame(index=images)
     return tables
+
+
+def _fact(value: Any) -> Any:
+    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else value

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from fedsim.formats import in_unit, percent
+
 # matplotlib takes longer to import than all of fedsim's own files, and actors draw nothing: only functions import it.
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -103,7 +105,8 @@ def plot_lines(figure: "Figure", panels: Sequence[Panel]) -> str:
         axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
         for line in panel.lines:
             handles[line.label] = _draw_line(axes, line)
-            told.append(f"{line.label} by {panel.xlabel} from {line.y.iloc[0]:.3g} to {line.y.iloc[-1]:.3g}")
+            ends = [in_unit(value, panel.ylabel) for value in (line.y.iloc[0], line.y.iloc[-1])]
+            told.append(f"{line.label} by {panel.xlabel} from {ends[0]} to {ends[1]}")
         if not panel.lines:
             axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", color=GREY)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -136,7 +139,8 @@ def plot_bars(figure: "Figure", xlabel: str, before: pd.Series, after: pd.Series
     axes.set_xlim(-0.7 - spare, len(after) - 0.3 + spare)
     axes.grid(False, axis="x")
     legend(figure, handles)
-    return f"Accuracy by {xlabel}: {after.min():.1f} to {after.max():.1f} percent, median {after.median():.1f}"
+    least, most, median = (percent(value / 100) for value in (after.min(), after.max(), after.median()))
+    return f"Accuracy by {xlabel}: {least} to {most} percent, median {median}"
 
 
 @inline_svg

@@ -27,6 +27,7 @@ from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError, Stopped
 from fedsim.evaluate import SPLITS, Counts, merge
 from fedsim.features import encode, feature_file, keep
+from fedsim.formats import number, percent
 from fedsim.local import Task, Trainer, backbone_of, start, with_towers
 from fedsim.methods import Backbone, Method
 from fedsim.methods.zero_shot import ZeroShot
@@ -484,7 +485,8 @@ def _identity(features: Features) -> str:
 
 def _note(report: Report) -> str:
     last, loss = report.last_round, report.round_table().loss.iloc[-1]
-    return f"loss {loss:.3f}  validation {100 * report.validation[last]:.1f}%  best round {report.chosen_round}"
+    validation = percent(report.validation[last])
+    return f"loss {number(loss)}  validation {validation}%  best round {report.chosen_round}"
 
 
 def _write(report: Report, folder: Path) -> None:

@@ -10,6 +10,7 @@ import yaml
 from fedsim import InputError, run
 from fedsim.__main__ import main
 from fedsim.compare import compare
+from fedsim.formats import percent
 
 
 @pytest.fixture
@@ -23,10 +24,6 @@ def runs(config, tmp_path, monkeypatch):
         return folders, [run(one) for one in made]
 
     return make
-
-
-def percent(accuracy: float) -> str:
-    return f"{100 * accuracy:.1f}"
 
 
 def test_a_row_has_what_differs_and_what_its_report_says(runs, tmp_path):
@@ -46,7 +43,7 @@ def test_a_row_has_what_differs_and_what_its_report_says(runs, tmp_path):
         "seconds",
     ]
     for row, name, lr, report in zip(
-        table.to_dict("records"), ("slow", "fast"), ("0.0001", "0.01"), reports, strict=True
+        table.to_dict("records"), ("slow", "fast"), ("1e-4", "0.01"), reports, strict=True
     ):
         means = report.summary()
         assert (row["name"], row["method.lr"], row["chosen round"]) == (name, lr, str(report.chosen_round))

@@ -11,6 +11,7 @@ import pytest
 from fedsim import Config, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.evaluate import Counts
+from fedsim.formats import difference, percent
 from fedsim.page import curves, portable, write_page
 from fedsim.report import Report
 
@@ -58,14 +59,6 @@ class Page(HTMLParser):
         return next(rows for caption, rows in self.tables.items() if caption.startswith(start))
 
 
-def percent(accuracy: float) -> str:
-    return "-" if np.isnan(accuracy) else f"{100 * accuracy:.1f}"
-
-
-def points(difference: float) -> str:
-    return "-" if np.isnan(difference) else f"{round(100 * difference, 1) + 0.0:+.1f}"
-
-
 SHAPES = {
     "plain": {},
     "no held-out domain": {"held_out": ()},
@@ -109,7 +102,7 @@ def test_the_summary_is_the_report_s_and_nothing_is_loaded(shape, shown):
     before, after = report.zero_shot_summary(), report.summary()
     rows = page.table("Top-1 accuracy")
     assert [row[1:] for row in rows[1:]] == [
-        [percent(before[key]), percent(after[key]), points(after[key] - before[key])]
+        [percent(before[key]), percent(after[key]), difference(before[key], after[key])]
         for key in ("generalization", "personalization", "worst_tenth", "spread", "personalization_own", "validation")
     ]
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
@@ -203,7 +196,7 @@ def test_tables_by_domain_and_client_count_rows_and_accuracy(shown):
         of = [table[table.domain == domain] for table in (zero, scores)]
         accuracies = [float(table.correct.sum() / table.total.sum()) for table in of]
         assert rows[name][3:5] == [percent(accuracy) for accuracy in accuracies]
-        assert rows[name][5] == points(accuracies[1] - accuracies[0])
+        assert rows[name][5] == difference(*accuracies)
         assert accuracies[0] != accuracies[1]
         assert client is None or clients[client][3:6] == rows[name][3:]
 

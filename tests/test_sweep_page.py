@@ -11,8 +11,9 @@ from optuna.trial import TrialState, create_trial
 from test_page import Page
 
 from fedsim import Config
+from fedsim.formats import setting
 from tune.page import best_trial, importances, pareto, trial_table, write_sweep_page
-from tune.plots import Scale, best_so_far, told
+from tune.plots import Scale, best_so_far
 
 LR = FloatDistribution(1e-5, 1e-2, log=True)
 SPACE = {
@@ -181,7 +182,7 @@ def test_what_was_searched_has_ranges_and_how_many_trials_had_each(tmp_path):
     assert page.table("What was searched") == [
         ["parameter", "values", "trials", "base", "best trial"],
         ["method", "fedclip, probe", "3", "fedclip", "probe"],
-        ["fedclip.lr", "1e-5 to 0.01, logarithmic", "1", told(lr), "-"],
+        ["fedclip.lr", "1e-5 to 0.01, logarithmic", "1", setting(lr), "-"],
         ["cohort", "2 to 20", "3", "4", "5"],
         ["probe.lr", "1e-4 to 0.1, logarithmic", "2", "-", "0.02"],
     ]
@@ -322,7 +323,7 @@ def test_choices_that_are_equal_but_of_another_type_have_places_of_their_own():
 
 
 def test_numbers_are_written_short():
-    assert [told(value) for value in (5e-05, 0.00051149, 0.001, 0.02, 1.0, 1e7, 7, True, None, "a", 0.0)] == [
+    assert [setting(value) for value in (5e-05, 0.00051149, 0.001, 0.02, 1.0, 1e7, 7, True, None, "a", 0.0)] == [
         *("5e-5", "5.11e-4", "0.001", "0.02", "1", "1e7", "7", "True", "none", "a", "0")
     ]
 

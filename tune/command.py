@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fedsim.__main__ import parse_run
 from fedsim.errors import InputError
+from fedsim.formats import percent, spread
 from fedsim.terminal import DETACH, Parser, launch
 from tune.sweep import Found, Sweep, prepare_sweep, run_sweep
 
@@ -90,14 +91,8 @@ def _reported(reporting: pd.DataFrame) -> Table:
     for head in ("", *heads.values()):
         table.add_column(head, justify="right" if head else "left")
     for which in mean.index:
-        table.add_row(which, *(_spread(mean[name][which], deviation[name][which]) for name in heads))
+        table.add_row(which, *(spread(percent(mean[name][which]), deviation[name][which]) for name in heads))
     return table
-
-
-def _spread(mean: float, deviation: float) -> str:
-    if mean != mean:
-        return "-"
-    return f"{100 * mean:.1f}" + ("" if deviation != deviation else f" ± {100 * deviation:.1f}")
 
 
 def _flag(name: str) -> str:

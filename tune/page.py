@@ -21,7 +21,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fedsim.config import EXECUTION
 from fedsim.errors import listing
-from fedsim.page import LONGEST, MEASURES, NEW_MEASURES, Section, number, percent, portable, render
+from fedsim.formats import difference, in_unit, number, percent, setting, spread
+from fedsim.page import LONGEST, MEASURES, NEW_MEASURES, Section, portable, render
 from fedsim.plots import Plot
 from fedsim.registry import available
 from fedsim.report import to_yaml, write_text
@@ -38,7 +39,6 @@ from tune.plots import (
     plot_learning,
     plot_parallel,
     plot_slices,
-    told,
 )
 
 # A trial's measures, and of what type; where a parameter has the same name, the parameter is headed "param.NAME".
@@ -84,9 +84,7 @@ class Goal:
         return f"{self.words} {self.cell(value)}{'%' if self.unit == '%' else f' {self.unit}'.rstrip()}"
 
     def cell(self, value: float) -> str:
-        if np.isnan(value):
-            return "-"
-        return f"{value:.1f}" if self.unit == "%" else number(value) if value > 0 else f"{value:.3g}"
+        return in_unit(value, self.head)
 
 
 # Words, unit and factor of what a search can be for.
@@ -275,7 +273,7 @@ def _typed(values: list[Any]) -> pd.api.extensions.ExtensionArray:
     for kind, accepted in (("boolean", {bool}), ("Int64", {int}), ("Float64", {int, float})):
         if types <= accepted:
             return pd.array([None if value is ABSENT else value for value in values], kind)
-    return pd.array([None if value is ABSENT else told(value) for value in values], "string")
+    return pd.array([None if value is ABSENT else setting(value) for value in values], "string")
 
 
 def _measures(trial: FrozenTrial, goals: Sequence[Goal]) -> dict[str, Any]:
@@ -415,21 +413,22 @@ def _reported(reporting: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
         sides = {kind: runs[name] for kind, runs in by_seed.items()}
         rows[words] = {kind: _spread(values) for kind, values in sides.items()}
         if len(sides) == 2:
-            rows[words]["difference"] = _spread((sides["best"] - sides["base"]).dropna(), "+")
+            gains = (sides["best"] - sides["base"]).dropna()
+            mean = difference(sides["base"][gains.index].mean(), sides["best"][gains.index].mean())
+            rows[words]["difference"] = spread(mean, gains.std())
     if "bytes" in reporting:
         row = {kind: number(runs["bytes"].mean() / 1e6) for kind, runs in by_seed.items()}
         rows["megabytes up and down, all clients and rounds"] = row | ({"difference": ""} if len(kinds) == 2 else {})
     caption = (
         f"On {_seeds('reporting', seeds)}, which no trial was judged on: accuracy in percent at the round of the best "
-        "validation, the difference in percentage points"
+        "validation, the difference of the two in percentage points"
         + (", mean ± sample standard deviation over seeds" if len(seeds) > 1 else "")
     )
     return {caption: pd.DataFrame(rows).T.rename_axis("accuracy")}
 
 
-def _spread(accuracies: pd.Series, sign: str = "") -> str:
-    mean, deviation = percent(accuracies.mean(), sign), percent(accuracies.std())
-    return mean if deviation == "-" else f"{mean} ± {deviation}"
+def _spread(accuracies: pd.Series) -> str:
+    return spread(percent(accuracies.mean()), accuracies.std())
 
 
 def _searched(seen: _Seen) -> dict[str, pd.DataFrame]:
@@ -441,10 +440,10 @@ def _searched(seen: _Seen) -> dict[str, pd.DataFrame]:
         base = _of_config(config, scale.name)
         row = {"values": _range(scale), "trials": str(sum(scale.name in trial.params for trial in seen.trials))}
         if config:
-            row["base"] = "-" if base is ABSENT else told(base)
+            row["base"] = "-" if base is ABSENT else setting(base)
         if seen.best is not None:
             params = seen.trials[seen.best].params
-            row["best trial"] = told(params[scale.name]) if scale.name in params else "-"
+            row["best trial"] = setting(params[scale.name]) if scale.name in params else "-"
         rows[scale.name] = row
     caption = "What was searched; some belong to one choice only, and other trials lack them"
     if seen.places.loc[[bool(trial.params) for trial in seen.trials]].notna().all(axis=None):
@@ -454,8 +453,8 @@ def _searched(seen: _Seen) -> dict[str, pd.DataFrame]:
 
 def _range(scale: Scale) -> str:
     if scale.choices:
-        return listing(map(told, scale.choices))
-    return f"{told(scale.low)} to {told(scale.high)}" + (", logarithmic" if scale.log else "")
+        return listing(map(setting, scale.choices))
+    return f"{setting(scale.low)} to {setting(scale.high)}" + (", logarithmic" if scale.log else "")
 
 
 def _history(seen: _Seen) -> Section:
@@ -611,7 +610,7 @@ def _all_trials(seen: _Seen) -> Section:
         values = table[goal.name] if goal.name in MEASURED else seen.shown[goal.head] / goal.factor
         cells[goal.head] = [_cell(goal, value) for value in values.loc[order]]
     for name in [column for column in table if column not in (*MEASURED, *FIRST, *LAST)]:
-        cells[name] = ["" if pd.isna(value) else told(_plain(value)) for value in table.loc[order, name]]
+        cells[name] = ["" if pd.isna(value) else setting(_plain(value)) for value in table.loc[order, name]]
     for name in [name for name in GOALS if name not in goals and table[name].notna().any()]:
         goal = Goal(name, *GOALS[name], True)
         cells[goal.head] = [_cell(goal, value) for value in table.loc[order, name]]
@@ -660,6 +659,6 @@ def _word(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}: {_word(inner)}" for name, inner in value.items()) or "none"
     if isinstance(value, list | tuple):
-        words = [told(one) for one in value]
+        words = [setting(one) for one in value]
         return ("; " if any("," in word for word in words) else ", ").join(words) or "none"
-    return told(value)
+    return setting(value)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from fedsim.formats import in_unit, setting
 from fedsim.plots import GREY, PALETTE, inline_svg, legend, short
 
 if TYPE_CHECKING:
@@ -65,20 +66,7 @@ class Scale:
         if not self.choices:
             room = 1e-9 * abs(self.high - self.low)
             values = [value for value in values if self.low - room <= value <= self.high + room]
-        return [self.place(value) for value in values], [told(value) for value in values]
-
-
-def told(value: Any) -> str:
-    """A value of a parameter as it is shown."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return str(value)
-    text = f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{float(f'{value:.3g}'):e}"
-    digits, e, power = text.partition("e")
-    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}" if e else text
+        return [self.place(value) for value in values], [setting(value) for value in values]
 
 
 def best_so_far(values: pd.Series, highest: bool) -> pd.Series:
@@ -109,7 +97,7 @@ def plot_history(figure: "Figure", trials: pd.DataFrame, highest: Mapping[str, b
             handles["best so far"] = axes.plot(
                 record.index, record, drawstyle="steps-post", color=PALETTE[1], linewidth=1.5
             )[0]
-            said.append(f"{name} from {done.iloc[0]:.3g}, best {record.iloc[-1]:.3g}")
+            said.append(f"{name} from {in_unit(done.iloc[0], name)}, best {in_unit(record.iloc[-1], name)}")
         if name in base:
             handles["base configuration"] = axes.axhline(base[name], color=GREY, linestyle="--", linewidth=1)
         if len(lost):
@@ -334,7 +322,7 @@ def _as_log(axes: "Axes", which: str) -> None:
     axes.set(**{f"{which}scale": "log"})
     axis = getattr(axes, f"{which}axis")
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: told(float(value))))  # without mathematical type
+    axis.set_major_formatter(FuncFormatter(lambda value, _: setting(float(value))))  # without mathematical type
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -22,6 +22,7 @@ from fedsim.cluster import Sizing, nodes_of, plan
 from fedsim.config import Config, read_yaml
 from fedsim.datasets import TEST
 from fedsim.errors import InputError, Stopped, listing
+from fedsim.formats import number, percent
 from fedsim.methods import Method
 from fedsim.pool import Event, Progress, drive
 from fedsim.registry import CHECKED, numbers_are_not_truths, sentence
@@ -489,7 +490,7 @@ def _how_far(study: Study, trials: int) -> Event:
     note = ""
     if best:
         goal = study.rules.objectives[0]
-        value = f"{100 * best.values[0]:.1f}%" if goal in ("validation", "worst_tenth") else f"{best.values[0]:.3g}"
+        value = f"{percent(best.values[0])}%" if goal in ("validation", "worst_tenth") else number(best.values[0])
         note = f"best {goal} {value} (trial {best.number})"
     return Event("trials", study.ended(), trials, note)
 
@@ -528,8 +529,8 @@ def _write_front(front: Mapping[int, dict[str, Any]], folder: Path) -> None:
     for file in folder.glob("*.yaml"):  # of a front that has since been beaten
         if int(file.stem) not in front:
             file.unlink()
-    for number, fields in front.items():
-        write_text(folder / f"{number:04d}.yaml", to_yaml(fields))
+    for trial, fields in front.items():
+        write_text(folder / f"{trial:04d}.yaml", to_yaml(fields))
 
 
 def _write_table(table: pd.DataFrame, file: Path) -> None:
