@@ -32,7 +32,7 @@ import torch
 from _measure import median_and_range
 
 from fedsim.clients import Population
-from fedsim.clip import Clip, Frozen, find_weights
+from fedsim.clip import Clip, Frozen
 from fedsim.cluster import Sizing
 from fedsim.config import read_yaml
 from fedsim.cost import flops_of
@@ -46,6 +46,7 @@ from fedsim.report import accuracy_per_client, accuracy_per_domain
 from fedsim.rng import torch_rng
 from fedsim.servers.fedavg import FedAvg
 from fedsim.stack import train_stack
+from fedsim.weights import find_weights
 
 BACKBONE, PROMPT, BATCH, DRAWN_BY = "ViT-B-32", "a picture of a {}", 32, 0
 WHOLE, ADAPTER = 151_277_313, 525_312  # parameters of CLIP ViT-B/32, and of FedCLIP's adapter on its 512 dimensions

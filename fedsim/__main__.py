@@ -18,7 +18,6 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
-from fedsim.clip import EMBEDDED
 from fedsim.config import Config, merged, read_yaml
 from fedsim.errors import InputError, Stopped, listing
 from fedsim.formats import percent
@@ -26,6 +25,7 @@ from fedsim.registry import KINDS, available, find
 from fedsim.search import search_of
 from fedsim.terminal import DETACH, Parser, bars_on, launch, shown
 from fedsim.watch import code_of, sentence_of, stop, watch
+from fedsim.weights import EMBEDDED
 
 USAGE = """\
 fedsim run [FLAGS]                    one experiment

@@ -60,12 +60,11 @@ def _component(kind: str, base: type) -> Any:
 
 
 def _prompt(value: str) -> str:
-    try:
-        filled = value.format("name")
-    except (LookupError, ValueError):
-        filled = value
-    if filled == value:
-        raise InputError(f"prompt wants {{}} where the class name goes, and no other braces, not {value!r}")
+    # Not by trying `format`: {:.3} would cut names, {!r} quote them, and {{}} is no place for one.
+    if value.count("{}") != 1 or set("{}") & set(value.replace("{}", "")):
+        raise InputError(f"prompt needs {{}} once, where the class name goes, and no other braces, not {value!r}")
+    if not value.isprintable():
+        raise InputError(f"prompt needs to be one line of text, not {value!r}")
     return value
 
 

@@ -14,3 +14,8 @@ def listing(names, limit: int = 12) -> str:
     names = [str(name) for name in names]
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def shortened(text: str, limit: int = 120) -> str:
+    """A text without its middle, where a sentence would stop being one."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"

@@ -5,6 +5,7 @@ preprocessing, and the list of images with their sizes and times.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -12,11 +13,12 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from fedsim.clip import Clip, Weights
+from fedsim.clip import Clip
 from fedsim.cluster import Sizing
 from fedsim.datasets import Features, Images, map_matrix, write_matrix
 from fedsim.pool import Event, Progress, open_pool
 from fedsim.rng import seed_for
+from fedsim.weights import Weights
 
 BLOCK = 64  # images of one call: fixed, since a tower's sums may follow the size of its batch
 
@@ -57,6 +59,11 @@ class Encoder:
 def feature_file(images: Images, weights: Weights, cache: Path) -> Path:
     """Where the features of these images under these weights are, or will be."""
     return cache / f"{_digest(weights.key, images.fingerprint())}.arrow"
+
+
+def text_file(classes: Sequence[str], weights: Weights, prompt: str, cache: Path) -> Path:
+    """Where the text features of these classes are, or will be."""
+    return cache / f"{_digest(weights.key, *(prompt.format(name) for name in classes))}.text.npz"
 
 
 def encode(
@@ -119,23 +126,23 @@ def _keep(images: Images, weights: Weights, file: Path, level: str, augment: int
 
 def _encode(images: Images, weights: Weights, prompt: str, file: Path, sizing: Sizing, progress: Progress) -> Features:
     prompts = [prompt.format(name) for name in images.classes]
-    text_file = file.parent / f"{_digest(weights.key, *prompts)}.text.npz"
+    texts = text_file(images.classes, weights, prompt, file.parent)
     parts = [file.with_suffix(f".{block:06d}.npy") for block in range(-(-len(images) // BLOCK))]
     todo = [] if file.exists() else [block for block, part in enumerate(parts) if not part.exists()]
-    if todo or not text_file.exists():
+    if todo or not texts.exists():
         with open_pool(sizing, len(todo), Encoder, images, weights) as pool:
             for done, (block, x) in enumerate(zip(todo, pool.map("encode", todo), strict=True), 1):
                 _save(parts[block], x)
                 ready = (len(parts) - len(todo) + done) * BLOCK
                 progress(Event("encoding images", min(ready, len(images)), len(images)))
-            if not text_file.exists():
+            if not texts.exists():
                 prototypes, scale = next(pool.map("prototypes", [prompts]))
-                _save(text_file, prototypes=prototypes, scale=np.float64(scale))
+                _save(texts, prototypes=prototypes, scale=np.float64(scale))
     if not file.exists():
         write_matrix(file, np.concatenate([np.load(part) for part in parts]))
         for part in parts:
             part.unlink()
-    text = np.load(text_file)
+    text = np.load(texts)
     return _with_labels(images, file, text["prototypes"], float(text["scale"]), prompt)
 
 

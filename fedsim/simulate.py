@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from fedsim.checkpoint import load_checkpoint, refuse_another, save_checkpoint, write_safetensors
 from fedsim.clients import Population, held_out_ids, make_clients, sample_cohort
-from fedsim.clip import EMBEDDED, Clip, Frozen, Weights, find_weights, width_of
+from fedsim.clip import Clip, Frozen, check_texts
 from fedsim.cluster import Sizing, check_reachable
 from fedsim.config import EXECUTION, Config, read_yaml
 from fedsim.cost import flops_of
@@ -26,7 +26,7 @@ from fedsim.datasets import Features, Images, Labelled
 from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError, Stopped
 from fedsim.evaluate import SPLITS, Counts, merge
-from fedsim.features import encode, feature_file, keep
+from fedsim.features import encode, feature_file, keep, text_file
 from fedsim.formats import number, percent
 from fedsim.local import Task, Trainer, backbone_of, start, with_towers
 from fedsim.methods import Backbone, Method
@@ -41,6 +41,7 @@ from fedsim.rng import numpy_rng
 from fedsim.schedule import Turn, check, schedule
 from fedsim.servers import NOTE, ServerState, add_up, advance, kept_past
 from fedsim.servers.fedavg import FedAvg
+from fedsim.weights import EMBEDDED, Weights, find_weights, width_of
 
 CHUNKS, LARGEST_CHUNK = 16, 64  # of a cohort; and clients: enough to outweigh a call, few enough to do again
 DATA = "dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prompt", "augment", "cache_dir"
@@ -61,6 +62,8 @@ def run(config: Config, progress: Progress = lambda event: None) -> Report:
     if experiment.done:
         return experiment.done
     progress(Event("begun", 0, 0))  # nothing is refused any more
+    if experiment.weights and experiment.weights.note:
+        progress(Event("weights", 0, 0, experiment.weights.note))
     if config.actors == 0:
         return simulate(experiment, progress)
     return drive(simulate, (experiment,), config.address, progress)
@@ -301,6 +304,8 @@ def _load(config: Config) -> Experiment:
         weights = None
     else:
         weights = _weights(config)
+        if not text_file(source.classes, weights, config.prompt, config.cache_dir).exists():
+            check_texts(weights, [config.prompt.format(name) for name in source.classes])
         if not feature_file(source, weights, config.cache_dir).exists():
             source, skipped = _readable(source, config.skip_unreadable)
     return Experiment(config, Path(), source, skipped, weights, Population([], []), None)

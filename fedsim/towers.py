@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedsim.errors import InputError
+from fedsim.errors import InputError, shortened
 from fedsim.params import Params
 
 
@@ -81,14 +81,9 @@ class TextTower:
         What stands behind the end of a text changes nothing in a causal tower, and is most of the published cost.
 
         Raises:
-            InputError: a text is longer than the model's context.
+            InputError: a text is longer than the model's context, or two are the same tokens.
         """
-        for text in texts:
-            if (length := len(self._tokenizer.encode(text)) + 2) > self.context:
-                raise InputError(
-                    f"{text!r} has {length} tokens; the model takes {self.context}, start and end among them"
-                )
-        tokens = self._tokenizer(list(texts))
+        tokens = tokenize(self._tokenizer, texts)
         device = next(iter(self.weights.values())).device
         return tokens[:, : int(self.ends(tokens).max()) + 1].to(device)
 
@@ -135,6 +130,33 @@ class TextTower:
         if weights and not self._blocks:
             raise TypeError("a method that changes the text tower inside says so: `text_blocks` among its sites")
         return _call(self._module, weights, start, rests, ends)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """n texts -> (n, context) int64, by a tokenizer of open_clip.
+
+    Raises:
+        InputError: a text is longer than the model's context, where open_clip cuts it without a word; or two texts are
+            the same tokens, as those that differ only in capitals are, so that their classes would have one feature.
+    """
+    # Other tokenizers than CLIP's own cannot say how long a text is. They cut it as well, and of texts that are alike
+    # up to there the tokens are the same.
+    encode = getattr(tokenizer, "encode", None)
+    for text in texts if encode else ():
+        if (length := len(encode(text)) + 2) > tokenizer.context_length:
+            raise InputError(
+                f"{shortened(text)!r} has {length} tokens; the model takes {tokenizer.context_length}, start and end "
+                "among them"
+            )
+    tokens = tokenizer(list(texts))
+    first: dict[tuple[int, ...], str] = {}
+    for text, row in zip(texts, tokens.tolist(), strict=True):
+        if (other := first.setdefault(tuple(row), text)) is not text:
+            raise InputError(
+                f"{shortened(other)!r} and {shortened(text)!r} are the same tokens to the model, so that their classes "
+                "cannot be told apart; rename one"
+            )
+    return tokens
 
 
 TOGETHER = 64  # texts behind one start: more would cost more in attention, which is square, than they save

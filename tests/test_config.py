@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ import yaml
 
 from fedsim import Config, InputError, run
 from fedsim.__main__ import main, parse_run, run_parser
-from fedsim.clip import find_weights
 from fedsim.config import read_yaml
 from fedsim.registry import KINDS, available, find, parse
+from fedsim.weights import EMBEDDED, find_weights
 from tune.sweep import Sweep
 
 
@@ -154,8 +155,8 @@ def test_paths_are_absolute_since_workers_run_in_folders_of_their_own(tmp_path, 
     monkeypatch.setenv("FEDSIM_CACHE_DIR", "here")
     assert Config().cache_dir == tmp_path / "here"
     assert Config(cache_dir="there", data_dir="data").cache_dir == tmp_path / "there"
-    (tmp_path / "weights.bin").write_bytes(b"any")
-    assert find_weights("ViT-B-32", "weights.bin").pretrained == str(tmp_path / "weights.bin")
+    shutil.copy(find_weights(*EMBEDDED).file, "mine.safetensors")
+    assert find_weights("tiny", "mine.safetensors").pretrained == str(tmp_path / "mine.safetensors")
 
 
 def outside(argv: list[str], folder: Path, **variables: str | None) -> subprocess.CompletedProcess:

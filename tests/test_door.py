@@ -77,7 +77,7 @@ BAD = {
     "new classes": (["run", "--new-classes", "0.01"], "new_classes 0.01 of 15 classes is none"),
     "a prompt": (
         ["run", "--prompt", "a picture"],
-        "prompt wants {} where the class name goes, and no other braces, not 'a picture'",
+        "prompt needs {} once, where the class name goes, and no other braces, not 'a picture'",
     ),
 }
 

@@ -8,10 +8,11 @@ import torch
 from torch.nn.functional import normalize
 
 from fedsim import Backbone, InputError
-from fedsim.clip import EMBEDDED, Clip, find_weights
+from fedsim.clip import Clip
 from fedsim.methods import trained
 from fedsim.registry import parse
 from fedsim.towers import ImageTower, TextTower
+from fedsim.weights import EMBEDDED, find_weights
 
 CLASSES = "cat", "dog", "owl", "pig"
 Y = torch.tensor([2, 0, 2, 3])  # a class twice, a class not at all

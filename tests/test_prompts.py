@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from fedsim.clip import EMBEDDED, Clip, find_weights
+from fedsim.clip import Clip
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, trained
 from fedsim.methods.fedotp import plan
 from fedsim.registry import parse
 from fedsim.towers import TextTower
+from fedsim.weights import EMBEDDED, find_weights
 
 CLASSES = "cat", "hot air balloon", "owl", "flying saucer", "pig"
 WRITTEN = "a picture of a {}."

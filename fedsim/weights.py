@@ -1,0 +1,354 @@
+"""Which CLIP: an open_clip architecture and the file of its weights, checked before anything is started.
+
+open_clip knows how the weights of a tag were trained (activation, preprocessing) and knows nothing of a file. A file is
+therefore looked up among the published ones first.
+"""
+
+import json
+import logging
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2b, sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.serialization import config as serialization
+
+from fedsim.errors import InputError, listing
+
+EMBEDDED = "tiny", "embedded"
+_ASSETS = Path(__file__).parent / "assets" / "tiny"
+_PREPROCESSING = "mean", "std", "interpolation", "resize_mode"
+_SUFFIXES = ".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt", ".pkl"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which CLIP: an open_clip architecture and the file of its weights.
+
+    Attributes:
+        model: open_clip's name of the architecture.
+        pretrained: a tag of open_clip, or the absolute path of a file.
+        file: the weights on this machine.
+        key: changes with the architecture, the bytes of the weights, their activation or their preprocessing.
+        about: open_clip's description of the tag, or of the published file that this is: `quick_gelu`, `mean`, ...
+        note: what is assumed of a file that was not recognised, for the user.
+    """
+
+    model: str
+    pretrained: str
+    file: Path
+    key: str
+    about: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def quick_gelu(self) -> bool:
+        """Whether the activation is QuickGELU even where the architecture says GELU."""
+        return bool(self.about.get("quick_gelu"))
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Arguments of open_clip's `create_model_and_transforms`."""
+        return {f"image_{name}": self.about[name] for name in _PREPROCESSING if name in self.about}
+
+
+def find_weights(model: str, pretrained: str) -> Weights:
+    """Finds the weights, downloads them where a tag names them, and checks that a file fits the architecture.
+
+    Raises:
+        InputError: open_clip has no such model or tag, the weights are not available, or a file does not hold them.
+    """
+    if (model, pretrained) == EMBEDDED:
+        file = _ASSETS / "tiny.safetensors"
+        config = json.loads((_ASSETS / "tiny.json").read_text(encoding="utf-8"))
+        return Weights(model, str(file), file, _key(config, None, file))
+    open_clip = import_open_clip()
+    if model not in open_clip.list_models():
+        raise InputError(f"no backbone {model!r} in open_clip; there are: {_alike(model, open_clip.list_models())}")
+    config, tag = open_clip.get_model_config(model), open_clip.pretrained.get_pretrained_cfg(model, pretrained)
+    if tag:
+        file = _download(model, pretrained, tag)
+        weights = Weights(model, pretrained, file, _key(config, tag, file), tag)
+        _check_fits(weights)
+        return weights
+    file = _given(model, pretrained)
+    format = _format(file)
+    published = _published(file, trusted=format == "TorchScript")
+    if published and model not in published:
+        raise InputError(f"{file.name} holds the weights of {listing(published)}; --backbone is {model}")
+    if format == "TorchScript" and not published:
+        raise InputError(
+            f"{file.name} is a TorchScript archive and, by its SHA-256, not one of OpenAI's; reading it could run "
+            "code, so save its tensors alone: torch.save(model.state_dict(), FILE)"
+        )
+    about = published.get(model) or _of_repository(model, file)
+    note = "" if about else _assumption(model, file)
+    about = about or _agreed(model)
+    weights = Weights(model, str(file), file, _key(config, about, file), about, note)
+    _check_fits(weights)
+    return weights
+
+
+def width_of(weights: Weights) -> int:
+    """D, the width of the model's features, from its description alone."""
+    if weights.model == EMBEDDED[0]:
+        return json.loads((_ASSETS / "tiny.json").read_text(encoding="utf-8"))["embed_dim"]
+    return import_open_clip().get_model_config(weights.model)["embed_dim"]
+
+
+def tokenizer_of(model: str) -> Any:
+    """open_clip's tokenizer of an architecture, which needs none of its weights.
+
+    Raises:
+        InputError: it needs a package or a vocabulary that this machine does not have.
+    """
+    try:
+        return import_open_clip().get_tokenizer(model)
+    except (ImportError, OSError) as error:
+        raise InputError(f"the tokenizer of {model} is not on this machine: {first_line(error)}") from None
+
+
+def load_torchscript(file: Path) -> dict[str, Tensor]:
+    """The tensors of one of OpenAI's archives. Only for a file whose digest is known: reading one may run its code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        state = torch.jit.load(str(file), map_location="cpu").state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in _CONSTANTS}
+
+
+_CONSTANTS = "input_resolution", "context_length", "vocab_size"  # of OpenAI's archives, beside the weights
+
+
+def is_torchscript(file: Path) -> bool:
+    return _format(file) == "TorchScript"
+
+
+@lru_cache(maxsize=1)
+def import_open_clip():
+    # Imported where CLIP is loaded: it takes three times as long as torch, and client actors only see features.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import open_clip
+    logging.getLogger().setLevel(logging.ERROR)
+    open_clip.add_model_config(_ASSETS / "tiny.json")
+    return open_clip
+
+
+def _download(model: str, tag: str, source: dict) -> Path:
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # offline: say so at once, after a look at what is here, instead of 45 seconds of retries
+        constants.HF_HUB_OFFLINE = True
+    try:
+        return Path(import_open_clip().pretrained.download_pretrained(source))
+    except Exception as error:
+        folder = _cache_folder(source) if source.get("hf_hub") else "the file"
+        raise InputError(
+            f"the weights {tag!r} of {model} are not on this machine and the hub cannot be reached; run once where it "
+            f"can and copy {folder} of its cache ({constants.HF_HUB_CACHE}) here, or use the embedded model: "
+            "--backbone tiny"
+        ) from error
+
+
+def _given(model: str, pretrained: str) -> Path:
+    """The checkpoint file that --pretrained names, where it is no tag."""
+    tags = import_open_clip().pretrained.list_pretrained_tags_by_model(model)
+    if not pretrained:
+        raise InputError(
+            f"--backbone {model} needs --pretrained: a checkpoint file, or a tag: {listing(tags) or 'none'}"
+        )
+    # Absolute: a trial of a sweep, and a worker on another machine, runs in a folder of its own.
+    file = Path(os.path.expanduser(pretrained)).absolute()
+    if file.is_dir():
+        raise InputError(f"--pretrained needs a checkpoint file; {pretrained} is a folder")
+    if file.is_file():
+        return file
+    if os.sep in pretrained or file.suffix in _SUFFIXES:
+        raise InputError(f"no file {pretrained} for --pretrained")
+    raise InputError(
+        f"no file and no tag {pretrained!r} for {model}; its tags: {_alike(pretrained, tags) or 'none'}; "
+        "or give a checkpoint file"
+    )
+
+
+def _format(file: Path) -> str:
+    """The format of a checkpoint by its content: safetensors, TorchScript, PyTorch or NumPy.
+
+    Raises:
+        InputError: it is none of these, or its name says another.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(9)
+    if size == 0:
+        raise InputError(f"{file.name} is empty; --pretrained needs a checkpoint file")
+    if len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+        format = "safetensors"
+    elif zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+        format = "TorchScript" if "constants.pkl" in names else "PyTorch" if "data.pkl" in names else "NumPy"
+    elif start[:1] == b"\x80":  # a pickle, which torch.save wrote before it wrote zip archives
+        format = "PyTorch"
+    else:
+        raise InputError(
+            f"{file.name} is no checkpoint: it begins with {start!r}; expected are safetensors, a state_dict by "
+            "torch.save, or OpenAI's TorchScript archive"
+        )
+    for name, suffixes in {"safetensors": (".safetensors",), "NumPy": (".npz",)}.items():
+        if (format == name) != (file.suffix in suffixes):  # open_clip chooses how to read a file by its suffix
+            raise InputError(f"{file.name} is in the format of {format}; rename it, so that its suffix says so")
+    return format
+
+
+def _published(file: Path, trusted: bool) -> dict[str, dict]:
+    """open_clip's description of the published weights that this file is, by architecture; empty where it is unknown.
+
+    Known are those whose address holds their digest: OpenAI's, and the start of it those of open_clip's releases.
+
+    Args:
+        trusted: accept a whole digest only; a file with a given start of one can be made.
+    """
+    with file.open("rb") as stream:
+        digest = sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    pretrained = import_open_clip().pretrained
+    every = [(model, pretrained.get_pretrained_cfg(model, tag)) for model, tag in pretrained.list_pretrained()]
+    stated = re.compile(r"/([0-9a-f]{64})/" if trusted else r"(?:/|-)([0-9a-f]{64}|[0-9a-f]{8})(?:/|\.pth?$)")
+    return {
+        model: about
+        for model, about in every
+        if (found := stated.search(about.get("url", ""))) and digest.hexdigest().startswith(found[1])
+    }
+
+
+def _of_repository(model: str, file: Path) -> dict[str, Any]:
+    """open_clip's description of the tag whose repository on the Hugging Face hub is in the file's path."""
+    pretrained = import_open_clip().pretrained
+    for tag in pretrained.list_pretrained_tags_by_model(model):
+        about = pretrained.get_pretrained_cfg(model, tag)
+        if about.get("hf_hub") and not {_cache_folder(about), _repository(about)[1]}.isdisjoint(file.parts):
+            return about
+    return {}
+
+
+def _repository(about: Mapping[str, Any]) -> list[str]:
+    """Owner and name of a repository on the Hugging Face hub."""
+    return about["hf_hub"].split("/")[:2]
+
+
+def _cache_folder(about: Mapping[str, Any]) -> str:
+    """Its folder in the hub's cache."""
+    return "--".join(["models", *_repository(about)])
+
+
+def _agreed(model: str) -> dict[str, Any]:
+    """The preprocessing of an architecture's published weights, where it is the same for all (of SigLIP, for one)."""
+    pretrained = import_open_clip().pretrained
+    tags = pretrained.list_pretrained_tags_by_model(model)
+    all = [{name: pretrained.get_pretrained_cfg(model, tag)[name] for name in _PREPROCESSING} for tag in tags]
+    return all[0] if all and all.count(all[0]) == len(all) else {}
+
+
+def _assumption(model: str, file: Path) -> str:
+    """What a file that was not recognised is taken for, where published weights of its architecture differ."""
+    open_clip = import_open_clip()
+    if open_clip.get_model_config(model).get("quick_gelu") or f"{model}-quickgelu" not in open_clip.list_models():
+        return ""
+    return (
+        f"{file.name} is read with the activation GELU, as {model} is defined; weights by OpenAI and others trained "
+        f"with QuickGELU need --backbone {model}-quickgelu"
+    )
+
+
+def _check_fits(weights: Weights) -> None:
+    """Raises InputError unless the file holds the tensors of the architecture; takes no memory for them."""
+    open_clip, file = import_open_clip(), weights.file
+    try:
+        with torch.device("meta"):
+            model = open_clip.create_model(weights.model, load_weights=False, pretrained_text=False, device="meta")
+    except (RuntimeError, ImportError, OSError) as error:
+        raise InputError(f"open_clip cannot build {weights.model} here: {first_line(error)}") from None
+    # Mapped, a checkpoint of any size is read as far as names and shapes.
+    with warnings.catch_warnings(), serialization.patch({"load.mmap": zipfile.is_zipfile(file)}):
+        warnings.simplefilter("ignore")  # that nothing is copied, which is the point
+        state = _tensors(file)
+        if not is_torchscript(file) and state.keys() >= set(_CONSTANTS):
+            raise InputError(
+                f"{file.name} was saved from OpenAI's archive: leave {listing(_CONSTANTS)} out, and give --backbone "
+                f"{weights.model.removesuffix('-quickgelu')}-quickgelu for its activation"
+            )
+        try:
+            if is_torchscript(file):
+                model.load_state_dict(state)
+            else:
+                open_clip.load_checkpoint(model, str(file))
+        except Exception:  # open_clip converts other layouts first, which fails in many ways
+            raise InputError(f"{file.name} holds no weights of {weights.model}: {_difference(model, state)}") from None
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name; those of NumPy's format are left to open_clip.
+
+    Raises:
+        InputError: it is damaged, or holds more than tensors.
+    """
+    if file.suffix == ".npz":
+        return {}
+    try:
+        if is_torchscript(file):
+            return load_torchscript(file)
+        state = import_open_clip().factory.load_state_dict(str(file))
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{file.name} holds Python objects besides tensors, which are never unpickled; save its tensors alone: "
+            "torch.save(model.state_dict(), FILE)"
+        ) from None
+    except Exception:  # with advice for another program than this one
+        raise InputError(f"{file.name} is damaged, or holds no state_dict of tensors") from None
+
+
+def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    ours, theirs = ({name: tuple(t.shape) for name, t in some.items()} for some in (model.state_dict(), state))
+    if missing := [name for name in ours if name not in theirs]:
+        return f"it lacks {len(missing)} of {len(ours)} tensors, such as {missing[0]}"
+    if other := [name for name in ours if ours[name] != theirs[name]]:
+        name = other[0]
+        return (
+            f"the shape differs in {len(other)} of {len(ours)} tensors, such as {name}: {ours[name]} is needed, "
+            f"{theirs[name]} given"
+        )
+    more = sorted(theirs.keys() - ours)
+    return f"it has {len(more)} more than the {len(ours)} tensors, such as {listing(more, 1)}"
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def _key(config: dict | None, about: Mapping | None, file: Path) -> str:
+    digest = blake2b(json.dumps([config, about], sort_keys=True, default=str).encode(), digest_size=16)
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _alike(name: str, names: Sequence[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, names, n=5, cutoff=0.4)
+    return f"{', '.join(close)}, ... ({len(names)} in all)" if close else listing(names)
