@@ -1,6 +1,7 @@
 """How `fedsim/experiments/glyphs.yaml` was chosen: a small grid, judged by validation accuracy alone.
 
     uv run python benchmarks/choose_glyphs.py
+    uv run python benchmarks/choose_glyphs.py --quick     # two settings, one round: does it all run?
 
 Each setting trains with every domain held out once; its score is the clients' validation accuracy in the chosen
 round, mean over the held-out domains. Seed 100 draws everything, so that no seed that is reported has been tuned on.
@@ -11,6 +12,7 @@ import itertools
 from pathlib import Path
 
 import pandas as pd
+from _runs import parsed, parser_of
 
 from fedsim import Config, Report, run_all
 
@@ -20,7 +22,7 @@ GRID = {
     "lr": [3e-4, 1e-3, 3e-3],
     "weight_decay": [0.0, 0.01, 0.2],
 }
-ROUNDS, SEED = 50, 100
+SEED = 100
 
 
 def score(report: Report) -> dict[str, float]:
@@ -29,20 +31,31 @@ def score(report: Report) -> dict[str, float]:
 
 
 def main() -> None:
-    settings = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
-    work = [(setting, domain) for setting in settings for domain in DOMAINS]
+    parser = parser_of(__doc__)
+    parser.add_argument("--objective", nargs="+", default=GRID["objective"])
+    parser.add_argument("--lr", nargs="+", type=float, default=GRID["lr"])
+    parser.add_argument("--weight-decay", nargs="+", type=float, default=GRID["weight_decay"])
+    parser.add_argument("--held-out", nargs="+", choices=DOMAINS, default=DOMAINS)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--address", help="of a Ray cluster (default: a private one)")
+    parser.add_argument("--out", type=Path, default=Path("runs/choose_glyphs"))
+    tiny = {"lr": [3e-4], "weight_decay": [0.01], "held_out": ["ink"], "rounds": 1}
+    args = parsed(parser, **tiny, out=Path("runs/choose_glyphs-quick"))
+    grid = [vars(args)[name] for name in GRID]
+    settings = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*grid)]
+    work = [(setting, domain) for setting in settings for domain in args.held_out]
     configs = [
         Config(
             method={"name": "fedclip"} | setting,
             held_out=(domain,),
-            rounds=ROUNDS,
+            rounds=args.rounds,
             seed=SEED,
             partition_seed=SEED,
-            out=Path("runs/choose_glyphs") / "-".join(map(str, (*setting.values(), domain))),
+            out=args.out / "-".join(map(str, (*setting.values(), domain))),
         )
         for setting, domain in work
     ]
-    table = pd.DataFrame([work[index][0] | score(report) for index, report in run_all(configs)])
+    table = pd.DataFrame([work[index][0] | score(report) for index, report in run_all(configs, args.address)])
     means = table.groupby(list(GRID)).mean().sort_values("validation", ascending=False).round(1)
     print(means.reset_index().to_markdown(index=False))
 

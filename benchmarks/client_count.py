@@ -2,6 +2,7 @@
 
     uv run python benchmarks/client_count.py                                     # about 6 minutes on 2 cores
     uv run python benchmarks/client_count.py --clients 10 30 100 300 1000 3000 10000  # about 15
+    uv run python benchmarks/client_count.py --quick                             # 8 clients, 2 rounds: does it all run?
     uv run python benchmarks/client_count.py --dataset features --data-dir DIR --held-out sketch --address auto
 
 Clients draw their rows, with replacement, from one set of rows, so that only their number changes. Four things are
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from _runs import add_data, data_of, parsed, parser_of
 
 from fedsim import Config, InputError, Report, run_all
 from fedsim.datasets.synthetic import Synthetic
@@ -129,11 +131,11 @@ def settings(args: argparse.Namespace) -> dict[str, list[Setting]]:
 
 def cells(args: argparse.Namespace) -> list[Cell]:
     """Those with the most clients first, for they take longest."""
-    data = {"dataset": {"name": args.dataset}, "data_dir": args.data_dir}
+    data = data_of(args)
     if args.dataset == "synthetic":
-        data = {"dataset": {"name": "features"}, "data_dir": made(args.out / "made")}
+        data |= {"dataset": {"name": "features"}, "data_dir": made(args.out / "made")}
     domains = parse("dataset", data["dataset"]["name"]).load(data["data_dir"]).domains
-    data |= {"held_out": (args.held_out or domains[-1],), "backbone": args.backbone, "pretrained": args.pretrained}
+    data |= {"held_out": (args.held_out or domains[-1],)}
     found = []
     for clients in sorted(args.clients, reverse=True):
         for setting in dict.fromkeys(one for some in settings(args).values() for one in some):
@@ -424,11 +426,8 @@ def skew(text: str) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="synthetic", help="synthetic is one set of features, made once")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--backbone")
-    parser.add_argument("--pretrained")
+    parser = parser_of(__doc__)
+    add_data(parser, "synthetic", "synthetic is one set of features, made once")
     parser.add_argument("--held-out", help="a domain; none given: the last one")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["FedCLIP", "linear probe"])
     parser.add_argument("--clients", nargs="+", type=int, default=[10, 30, 100, 300, 1000])
@@ -445,7 +444,8 @@ def main() -> None:
     parser.add_argument("--target-accuracy", type=float, help="in [0, 1], the same for all, in place of it")
     parser.add_argument("--address", help="of a Ray cluster; none given: a private one")
     parser.add_argument("--out", type=Path, default=Path("runs/client_count"))
-    args = parser.parse_args()
+    tiny = {"methods": ["FedCLIP"], "clients": [4, 8], "total": 400, "cohorts": [0.5, 2], "alphas": [None, 0.1]}
+    args = parsed(parser, **tiny, rounds=2, seeds=1, judged_rows=10, out=Path("runs/client_count-quick"))
     args.out = args.out.absolute()
     try:
         todo = cells(args)

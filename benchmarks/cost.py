@@ -3,6 +3,7 @@
     uv run python benchmarks/cost.py                                     # about 10 minutes on one core
     uv run python benchmarks/cost.py --runs runs/fedclip_table/glyphs    # and bytes to an accuracy, of finished runs
     uv run python benchmarks/cost.py --repeats 0 --runs DIR              # these alone
+    uv run python benchmarks/cost.py --quick                             # a smaller CLIP: does it all run?
 
 A step is one of the engine's own, on 32 of the embedded drawings behind the real preprocessing. Weights are random: a
 step costs the same whatever they are, and nothing need be downloaded. Every measurement is a fresh process with one
@@ -30,6 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 from _measure import median_and_range
+from _runs import parsed, parser_of
 
 from fedsim.clients import Population
 from fedsim.clip import Clip, Frozen
@@ -48,7 +50,8 @@ from fedsim.servers.fedavg import FedAvg
 from fedsim.stack import train_stack
 from fedsim.weights import find_weights
 
-BACKBONE, PROMPT, BATCH, DRAWN_BY = "ViT-B-32", "a picture of a {}", 32, 0
+BACKBONE, BATCH = "ViT-B-32", 32
+PROMPT, DRAWN_BY = "a picture of a {}", 0
 WHOLE, ADAPTER = 151_277_313, 525_312  # parameters of CLIP ViT-B/32, and of FedCLIP's adapter on its 512 dimensions
 PAPER = "1.5E8", "5.3E5"  # the same to two digits, which is how the paper comes to "283x faster than FedAVG"
 LINE, STEPS = 100e6, 10  # bits per second and local steps of the round that is worked out as an example
@@ -88,9 +91,9 @@ class Client:
         frozen: Frozen = pickle.loads((folder / "frozen.pickle").read_bytes())
         if variant.method != "fedclip" or variant.tower:
             # Mapped and not read, as an actor maps what all workers of its machine share.
-            state = torch.load(frozen.weights.file, mmap=True, weights_only=True)
+            state = torch.load(folder / "state.pt", mmap=True, weights_only=True)
             frozen = replace(frozen, state={name: tensor.numpy() for name, tensor in state.items()})
-        self.rows, nothing = np.arange(BATCH), np.empty(0, np.int64)
+        self.rows, nothing = np.arange(len(self.features)), np.empty(0, np.int64)
         self.trainer = Trainer(self.features, Population([(self.rows, nothing, nothing)], []), frozen)
         self.task = Task(parse("method", {"name": variant.method, "local_epochs": 1}), FedAvg(), seed=0)
         self.module, like = self.trainer.module(self.task)
@@ -107,31 +110,33 @@ class Client:
     def step(self) -> None:
         x = self.x if self.tower is None else self.tower.encode(self.x)
         self.module.train()
-        what = self.module, self.params, self.optimizer, self.shared, x, self.y, [BATCH], self.task.method
+        what = self.module, self.params, self.optimizer, self.shared, x, self.y, [len(x)], self.task.method
         train_stack(*what, None, [torch_rng(DRAWN_BY, "batches")])
 
 
-def prepare(folder: Path) -> dict:
+def prepare(folder: Path, backbone: str, batch: int) -> dict:
     """Weights, images and features for the other processes; and all that is counted and not measured."""
     import open_clip
 
     torch.manual_seed(DRAWN_BY)
-    model = open_clip.create_model(BACKBONE)
+    model = open_clip.create_model(backbone)
     whole = sum(tensor.numel() for tensor in model.parameters())
     torch.save(model.state_dict(), folder / "random.pt")
     del model
-    weights = find_weights(BACKBONE, str(folder / "random.pt"))
+    weights = find_weights(backbone, str(folder / "random.pt"))
     images = Glyphs().load(None)
-    rows = np.random.default_rng(DRAWN_BY).choice(np.flatnonzero(images.split == TRAIN), BATCH, replace=False)
+    rows = np.random.default_rng(DRAWN_BY).choice(np.flatnonzero(images.split == TRAIN), batch, replace=False)
     what = PROMPT, folder, Sizing(actors=0), lambda event: None, "pixels"
     features = encode(images.take(np.sort(rows)), weights, *what)
     clip = Clip(weights)
+    frozen = clip.frozen()
+    torch.save({name: torch.from_numpy(array) for name, array in frozen.state.items()}, folder / "state.pt")
     (folder / "features.pickle").write_bytes(pickle.dumps(features))
-    (folder / "frozen.pickle").write_bytes(pickle.dumps(replace(clip.frozen(), state={})))
+    (folder / "frozen.pickle").write_bytes(pickle.dumps(replace(frozen, state={})))
     counts = {name: counted(variant, folder, clip) for name, variant in VARIANTS.items()}
     found = whole, counts["all"]["trained"], counts["cached"]["trained"]
-    assert found == (WHOLE, WHOLE, ADAPTER), found
-    return {"whole": whole, "classes": len(np.unique(features.y)), "counts": counts}
+    assert found == (WHOLE, WHOLE, ADAPTER) or backbone != BACKBONE, found
+    return {"batch": batch, "classes": len(np.unique(features.y)), "counts": counts}
 
 
 def counted(variant: Variant, folder: Path, clip: Clip) -> dict[str, float]:
@@ -154,7 +159,7 @@ def counted(variant: Variant, folder: Path, clip: Clip) -> dict[str, float]:
         "down": down,
         "up": up,
         "flops": counter.get_total_flops(),
-        "extrapolated": per_step + BATCH * per_row,
+        "extrapolated": per_step + len(client.rows) * per_row,
     }
 
 
@@ -193,11 +198,11 @@ def once(folder: Path, *options: str) -> dict:
     return json.loads(said.stdout.splitlines()[-1].removeprefix("RESULT "))
 
 
-def measure(repeats: int) -> tuple[dict, dict[str, list[dict]]]:
+def measure(repeats: int, backbone: str, batch: int) -> tuple[dict, dict[str, list[dict]]]:
     """What was counted; and by variant what was measured."""
     runs: dict[str, list[dict]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
-        facts = once(Path(folder))
+        facts = once(Path(folder), "--backbone", backbone, "--batch", str(batch))
         for repeat in range(repeats):
             for name in VARIANTS:
                 runs[name].append(run := once(Path(folder), "--step", name))
@@ -211,7 +216,10 @@ COLUMNS = "trained", "MB down + up", "GFLOP", "CPU seconds", "lowest to highest"
 
 def table(facts: dict, runs: dict[str, list[dict]]) -> str:
     """One line a variant; in brackets, times that of the first."""
-    lines = [f"| a local step of {BATCH} images | {' | '.join(COLUMNS)} |", "| --- " * (1 + len(COLUMNS)) + "|"]
+    lines = [
+        f"| a local step of {facts['batch']} images | {' | '.join(COLUMNS)} |",
+        "| --- " * (1 + len(COLUMNS)) + "|",
+    ]
     counts, first = facts["counts"], facts["counts"]["cached"]
     seconds, peaks, used = (of_runs(runs, key) for key in ("cpu_s", "peak_mib", "used_mib"))
     for name, variant in VARIANTS.items():
@@ -404,20 +412,23 @@ def reach(runs: list[Finished]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
+    parser.add_argument("--backbone", default=BACKBONE, help="of random weights (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images of a step (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement; 0: none")
     parser.add_argument("--runs", type=Path, help="folder of a data set's finished runs, by fedclip_table.py")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a part's process
     parser.add_argument("--step", choices=list(VARIANTS), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parsed(parser, repeats=1, backbone="ViT-S-32-alt", batch=4)
     if args.folder:
-        found = measured(VARIANTS[args.step], args.folder) if args.step else prepare(args.folder)
+        step = args.step and VARIANTS[args.step]
+        found = measured(step, args.folder) if step else prepare(args.folder, args.backbone, args.batch)
         print("RESULT", json.dumps(found))
         return
     if args.runs and not args.runs.is_dir():
         parser.error(f"--runs wants a folder of runs; there is none at {args.runs}")
     if args.repeats:
-        facts, runs = measure(args.repeats)
+        facts, runs = measure(args.repeats, args.backbone, args.batch)
         print(table(facts, runs))
         print(f"\n{derived(facts, runs)}")
     if args.runs:

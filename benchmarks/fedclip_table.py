@@ -1,6 +1,7 @@
 """The table of the FedCLIP paper, for any data and backbone: every held-out domain x method x seed.
 
     uv run python benchmarks/fedclip_table.py                                # the embedded images and model
+    uv run python benchmarks/fedclip_table.py --quick                        # one round, one seed: does it all run?
     uv run python benchmarks/fedclip_table.py --dataset features --data-dir DIR --only FedCLIP probe alone
     uv run python benchmarks/fedclip_table.py --backbone ViT-B-32 --pretrained openai --dataset pacs --data-dir DIR \\
         --rounds 200 --tower-rounds 200 --tower-seeds 3                      # the paper's own experiment
@@ -15,6 +16,7 @@ import itertools
 from pathlib import Path
 
 import pandas as pd
+from _runs import add_data, data_of, parsed, parser_of, spread
 
 from fedsim import Config, Report, run_all
 from fedsim.config import merged, read_yaml
@@ -47,8 +49,7 @@ def cell(report: Report) -> dict[str, float]:
 
 
 def cells(args: argparse.Namespace) -> list[tuple[str, str, int, Config]]:
-    data = {"dataset": {"name": args.dataset}, "data_dir": args.data_dir}
-    data |= {"backbone": args.backbone, "pretrained": args.pretrained}
+    data = data_of(args)
     domains = args.held_out or parse("dataset", args.dataset).load(args.data_dir).domains
     chosen = {name: how for name, how in METHODS.items() if not args.only or any(word in name for word in args.only)}
     made = []
@@ -64,16 +65,9 @@ def cells(args: argparse.Namespace) -> list[tuple[str, str, int, Config]]:
     return made
 
 
-def spread(values: pd.Series) -> str:
-    return f"{values.mean():.1f} ± {values.std():.1f}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="glyphs")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--backbone")
-    parser.add_argument("--pretrained")
+    parser = parser_of(__doc__)
+    add_data(parser)
     parser.add_argument("--only", nargs="+", help="methods with any of these words in their names")
     parser.add_argument("--held-out", nargs="+", help="these domains only")
     parser.add_argument("--seeds", type=int, default=3)
@@ -83,7 +77,8 @@ def main() -> None:
     parser.add_argument("--address", help="of a Ray cluster; none given: a private one")
     parser.add_argument("--at-once", type=int, help="runs at a time at most; none given: as many as there is room for")
     parser.add_argument("--out", type=Path, default=Path("runs/fedclip_table"))
-    args = parser.parse_args()
+    tiny = {"seeds": 1, "rounds": 1, "tower_seeds": 1, "tower_rounds": 1, "out": Path("runs/fedclip_table-quick")}
+    args = parsed(parser, **tiny)
 
     work = cells(args)
     reports = run_all([config for *_, config in work], args.address, at_once=args.at_once)

@@ -1,6 +1,7 @@
 """Every method x protocol x seed: accuracy against bytes, and what it is worth to choose the round on test rows.
 
     uv run python benchmarks/methods.py
+    uv run python benchmarks/methods.py --quick     # two methods, two protocols, one round: does it all run?
     uv run python benchmarks/methods.py --address auto --dataset pacs --data-dir DIR --backbone ViT-B-32 \
         --pretrained openai --rounds 100
 
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from _runs import add_data, data_of, parsed, parser_of, spread
 
 from fedsim import Config, Report, run_all
 from fedsim.config import merged, read_yaml
@@ -69,9 +71,7 @@ def cell(report: Report, metric: str) -> dict[str, float]:
 
 
 def cells(args: argparse.Namespace) -> list[dict]:
-    data = {"dataset": {"name": args.dataset}, "data_dir": args.data_dir}
-    data |= {"backbone": args.backbone, "pretrained": args.pretrained, "rounds": args.rounds}
-    data |= {"threads_per_actor": args.threads}
+    data = data_of(args) | {"rounds": args.rounds, "threads_per_actor": args.threads}
     domains = args.held_out or parse("dataset", args.dataset).load(args.data_dir).domains
     made = []
     for name, protocol, seed in itertools.product(args.methods or METHODS, args.protocols, range(args.seeds)):
@@ -85,10 +85,6 @@ def cells(args: argparse.Namespace) -> list[dict]:
             config = Config(**merged(read_yaml(protocol), what | here), out=out)
             made.append({"method": name, "protocol": protocol, "domain": domain, "seed": seed, "config": config})
     return made
-
-
-def spread(values: pd.Series) -> str:
-    return f"{values.mean():.1f} ± {values.std():.1f}"
 
 
 def by_method(table: pd.DataFrame) -> pd.DataFrame:
@@ -168,11 +164,8 @@ def page(table: pd.DataFrame, args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="glyphs")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--backbone")
-    parser.add_argument("--pretrained")
+    parser = parser_of(__doc__)
+    add_data(parser)
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
     parser.add_argument("--held-out", nargs="+", help="domains that leave_one_out holds out in turn; none given: all")
@@ -181,7 +174,8 @@ def main() -> None:
     parser.add_argument("--address", help="of a Ray cluster; none given: a private one")
     parser.add_argument("--threads", type=int, default=1, help="of one cell, each with a CPU")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
-    args = parser.parse_args()
+    tiny = {"seeds": 1, "rounds": 1, "out": Path("runs/methods-quick")}
+    args = parsed(parser, **tiny, methods=["FedCLIP", "FedPGP"], protocols=["base_to_new", "few_shot"])
 
     work = cells(args)
     results = []

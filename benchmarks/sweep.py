@@ -1,19 +1,21 @@
 """What a sweep costs beside its trials: the same trials by `fedsim sweep` and in a bare loop, one at a time.
 
     uv run python benchmarks/sweep.py
+    uv run python benchmarks/sweep.py --quick       # three trials of one round: does it all run?
     uv run python benchmarks/sweep.py --clients 200 --rounds 20 --trials 20 --repeats 3
 
 Both train in one process on the same features, so what differs is Optuna's storage, Ray Tune and the measures that are
 told round by round. The first trial, for which a process is started, is given apart.
 """
 
-import argparse
 import shutil
 import statistics
 import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+
+from _runs import add_data, data_of, parsed, parser_of
 
 from fedsim import Config
 from fedsim.pool import open_pool
@@ -52,16 +54,17 @@ def by_loop(sweep: Sweep, found: Found, folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
+    add_data(parser)
+    parser.add_argument("--held-out", default="ink")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--cohort", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    config = Config(
-        partition="bootstrap", clients=args.clients, cohort=args.cohort, rounds=args.rounds, held_out=("ink",), actors=0
-    )
+    args = parsed(parser, clients=4, cohort=2, rounds=1, trials=3, repeats=1)
+    sizes = {"clients": args.clients, "cohort": args.cohort, "rounds": args.rounds}
+    config = Config(**data_of(args), **sizes, partition="bootstrap", held_out=args.held_out, actors=0)
     scratch = Path(tempfile.mkdtemp())
     rows = []
     try:

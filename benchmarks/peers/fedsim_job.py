@@ -21,12 +21,12 @@ from job import finish
 from fedsim import Config, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.datasets.synthetic import Synthetic
-from fedsim.local import Task, Trainer, backbone_of, start
+from fedsim.local import Task, backbone_of, start
 from fedsim.params import Params, flatten
 from fedsim.pool import Event, Pool, _keep_memory
 from fedsim.rng import torch_rng
 from fedsim.servers import ServerState
-from fedsim.simulate import Experiment, _Federation, prepare
+from fedsim.simulate import Experiment, _Federation, prepare, staff
 
 ROWS, ALL_ROWS, WIDTH = 64, 80, 512  # train rows of a client, two local steps; and with those that it is judged on
 CHUNK = 50  # clients of a call: the same at all sizes, so that what is compared is the number of clients alone
@@ -74,8 +74,10 @@ def on_processes(args: Namespace, out: str) -> tuple[list[float], list[float], P
     experiment = prepare(config(args, out))
     task, state = _begin(experiment)
     ends, seconds = [], []
-    with _Processes(args.processes, experiment, Path(out)) as pool:
-        federation = _Federation(experiment.config, task, experiment.clients, pool, state.params)
+    with _Processes(args.processes, Path(out)) as pool:
+        pool.employ(*staff(experiment))
+        whole = experiment.source, experiment.clients, pool, state.params, experiment.splits
+        federation = _Federation(experiment.config, task, *whole)
         for turn in federation.turns(0):
             began = time.perf_counter()
             state, _ = federation.train(state, turn)
@@ -140,33 +142,41 @@ def _rows(scratch: Path, clients: int) -> Path:
 
 
 class _Processes(Pool):
-    """Trainers on plain processes, behind the interface of fedsim's pools of actors."""
+    """Workers on plain processes, behind the interface of fedsim's pools of actors."""
 
-    def __init__(self, count: int, experiment: Experiment, scratch: Path) -> None:
+    def __init__(self, count: int, scratch: Path) -> None:
         scratch.mkdir(parents=True, exist_ok=True)
-        self.shared, self.maps = scratch, 0
-        self.pool = get_context("spawn").Pool(count, _arm, (experiment.source, experiment.clients))
+        self.count, self.scratch, self.maps = count, scratch, 0
+        self.processes = None
+
+    def _renew(self, staff, before):
+        self.close()
+        self.processes = get_context("spawn").Pool(self.count, _start, staff)
+
+    def check_sees(self, folder):
+        pass  # all are on this machine
 
     def map(self, name, items, *shared):
         self.maps += 1
-        file = self.shared / f"{self.maps}.pickle"  # once for all calls
+        file = self.scratch / f"{self.maps}.pickle"  # once for all calls
         file.write_bytes(pickle.dumps(shared))
-        yield from self.pool.imap(_call, [(file, name, item) for item in items])
+        yield from self.processes.imap(_call, [(file, name, item) for item in items])
 
-    def close(self) -> None:
-        self.pool.terminate()
+    def close(self):
+        if self.processes:
+            self.processes.terminate()
 
 
-def _arm(*args) -> None:
-    global trainer
+def _start(factory, *args) -> None:
+    global worker
     torch.set_num_threads(1)
     _keep_memory()  # as in fedsim's actors
-    trainer = Trainer(*args)
+    worker = factory(*args, "cpu")
 
 
 def _call(call: tuple):
     file, name, item = call
-    return getattr(trainer, name)(*_read(file), item)
+    return getattr(worker, name)(*_read(file), item)
 
 
 @lru_cache(maxsize=1)

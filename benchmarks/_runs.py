@@ -1,0 +1,39 @@
+"""What the scripts share that train many runs: their flags, and how numbers over seeds are written."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+def parser_of(about: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help is the docstring of a script."""
+    return argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_data(parser: argparse.ArgumentParser, dataset: str = "glyphs", about: str | None = None) -> None:
+    """Adds the flags that say which data are used, and what encodes them."""
+    parser.add_argument("--dataset", default=dataset, help=about)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--backbone")
+    parser.add_argument("--pretrained")
+
+
+def data_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a config that those flags give."""
+    data = {"dataset": {"name": args.dataset}, "data_dir": args.data_dir}
+    return data | {"backbone": args.backbone, "pretrained": args.pretrained}
+
+
+def parsed(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
+    """The command line, with `quick` as defaults where it says --quick; a flag that is given as well still counts."""
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it all run?")
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**quick)
+    return parser.parse_args()
+
+
+def spread(values: pd.Series) -> str:
+    """Mean ± deviation; the mean alone of a single value."""
+    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
