@@ -20,7 +20,7 @@ from rich.table import Table
 
 from fedsim.config import Config, merged, read_yaml
 from fedsim.errors import InputError, Stopped, listing
-from fedsim.formats import percent
+from fedsim.formats import number, percent
 from fedsim.registry import KINDS, available, find
 from fedsim.search import search_of
 from fedsim.terminal import DETACH, Parser, bars_on, launch, shown
@@ -251,16 +251,22 @@ def _dashed(word: str) -> str:
 
 
 def _show(console: Console, report, folder: Path) -> None:
-    round = report.chosen_round
+    from fedsim.page import remarks
+
+    for remark in remarks(report):
+        console.print(remark, highlight=False, markup=False)
     means = report.zero_shot_summary(), report.summary()
-    heads = {
-        "generalization": f"held-out domain ({listing(report.held_out) or 'none'})",
+    tested = report.zero_shot_table().query("split == 'test'")
+    away = tested.domain.isin(report.held_out)
+    counts = {"generalization": int(tested.total[away].sum()), "personalization": int(tested.total[~away].sum())}
+    heads = {"generalization": f"held-out domain ({listing(report.held_out)})"} if report.held_out else {}
+    heads |= {
         "personalization": "clients' own test rows",
         "worst_tenth": "worst tenth of clients",
     }
     if any(abs(one["personalization_own"] - one["personalization"]) > 0 for one in means):
         heads["personalization_own"] = "own test rows among own classes"
-    tables = {f"accuracy in percent, round {round} of {report.last_round} (chosen on validation rows)": heads}
+    tables = {f"accuracy in percent, round {report.chosen_round} of {report.last_round}": heads}
     if report.new_classes:
         heads = {
             "local": "local",
@@ -277,6 +283,8 @@ def _show(console: Console, report, folder: Path) -> None:
             table.add_column(head, justify="right" if head else "left")
         for name, one in zip(("zero-shot CLIP", f"{method}, {server}"), means, strict=True):
             table.add_row(name, *(percent(one[key]) for key in heads))
+        if counts.keys() & heads.keys():
+            table.add_row("test rows", *(number(counts[key]) if key in counts else "" for key in heads))
         console.print(table)
     for file in ("report.html", "scores.parquet", "rounds.parquet", "adapter.safetensors", "config.yaml"):
         console.print(f"  {folder / file}", highlight=False, soft_wrap=True)

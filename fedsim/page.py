@@ -123,14 +123,29 @@ def _written(table: pd.DataFrame) -> pd.DataFrame:
 # Sections --------------------------------------------------------------------------------------------------
 
 
-def _how_chosen(report: Report) -> list[str]:
-    chosen, last = report.chosen_round, report.last_round
+def remarks(report: Report) -> list[str]:
+    """What a reader must know before the numbers: how the round was chosen, and what was not trained or evaluated."""
+    chosen, last, means = report.chosen_round, report.last_round, report.summary()
     if last == 0:
-        how = "No round was run: the numbers below are those of the parameters that training would start from."
-    elif np.isnan(report.summary()["validation"]):
-        how = f"Round {chosen} is reported because it is the last: no client has validation rows. {NEVER}"
+        said = ["No round was run: the numbers are those of the parameters that training would start from."]
+    elif np.isnan(means["validation"]):
+        said = [f"Round {chosen} is reported because it is the last: no client has validation rows."]
     else:
-        how = f"Round {chosen} of {last} is reported: the first of the best mean accuracy on validation rows. {NEVER}"
+        said = [f"Round {chosen} of {last} is reported: the first of the best mean accuracy on validation rows."]
+    if last and report.facts.get("trained_parameters") and not report.round_table().steps.sum():
+        said.insert(0, "No client took a local step in any round: the numbers are those of untrained parameters.")
+    if np.isnan(means["personalization"]):
+        said.append("No client has test rows of its own.")
+    elif report.facts.get("unseen_test"):
+        said.append(
+            "Test rows show concepts that no training or validation row shows, in any domain, so test accuracy is "
+            "expected to be lower than validation accuracy."
+        )
+    return said
+
+
+def _how_chosen(report: Report) -> list[str]:
+    how = " ".join([*remarks(report), *[NEVER] * bool(report.last_round)])
     scores = report.score_table()
     new = report.new_classes
     judges = scores[scores.domain.isin(report.held_out) | (scores.split == "new")].client.nunique()
@@ -274,7 +289,7 @@ def _partition(report: Report) -> Plot:
 def _facts(report: Report) -> dict[str, pd.DataFrame]:
     costs, facts = report.round_table(), portable(report.facts)
     versions, skipped = facts.pop("versions", {}), facts.pop("skipped", [])
-    told = {"flops_per_step", "flops_per_row"}  # by the teraflops below
+    told = {"flops_per_step", "flops_per_row", "unseen_test"}  # by the teraflops below, and by `remarks`
     facts = {name.replace("_", " "): _fact(value) for name, value in facts.items() if name not in told}
     facts |= {
         "domains": f"{len(report.domains)}: {listing(report.domains)}",

@@ -10,7 +10,7 @@ arXiv 2106.06639 (FedBuff).
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from itertools import count
+from itertools import count, islice
 from math import ceil, inf
 
 import numpy as np
@@ -85,6 +85,37 @@ def check(config: Config, population: int) -> None:
                 f"over_selection {config.over_selection:g} of a cohort of {config.cohort} asks "
                 f"{_wanted(config, population)} of {population} clients; at most all of them can be asked"
             )
+
+
+def check_trained(config: Config, population: int, rows_of: RowsOf, bytes_down: int, bytes_up: int) -> None:
+    """Refuses a run in which no client trains, since its report would be that of untrained parameters.
+
+    Args:
+        population, rows_of, bytes_down, bytes_up: as of `schedule`.
+
+    Raises:
+        InputError: in no round is an update received, or no client takes a local step.
+    """
+    if not config.rounds:
+        return
+    method, asked, dropped, late, received = config.server.fit(config.method), 0, 0, 0, 0
+    for turn in islice(schedule(config, population, rows_of, bytes_down, bytes_up), config.rounds):
+        # One by one: the first client is nearly always enough, and rows may have to be drawn.
+        if any(method.steps(int(rows_of([client])[0])) for client, _ in turn.trained):
+            return
+        received += len(turn.trained)
+        asked, dropped, late = asked + turn.asked, dropped + turn.dropped, late + turn.late
+    if received:
+        raise InputError(
+            f"no client takes a local step in {config.rounds} rounds: each has fewer train rows than the "
+            f"{method.min_batch} that a step of method {name_of(config.method)} needs"
+        )
+    if not asked:
+        raise InputError(f"no client is available in {config.rounds} rounds; set a higher --fleet.availability")
+    raise InputError(
+        f"no update is received in {config.rounds} rounds: of {asked} clients asked {dropped} drop out and {late} miss "
+        f"the deadline (deadline_s: {config.deadline_s}); set a longer --deadline-s or another fleet"
+    )
 
 
 def schedule(config: Config, population: int, rows_of: RowsOf, bytes_down: int, bytes_up: int) -> Iterator[Turn]:

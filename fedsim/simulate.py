@@ -33,12 +33,13 @@ from fedsim.methods import Backbone, Method
 from fedsim.methods.zero_shot import ZeroShot
 from fedsim.page import write_page
 from fedsim.params import Params, flatten
+from fedsim.partitions import drawn
 from fedsim.pool import Event, Pool, Progress, drive, open_pool
 from fedsim.private import PrivateStore
 from fedsim.registry import name_of
 from fedsim.report import Report, environment, holdings, to_yaml, write_tables, write_text
 from fedsim.rng import numpy_rng
-from fedsim.schedule import Turn, check, schedule
+from fedsim.schedule import Turn, check, check_trained, schedule
 from fedsim.servers import NOTE, ServerState, add_up, advance, kept_past
 from fedsim.servers.fedavg import FedAvg
 from fedsim.weights import EMBEDDED, Weights, find_weights, width_of
@@ -46,7 +47,7 @@ from fedsim.weights import EMBEDDED, Weights, find_weights, width_of
 CHUNKS, LARGEST_CHUNK = 16, 64  # of a cohort; and clients: enough to outweigh a call, few enough to do again
 DATA = "dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prompt", "augment", "cache_dir"
 DEALT = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes"
-BUILT = "method", "server", "cohort", *DEALT
+BUILT = "method", "server", "cohort", "fleet", "deadline_s", "over_selection", *DEALT
 JUDGED = -1  # in the place of a round: who is judged is drawn once
 
 
@@ -115,6 +116,8 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
     _check_reads(experiment, config)
     clients = like.clients if like and _agree(DEALT, config, like.config) else _clients(config, experiment.source)
     _check_asked(config, clients)
+    _check_share(config, experiment.source)
+    _check_judged(config, clients)
     if config.method.batch < config.method.min_batch:
         least = config.method.min_batch
         raise InputError(f"--method.batch wants {least} or more with this method, not {config.method.batch}")
@@ -223,8 +226,7 @@ class _Federation:
         self.sent = list(task.of(params, "shared", "server"))
         shared = task.of(params, "shared")
         self.told = partial(task.server.sends, params=shared)
-        cohort = config.cohort or clients.trainers
-        self.down, self.up = self.payload = task.server.payload(shared, task.of(params, "server"), cohort)
+        self.down, self.up = self.payload = _payload(task, params, config.cohort or clients.trainers)
         self.personal = bool(task.of(params, "private"))
         self.rows = np.full(clients.trainers, -1, np.int64)  # train rows, once somebody has asked for them
 
@@ -335,7 +337,19 @@ def _try_out(experiment: Experiment) -> None:
     width = width_of(weights) if weights else source.x.shape[1]
     texts = Backbone(torch.eye(len(source.classes), width), 1.0, source.classes, config.prompt)
     backbone = with_towers(texts, method.reads, clip)
-    start(Task(method, config.server, config.seed), backbone, config.cohort or experiment.clients.trainers)
+    clients = experiment.clients
+    task, cohort = Task(method, config.server, config.seed, config.dtype), config.cohort or clients.trainers
+    payload = _payload(task, start(task, backbone, cohort), cohort)
+    check_trained(config, clients.trainers, partial(_train_rows, clients), *payload)
+
+
+def _train_rows(clients: Population, ids: Sequence[int]) -> np.ndarray:
+    return np.array([len(clients[client].train) for client in ids], np.int64)
+
+
+def _payload(task: Task, params: Params, cohort: int) -> tuple[int, int]:
+    """Bytes that a client is sent and sends."""
+    return task.server.payload(task.of(params, "shared"), task.of(params, "server"), cohort)
 
 
 def _clip_of(experiment: Experiment, method: Method) -> Clip | None:
@@ -424,6 +438,28 @@ def _check_asked(config: Config, clients: Population) -> None:
     check(config, clients.trainers)
 
 
+def _check_share(config: Config, rows: Labelled) -> None:
+    """Refuses a share by which nothing is cut; the default is what everybody has."""
+    if config.train_share != Config.model_fields["train_share"].default and not drawn(rows).any():
+        raise InputError(
+            f"--train-share {config.train_share:g} has no effect: {name_of(config.dataset)} says itself which rows are "
+            "for training, validation and test; leave it out"
+        )
+
+
+def _check_judged(config: Config, clients: Population) -> None:
+    """Refuses a run that would have no row to evaluate on, or no row of a domain that it is to be evaluated on."""
+    for name, rows in zip(config.held_out, clients.away, strict=False):
+        if not len(rows):
+            raise InputError(f"held-out domain {name} has no test rows")
+    ids = judged(config, clients)
+    if len(clients) == clients.trainers and not any(len(c.val) + len(c.test) for c in map(clients.__getitem__, ids)):
+        raise InputError(
+            f"nothing can be evaluated: none of {len(ids)} clients has validation or test rows, and no domain is held "
+            "out; take fewer clients or a smaller --train-share"
+        )
+
+
 def judged(config: Config, clients: Population) -> list[int]:
     """Ids of the training clients whose own rows are judged; the same in every round."""
     return sample_cohort(clients.trainers, config.eval_clients, config.partition_seed, JUDGED)
@@ -463,6 +499,7 @@ def _begin(experiment: Experiment, task: Task) -> tuple[ServerState, Report]:
         "features": _identity(features),
         "reads": _reading(task.method),
         "augment": features.augment,
+        "unseen_test": features.unseen_test,
         "label_space": task.method.label_space,
         "trained_parameters": sum(v.numel() for v in task.of(params, "shared", "private").values()),
         "flops_per_step": per_step,

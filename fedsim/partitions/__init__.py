@@ -79,8 +79,7 @@ def cut(rows: Labelled, mine: np.ndarray, train_share: float, rng: np.random.Gen
     """
     said = rows.split[mine]
     own_val, own_test = bool((rows.split == VAL).any()), bool((rows.split == TEST).any())
-    # A set that says train and test but no validation leaves us its train rows to choose that from.
-    free = rng.permutation(mine[(said == UNSAID) | ((said == TRAIN) & (not own_val))])
+    free = rng.permutation(mine[drawn(rows)[mine]])
     other_share = (1 - train_share) / 2
     if own_test:
         # In floats, as ever: they decide which way a half is rounded, and no row is lost either way.
@@ -89,10 +88,16 @@ def cut(rows: Labelled, mine: np.ndarray, train_share: float, rng: np.random.Gen
     else:
         train = part(len(free), train_share)
         val = test = int(len(free) * (1 - decimal(train_share)) / 2)
-    drawn = np.split(free, [train, train + val, train + val + test])
+    shuffled = np.split(free, [train, train + val, train + val + test])
     fixed = mine[(said == TRAIN) & own_val], mine[said == VAL], mine[said == TEST]
-    first, second, third = (np.sort(np.concatenate(pair)) for pair in zip(fixed, drawn, strict=False))
+    first, second, third = (np.sort(np.concatenate(pair)) for pair in zip(fixed, shuffled, strict=False))
     return first, second, third
+
+
+def drawn(rows: Labelled) -> np.ndarray:
+    """(n,) bool, the rows whose split is drawn; of sets that make rows on demand (1,), for all of them."""
+    # A set that says train and test but no validation leaves us its train rows to choose that from.
+    return (rows.split == UNSAID) | ((rows.split == TRAIN) & ~(rows.split == VAL).any())
 
 
 def sizes(rows: int, train_share: float) -> tuple[int, int, int]:
