@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from fedsim.datasets._pictures import VERSION, decode
 from fedsim.errors import InputError
 
 TRAIN, VAL, TEST, UNSAID = 0, 1, 2, -1
@@ -35,6 +35,7 @@ class Labelled:
             domains are then judged on these rows only.
         block: rows of each client, one client after the other, in sets that make clients on demand; their arrays
             are asked for rows and never held. 0 in all others.
+        notes: sentences for the user, without a final stop: what was left out of the set or taken for granted.
     """
 
     y: np.ndarray
@@ -44,6 +45,7 @@ class Labelled:
     split: np.ndarray
     unseen_test: bool = False
     block: int = 0
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.y)
@@ -62,17 +64,15 @@ class Images(Labelled):
     names: Sequence[str]
 
     def open(self, index: int) -> Image.Image:
-        """One image, decoded to RGB.
+        """One image, in a mode that CLIP's preprocessing converts to RGB.
 
         Raises:
-            InputError: the file is corrupt or cut short; the message names it.
+            InputError: the file cannot be read as an image; the message names it and says why.
         """
-        file = self.files[index]
         try:
-            with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
-                return image.convert("RGB")
-        except Exception as error:  # decoders raise whatever the bad bytes lead to: struct.error, IndexError, ...
-            raise InputError(f"{self.names[index]} is not a whole image: {fault(error)}") from None
+            return decode(self.files[index])
+        except ValueError as error:
+            raise InputError(f"{self.names[index]} cannot be read: {error}") from None
 
     def take(self, rows: np.ndarray) -> "Images":
         """The same set with only these rows, in this order."""
@@ -86,23 +86,18 @@ class Images(Labelled):
         )
 
     def fingerprint(self) -> str:
-        """Changes when any image is added, removed, replaced or touched (paths: size and time)."""
-        digest = blake2b(digest_size=16)
+        """Changes when an image is added, removed, replaced or touched (paths: size and time), or decoded otherwise."""
+        digest = blake2b(f"decoding {VERSION}\n".encode(), digest_size=16)
         for file, name in zip(self.files, self.names, strict=True):
             if isinstance(file, bytes):
                 digest.update(blake2b(file).digest())
             else:
                 try:
                     stat = file.stat()
-                except OSError as error:  # a link to nowhere, say
-                    raise InputError(f"{name} cannot be read: {error.strerror}") from None
-                digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                    digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                except OSError:  # a link to nowhere, say, which is said where images are checked
+                    digest.update(f"{name} cannot be read\n".encode())
         return digest.hexdigest()
-
-
-def fault(error: Exception) -> str:
-    """What is wrong with an image, in the same words each time (Pillow's may hold a memory address)."""
-    return "no known image format" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
 
 
 @dataclass(frozen=True, kw_only=True)
