@@ -19,3 +19,8 @@ def listing(names, limit: int = 12) -> str:
 def shortened(text: str, limit: int = 120) -> str:
     """A text without its middle, where a sentence would stop being one."""
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

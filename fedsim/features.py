@@ -163,6 +163,7 @@ def _with_labels(rows, file: Path, prototypes: np.ndarray, logit_scale: float, p
         domains=rows.domains,
         split=rows.split,
         unseen_test=rows.unseen_test,
+        notes=rows.notes,
         file=file,
         x=map_matrix(file),
         prototypes=prototypes,

@@ -24,7 +24,7 @@ from fedsim.config import EXECUTION, Config, read_yaml
 from fedsim.cost import flops_of
 from fedsim.datasets import Features, Images, Labelled
 from fedsim.datasets._check import unreadable
-from fedsim.errors import InputError, Stopped
+from fedsim.errors import InputError, Stopped, counted, listing
 from fedsim.evaluate import SPLITS, Counts, merge
 from fedsim.features import encode, feature_file, keep, text_file
 from fedsim.formats import number, percent
@@ -154,6 +154,8 @@ def simulate(experiment: Experiment, progress: Progress) -> Report:
 def encoded(experiment: Experiment, sizing: Sizing, progress: Progress, methods: Iterable[Method] = ()) -> Experiment:
     """The same with features for images; and whatever else its method reads, or any of some more methods."""
     config, source = experiment.config, experiment.source
+    if notes := _data_notes(experiment):
+        progress(Event("data", 0, 0, notes))
     reads = {method.reads for method in (config.server.fit(config.method), *methods)}
     if isinstance(source, Images):
         what = config.prompt, config.cache_dir, sizing, progress
@@ -409,12 +411,25 @@ def _weights(config: Config) -> Weights:
 
 def _readable(images: Images, skip: bool) -> tuple[Images, list[str]]:
     bad = unreadable(images)
-    if bad and not skip:
+    if not bad:
+        return images, []
+    if not skip:
         index, reason = bad[0]
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise InputError(f"{images.names[index]}{more} cannot be read ({reason}); --skip-unreadable leaves them out")
-    rows = np.setdiff1d(np.arange(len(images)), [index for index, _ in bad])
-    return images.take(rows) if bad else images, [images.names[index] for index, _ in bad]
+    left = images.take(np.setdiff1d(np.arange(len(images)), [index for index, _ in bad]))
+    there = set(zip(left.domain.tolist(), left.y.tolist(), strict=True))
+    cells = dict.fromkeys((images.domain[index], images.y[index]) for index, _ in bad)
+    if empty := [f"{images.domains[d]}/{images.classes[c]}" for d, c in cells if (d, c) not in there]:
+        raise InputError(f"--skip-unreadable leaves no image in: {listing(empty)}; {bad[0][1]}")
+    return left, [images.names[index] for index, _ in bad]
+
+
+def _data_notes(experiment: Experiment) -> str:
+    """What the user is told of the data: what was left out, or taken for granted."""
+    skipped = experiment.skipped
+    unread = [f"left out {counted(len(skipped), 'unreadable image')}: {listing(skipped, 4)}"] if skipped else []
+    return "; ".join([*experiment.source.notes, *unread])
 
 
 def _clients(config: Config, rows: Labelled) -> Population:
@@ -505,7 +520,7 @@ def _begin(experiment: Experiment, task: Task) -> tuple[ServerState, Report]:
         "flops_per_step": per_step,
         "flops_per_row": per_row,
         "versions": environment(),
-    }
+    } | ({"data_notes": "; ".join(features.notes)} if features.notes else {})
     config, clients = experiment.config, experiment.clients
     names = config.experiment(), list(features.domains), list(features.classes)
     report = Report(*names, list(config.held_out), facts, adapter=state.params, private=state.private)

@@ -13,6 +13,7 @@ import fedsim
 from fedsim import Config, InputError, run
 from fedsim.__main__ import main, parse_run, run_parser
 from fedsim.checkpoint import NAME
+from fedsim.pool import Event
 from fedsim.registry import KINDS, available, find
 
 BAD = {
@@ -189,14 +190,35 @@ def test_a_truncated_image_is_named_and_skipped_only_when_asked_for(pictures, co
     fields = {"dataset": "folder", "data_dir": pictures, "held_out": ("oil",), "rounds": 1, "partition": "iid"}
     with pytest.raises(InputError, match=r"ink/cat/3.png cannot be read \(.*\); --skip-unreadable leaves them out"):
         run(config(**fields, clients=2))
-    report = run(config(**fields, clients=2, skip_unreadable=True))
+    said = []
+    report = run(config(**fields, clients=2, skip_unreadable=True), said.append)
     assert report.facts["skipped"] == ["ink/cat/3.png"] and report.facts["images"] == 23
+    assert Event("data", 0, 0, "left out 1 unreadable image: ink/cat/3.png") in said
 
 
-def test_a_link_to_nowhere_is_named(pictures, config):
-    (pictures / "ink" / "cat" / "9.png").symlink_to("nowhere.png")
-    with pytest.raises(InputError, match=r"ink/cat/9.png cannot be read: No such file"):
-        run(config(dataset="folder", data_dir=pictures, held_out=("oil",)))
+def test_what_is_left_out_of_a_data_set_is_told_and_kept_in_the_report(pictures, config):
+    (pictures / "ink" / "cat" / "3.png").rename(pictures / "ink" / "cat" / "3.heic")
+    said = []
+    fields = {"dataset": "folder", "data_dir": pictures, "held_out": ("oil",), "rounds": 0}
+    report = run(config(**fields, partition="iid", clients=2), said.append)
+    note = "left out 1 file not named like an image: 1 .heic"
+    assert Event("data", 0, 0, note) in said and report.facts["data_notes"] == note
+
+
+def test_a_link_to_nowhere_is_named_and_skipped_only_when_asked_for(pictures, config):
+    (pictures / "ink" / "cat" / "0.png").unlink()
+    (pictures / "ink" / "cat" / "0.png").symlink_to("nowhere.png")
+    fields = {"dataset": "folder", "data_dir": pictures, "held_out": ("oil",), "rounds": 0}
+    with pytest.raises(InputError, match=r"ink/cat/0.png and 1 more cannot be read \(No such file or directory\)"):
+        run(config(**fields))
+    assert run(config(**fields, skip_unreadable=True)).facts["skipped"] == ["ink/cat/0.png", "ink/cat/3.png"]
+
+
+def test_a_class_of_which_nothing_can_be_read_is_refused(pictures, config):
+    for file in (pictures / "oil" / "dog").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(InputError, match=r"--skip-unreadable leaves no image in: oil/dog"):
+        run(config(dataset="folder", data_dir=pictures, held_out=("oil",), skip_unreadable=True))
 
 
 def test_weights_that_are_none_are_refused_and_never_unpickled(tmp_path, config, pictures):

@@ -4,7 +4,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping
 
-from fedsim.errors import InputError, listing
+from fedsim.errors import InputError, counted, listing
 
 
 def canonical(name: str) -> str:
@@ -39,9 +39,7 @@ def canonical_names(kind: str, rows: Mapping[object, int], where: object) -> dic
     for spelling, name in names.items():
         alike["".join(name.lower().split())][name] += rows[spelling]
     if clashes := [group for _, group in sorted(alike.items()) if len(group) > 1]:
-        counts = [
-            f"{name!r} ({count} row{'s' * (count > 1)})" for group in clashes for name, count in sorted(group.items())
-        ]
+        counts = [f"{name!r} ({counted(count, 'row')})" for group in clashes for name, count in sorted(group.items())]
         raise InputError(f"{where}: these {kind} names differ only in capitals or blanks: {listing(counts)}")
     return names
 

@@ -6,8 +6,9 @@ Source: torchvision's ImageFolder conventions, one level deeper.
 from pathlib import Path
 
 from fedsim.datasets import Dataset, Images
-from fedsim.datasets._tree import Part, checked, folders, list_tree
-from fedsim.errors import InputError
+from fedsim.datasets._tree import SPLIT_FOLDERS, Part, checked, list_tree
+from fedsim.datasets._walk import folders
+from fedsim.errors import InputError, listing
 from fedsim.registry import component
 
 
@@ -22,5 +23,10 @@ class Folder(Dataset):
         root = checked(root, "folder")
         parts = [Part(folder.name, folder) for folder in folders(root)]
         if not parts:
-            raise InputError(f"wanted domain/class/file in {root}; there are no folders")
+            raise InputError(f"expected domain/class/file in {root}; there are no folders")
+        if splits := [part.domain for part in parts if part.domain.lower() in SPLIT_FOLDERS]:
+            raise InputError(
+                f"expected domain/class/file in {root}; {listing(splits)} are splits and not visual domains: "
+                "join them, since fedsim splits each domain itself, or rename these folders"
+            )
         return list_tree(root, parts)

@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import Field
 
 from fedsim.datasets import TEST, TRAIN, UNSAID, VAL, Dataset, Images
-from fedsim.datasets._tree import Part, checked, find_domains, folders, list_tree
+from fedsim.datasets._tree import Part, checked, find_domains, list_tree
+from fedsim.datasets._walk import folders
 from fedsim.errors import InputError, listing
 from fedsim.registry import component
 
@@ -39,6 +40,9 @@ class VLCS(Dataset):
     def load(self, root: Path | None) -> Images:
         base, domains = find_domains(checked(root, "vlcs"), DOMAINS)
         parts = [part for domain, folder in domains.items() for part in self._parts(domain, folder)]
+        numbers = {folder.name for part in parts for folder in folders(part.folder) if folder.name.isdecimal()}
+        if unknown := sorted(numbers - CLASSES.keys()):
+            raise InputError(f"class folders in {base} have a name, or a number from 0 to 4; not: {listing(unknown)}")
         return list_tree(base, parts, CLASSES)
 
     def _parts(self, domain: str, folder: Path) -> list[Part]:
@@ -47,7 +51,7 @@ class VLCS(Dataset):
             return [Part(domain, inside.get("full", folder))]
         if absent := [name for name in SPLITS if name not in inside]:
             raise InputError(
-                f"wanted the split folders {listing(SPLITS)} in {folder}; it lacks {listing(absent)} "
+                f"expected the split folders {listing(SPLITS)} in {folder}; it lacks {listing(absent)} "
                 f"and has: {listing(inside) or 'no folders'}"
             )
         return [Part(domain, inside[name], code if self.split == "own" else UNSAID) for name, code in SPLITS.items()]
