@@ -21,7 +21,7 @@ from fedsim.registry import name_of
 from fedsim.rng import numpy_rng, seed_for, torch_rng
 from fedsim.servers import NOTE, Partial, Server
 from fedsim.sites import Reads
-from fedsim.stack import Term, slices, stack_size, train_stack
+from fedsim.stack import Term, stack_size, train_stack
 
 FEATURES = Reads()
 Written = list[tuple[int, int]]  # ids of clients, each with the round that wrote what it keeps, or 0
@@ -30,6 +30,7 @@ Space = tuple[Tensor, Tensor]  # (C,) bool each: the classes of the protocol, an
 Entry = tuple[tuple[int, str, np.ndarray], Space]  # a client is judged on rows of a split
 Answers = tuple[np.ndarray, np.ndarray, np.ndarray]
 MOMENTS, RULE = "optimizer/", "rule/"  # before the names of what a client keeps beside its private parameters
+RESIDENT_BYTES = 1 << 30  # of features that a worker holds on its GPU
 BLOCK = {"features": 4096, "tokens": 256, "pixels": 64}  # rows of one forward pass in evaluation, by what is read
 
 
@@ -100,6 +101,7 @@ class Inputs:
 
     Attributes:
         dtype: of all but pixels, which are bytes.
+        resident: (N, D) all features, where the device holds them.
     """
 
     features: Features
@@ -108,6 +110,7 @@ class Inputs:
     views: np.ndarray | None
     device: str
     dtype: torch.dtype
+    resident: Tensor | None = None
 
     def whole(self) -> Tensor:
         return self[torch.arange(len(self.rows))]
@@ -115,6 +118,8 @@ class Inputs:
     def __getitem__(self, places: Tensor) -> Tensor:
         """(*I) places among the rows -> (*I, ...)."""
         at = places.cpu().numpy()
+        if self.resident is not None:
+            return self.resident[torch.from_numpy(self.rows[at]).to(self.device)].to(self.dtype)
         taken = self.features.take(self.level, self.rows[at], None if self.views is None else self.views[at])
         x = torch.from_numpy(taken).to(self.device)
         return x if x.dtype == torch.uint8 else x.to(self.dtype)
@@ -188,7 +193,8 @@ def train_client(
             loss = method.loss(module, x[rows], y[rows]) + term(params, received)
             grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
             added = correction or {}
-            optimizer.step([g + added[n] if n in added else g for n, g in zip(params, grads, strict=True)])
+            grads = {n: g + added[n] if n in added else g for n, g in zip(params, grads, strict=True)}
+            optimizer.step({name: grad.unsqueeze(0) for name, grad in grads.items()})
             losses.append(loss.detach())
     return torch.stack(losses).mean().item() if losses else float("nan")
 
@@ -211,6 +217,7 @@ class Trainer:
         self.clip = lru_cache(maxsize=1)(self._clip)
         self.module = lru_cache(maxsize=4)(self._module)
         self.room = lru_cache(maxsize=4)(self._room)
+        self.resident = lru_cache(maxsize=1)(self._resident)
 
     def train(
         self,
@@ -238,6 +245,7 @@ class Trainer:
         sums = _Sums(shared, self.device, task.server.sees_each)
         notes = []
         for fits in self._fits(task, round, received, told, clients, rows_of):
+            weights, messages = [], []
             for place, client in enumerate(fits.clients):
                 rows = len(rows_of[client])
                 steps = task.method.steps(rows) * bool(fits.params)
@@ -245,8 +253,10 @@ class Trainer:
                 ours = {name: fits.params[name][place] for name in shared}
                 rule, message = task.server.settle(fits.rule[place], told, shared, ours, steps, task.method.lr)
                 self._keep(task, round, client, fits, place, rule)
-                sums.add(client, ours, message, weight)
+                weights.append(weight)
+                messages.append(message)
                 notes.append((client, rows, steps, fits.losses[place], payload[1], payload[0]))
+            sums.add(fits.clients, {name: fits.params[name] for name in shared}, messages, weights)
         return sums.partial(np.sort(np.array(notes, NOTE), order="client"))
 
     def evaluate(
@@ -344,7 +354,7 @@ class Trainer:
         shared = task.of(received, "shared")
         for name in params:
             params[name].copy_(received[name])
-        rule, names = [], trained(module)
+        rule = []
         alike = dict(shared)  # what all clients start from
         for place, (client, written) in enumerate(clients):
             own, moments, kept = self._kept(task, client, written)
@@ -353,8 +363,8 @@ class Trainer:
                 alike.pop(name, None)
             for name, tensor in own.items():
                 params[name][place] = tensor
-            for name, tensor in _moments(optimizer, names, place).items() if moments else ():
-                tensor.copy_(moments[name])
+            if moments:
+                optimizer.load(place, moments)
             rule.append(kept or task.server.keeps(shared))
         ids = [client for client, _ in clients]
         rows = np.concatenate([rows_of[client] for client in ids])
@@ -382,7 +392,7 @@ class Trainer:
             how = {"correction": correction, "classes": classes}
             losses = train_stack(module, params, optimizer, alike, x, y, sizes, task.method, term, rngs, **how).tolist()
         kept = range(len(ids)) if task.method.keep_moments else ()
-        return Fits(ids, params, losses, [_moments(optimizer, names, place) for place in kept], rule)
+        return Fits(ids, params, losses, [optimizer.moments(place) for place in kept], rule)
 
     def _classes(self, task: Task, clients: list[int]) -> Tensor | None:
         """(M, C) bool, the classes that compete in each client's loss; None where all do."""
@@ -429,7 +439,16 @@ class Trainer:
         return {name: v for name, v in kept.items() if not name.startswith((MOMENTS, RULE))}, moments, rule
 
     def _inputs(self, task: Task, rows: np.ndarray, views: np.ndarray | None = None) -> Inputs:
-        return Inputs(self.features, task.method.reads.image, rows, views, self.device, getattr(torch, task.dtype))
+        level, dtype = task.method.reads.image, getattr(torch, task.dtype)
+        held = self.resident() if level == "features" and views is None else None
+        return Inputs(self.features, level, rows, views, self.device, dtype, held)
+
+    def _resident(self) -> Tensor | None:
+        """All features on a GPU, if they are few: rows are then not copied there again for each round."""
+        x = self.features.x
+        if self.device == "cpu" or self.features.block or x.nbytes > RESIDENT_BYTES:
+            return None
+        return torch.tensor(x, device=self.device)
 
     def _room(self, task: Task, clients: int) -> tuple[Params, Optimizer]:
         """Room for a stack, used again and again, since fresh memory is slow; for one client, its module's own."""
@@ -440,7 +459,7 @@ class Trainer:
             params = {
                 name: torch.empty_like(tensor.expand(clients, *tensor.shape[1:])) for name, tensor in params.items()
             }
-        return params, Optimizer(task.method, slices(module, params))
+        return params, Optimizer(task.method, {name: params[name] for name in trained(module)})
 
     def _module(self, task: Task) -> tuple[nn.Module, Params]:
         reads = task.method.reads
@@ -479,15 +498,26 @@ class _Sums:
         self.doubled = {name: room[: tensor.numel()].view_as(tensor) for name, tensor in shared.items()}
         self.each: dict[int, np.ndarray] | None = {} if each else None
 
-    def add(self, client: int, ours: Params, message: Params, weight: float) -> None:
-        self.weight += weight
-        for name, total in self.total.items():
-            total.add_(self.doubled[name].copy_(ours[name]), alpha=weight)
-        if self.each is not None:
-            self.each[client] = flatten({name: ours[name] - tensor for name, tensor in self.shared.items()})
-        if message:
-            said = weight * flatten(message).astype(np.float64)
-            self.message = self.message + said if len(self.message) else said
+    def add(self, clients: list[int], ours: Params, messages: list[Params], weights: list[float]) -> None:
+        """Adds a stack of M clients.
+
+        Args:
+            ours: (M, *shape) each, their shared tensors after training.
+        """
+        if self.delta.is_cuda:  # one product for each tensor, where a kernel for each client would take longer
+            scale = torch.tensor(weights, dtype=torch.float64, device=self.delta.device)
+            for name, total in self.total.items():
+                total.view(-1).add_(scale @ ours[name].flatten(1).double())
+        for place, (client, message, weight) in enumerate(zip(clients, messages, weights, strict=True)):
+            mine = {name: tensor[place] for name, tensor in ours.items()}
+            self.weight += weight
+            for name, total in self.total.items() if not self.delta.is_cuda else ():
+                total.add_(self.doubled[name].copy_(mine[name]), alpha=weight)
+            if self.each is not None:
+                self.each[client] = flatten({name: mine[name] - tensor for name, tensor in self.shared.items()})
+            if message:
+                said = weight * flatten(message).astype(np.float64)
+                self.message = self.message + said if len(self.message) else said
 
     def partial(self, notes: np.ndarray) -> Partial:
         for name, total in self.total.items():
@@ -511,9 +541,3 @@ def _masked_out(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
 
 def _to(device: str, params: Params, dtype: str | None = None) -> Params:
     return {name: tensor.to(device, getattr(torch, dtype) if dtype else None) for name, tensor in params.items()}
-
-
-def _moments(optimizer: Optimizer, names: list[str], place: int) -> Params:
-    """What an optimizer remembers of the client at a place of its stack."""
-    first = place * len(names)
-    return {f"{kind}/{name}": v[first + k] for kind, v in optimizer.state.items() for k, name in enumerate(names)}

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import inf
@@ -106,13 +107,17 @@ class _InProcess(Pool):
     def _renew(self, staff, before):
         factory, *args = staff
         self.worker = None  # before the next one is made: memory may not hold both
-        self.worker = factory(*args, device_of(self.gpus))
+        with _within(self.gpus):
+            self.worker = factory(*args, device_of(self.gpus))
 
     def check_sees(self, folder):
         pass
 
     def map(self, name, items, *shared):
-        return (getattr(self.worker, name)(*shared, item) for item in items)
+        for item in items:
+            with _within(self.gpus):
+                result = getattr(self.worker, name)(*shared, item)
+            yield result
 
     def close(self):
         torch.set_num_threads(self.threads)
@@ -376,15 +381,10 @@ class _Worker:
 
     def call(self, post: tuple[int, list], name: str, *args: Any) -> Any:
         """Args: post: the number of the staff, and references to its factory and arguments."""
-        try:
+        with _within(self.gpus):
             if post[0] != self.number:
                 self._join(*post)
             return getattr(self.worker, name)(*args)
-        except torch.OutOfMemoryError:
-            raise InputError(
-                f"this does not fit into the {self.gpus:g} of a GPU that an actor has; take a larger --gpus-per-actor, "
-                "a smaller --method.batch, or a smaller backbone"
-            ) from None
 
     def _join(self, number: int, refs: list) -> None:
         import ray
@@ -394,6 +394,18 @@ class _Worker:
         self.worker, self.number = factory(*args, device_of(self.gpus)), number
 
 
+@contextmanager
+def _within(gpus: float) -> Iterator[None]:
+    """Says in one sentence that a share of a GPU is too small."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"this does not fit into the {gpus:g} of a GPU that an actor has; take a larger --gpus-per-actor, "
+            "a smaller --method.batch, or a smaller backbone"
+        ) from None
+
+
 def device_of(gpus: float) -> str:
     """Where a worker with a share of a GPU computes.
 
@@ -401,6 +413,8 @@ def device_of(gpus: float) -> str:
     """
     if not gpus or not torch.cuda.is_available():
         return "cpu"
+    # torch lets convolutions round float32 to 10 bits of mantissa; features would then depend on the device.
+    torch.backends.cudnn.allow_tf32 = False
     torch.cuda.set_per_process_memory_fraction(gpus)  # or one that takes too much would end the others on its GPU
     return "cuda"
 

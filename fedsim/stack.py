@@ -49,7 +49,7 @@ def train_stack(
     Args:
         module: the method's, for its structure, and for what no client changes.
         params: each (M, *shape): every client's tensors, of which the parameters are trained.
-        optimizer: over `slices(params)`.
+        optimizer: over the trained tensors of `params`.
         shared: the tensors that all clients received alike, as they came: (*shape).
         x, y: (N, ...) inputs, or what gives them when it is indexed, and (N,) classes of all clients' train rows,
             client by client.
@@ -84,17 +84,10 @@ def train_stack(
             for name in learned if correction else ():
                 if name in correction:
                     grads[name] = grads[name] + correction[name][first:last]
-            optimizer.step([grads[name][k] for k in range(last - first) for name in learned], first * len(learned))
+            optimizer.step({name: grads[name] for name in learned}, first, last)
             losses[first:last] += loss
             steps[first:last] += 1
     return (losses.cpu() / steps).where(steps > 0, torch.nan)
-
-
-def slices(module: nn.Module, params: Params) -> list[Tensor]:
-    """The trained tensors of a stack, client by client, as an `Optimizer` wants them."""
-    names = trained(module)
-    count = len(next(iter(params.values()))) if params else 0
-    return [params[name][k] for k in range(count) for name in names]
 
 
 def groups(sizes: Sequence[int], batch: int, least: int) -> Iterator[tuple[int, int, int]]:

@@ -173,10 +173,10 @@ def test_fednova_knows_how_far_momentum_carries_a_steady_gradient(steps):
     method = parse("method", {"name": "probe", "optimizer": "sgd", "momentum": 0.9, "lr": 1.0})
     server = parse("server", {"name": "fednova", "momentum": 0.9})
     assert server.fit(method) is method
-    place = torch.zeros(1)
-    optimizer = Optimizer(method, [place])
+    place = torch.zeros(1, 1)
+    optimizer = Optimizer(method, {"place": place})
     for _ in range(steps):
-        optimizer.step([-torch.ones(1)])
+        optimizer.step({"place": -torch.ones(1, 1)})
     assert 1 / server.weight(1, steps=steps) == pytest.approx(place.item(), rel=1e-6)
 
 
@@ -417,7 +417,10 @@ def trains(method, module, server=FEDAVG):
     """The module's tensors after one client's round."""
     x, y = a_batch(21)
     shared = [name for name in module.state_dict() if server.scope(name, method.scope(name)) == "shared"]
-    optimizer, rng = Optimizer(method, list(module.parameters())), torch.Generator().manual_seed(2)
+    optimizer, rng = (
+        Optimizer(method, {n: v.data.unsqueeze(0) for n, v in module.named_parameters()}),
+        torch.Generator().manual_seed(2),
+    )
     train_client(module, optimizer, x, y, method, server.local_term, rng, shared=shared)
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 

@@ -12,6 +12,7 @@ from fedsim.clients import Population
 from fedsim.datasets import Features
 from fedsim.local import Task, Trainer, backbone_of, start
 from fedsim.methods import Method as Contract
+from fedsim.optimizer import Optimizer
 from fedsim.params import flatten
 from fedsim.private import PrivateStore
 from fedsim.registry import parse
@@ -239,3 +240,24 @@ def test_a_run_keeps_moments_over_cohorts_actors_and_a_kill(optimizer, config, t
     again = run(ours)
     assert all(torch.equal(whole.adapter[name], again.adapter[name]) for name in whole.adapter)
     assert whole.scores.tolist() == again.scores.tolist()
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"optimizer": "adamw"}, {"optimizer": "sgd", "momentum": 0.9}, {"optimizer": "sgd"}]
+)
+def test_clients_that_are_stepped_together_move_as_each_would_alone(fields):
+    """As on a GPU: one call for all clients that have taken equally many steps."""
+    method = parse("method", {"name": "probe", "lr": 0.1, "weight_decay": 0.1, **fields})
+    ways = {}
+    for together in (True, False):
+        params = {"w": torch.ones(3, 4, 2), "b": torch.zeros(3, 2)}
+        optimizer = Optimizer(method, params, together)
+        draw = torch.Generator().manual_seed(5)
+        for first, last in [(0, 3), (0, 2), (0, 3), (2, 3)]:
+            grads = {n: torch.randn(last - first, *v.shape[1:], generator=draw) for n, v in params.items()}
+            optimizer.step(grads, first, last)
+        ways[together] = params | optimizer.moments(2)
+        optimizer.reset()
+        assert not any(tensor.any() for k in range(3) for tensor in optimizer.moments(k).values())
+    for name, tensor in ways[True].items():
+        torch.testing.assert_close(tensor, ways[False][name], rtol=1e-6, atol=1e-7)

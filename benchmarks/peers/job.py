@@ -57,7 +57,7 @@ class Job:
 def loss_of(adapter: nn.Module, x: Tensor, y: Tensor, text: Tensor) -> Tensor:
     """CLIP's contrastive loss of a batch against the texts of its own labels."""
     logits = SCALE * normalize(adapter(x) * x, dim=-1) @ text[y].T
-    own = torch.arange(len(y))
+    own = torch.arange(len(y), device=y.device)
     return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
 
 
