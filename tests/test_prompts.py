@@ -358,11 +358,11 @@ def wide():
     ("name", "shared", "private"),
     [
         ("promptfl", 8_192, 0),  # 16 x 512
-        ("kgcoop", 8_192, 0),
+        ("kgcoop", 2_048, 0),  # 4 x 512
         ("fedtpg", 4_206_080, 0),
         ("promptfolio", 4_096, 4_096),
         ("fedpgp", 8_192, 2_112),  # (16 + 512) x 4
-        ("fedotp", 8_192, 8_192),
+        ("fedotp", 2_048, 2_048),
     ],
 )
 def test_as_many_numbers_travel_and_stay_as_published(name, shared, private, wide):

@@ -106,7 +106,7 @@ def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_
     [
         ({"name": "finetune", "towers": "image", "batch": 8}, "fedavg", 4),
         # Private prompts, and what every client keeps for the rule, in files.
-        ({"name": "promptfolio", "momentum": 0.0, "batch": 8}, "scaffold", 20),
+        ({"name": "promptfolio", "momentum": 0.0, "batch": 8, "local_epochs": 1}, "scaffold", 20),
     ],
 )
 def test_actors_of_which_one_is_killed_give_the_bits_of_one_process(method, server, rounds, small, tmp_path):

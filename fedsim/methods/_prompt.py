@@ -19,10 +19,18 @@ from fedsim.towers import TextTower
 
 @component
 class PromptMethod(Method):
-    """A method that learns tokens; the optimizer is that of CoOp's code as federated methods took it over.
+    """A method that learns tokens. The optimizer is that of CoOp's code as federated methods took it over.
 
-    Differs: their codes let the step size fall over the rounds; ours stays. They crop images at random, as `--augment`
-    does and the default does not.
+    Batches of 32 and 16 tokens are those of CoOp's code (KaiyangZhou/CoOp, commit ff61507, train.py and
+    configs/trainers/CoOp), momentum and weight decay those of Dassl, on which it and the federated codes are built. The
+    step size 1e-3 is that of PromptFL, FedOTP and FedPGP; CoOp's is 2e-3.
+
+    Differs: here the step size is constant, and every client's optimizer starts afresh in each round. The codes of
+    PromptFL, PromptFolio, FedOTP and FedPGP have one sgd and one scheduler, which the clients step in turn, local epoch
+    by local epoch: a client goes on with the momentum of the one before it. With FedOTP and FedPGP the step size is
+    constant (gamma 1). With PromptFL and PromptFolio it goes up and down: 1e-5 in the very first local epoch, then a
+    cosine whose half period is 5 local epochs, from the full step to 0 and back.
+    Differs: the four codes crop and flip images at random, as `--augment` does and the default does not.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = Field("sgd", description="a client's optimizer")

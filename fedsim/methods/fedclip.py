@@ -19,7 +19,13 @@ from fedsim.search import Field, Log
 
 @component
 class FedCLIP(Method):
-    """Defaults are those of the authors' code. Its rounds (200) and uniform averaging are the experiment's."""
+    """Defaults are those of the authors' program, methods/fed_at_clip.py, as its readme runs it. The readme's 200
+    rounds (the program's own default is 300) and the program's uniform averaging are the experiment's.
+
+    Differs: while it trains, the code has all of CLIP in training mode. With a ResNet its batch norms then normalise by
+    the batch, and every client's running statistics move and are not averaged; here features are those of the
+    pretrained model. With a ViT there is no difference.
+    """
 
     lr: float = Field(5e-5, gt=0, search=Log(1e-5, 1e-2), description="step size")
     beta2: float = Field(0.98, ge=0, lt=1, description="of adam and adamw")

@@ -2,7 +2,7 @@
 
 One text stands behind tokens that all learn, the other behind a client's own.
 
-Source: Li et al., CVPR 2024, arXiv 2403.00041; details as in the authors' code, HongxiaLee/FedOTP, commit 27421e9.
+Source: Li et al., CVPR 2024, arXiv 2403.00041; details as in the authors' code, HongxiaLee/FedOTP, commit 9948611.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from fedsim.methods import Backbone, Scope
 from fedsim.methods._prompt import Prompted, PromptMethod
 from fedsim.registry import component
-from fedsim.search import Field, Linear, Log
+from fedsim.search import Choice, Field, Linear, Log
 from fedsim.sites import Site
 
 MOST = 1 << 22  # similarities that are shared out at once: 32 MB in float64
@@ -20,8 +20,21 @@ MOST = 1 << 22  # similarities that are shared out at once: 32 MB in float64
 
 @component
 class FedOTP(PromptMethod):
-    """Defaults are those of the authors' code; its 10 rounds, and averaging by rows, are the experiment's."""
+    """Defaults are those of the authors' script for CIFAR-100: scripts/fedotp_cifar100.sh with
+    configs/trainers/GLP_OT/vit_b16.yaml. Its 150 rounds, 10 of 100 clients in each (all of them in the first), and
+    averaging by rows are the experiment's.
 
+    Their script for few shots, scripts/fedotp_few_shot.sh with rn50.yaml, has other values: 16 tokens, entropy 0.01, 5
+    local epochs, batches of as many rows as a class has shots; 10 rounds of 10 clients. Their program without flags has
+    16 tokens, mass 1 and 5 local epochs.
+    """
+
+    length: int = Field(
+        4,
+        ge=1,
+        search=Choice((4, 8, 16), when=("init", "")),
+        description="tokens that are learnt, before the name of a class",
+    )
     # Below 0.003 patches and texts that are opposite would have nothing to scale, even in float64.
     entropy: float = Field(0.1, ge=0.003, search=Log(0.01, 1.0), description="how evenly the transport spreads")
     mass: float = Field(

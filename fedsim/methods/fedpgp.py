@@ -1,6 +1,6 @@
 """FedPGP: tokens that all learn, plus a client's own correction of low rank, which a contrast tells apart.
 
-Source: Cui et al., ICML 2024; details as in the authors' code, TianyuCuiOvO/FedPGP, commit ba16025.
+Source: Cui et al., ICML 2024, arXiv 2405.09771; details as in the authors' code, TianyuCuiOvO/FedPGP, commit d43045b.
 """
 
 import torch
@@ -15,7 +15,12 @@ from fedsim.search import Choice, Field, Log
 
 @component
 class FedPGP(PromptMethod):
-    """Defaults are those of the authors' code; its 25 rounds, and averaging by rows, are the experiment's."""
+    """Defaults are those of the authors' program without flags, federated_main.py with
+    configs/trainers/PLOT/vit_b16.yaml. Its 25 rounds and 10 clients, and averaging by rows, are the experiment's.
+
+    The one script of their repository, scripts/plot_basetonew_base.sh, has other values: rank 8, contrast 0.5, two
+    prompts, batches of as many rows as a class has shots.
+    """
 
     local_epochs: int = Field(2, ge=1, description="passes over a client's train rows in a round")
     rank: int = Field(4, ge=1, search=Choice((1, 2, 4, 8)), description="of a client's correction")

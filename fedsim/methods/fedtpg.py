@@ -1,6 +1,6 @@
 """FedTPG: clients learn a network that writes the tokens before a name from the classes that are asked about.
 
-Source: Qiu et al., ICLR 2024, arXiv 2310.06123; details as in the authors' code, boschresearch/FedTPG, commit 2214102.
+Source: Qiu et al., ICLR 2024, arXiv 2310.06123; details as in the authors' code, boschresearch/FedTPG, commit f141c29.
 """
 
 from typing import Literal
@@ -19,10 +19,11 @@ from fedsim.sites import Site
 
 @component
 class FedTPG(Method):
-    """Defaults are those of the authors' code; its 500 rounds and uniform averaging are the experiment's.
+    """Defaults are those of the authors' program without flags, Launch_FL.py with config/defaults.py and
+    config/utils.py, as in its published log; its 500 rounds and uniform averaging are the experiment's.
 
-    Differs: the code lets the step size fall along a cosine over the rounds; ours stays. Its network reads bare class
-    names, ours whatever the prompt makes of them: `--prompt {}` is the code's.
+    Differs: the code lets the step size fall along a cosine over the rounds, from 3e-3 to 0; ours stays. Its network
+    reads bare class names, ours whatever the prompt makes of them: `--prompt {}` is the code's.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = Field("sgd", description="a client's optimizer")

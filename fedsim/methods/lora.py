@@ -1,9 +1,9 @@
 """Low-rank pairs are added to chosen matrices of CLIP's towers; only the pairs are trained and travel.
 
-Source: Hu et al. 2021, arXiv 2106.09685 (LoRA); federated on CLIP's text tower as in the authors' code,
-dphuongn/FedCLIP. Under plain `fedavg`, which averages both matrices of a pair apart, this is FedIT (Zhang et al. 2023,
-arXiv 2305.05644); the mean of products is another matrix than the product of means, for which see the server rules
-`ffa_lora`, `fedsa_lora`, `fedex_lora` and `lora_stacking`.
+Source: Hu et al. 2021, arXiv 2106.09685 (LoRA); federated on CLIP's text tower as in FLoRA, Nguyen et al. 2024, arXiv
+2404.15182; details as in the authors' code, dphuongn/FedCLIP, commit 4c31126. Under plain `fedavg`, which averages both
+matrices of a pair apart, this is FedIT (Zhang et al. 2023, arXiv 2305.05644); the mean of products is another matrix
+than the product of means, for which see the server rules `ffa_lora`, `fedsa_lora`, `fedex_lora` and `lora_stacking`.
 """
 
 import re
@@ -34,10 +34,14 @@ EMBEDDINGS = "token_embedding.weight", "positional_embedding", "class_embedding"
 
 @component
 class Lora(Method):
-    """Rank, scale, start, loss and optimizer are those of the authors' code; its scripts say `modules: all`.
+    """Rank, scale, start, loss and optimizer are the defaults of the authors' program (system/main.py with
+    flcore/clients/clientlora.py and flcore/trainmodel/clip_model.py), the batch of 32 is that of its scripts
+    (scripts/p37/p37_gs_lorat_sd_all_pfl.sh). Their 100 rounds and 10 clients, and averaging by rows, are the
+    experiment's.
 
-    Differs: the code also cuts gradients to a norm of 1, and its AdamW goes on from round to round, which here wants
-    `keep_moments`.
+    Differs: pairs are added to attention alone, as in Hu et al.; the scripts add them to the MLPs and the projection,
+    too, here `modules: all`. They also choose a step size per data set, from 1e-6 to 5e-5.
+    Differs: the code cuts gradients to a norm of 1, and its AdamW goes on from round to round, here `keep_moments`.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="a client's optimizer")

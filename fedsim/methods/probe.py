@@ -1,7 +1,8 @@
 """A linear head on the image feature that starts as zero-shot CLIP.
 
 Source: linear probing as in Radford et al. 2021, arXiv 2103.00020; the start from the text features is that of
-WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903. Its training hyperparameters are ours.
+WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903, in whose code (mlfoundations/wise-ft, commit 58b7a4b,
+src/models/modeling.py) the head also has a bias. Its training hyperparameters are ours.
 """
 
 from torch import Tensor, nn

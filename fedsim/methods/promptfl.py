@@ -14,7 +14,14 @@ from fedsim.search import Field
 
 @component
 class PromptFL(PromptMethod):
-    """Defaults are those of the authors' code; its 20 rounds are the experiment's."""
+    """Defaults are those of the authors' script, PEILab-Federated-Learning/PromptFL, commit da401e7:
+    scripts/main_pipeline.sh (64 clients, 20 rounds) with configs/trainers/CoOp/vit_b16_ep50.yaml, and 16 tokens as in
+    its README. Its average is uniform.
+
+    Differs: the step size is constant, see `PromptMethod`. The code was read and not run, since two modules that it
+    imports were not published. As published it averages references to one and the same model, so that a round ends with
+    what its last client has trained; here it ends with the mean, as in the paper.
+    """
 
     local_epochs: int = Field(5, ge=1, description="passes over a client's train rows in a round")
 

@@ -5,7 +5,7 @@ pulls toward the mean of those of the key's class, and where there is one image 
 Who sees one client's keys sees that; the server of a plain mean sees it of every client, and clients see the mean.
 
 Source: Zhang et al. 2021, arXiv 2111.03930 (Tip-Adapter, and Tip-Adapter-F, whose keys are trained); values as in the
-authors' code, gaopengcuhk/Tip-Adapter.
+authors' code, gaopengcuhk/Tip-Adapter, commit d0e2d6f (main_imagenet.py, configs/imagenet.yaml).
 """
 
 from typing import Literal
@@ -16,13 +16,15 @@ from torch.nn.functional import cross_entropy, normalize
 
 from fedsim.methods import Backbone, Method
 from fedsim.registry import component
-from fedsim.search import Field, Linear
+from fedsim.search import Choice, Field, Linear
 
 
 @component
 class TipAdapter(Method):
-    """Defaults are the code's for ImageNet, from which it goes on to search alpha and beta on validation rows.
+    """Defaults are the code's for ImageNet, at which it starts to search alpha and beta: on test rows for ImageNet, on
+    validation rows for other sets. Its 20 epochs are the experiment's rounds.
 
+    Differs: the code lets the step size fall along a cosine over all its steps; ours stays.
     Differs: the published cache has a key per training image, which a federation would have to send. Here each class
     has one, that answers for as many as `shots`, and starts at the prototype: round 0 ranks as zero-shot CLIP does.
     """
@@ -31,6 +33,7 @@ class TipAdapter(Method):
     lr: float = Field(1e-3, gt=0, description="step size")
     eps: float = Field(1e-4, gt=0, description="of adam and adamw")
     weight_decay: float = Field(0.01, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
+    batch: int = Field(256, ge=1, search=Choice((32, 64, 128, 256)), description="rows of a local step")
     # Both as far as the code searches them for ImageNet.
     alpha: float = Field(
         1.17, ge=0, search=Linear(0.1, 3.0), description="strength of an answer beside the zero-shot logits"

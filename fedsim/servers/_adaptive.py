@@ -1,6 +1,12 @@
 """What the adaptive rules of FedOpt share: two moments of the mean delta; they differ in how the second one moves.
 
-Source: Reddi et al. 2021, arXiv 2003.00295. As there, moments are not corrected for their start.
+Source: Reddi et al. 2021, arXiv 2003.00295, Algorithm 2. As there, moments are not corrected for their start, and the
+second starts at tau**2. tau is what the authors' code advises (google-research/federated, commit a5af8c4,
+optimization/README.md and docs/hyperparameters.md).
+
+Differs: uniform is the default, as of all rules; that code weights clients by their rows. Its optimizers are those of
+Keras, with beta2 0.999 and a second moment that starts at 0. beta2 0.99 is the paper's by way of Flower's
+implementation of it; the paper's own text was not read.
 """
 
 from abc import abstractmethod
@@ -17,8 +23,9 @@ from fedsim.servers import Server, mean_delta, moved
 class Adaptive(Server):
     """Steps of a size per parameter; `tau` bounds them where deltas are small."""
 
-    # The paper tunes lr and tau per task, over powers of ten. A parameter moves by about lr in a round, and what is
-    # trained here stands beside a CLIP that is good already: hence none above 1.
+    # The authors tune lr and tau per task; their best for FedAdam and FedYogi are from 10**-2.5 to 1 and from 1e-5 to
+    # 0.1. A parameter moves by about lr in a round, and what is trained here joins a CLIP that is good already: hence
+    # none above 1.
     lr: float = Field(
         0.01, gt=0, search=Log(1e-4, 1.0), description="step size of the server; the paper tunes it per task"
     )

@@ -1,6 +1,6 @@
 """Every client trains a second model of its own beside the shared one, pulled toward what it received.
 
-Source: Li et al. 2021, arXiv 2012.04221.
+Source: Li et al. 2021, arXiv 2012.04221; lam and the mean as in the authors' code, litian96/ditto, commit 26d9b29.
 """
 
 import torch
@@ -20,10 +20,13 @@ HALVES = "shared", "own"
 class Ditto(Server):
     """FedAvg of the shared models; clients are judged, on held-out domains too, by their own.
 
-    Differs: the paper gives the own model a number of local steps of its own; here both step on the same batches.
+    As in the code (flearn/trainers_MTL/ditto.py), a client's two models step on the same batches, and the mean is
+    uniform. lam 1 is that of its scripts; the program's own default is 0, and on request it chooses among 0.1, 1 and 2,
+    client by client, on validation rows.
+
+    Differs: the code takes some local steps a round (1 or 2 in its scripts), here a client's local epochs.
     """
 
-    # The paper chooses from 0.05 to 2, client by client.
     lam: float = Field(
         1.0, ge=0, search=Log(0.01, 10.0), description="strength of the pull; the paper tunes it; 0 is training alone"
     )

@@ -1,6 +1,6 @@
 """The mean of what clients trained.
 
-Source: McMahan et al. 2017, arXiv 1602.05629.
+Source: McMahan et al. 2017, arXiv 1602.05629, of which no code was found: not checked against code.
 """
 
 from fedsim.registry import component

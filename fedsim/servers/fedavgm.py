@@ -1,6 +1,8 @@
 """FedAvg with momentum on the server.
 
-Source: Hsu et al. 2019, arXiv 1909.06335.
+Source: Hsu et al. 2019, arXiv 1909.06335. Momentum 0.9 is the default of FedOpt's code for this rule, and step size 1
+its best on four of six tasks (google-research/federated, commit a5af8c4, optimization/docs/hyperparameters.md). No code
+by Hsu et al. was found: otherwise not checked against code.
 """
 
 import torch
@@ -12,7 +14,7 @@ from fedsim.servers import Server, mean_delta, moved
 
 @component
 class FedAvgM(Server):
-    """The momentum keeps past means; with beta 0 and lr 1 it is FedAvg."""
+    """The momentum keeps past means; with beta 0 and lr 1 it is FedAvg. Uniform by default, as FedAvg here."""
 
     lr: float = Field(1.0, gt=0, search=Log(0.01, 10.0), description="step size of the server")
     beta: float = Field(

@@ -2,6 +2,13 @@
 
 Source: Nguyen et al. 2022, arXiv 2106.06639 (FedBuff). The buffer's scaled sum is divided by the number of updates and
 not by the sum of their scales: a stale buffer takes a shorter step.
+
+A buffer of 10 is also that of the example in FLSim, the library of the authors' group (facebookresearch/FLSim, commit
+7311f2d, examples/configs/sent140_fedbuff_config.json). No code of the paper's experiments was found: otherwise not
+checked against code. The concurrency of 100 is ours.
+
+Differs: FLSim sums a buffer and does not divide it, so that its step sizes (0.7 in that example, with momentum 0.9) are
+not ours; and it scales so that an update of average age has 1.
 """
 
 from typing import Literal

@@ -1,6 +1,6 @@
 """Clients whose losses are bent so that all of them can be least at one and the same place.
 
-Source: Acar et al. 2021, arXiv 2111.04263.
+Source: Acar et al. 2021, arXiv 2111.04263; alpha as in the authors' code, alpemreacar/FedDyn, commit 48a19fa.
 """
 
 from typing import Literal
@@ -16,7 +16,13 @@ OF = "gradient."  # before a parameter's name, in what a client keeps
 
 @component
 class FedDyn(Server):
-    """A client keeps an estimate of its loss's gradient where it last ended, and takes it off every gradient."""
+    """A client keeps an estimate of its loss's gradient where it last ended, and takes it off every gradient.
+
+    alpha 0.01 is that of the code's two examples (example_cifar_10.py, example_synthetic.py).
+
+    Differs: the code divides alpha by a client's rows over the mean client's rows; here it is the same for all clients.
+    The code judges plain means of the clients' models; here the model that clients are sent is judged.
+    """
 
     weighting: Literal["uniform"] = Field("uniform", description="weight of a client in the mean: 1, as in the paper")
     alpha: float = Field(

@@ -1,6 +1,7 @@
 """FedAvg in which a client counts by its direction, and not also by how many steps it took along it.
 
-Source: Wang et al. 2020, arXiv 2007.07481.
+Source: Wang et al. 2020, arXiv 2007.07481; effective steps as in the authors' code, JYWa/FedNova, commit 47b4e09,
+distoptim/FedNova.py, whose program has no momentum by default and 0.9 in its launch script.
 """
 
 import numpy as np

@@ -2,7 +2,8 @@
 
 The product is then linear in what travels, so that the mean is exact; about half as much travels.
 
-Source: Sun et al. 2024, arXiv 2403.12313 (FFA-LoRA).
+Source: Sun et al. 2024, arXiv 2403.12313 (FFA-LoRA). No code of these authors was found; checked against two by others:
+Pengxin-Guo/FedSA-LoRA, commit fc276b5 (`freeze_A`), and RaghavSinghal10/fedex-lora, commit 683a3f3, fed_agg.py.
 """
 
 from fedsim.registry import component

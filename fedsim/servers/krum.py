@@ -1,6 +1,7 @@
 """The delta that lies nearest to its neighbours, in place of the mean; or the mean of the m that lie nearest.
 
-Source: Blanchard et al. 2017, arXiv 1703.02757 (Krum and multi-Krum).
+Source: Blanchard et al. 2017, arXiv 1703.02757 (Krum and multi-Krum). Scores are those of the code of the authors'
+group, LPD-EPFL/AggregaThor, commit e885f92, aggregators/krum.py, which always takes multi-Krum with m = n - f - 2.
 """
 
 from typing import Literal
@@ -18,7 +19,7 @@ from fedsim.servers import Partial, Server, blocks, moved, voters
 class Krum(Server):
     """A client's score is the sum of its squared distances to the n - f - 2 nearest others; the least win.
 
-    A round in which fewer than 2f + 3 answer changes nothing.
+    A round in which fewer than 2f + 3 answer changes nothing. f is the user's to say; 1 is the least that protects.
     """
 
     sees_each = True

@@ -1,7 +1,7 @@
 """FedAvg whose clients correct each step by how far their own gradient is known to lie from everybody's.
 
 Source: Karimireddy et al. 2020, arXiv 1910.06378, with its option II: a client's variate is the mean of the gradients
-of its last round, read off how far it went.
+of its last round, read off how far it went. No authors' code was found: not checked against code.
 """
 
 from typing import Literal

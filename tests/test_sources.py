@@ -1,0 +1,67 @@
+"""Defaults are those of one published program each, and every method and server rule says of which."""
+
+import re
+import sys
+
+import pytest
+
+from fedsim.config import read_yaml
+from fedsim.registry import available, parse
+
+# By hand from the authors' repositories, at the commits that the docstrings name: what the program trains with.
+SGD = {"optimizer": "sgd", "momentum": 0.9}
+PROGRAMS = {
+    # readme.md: methods/fed_at_clip.py --iters 200 --wk_iters 1 --lr 5e-05
+    "fedclip": {"optimizer": "adam", "lr": 5e-5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
+    | {"batch": 32, "local_epochs": 1, "keep_moments": False, "objective": "contrastive"},
+    # scripts/main_pipeline.sh, configs/trainers/CoOp/vit_b16_ep50.yaml
+    "promptfl": SGD | {"lr": 1e-3, "weight_decay": 5e-4, "batch": 32, "local_epochs": 5, "length": 16},
+    # federated_main.py, over which configs/trainers/PromptFolio/vit_b16.yaml is laid
+    "promptfolio": SGD | {"lr": 2e-3, "weight_decay": 5e-4, "batch": 16, "local_epochs": 5, "length": 8, "theta": 0.4},
+    # scripts/fedotp_cifar100.sh, configs/trainers/GLP_OT/vit_b16.yaml
+    "fedotp": SGD
+    | {"lr": 1e-3, "weight_decay": 5e-4, "batch": 32, "local_epochs": 1, "length": 4}
+    | {"entropy": 0.1, "mass": 0.8, "tolerance": 1e-3, "iterations": 100},
+    # federated_main.py, configs/trainers/PLOT/vit_b16.yaml
+    "fedpgp": SGD
+    | {"lr": 1e-3, "weight_decay": 5e-4, "batch": 32, "local_epochs": 2, "length": 16}
+    | {"rank": 4, "contrast": 1.0, "temperature": 0.5},
+    # Launch_FL.py, config/defaults.py
+    "fedtpg": SGD
+    | {"lr": 3e-3, "weight_decay": 1e-5, "batch": 200, "local_epochs": 1, "length": 4, "heads": 4}
+    | {"keep_moments": True, "label_space": "client"},
+    # Launch_FL.py --model_name coop --w 8
+    "kgcoop": SGD
+    | {"lr": 3e-3, "weight_decay": 1e-5, "batch": 200, "local_epochs": 1, "length": 4, "pull": 8.0}
+    | {"keep_moments": True, "label_space": "client"},
+    # main_imagenet.py, configs/imagenet.yaml
+    "tip_adapter": {"optimizer": "adamw", "lr": 1e-3, "eps": 1e-4, "weight_decay": 0.01, "batch": 256}
+    | {"alpha": 1.17, "beta": 1.0, "shots": 16},
+    # system/main.py, the batch from scripts/p37/p37_gs_lorat_sd_all_pfl.sh
+    "lora": {"optimizer": "adamw", "lr": 5e-5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    | {"batch": 32, "local_epochs": 1, "rank": 2, "alpha": 16.0, "towers": "text", "objective": "contrastive"},
+    # clip_adapter.py
+    "clip_adapter": {"reduction": 4, "ratio": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_methods_defaults_are_those_of_the_program_that_it_names(name):
+    method = parse("method", name)
+    assert {field: getattr(method, field) for field in PROGRAMS[name]} == PROGRAMS[name]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, n) for kind in ("method", "server") for n in available(kind)])
+def test_every_method_and_rule_names_the_commit_that_it_was_checked_against_or_says_that_it_was_not(kind, name):
+    component = type(parse(kind, name))
+    bases = [base for base in component.__mro__ if base.__module__.startswith(f"fedsim.{kind}s.")]
+    docs = [doc for base in bases for doc in (sys.modules[base.__module__].__doc__, base.__doc__)]
+    said = " ".join(" ".join(filter(None, docs)).split())
+    assert "Source: " in said
+    # Zero-shot CLIP and training alone have no hyperparameters.
+    assert name in ("zero_shot", "local_only") or re.search(r"commit [0-9a-f]{7}\b|not checked against code", said)
+
+
+def test_the_papers_config_spells_out_the_methods_own_defaults():
+    method = read_yaml("paper")["method"]
+    assert parse("method", method) == parse("method", "fedclip")
