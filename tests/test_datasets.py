@@ -556,7 +556,7 @@ def test_features_have_labels_domains_and_unit_prototypes(tmp_path):
     assert features.domains == ("a", "b") and features.domain.tolist() == [1, 0, 1]
     assert features.y.dtype == features.domain.dtype == np.int64
     assert (features.split == UNSAID).all()
-    assert features.prototypes.dtype == np.float32
+    assert features.prototypes.dtype == np.float64
     assert features.prototypes == pytest.approx(np.array([[0.6, 0.8], [0.0, 1.0]]))
 
 
@@ -570,7 +570,7 @@ def test_features_take_label_numbers_and_dictionaries_too(tmp_path):
 def test_features_may_bring_their_split(tmp_path):
     assert load("features", parquet(tmp_path, split=["train", None, "test"])).split.tolist() == [TRAIN, UNSAID, TEST]
     assert refusal("features", parquet(tmp_path, split=["train", "dev", "test"])) == (
-        "features.parquet: split wants train, val, test or null, not: dev"
+        "features.parquet: split needs train, val, test or null, not: dev"
     )
 
 
@@ -590,39 +590,38 @@ def test_the_logit_scale_is_what_the_user_says_then_the_file_then_100(tmp_path):
         ({"classes": {"prototype": None}}, "classes.parquet lacks the columns prototype; it has: class"),
         (
             {"feature": [[1, 0], [np.nan, 2], [3, np.inf]]},
-            "features.parquet: feature wants finite numbers; NaN or infinite in 2 rows (1, 2)",
+            "features.parquet: feature needs finite numbers; NaN or infinite in 2 rows (1, 2)",
         ),
         (
             {"feature": [[1.0, 0.0], [None, 2.0], [3.0, 4.0]]},
-            "features.parquet: feature wants finite numbers; NaN or infinite in 1 row (1)",
+            "features.parquet: feature needs finite numbers; NaN or infinite in 1 row (1)",
         ),
         (
             {"feature": [[1.0, 1e300], [0.0, 2.0], [3.0, 4.0]]},
-            "features.parquet: feature wants finite numbers; NaN or infinite in 1 row (0)",
+            "features.parquet: feature needs finite numbers; NaN or infinite in 1 row (0)",
         ),
         ({"feature": pa.array([X[0], None, None], HALF)}, "features.parquet: feature is null in 2 rows (1, 2)"),
         ({"domain": ["a", None, "b"]}, "features.parquet: domain is null in 1 row (1)"),
         (
             {"feature": [[1.0, 0.0], [0.0, 2.0], [3.0, 4.0, 5.0]]},
-            "features.parquet: feature wants 2 numbers, like the first prototype; 3 in 1 row (2)",
+            "features.parquet: feature needs 2 numbers, like the first prototype; 3 in 1 row (2)",
         ),
         (
             {"feature": pa.array([[1.0] * 3] * 3, pa.list_(pa.float32(), 3))},
-            "features.parquet: feature wants 2 numbers, like the first prototype; 3 in 3 rows (0, 1, 2)",
+            "features.parquet: feature needs 2 numbers, like the first prototype; 3 in 3 rows (0, 1, 2)",
         ),
         (
             {"feature": [[1, 0], [0, 2], [3, 4]]},
-            "features.parquet: feature wants lists of half, float or double, or bytes of halves, "
+            "features.parquet: feature needs lists of half, float or double, or the bytes of halves, "
             "not list<element: int64>",
         ),
         (
             {"feature": pa.array([b"abc"] * 3, pa.binary(3))},
-            "features.parquet: feature wants lists of half, float or double, or bytes of halves, "
-            "not fixed_size_binary[3]",
+            "features.parquet: feature needs 2 numbers, like the first prototype; 1.5 in 3 rows (0, 1, 2)",
         ),
         (
             {"feature": [1.0, 2.0, 3.0]},
-            "features.parquet: feature wants lists of half, float or double, or bytes of halves, not double",
+            "features.parquet: feature needs lists of half, float or double, or the bytes of halves, not double",
         ),
         (
             {"label": ["cat", "owl", "elk"]},
@@ -630,27 +629,27 @@ def test_the_logit_scale_is_what_the_user_says_then_the_file_then_100(tmp_path):
         ),
         (
             {"label": [0, 2, -1]},
-            "features.parquet: label wants a row of classes.parquet, 0 to 1, not: -1, 2",
+            "features.parquet: label needs a row of classes.parquet, 0 to 1, not: -1, 2; or write the names of classes",
         ),
         (
             {"domain": [["a"], ["b"], ["a"]]},
-            "features.parquet: label and domain want text or integers, not list<element: string>",
+            "features.parquet: domain needs text or integers, not list<element: string>",
         ),
         (
             {"classes": {"class": ["cat", "cat"]}},
-            "classes.parquet wants each class once; more than once: cat",
+            "classes.parquet needs each class once; more than once: cat",
         ),
         (
             {"classes": {"prototype": [[3.0, 4.0], [0.0, 0.0]]}},
-            "classes.parquet: a prototype wants a length above 0, not that of: dog",
+            "classes.parquet: a prototype needs a length above 0, which these have not: dog",
         ),
         (
             {"classes": {"prototype": [[3.0, 4.0], [1.0]]}},
-            "classes.parquet: prototype wants 2 numbers, like the first prototype; 1 in 1 row (1)",
+            "classes.parquet: prototype needs 2 numbers, like the first prototype; 1 in 1 row (1)",
         ),
         (
             {"classes": {"prototype": [[3.0, np.nan], [1.0, 0.0]]}},
-            "classes.parquet: prototype wants finite numbers; NaN or infinite in 1 row (0)",
+            "classes.parquet: prototype needs finite numbers; NaN or infinite in 1 row (0)",
         ),
         ({"feature": pa.array([], HALF), "label": [], "domain": []}, "features.parquet has no rows"),
     ],
@@ -668,7 +667,7 @@ def test_feature_files_that_are_missing_or_broken_are_told(tmp_path):
     )
     whole = (tmp_path / "feature.parquet").read_bytes()
     (tmp_path / "features.parquet").write_bytes(whole[: len(whole) // 2])
-    assert refusal("features", tmp_path).startswith(f"{tmp_path}/features.parquet is not a whole Parquet file: ")
+    assert refusal("features", tmp_path).startswith(f"{tmp_path}/features.parquet is not whole and valid Parquet: ")
 
 
 # --- glyphs

@@ -1,175 +1,296 @@
-"""Features of your own, from any image tower: two Parquet files in place of images and a CLIP.
+"""Features of any image tower: two Parquet files in place of images and a CLIP.
 
 Source: ours.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from pyarrow import dataset as arrow
 from pydantic import Field
 
 from fedsim.datasets import TEST, TRAIN, UNSAID, VAL, Dataset, Features
+from fedsim.datasets._names import canonical_names
 from fedsim.errors import InputError, listing
 from fedsim.registry import component
 
 SPLITS = {"train": TRAIN, "val": VAL, "test": TEST, None: UNSAID}
+SCALES = 5, 1000  # logit scales of real models are 14 to 120; their logarithms and inverses are below
 
 
 @component
 class FeatureFiles(Dataset):
-    """Reads `features.parquet` and `classes.parquet` in `--data-dir`.
+    """Reads `features.parquet` and `classes.parquet` in `--data-dir`; each is a file, or a folder of parts.
 
-    `features.parquet`: `feature` (D numbers: a list, a list of fixed size, or the bytes of D little-endian
-    halves), `label` (a class name, or its row in `classes.parquet`), `domain`, and perhaps `split` (train,
-    val, test or null). `classes.parquet`: `class` (its name), `prototype` (D numbers, of any length but 0).
-
+    `features.parquet`: `feature` (D numbers: a list of half, float or double, of any or of fixed size, a tensor, or the
+    bytes of D little-endian halves; of any length but 0), `label` (a class name, or a row of `classes.parquet`),
+    `domain`, and perhaps `split` (train, val, test or null). `classes.parquet`: `class` (its name), `prototype` (D
+    numbers, of any length but 0). Numbers are read as halves or floats.
     """
 
     logit_scale: float | None = Field(
-        None, gt=0, description="exp of the tower's temperature; none given: as classes.parquet says, or 100"
+        None,
+        gt=0,
+        le=1e6,
+        description="exp of the tower's temperature parameter (default: as classes.parquet says, or 100)",
     )
 
     def load(self, root: Path | None) -> Features:
         if root is None:
-            raise InputError("data set features wants --data-dir, the folder of features.parquet; none was given")
+            raise InputError("data set features needs --data-dir, the folder of features.parquet")
         root = root.expanduser().absolute()
-        table = _read(root / "classes.parquet", ["class", "prototype"])
-        classes = _class_names(table["class"])
-        prototypes = _matrix(table["prototype"], "classes.parquet: prototype").astype(np.float64)
+        classes_file, features_file = root / "classes.parquet", root / "features.parquet"
+        table = _open(classes_file, ["class", "prototype"])
+        classes = _class_names(_column(table, classes_file, "class"))
+        prototypes = _matrix(table, classes_file, "prototype").astype(np.float64)
         length = np.linalg.norm(prototypes, axis=1, keepdims=True)
         if (length == 0).any():
             zero = listing(np.array(classes)[length[:, 0] == 0])
-            raise InputError(f"classes.parquet: a prototype wants a length above 0, not that of: {zero}")
+            raise InputError(f"classes.parquet: a prototype needs a length above 0, which these have not: {zero}")
 
-        rows = _read(root / "features.parquet", ["feature", "label", "domain"], ["split"])
-        domain, domains = _codes(rows["domain"])
+        rows = _open(features_file, ["feature", "label", "domain"])
+        domain, domains = _domains(_column(rows, features_file, "domain"))
+        x = _matrix(rows, features_file, "feature", prototypes.shape[1])
+        if (zero := np.flatnonzero(~x.any(axis=1))).size:
+            raise InputError(f"features.parquet: feature needs a length above 0; it is all zeros in {_rows(zero)}")
         return Features(
             file=None,
-            x=_matrix(rows["feature"], "features.parquet: feature", prototypes.shape[1]),
-            y=_labels(rows["label"], classes),
+            x=x,
+            y=_labels(_column(rows, features_file, "label"), classes, _names_of_numbers(rows)),
             domain=domain,
             classes=classes,
             domains=domains,
-            split=_splits(rows),
-            prototypes=(prototypes / length).astype(np.float32),
+            split=_splits(rows, features_file),
+            prototypes=prototypes / length,  # float64, which a run in float32 rounds once
             logit_scale=self.logit_scale or _scale_of(table),
         )
 
 
-def _read(file: Path, wanted: list[str], perhaps: Sequence[str] = ()) -> pa.Table:
-    if not file.is_file():
-        there = listing(sorted(entry.name for entry in file.parent.glob("*"))) or "nothing"
-        raise InputError(f"no {file.name} in {file.parent}; there is: {there}")
-    try:
-        parquet = pq.ParquetFile(file)
-        columns = parquet.schema_arrow.names
-        if absent := [name for name in wanted if name not in columns]:
-            raise InputError(f"{file.name} lacks the columns {listing(absent)}; it has: {listing(columns)}")
-        table = parquet.read([name for name in (*wanted, *perhaps) if name in columns])
-    except (pa.ArrowException, OSError) as error:  # pyarrow may add lines of its own to the sentence
-        raise InputError(f"{file} is not a whole Parquet file: {str(error).splitlines()[0]}") from None
-    if not len(table):
-        raise InputError(f"{file.name} has no rows")
-    for name in wanted:
-        if table[name].null_count:
-            nulls = np.flatnonzero(table[name].is_null().to_numpy())
-            raise InputError(f"{file.name}: {name} is null in {_rows(nulls)}")
-    return table
-
-
-def _matrix(column: pa.ChunkedArray, what: str, width: int | None = None) -> np.ndarray:
-    """(N, D) float16 if the column holds halves, float32 otherwise.
+def _open(file: Path, needed: Sequence[str]) -> arrow.Dataset:
+    """A Parquet file, or a folder of parts, some columns of which may be in the names of its folders (`domain=ink/`).
 
     Raises:
-        InputError: not numbers, not D of them in each row, NaN or infinite.
+        InputError: it is not there, or damaged, or it has no rows, or lacks a column.
     """
-    array, kind = column.combine_chunks(), column.type
-    if pa.types.is_fixed_size_binary(kind):
-        raw = np.frombuffer(array.buffers()[1], np.uint8)
-        raw = raw[array.offset * kind.byte_width :][: len(array) * kind.byte_width]
-        widths = np.full(len(array), kind.byte_width // 2)
-        values = raw.view("<f2") if kind.byte_width % 2 == 0 else None
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        widths = pc.list_value_length(array).to_numpy(zero_copy_only=False)
-        flat = array.flatten()
-        # A null inside a list becomes NaN here, and is refused with it below.
-        values = flat.to_numpy(zero_copy_only=False) if pa.types.is_floating(flat.type) else None
-    else:
-        values = None
-    if values is None:
-        raise InputError(f"{what} wants lists of half, float or double, or bytes of halves, not {kind}")
+    if not file.exists():
+        present = listing(sorted(entry.name for entry in file.parent.glob("*"))) or "nothing"
+        raise InputError(f"no {file.name} in {file.parent}; there is: {present}")
+    with _arrow_errors(file):
+        checked = arrow.ParquetFileFormat(
+            default_fragment_scan_options=arrow.ParquetFragmentScanOptions(page_checksum_verification=True)
+        )
+        data = arrow.dataset(str(file), format=checked, partitioning="hive")
+        rows = data.count_rows()
+    columns = data.schema.names
+    if not rows:
+        raise InputError(f"{file.name} has no rows")
+    if absent := [name for name in needed if name not in columns]:
+        raise InputError(f"{file.name} lacks the columns {listing(absent)}; it has: {listing(columns)}")
+    return data
 
-    width = int(widths[0]) if width is None else width
-    if (wrong := np.flatnonzero(widths != width)).size:
-        came = listing(sorted(set(widths[wrong].tolist())))
-        raise InputError(f"{what} wants {width} numbers, like the first prototype; {came} in {_rows(wrong)}")
-    with np.errstate(over="ignore"):  # a double too large for a float becomes infinite, and is refused below
-        x = values.astype(np.float16 if values.dtype == np.float16 else np.float32, copy=False)
-    x = x.reshape(len(array), width)
-    if (bad := np.flatnonzero(~np.isfinite(x).all(axis=1))).size:
-        raise InputError(f"{what} wants finite numbers; NaN or infinite in {_rows(bad)}")
+
+@contextmanager
+def _arrow_errors(file: Path) -> Iterator[None]:
+    """What Arrow finds wrong with a file, in one sentence."""
+    try:
+        yield
+    except UnicodeError:
+        raise InputError(f"{str(file)!a} cannot be read: its path is not UTF-8") from None
+    except (pa.ArrowException, OSError) as error:  # which may add lines of its own
+        raise InputError(f"{file} is not whole and valid Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _column(data: arrow.Dataset, file: Path, name: str) -> pa.ChunkedArray:
+    """A column of text or integers, without nulls; codes of a dictionary are replaced by what they stand for."""
+    kind = data.schema.field(name).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not (text or pa.types.is_integer(kind)):
+        why = " (pandas makes integers double where one is missing)" if pa.types.is_floating(kind) else ""
+        raise InputError(f"{file.name}: {name} needs text or integers, not {kind}{why}")
+    with _arrow_errors(file):
+        column = data.to_table([name])[name].cast(pa.large_string() if text else pa.int64())
+    if column.null_count:
+        raise InputError(f"{file.name}: {name} is null in {_rows(np.flatnonzero(column.is_null().to_numpy()))}")
+    return column
+
+
+def _matrix(data: arrow.Dataset, file: Path, name: str, width: int | None = None) -> np.ndarray:
+    """(N, D) float16 if the column holds halves, float32 otherwise; read batch by batch, never twice in memory.
+
+    Raises:
+        InputError: not numbers, not D of them in each row, null, NaN or infinite.
+    """
+    what, kind = f"{file.name}: {name}", _storage_type(data.schema.field(name).type)
+    binary = _is_binary(kind)
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not (binary or (lists and pa.types.is_floating(kind.value_type))):
+        raise InputError(f"{what} needs lists of half, float or double, or the bytes of halves, not {kind}")
+    half = binary or pa.types.is_float16(kind.value_type)
+
+    start, null, other, wrong = 0, [], [], []
+    with _arrow_errors(file):
+        # Small batches: a list has no room for 2**31 numbers, nor has memory for a column and its matrix.
+        for batch in data.to_batches([name], batch_size=1 << 13, batch_readahead=4, fragment_readahead=1):
+            array = batch.column(0)
+            array = array.storage if isinstance(array, pa.ExtensionArray) else array
+            widths = _widths(array)
+            if not start:
+                width = max(0, int(widths[0])) if width is None else width
+                x = np.empty((data.count_rows(), width), np.float16 if half else np.float32)
+            nulls = array.is_null().to_numpy(zero_copy_only=False)
+            unlike = ~nulls & (widths != width)
+            null.append(start + np.flatnonzero(nulls))
+            other += [(start + row, widths[row]) for row in np.flatnonzero(unlike)]
+            if not (nulls | unlike).any():
+                part = x[start : start + len(array)]
+                with np.errstate(over="ignore"):  # a double too large for a float becomes infinite, and is refused
+                    part[:] = _numbers(array, width).reshape(part.shape)
+                wrong.append(start + np.flatnonzero(~np.isfinite(part).all(axis=1)))
+            start += len(array)
+    if (rows := np.concatenate(null)).size:
+        raise InputError(f"{what} is null in {_rows(rows)}")
+    if other:
+        given = listing(f"{width:g}" for width in sorted({width for _, width in other}))
+        rows = _rows(np.array([row for row, _ in other]))
+        raise InputError(f"{what} needs {width} numbers, like the first prototype; {given} in {rows}")
+    if (rows := np.concatenate(wrong)).size:
+        raise InputError(f"{what} needs finite numbers; NaN or infinite in {_rows(rows)}")
     x.flags.writeable = False
     return x
 
 
+def _storage_type(kind: pa.DataType) -> pa.DataType:
+    """What an extension type, such as Arrow's tensors of fixed shape, is made of."""
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_fixed_size_binary(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _widths(array: pa.Array) -> np.ndarray:
+    """(n,) numbers in each row; -1 for a null."""
+    if _is_binary(array.type):
+        return pc.binary_length(array).fill_null(-1).to_numpy(zero_copy_only=False) / 2
+    return pc.list_value_length(array).fill_null(-1).to_numpy(zero_copy_only=False)
+
+
+def _numbers(array: pa.Array, width: int) -> np.ndarray:
+    """(n * width,) of n rows without nulls that all have this width; a null in a list becomes NaN."""
+    if not _is_binary(array.type):
+        return array.flatten().to_numpy(zero_copy_only=False)
+    array = array.cast(pa.binary(2 * width))
+    raw = np.frombuffer(array.buffers()[1], np.uint8)[2 * width * array.offset :]
+    return raw[: 2 * width * len(array)].view("<f2")
+
+
 def _class_names(column: pa.ChunkedArray) -> tuple[str, ...]:
-    names = [str(name) for name in column.to_pylist()]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"classes.parquet wants each class once; more than once: {listing(twice)}")
-    return tuple(names)
+    spellings = column.to_pylist()
+    names = canonical_names("class", _counts(column), "classes.parquet")
+    classes = tuple(names[spelling] for spelling in spellings)
+    if twice := sorted({name for name in classes if classes.count(name) > 1}):
+        raise InputError(f"classes.parquet needs each class once; more than once: {listing(twice)}")
+    return classes
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(N,) int64 into the sorted distinct values, and these."""
-    try:
-        coded = column.cast(pa.string()).combine_chunks().dictionary_encode()
-    except pa.ArrowException:
-        raise InputError(f"features.parquet: label and domain want text or integers, not {column.type}") from None
-    found = coded.dictionary.to_pylist()
-    names = sorted(found)
-    return np.array([names.index(name) for name in found])[coded.indices.to_numpy()], tuple(names)
+def _counts(column: pa.ChunkedArray) -> dict[object, int]:
+    """How many rows each spelling has."""
+    return {value["values"]: value["counts"] for value in pc.value_counts(column).to_pylist()}
 
 
-def _labels(column: pa.ChunkedArray, classes: tuple[str, ...]) -> np.ndarray:
-    if pa.types.is_integer(column.type):
-        y = column.to_numpy().astype(np.int64)
-        if unknown := sorted(set(y[(y < 0) | (y >= len(classes))].tolist())):
+def _codes(column: pa.ChunkedArray, name_of: Mapping[object, str], names: Sequence[str]) -> np.ndarray:
+    """(N,) int64, where each row's name is in `names`."""
+    place = {name: code for code, name in enumerate(names)}
+    coded = column.combine_chunks().dictionary_encode()
+    codes = np.array([place[name_of[spelling]] for spelling in coded.dictionary.to_pylist()], np.int64)
+    return codes[coded.indices.to_numpy()]
+
+
+def _domains(column: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(N,) int64 into the sorted distinct names, and these."""
+    name_of = canonical_names("domain", _counts(column), "features.parquet")
+    names = tuple(sorted(set(name_of.values())))
+    return _codes(column, name_of, names), names
+
+
+def _labels(column: pa.ChunkedArray, classes: tuple[str, ...], named: Sequence[str] | None) -> np.ndarray:
+    """(N,) int64 rows of `classes.parquet`.
+
+    An integer is the class that is called so, where classes are called by integers; what it stands for by the metadata
+    of Hugging Face's datasets; or else a row of `classes.parquet`.
+
+    Args:
+        named: the class that each integer stands for.
+    """
+    counts = _counts(column)
+    if not pa.types.is_integer(column.type):
+        name_of = canonical_names("class", counts, "features.parquet: label")
+    elif named is not None or all(name.removeprefix("-").isdecimal() for name in classes):
+        meaning = dict(enumerate(named)) if named is not None else {}
+        name_of = {number: meaning.get(number, str(number)) for number in counts}
+    else:
+        if unknown := sorted(number for number in counts if not 0 <= number < len(classes)):
             raise InputError(
-                f"features.parquet: label wants a row of classes.parquet, 0 to {len(classes) - 1}, "
-                f"not: {listing(unknown)}"
+                f"features.parquet: label needs a row of classes.parquet, 0 to {len(classes) - 1}, not: "
+                f"{listing(unknown)}; or write the names of classes"
             )
-        return y
-    y, names = _codes(column)
-    if unknown := [name for name in names if name not in classes]:
+        name_of = {number: classes[number] for number in counts}
+    if unknown := sorted(set(name_of.values()) - set(classes)):
         raise InputError(
             f"features.parquet: labels that classes.parquet does not have: {listing(unknown)}; "
             f"it has: {listing(classes)}"
         )
-    return np.array([classes.index(name) for name in names])[y]
+    if absent := [name for name in classes if name not in set(name_of.values())]:
+        by_row = pa.types.is_integer(column.type) and named is None
+        hint = "; write names as labels, since numbers that skip classes may be meant in another way" if by_row else ""
+        raise InputError(
+            f"classes.parquet: {len(absent)} of {len(classes)} classes have no row in features.parquet: "
+            f"{listing(absent)}{hint}"
+        )
+    return _codes(column, name_of, classes)
 
 
-def _splits(rows: pa.Table) -> np.ndarray:
-    if "split" not in rows.column_names:
-        return np.full(len(rows), UNSAID, np.int8)
-    names = rows["split"].to_pylist()
+def _names_of_numbers(data: arrow.Dataset) -> list[str] | None:
+    """What the integers of `label` stand for, where Hugging Face's datasets wrote it down (ClassLabel)."""
+    try:
+        about = json.loads((data.schema.metadata or {})[b"huggingface"])["info"]["features"]["label"]
+        return [str(name) for name in about["names"]] if about["_type"] == "ClassLabel" else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _splits(data: arrow.Dataset, file: Path) -> np.ndarray:
+    if "split" not in data.schema.names:
+        return np.full(data.count_rows(), UNSAID, np.int8)
+    with _arrow_errors(file):
+        names = data.to_table(["split"])["split"].to_pylist()
     if unknown := set(names) - SPLITS.keys():
-        came = listing(sorted(map(str, unknown)))
-        raise InputError(f"features.parquet: split wants train, val, test or null, not: {came}")
+        given = listing(sorted(map(str, unknown)))
+        raise InputError(f"features.parquet: split needs train, val, test or null, not: {given}")
     return np.array([SPLITS[name] for name in names], np.int8)
 
 
-def _scale_of(table: pa.Table) -> float:
-    said = (table.schema.metadata or {}).get(b"logit_scale", b"100").decode()
+def _scale_of(table: arrow.Dataset) -> float:
+    text = (table.schema.metadata or {}).get(b"logit_scale", b"100").decode(errors="replace")
     try:
-        scale = float(said)
+        scale = float(text)
     except ValueError:
         scale = np.nan
     if not 0 < scale < np.inf:
-        raise InputError(f"classes.parquet: logit_scale in the metadata wants a number above 0, not {said!r}")
+        raise InputError(f"classes.parquet: logit_scale in the metadata needs a number above 0, not {text!r}")
+    if not SCALES[0] <= scale <= SCALES[1]:
+        guess = f", and {scale:g} looks like the logarithm of {np.exp(scale):.4g}" if 1 <= scale < SCALES[0] else ""
+        guess = f", and {scale:g} looks like its inverse, {1 / scale:.4g}" if scale < 1 else guess
+        raise InputError(
+            f"classes.parquet: logit_scale in the metadata is what cosines are multiplied with, {SCALES[0]} to "
+            f"{SCALES[1]}{guess}; --dataset.logit_scale {scale:g} takes it as it is"
+        )
     return scale
 
 
