@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import partial
+from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -18,11 +19,11 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
-from fedsim.config import Config, merged, read_yaml
+from fedsim.config import Config, flat, merged, read_yaml
 from fedsim.errors import InputError, Stopped, listing
 from fedsim.formats import number, percent
 from fedsim.registry import KINDS, available, find
-from fedsim.search import search_of
+from fedsim.search import description_of, search_of
 from fedsim.terminal import DETACH, Parser, bars_on, launch, shown
 from fedsim.watch import code_of, sentence_of, stop, watch
 from fedsim.weights import EMBEDDED
@@ -33,7 +34,7 @@ fedsim sweep [FLAGS]                  a search over hyperparameters
 fedsim compare RUN RUN ... [--out D]  finished runs side by side
 fedsim watch FOLDER                   a run or sweep that another process is doing, to its end
 fedsim stop FOLDER                    interrupts it; the same command goes on from there
---help after any of them tells more"""
+--help after any of them tells more; fedsim --version"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,8 +51,13 @@ def main(argv: list[str] | None = None) -> int:
         "stop": stop_command,
     }
     try:
+        if argv[:1] == ["help"]:
+            argv = [*argv[1:2], "--help"]
         if not argv or argv[0] in ("-h", "--help"):
             print(USAGE)
+            return 0
+        if argv[0] == "--version":
+            print(f"fedsim {version('fedsim')}")
             return 0
         if argv[0] not in commands:
             raise InputError(f"no command {argv[0]!r}; there are: {listing(commands)}")
@@ -138,8 +144,9 @@ def compare_command(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     from fedsim.compare import compare
 
-    table, page = compare(args.runs, args.out / "compare.html")
     console = Console()
+    warn = partial(console.print, highlight=False, markup=False)
+    table, page = compare(args.runs, args.out / "compare.html", warn)
     console.print(_rich(table))
     console.print(f"page  {page}", highlight=False)
     return 0
@@ -147,9 +154,11 @@ def compare_command(argv: list[str]) -> int:
 
 def run_parser() -> argparse.ArgumentParser:
     """Flags for every field of Config, and for every field of every component below its kind."""
+    embedded = flat(read_yaml("glyphs"))
     parser = Parser(
         prog="fedsim run",
-        description="Run one experiment; the same command again resumes it.",
+        description="Run one experiment; the same command again resumes it. Without --config, on the embedded images "
+        f"and model, other defaults apply: {', '.join(f'{name} {value}' for name, value in embedded.items())}.",
         epilog=describe_components(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -159,7 +168,8 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument(DETACH, action="store_true", help="go on without this terminal; fedsim watch picks it up again")
     for name, field in Config.model_fields.items():
         switch = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-        about = f"{field.description} (default: {_default(field)}{_range(Config, name)})"
+        ours = f"; {embedded[name]} on the embedded images" if name in embedded and name not in KINDS else ""
+        about = f"{field.description} (default: {_default(field)}{ours}{_range(Config, name)})"
         parser.add_argument(_flag(name), dest=name, metavar=_metavar(name), help=about.replace("%", "%%"), **switch)
     for kind in KINDS:
         fields = {field for name in available(kind) for field in find(kind, name).__pydantic_fields__}
@@ -177,9 +187,11 @@ def describe_components() -> str:
             component = find(kind, name)
             source = (sys.modules[component.__module__].__doc__ or "").partition("Source: ")[2].split("\n\n")[0]
             lines.append(f"  {name}  {(component.__doc__ or '').strip().splitlines()[0]}")
-            lines.append(f"      source: {' '.join(source.split())}")
+            lines += [f"      source: {' '.join(source.split())}"] if source else []
             for field, about in component.__pydantic_fields__.items():
-                lines.append(f"      --{kind}.{field} {_default(about)}{_range(component, field)}: {about.description}")
+                words = description_of(component, field)
+                line = f"      --{kind}.{field} {_default(about)}{_range(component, field)}"
+                lines.append(f"{line}: {words}" if words else line)
         lines.append("")
     return "\n".join(lines)
 
@@ -251,14 +263,12 @@ def _dashed(word: str) -> str:
 
 
 def _show(console: Console, report, folder: Path) -> None:
-    from fedsim.page import remarks
+    from fedsim.page import remarks, rows_tested
 
     for remark in remarks(report):
         console.print(remark, highlight=False, markup=False)
     means = report.zero_shot_summary(), report.summary()
-    tested = report.zero_shot_table().query("split == 'test'")
-    away = tested.domain.isin(report.held_out)
-    counts = {"generalization": int(tested.total[away].sum()), "personalization": int(tested.total[~away].sum())}
+    counts = rows_tested(report)
     heads = {"generalization": f"held-out domain ({listing(report.held_out)})"} if report.held_out else {}
     heads |= {
         "personalization": "clients' own test rows",

@@ -1,6 +1,6 @@
 """Finished runs side by side: what differs between them, what it brought, and means over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from fedsim.config import EXECUTION, read_yaml
+from fedsim.config import EXECUTION, flat, read_yaml
 from fedsim.errors import InputError, listing
 from fedsim.evaluate import COLUMNS
 from fedsim.formats import number, percent, setting, spread
@@ -90,8 +90,11 @@ class Finished:
 Groups = list[tuple[str, list[Finished]]]  # a name, and a run alone or those that differ only in their seeds
 
 
-def compare(runs: Sequence[Path], out: Path) -> tuple[pd.DataFrame, Path]:
+def compare(runs: Sequence[Path], out: Path, warn: Callable[[str], None] = lambda _: None) -> tuple[pd.DataFrame, Path]:
     """Lays finished runs side by side.
+
+    Args:
+        warn: called with each reason why accuracies of these runs do not compare; the page has them as well.
 
     Returns:
         One row per run, accuracies in percent as text; and the page, at `out`. Where some runs differ only in
@@ -117,13 +120,16 @@ def compare(runs: Sequence[Path], out: Path) -> tuple[pd.DataFrame, Path]:
     )
     tables |= {caption: _more(shown)}
     told = {field.partition(".")[0] for field in differing}
-    words = [f"{HOW} {NEVER}", *(caveat for fields, caveat in CAVEATS.items() if told & set(fields))]
+    caveats = [caveat for fields, caveat in CAVEATS.items() if told & set(fields)]
+    words = [f"{HOW} {NEVER}", *caveats]
     sections = [
         Section("", words, tables={caption: rows.set_index("name") for caption, rows in tables.items()}),
         Section("Round by round", plots=_plots(shown)),
         Section("What the runs share", code=to_yaml(portable(shared))),
     ]
     _write(Path(out), render(f"{len(finished)} runs side by side", sections))
+    for caveat in caveats:
+        warn(caveat)
     return table, Path(out)
 
 
@@ -164,7 +170,8 @@ def _read(run: Path, name: str) -> Finished:
     by_round = curves(scores, held_out)
     return Finished(
         name,
-        _flat(config),
+        # The same data may be in another place on another machine: the folder's name tells.
+        flat(config) | {"data_dir": portable(config["data_dir"])},
         chosen,
         summarize(*(some[some["round"] == chosen] for some in (scores, labels, bins)), held_out),
         summarize(zero_shot, labels[:0], bins[:0], held_out),
@@ -179,16 +186,6 @@ def _parquet(file: Path, columns: list[str]) -> pd.DataFrame:
         return pd.read_parquet(file, columns=columns)
     except (pa.ArrowException, OSError) as error:  # pyarrow may add lines of its own to the sentence
         raise InputError(f"{file} is not a whole table of fedsim: {str(error).splitlines()[0]}") from None
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """`{"method": {"name": "fedclip", "lr": 1}}` as `{"method": "fedclip", "method.lr": 1}`."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        fields = value if isinstance(value, dict) else {"name": value}
-        flat |= {name if field == "name" else f"{name}.{field}": inner for field, inner in fields.items()}
-    # The same data may lie elsewhere on another machine: the folder's name tells.
-    return flat | {"data_dir": portable(flat["data_dir"])}
 
 
 # What differs ----------------------------------------------------------------------------------------------

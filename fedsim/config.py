@@ -268,6 +268,15 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """`{"method": {"name": "fedclip", "lr": 1}}` as `{"method": "fedclip", "method.lr": 1}`."""
+    result: dict[str, Any] = {}
+    for name, value in fields.items():
+        inner = value if isinstance(value, dict) else {"name": value}
+        result |= {name if field == "name" else f"{name}.{field}": each for field, each in inner.items()}
+    return result
+
+
 def _as_fields(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {"name": value}

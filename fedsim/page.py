@@ -144,6 +144,14 @@ def remarks(report: Report) -> list[str]:
     return said
 
 
+def rows_tested(report: Report) -> dict[str, int]:
+    """Test rows of an accuracy, by the names of `summarize`; a row that several models are tested on counts once."""
+    table = report.zero_shot_table()
+    table = table[table.split == "test"]
+    away = table.domain.isin(report.held_out)
+    return {"generalization": int(table.total[away].sum()), "personalization": int(table.total[~away].sum())}
+
+
 def _how_chosen(report: Report) -> list[str]:
     how = " ".join([*remarks(report), *[NEVER] * bool(report.last_round)])
     scores = report.score_table()
@@ -164,7 +172,12 @@ def _how_chosen(report: Report) -> list[str]:
 
 def _summary(report: Report) -> dict[str, pd.DataFrame]:
     before, after = report.zero_shot_summary(), report.summary()
-    shown = {key: words for key, words in (MEASURES | NEW_MEASURES).items() if key in after}
+    counts = rows_tested(report)
+    shown = {
+        key: f"{words} ({number(counts[key])} rows)" if counts.get(key) else words
+        for key, words in (MEASURES | NEW_MEASURES).items()
+        if key in after
+    }
     table = pd.DataFrame({BEFORE: before, AFTER: after}).loc[list(shown)]
     caption = (
         f"Top-1 accuracy in percent, round {report.chosen_round}; the difference of the two in percentage points. "

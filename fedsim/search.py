@@ -121,6 +121,12 @@ def search_of(owner: type, field: str) -> Span | Choice | None:
     return None
 
 
+def description_of(owner: type, field: str) -> str:
+    """What a component says of a field, or else the class that the field is inherited from; perhaps nothing."""
+    said = (cls.__dict__.get("__pydantic_fields__", {}).get(field) for cls in owner.__mro__)
+    return next((about.description for about in said if about and about.description), "")
+
+
 def _said(value: Plain) -> str:
     """As the command line takes it."""
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

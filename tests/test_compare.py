@@ -109,7 +109,7 @@ def test_a_seed_that_was_run_twice_counts_once(runs, tmp_path):
     assert list(table.n) == ["1", "1"]
 
 
-def test_different_data_and_domains_are_compared_and_said_so(runs, features_dir, tmp_path):
+def test_different_data_and_domains_are_compared_and_said_so(runs, features_dir, tmp_path, capsys):
     (tmp_path / "data").symlink_to(features_dir)
     folders, _ = runs(
         a={}, b={"data_dir": tmp_path / "data"}, c={"held_out": ()}, d={"rounds": 0, "server": "local_only"}
@@ -119,6 +119,9 @@ def test_different_data_and_domains_are_compared_and_said_so(runs, features_dir,
     assert list(table.held_out) == ["ink", "ink", "none", "ink"]
     assert table.generalization[2] == "-"
     assert "on different data" in page.read_text() and "hold out different domains" in page.read_text()
+    assert main(["compare", *map(str, folders), "--out", str(tmp_path)]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "These runs are on different data: their accuracies do not compare." in words
 
 
 def test_the_same_data_at_another_path_is_the_same_data(runs, features_dir, tmp_path):

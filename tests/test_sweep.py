@@ -380,6 +380,16 @@ BAD = {
         {},
         "pruner median wants validation or worst_tenth as the one objective, not bytes",
     ),
+    "traffic that is the same": (
+        {"objective": "validation,bytes", "search": ("method.lr", "method.batch")},
+        {},
+        r"objective bytes cannot change by what is searched \(probe.batch, probe.lr\); search cohort as well",
+    ),
+    "compute that is the same": (
+        {"objective": "validation,flops", "search": ("method.lr",)},
+        {},
+        "objective flops cannot change by what is searched",
+    ),
     "a logger": ({"loggers": "tensorbord"}, {}, "no logger 'tensorbord'; there are: tensorboard, mlflow, wandb"),
     "trials": ({"trials": 0}, {}, "trials wants greater than or equal to 1, not 0"),
     "a field": ({"trails": 3}, {}, "no field 'trails' in Sweep; there are: config, search, trials"),

@@ -22,6 +22,7 @@ from fedsim.cluster import Sizing, nodes_of, plan
 from fedsim.config import Config, read_yaml
 from fedsim.datasets import TEST
 from fedsim.errors import InputError, Stopped, listing
+from fedsim.fleets import Fleet
 from fedsim.formats import number, percent
 from fedsim.methods import Method
 from fedsim.pool import Event, Progress, drive
@@ -41,6 +42,11 @@ PRUNED = ("validation",), ("worst_tenth",)  # what a trial can fall behind by; a
 MANY = 1_000_000  # more than any cluster has room for
 FREE_S = 20  # for the driver actor of a sweep that was killed to have ended
 TINY = 1 << 20  # bytes: what Ray sets aside for a process whose work is done by others; a bundle of nothing it refuses
+JUDGED_OBJECTIVES = ("validation", "worst_tenth")
+# Hyperparameters of every method that change what a local step does, but neither its cost nor what is sent; and those
+# that change the cost of a round on the client alone.
+STEP_FIELDS = "optimizer", "lr", "momentum", "beta1", "beta2", "eps", "weight_decay", "keep_moments"
+PASS_FIELDS = "local_epochs", "batch", "label_space"
 STAYS = ("trials", "report_seeds")  # may change from one command to the next: they do not decide what is asked
 
 
@@ -216,6 +222,7 @@ def prepare_sweep(sweep: Sweep) -> Prepared:
     fleets = [config_of(config, {"fleet": chosen}).fleet for chosen in _chosen(space, "fleet")]
     if "clock_s" in sweep.objective and any(fleet.timeless for fleet in fleets):
         raise InputError("objective clock_s wants a fleet whose clients take time, such as --fleet lognormal")
+    _check_costs(sweep.objective, space, fleets)
     if not config.rounds:
         raise InputError("rounds wants 1 or more, or there is nothing to search for")
     for name in sweep.loggers:
@@ -234,6 +241,20 @@ def prepare_sweep(sweep: Sweep) -> Prepared:
             "data have no test rows of their own: what one trial trains on would be what another is tested on"
         )
     return Prepared(sweep, folder, space, base, tuple(_methods(space, config)))
+
+
+def _check_costs(objectives: tuple[str, ...], space: Space, fleets: list[Fleet]) -> None:
+    """Refuses a cost that is the same for all trials: the Pareto front would be one point."""
+    idle = {("method", name) for name in STEP_FIELDS}
+    for cost in [name for name in objectives if name not in JUDGED_OBJECTIVES]:
+        # Where time matters, longer training may miss a deadline, and its update is then not sent.
+        more = PASS_FIELDS if cost == "bytes" and all(fleet.timeless for fleet in fleets) else ()
+        if {one.path for one in space.dimensions} <= idle | {("method", name) for name in more}:
+            searched = listing(one.name for one in space.dimensions)
+            raise InputError(
+                f"objective {cost} cannot change by what is searched ({searched}); search cohort as well, for example, "
+                f"or leave {cost} out"
+            )
 
 
 def _try_out(space: Space, base: Experiment) -> None:
