@@ -29,7 +29,7 @@ import job as plain
 
 from fedsim import Config, run
 from fedsim.clients import Population
-from fedsim.clip import EMBEDDED, Clip, find_weights
+from fedsim.clip import Clip
 from fedsim.datasets import TRAIN, Features, Images
 from fedsim.features import BLOCK, Encoder
 from fedsim.files import digest
@@ -39,6 +39,7 @@ from fedsim.pool import device_of
 from fedsim.registry import parse
 from fedsim.servers.fedavg import FedAvg
 from fedsim.stack import stack_size
+from fedsim.weights import EMBEDDED, find_weights, width_of
 
 ROWS, WIDTH, CLASSES = 64, 512, 7  # of a client of the adapter's job: two local steps of 32 rows
 SAME = {True: "the same bits", False: "OTHER BITS"}
@@ -255,8 +256,6 @@ class Bench:
 
     def made(self, count: int, weights=None, rows: int = ROWS) -> tuple[Features, Population]:
         """Random features of so many clients, and class embeddings: of a backbone's width where one is given."""
-        from fedsim.clip import width_of
-
         width, classes = (width_of(weights), self.sizes.classes) if weights else (WIDTH, CLASSES)
         rng = np.random.default_rng(0)
         text = rng.standard_normal((classes, width)).astype(np.float32)

@@ -243,6 +243,7 @@ class Trainer:
         told = _to(self.device, unflatten(told, task.server.sends({}, task.of(like, "shared"))), task.dtype)
         rows_of = {client: self.clients[client].train for client, _ in clients}
         sums = _Sums(shared, self.device, task.server.sees_each)
+        keeps = task.keeps(like)
         notes = []
         for fits in self._fits(task, round, received, told, clients, rows_of):
             weights, messages = [], []
@@ -252,7 +253,8 @@ class Trainer:
                 weight = task.server.weight(rows, round - 1 - version, steps)
                 ours = {name: fits.params[name][place] for name in shared}
                 rule, message = task.server.settle(fits.rule[place], told, shared, ours, steps, task.method.lr)
-                self._keep(task, round, client, fits, place, rule)
+                if keeps:
+                    self._keep(task, round, client, fits, place, rule)
                 weights.append(weight)
                 messages.append(message)
                 notes.append((client, rows, steps, fits.losses[place], payload[1], payload[0]))

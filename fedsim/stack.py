@@ -17,7 +17,7 @@ from fedsim.params import Params
 
 # What a stack's parameters, gradients and moments may take. On a CPU, what stays in cache: more clients at once
 # are slower there (benchmarks/README.md). A function of the device alone, since the sums are rounded by it.
-BUDGET_BYTES = {"cpu": 36 << 20, "cuda": 4 << 30}
+BUDGET_BYTES = {"cpu": 36 << 20, "cuda": 5 << 30}
 Term = Callable[[Params, Params], Tensor]
 
 
