@@ -123,7 +123,8 @@ def make_clients(
     splits = partition.deal(rows, domains, clients, seed, train_share)
     # Those that are drawn one by one promise it of all.
     if isinstance(splits, list) and (idle := [k for k, (train, _, _) in enumerate(splits) if not len(train)]):
-        raise InputError(f"clients {listing(idle)} have no train rows; take fewer clients or another partition")
+        who = f"client {idle[0]} has" if len(idle) == 1 else f"clients {listing(idle)} have"
+        raise InputError(f"{who} no train rows; take fewer clients or another partition")
     if shots:
         few = _FewShot(splits, rows.y, shots, seed)
         splits = list(few) if isinstance(splits, list) else few

@@ -526,7 +526,7 @@ class _Sums:
             total.sub_(self.shared[name], alpha=self.weight)  # in float64 it does no harm to subtract last
         each = None
         if self.each is not None:
-            each = np.stack([self.each[client] for client in notes["client"].tolist()]).astype(np.float32)
+            each = np.stack([self.each[client] for client in notes["client"].tolist()])
             if not np.isfinite(each).all():
                 raise InputError("training diverged: an update is not finite; try a smaller --method.lr")
         return Partial(self.delta.cpu().numpy(), self.weight, notes, self.message, each)

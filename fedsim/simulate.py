@@ -63,8 +63,6 @@ def run(config: Config, progress: Progress = lambda event: None) -> Report:
     if experiment.done:
         return experiment.done
     progress(Event("begun", 0, 0))  # nothing is refused any more
-    if experiment.weights and experiment.weights.note:
-        progress(Event("weights", 0, 0, experiment.weights.note))
     if config.actors == 0:
         return simulate(experiment, progress)
     return drive(simulate, (experiment,), config.address, progress)
@@ -429,7 +427,13 @@ def _data_notes(experiment: Experiment) -> str:
     """What the user is told of the data: what was left out, or taken for granted."""
     skipped = experiment.skipped
     unread = [f"left out {counted(len(skipped), 'unreadable image')}: {listing(skipped, 4)}"] if skipped else []
-    return "; ".join([*experiment.source.notes, *unread])
+    return "; ".join([*_assumptions(experiment), *unread])
+
+
+def _assumptions(experiment: Experiment) -> list[str]:
+    """What is taken for granted of the data and of the weights."""
+    weights = experiment.weights
+    return [*experiment.source.notes, *([weights.note] if weights and weights.note else [])]
 
 
 def _clients(config: Config, rows: Labelled) -> Population:
@@ -520,7 +524,9 @@ def _begin(experiment: Experiment, task: Task) -> tuple[ServerState, Report]:
         "flops_per_step": per_step,
         "flops_per_row": per_row,
         "versions": environment(),
-    } | ({"data_notes": "; ".join(features.notes)} if features.notes else {})
+    }
+    if assumed := _assumptions(experiment):
+        facts["data_notes"] = "; ".join(assumed)
     config, clients = experiment.config, experiment.clients
     names = config.experiment(), list(features.domains), list(features.classes)
     report = Report(*names, list(config.held_out), facts, adapter=state.params, private=state.private)

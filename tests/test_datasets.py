@@ -629,7 +629,8 @@ def test_the_logit_scale_is_what_the_user_says_then_the_file_then_100(tmp_path):
         ),
         (
             {"label": [0, 2, -1]},
-            "features.parquet: label needs a row of classes.parquet, 0 to 1, not: -1, 2; or write the names of classes",
+            "features.parquet: numbers as labels need to be the rows of classes.parquet, all of 0 to 1; these are "
+            "-1, 0, 2; or write the names of classes",
         ),
         (
             {"domain": [["a"], ["b"], ["a"]]},

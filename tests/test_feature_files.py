@@ -68,21 +68,19 @@ def test_numbers_with_names_by_hugging_face_are_these_names(tmp_path):
     )
 
 
-def test_numbers_of_classes_that_have_other_names_are_rows_and_may_not_skip_any(tmp_path):
+@pytest.mark.parametrize("labels", [[1, 2, 3, 2], [0, 2, 0, 2], [-1, 0, 1, 2]])
+def test_numbers_of_classes_that_have_other_names_are_rows_and_may_not_skip_any(tmp_path, labels):
     assert named(load(save(tmp_path, label=[0, 1, 2, 1]))) == LABELS
-    assert refusal(save(tmp_path, label=[1, 2, 3, 2])) == (
-        "features.parquet: label needs a row of classes.parquet, 0 to 2, not: 3; or write the names of classes"
-    )
-    assert refusal(save(tmp_path, label=[0, 2, 0, 2])) == (
-        "classes.parquet: 1 of 3 classes have no row in features.parquet: dog; write names as labels, since numbers "
-        "that skip classes may be meant in another way"
+    assert refusal(save(tmp_path, label=labels)) == (
+        "features.parquet: numbers as labels need to be the rows of classes.parquet, all of 0 to 2; these are "
+        f"{', '.join(str(label) for label in sorted(set(labels)))}; or write the names of classes"
     )
 
 
-def test_a_class_without_rows_is_refused(tmp_path):
-    assert refusal(save(tmp_path, label=["cat", "dog", "cat", "dog"])) == (
-        "classes.parquet: 1 of 3 classes have no row in features.parquet: owl"
-    )
+def test_a_class_without_rows_is_said(tmp_path):
+    assert load(save(tmp_path)).notes == ()
+    features = load(save(tmp_path, label=["cat", "dog", "cat", "dog"]))
+    assert features.notes == ("1 of 3 classes compete without a row in features.parquet: owl",)
 
 
 @pytest.mark.parametrize("name", ["label", "domain"])

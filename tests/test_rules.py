@@ -624,3 +624,14 @@ def test_in_a_run_scaffold_sends_twice_the_bytes_and_dittos_shared_half_is_fedav
 def test_krum_refuses_a_small_cohort_in_a_run(config):
     with pytest.raises(InputError, match="krum with f 1 wants 5 clients or more in a round, not 3"):
         run(config(server="krum", clients=6, cohort=3, rounds=1))
+
+
+def test_the_deltas_of_float64_are_not_rounded_where_a_rule_sees_each(config):
+    """Of one client the median is its delta, which is also the mean."""
+    fields = {"partition": "iid", "clients": 1, "rounds": 1, "dtype": "float64", "method": "probe"}
+    found = [
+        run(config(**fields, server=server, out=config().out.with_name(server))).adapter
+        for server in ("median", "fedavg")
+    ]
+    for name, tensor in found[0].items():
+        assert (tensor - found[1][name]).abs().max() < 1e-15

@@ -54,6 +54,7 @@ class FeatureFiles(Dataset):
             raise InputError(f"classes.parquet: a prototype needs a length above 0, which these have not: {zero}")
 
         rows = _open(features_file, ["feature", "label", "domain"])
+        y = _labels(_column(rows, features_file, "label"), classes, _names_of_numbers(rows))
         domain, domains = _domains(_column(rows, features_file, "domain"))
         x = _matrix(rows, features_file, "feature", prototypes.shape[1])
         if (zero := np.flatnonzero(~x.any(axis=1))).size:
@@ -61,11 +62,12 @@ class FeatureFiles(Dataset):
         return Features(
             file=None,
             x=x,
-            y=_labels(_column(rows, features_file, "label"), classes, _names_of_numbers(rows)),
+            y=y,
             domain=domain,
             classes=classes,
             domains=domains,
             split=_splits(rows, features_file),
+            notes=_notes(y, classes),
             prototypes=prototypes / length,  # float64, which a run in float32 rounds once
             logit_scale=self.logit_scale or _scale_of(table),
         )
@@ -231,29 +233,29 @@ def _labels(column: pa.ChunkedArray, classes: tuple[str, ...], named: Sequence[s
     counts = _counts(column)
     if not pa.types.is_integer(column.type):
         name_of = canonical_names("class", counts, "features.parquet: label")
-    elif named is not None or all(name.removeprefix("-").isdecimal() for name in classes):
-        meaning = dict(enumerate(named)) if named is not None else {}
-        name_of = {number: meaning.get(number, str(number)) for number in counts}
+    elif named is not None:
+        name_of = {number: named[number] if 0 <= number < len(named) else str(number) for number in counts}
+    elif all(name.removeprefix("-").isdecimal() for name in classes):
+        name_of = {number: str(number) for number in counts}
     else:
-        if unknown := sorted(number for number in counts if not 0 <= number < len(classes)):
+        if set(counts) != set(range(len(classes))):
             raise InputError(
-                f"features.parquet: label needs a row of classes.parquet, 0 to {len(classes) - 1}, not: "
-                f"{listing(unknown)}; or write the names of classes"
+                f"features.parquet: numbers as labels need to be the rows of classes.parquet, all of 0 to "
+                f"{len(classes) - 1}; these are {listing(sorted(counts))}; or write the names of classes"
             )
-        name_of = {number: classes[number] for number in counts}
+        name_of = dict(enumerate(classes))
     if unknown := sorted(set(name_of.values()) - set(classes)):
         raise InputError(
             f"features.parquet: labels that classes.parquet does not have: {listing(unknown)}; "
             f"it has: {listing(classes)}"
         )
-    if absent := [name for name in classes if name not in set(name_of.values())]:
-        by_row = pa.types.is_integer(column.type) and named is None
-        hint = "; write names as labels, since numbers that skip classes may be meant in another way" if by_row else ""
-        raise InputError(
-            f"classes.parquet: {len(absent)} of {len(classes)} classes have no row in features.parquet: "
-            f"{listing(absent)}{hint}"
-        )
     return _codes(column, name_of, classes)
+
+
+def _notes(y: np.ndarray, classes: Sequence[str]) -> tuple[str, ...]:
+    absent = [classes[k] for k in np.flatnonzero(np.bincount(y, minlength=len(classes)) == 0)]
+    count = f"{len(absent)} of {len(classes)} classes"
+    return (f"{count} compete without a row in features.parquet: {listing(absent)}",) if absent else ()
 
 
 def _names_of_numbers(data: arrow.Dataset) -> list[str] | None:

@@ -37,7 +37,7 @@ class Partial:
         weight: sum of the weights.
         clients: (n,) of `NOTE`.
         message: (Q,) float64, sum of weight * message, of rules whose clients send one.
-        each: (n, P) float32, every client's own delta, in the order of `clients`; of rules that must see each.
+        each: (n, P) in training's dtype, every client's own delta, in the order of `clients`; of rules that see each.
         population: training clients of the run, whoever of them trains.
     """
 
@@ -70,8 +70,8 @@ def add_up(partials: Iterable[Partial], population: int = 0) -> Partial:
     notes = np.concatenate(clients)
     each = None
     if file:  # an empty one cannot be mapped
-        width = first.each.shape[1]
-        each = np.memmap(file, np.float32, "r").reshape(-1, width) if width else np.zeros((len(notes), 0), np.float32)
+        width, dtype = first.each.shape[1], first.each.dtype
+        each = np.memmap(file, dtype, "r").reshape(-1, width) if width else np.zeros((len(notes), 0), dtype)
     return Partial(delta, weight, notes, message, each, population)
 
 
