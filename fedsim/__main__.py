@@ -19,14 +19,16 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
-from fedsim.config import Config, flat, merged, read_yaml
-from fedsim.errors import InputError, Stopped, listing
+# What imports torch is imported where it is used: it takes seconds, in which `main` already hears Ctrl-C, and which
+# some commands can do without.
+from fedsim.errors import InputError, Stopped, code_of, listing, sentence_of
 from fedsim.formats import number, percent
 from fedsim.registry import KINDS, available, find
 from fedsim.search import description_of, search_of
-from fedsim.terminal import DETACH, Parser, bars_on, launch, shown
-from fedsim.watch import code_of, sentence_of, stop, watch
-from fedsim.weights import EMBEDDED
+from fedsim.signals import heard
+from fedsim.streams import Outlet, outlets
+from fedsim.terminal import DETACH, Parser, bars_on, launch, plain_console, shown
+from fedsim.watch import stop, watch
 
 USAGE = """\
 fedsim run [FLAGS]                    one experiment
@@ -38,11 +40,22 @@ fedsim stop FOLDER                    interrupts it; the same command goes on fr
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for bad input, 1 for a run that was stopped, 130 for one that was interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Returns the exit code: 0, 2 for bad input, 128 + its number for a signal, 1 for whatever else stopped a run.
+
+    Also 1 where all was done, but could not be printed since a disk is full; a reader that has gone is no error.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a name that a terminal cannot show is shown in escapes
             stream.reconfigure(errors="backslashreplace")
+    with outlets() as (printed, _), heard():
+        try:
+            return _command(sys.argv[1:] if argv is None else argv) or _printed(printed)
+        except (InputError, Stopped, KeyboardInterrupt) as error:
+            print(f"fedsim: {sentence_of(error)}", file=sys.stderr)
+            return code_of(error)
+
+
+def _command(argv: list[str]) -> int:
     commands = {
         "run": run_command,
         "sweep": sweep_command,
@@ -50,21 +63,24 @@ def main(argv: list[str] | None = None) -> int:
         "watch": watch_command,
         "stop": stop_command,
     }
-    try:
-        if argv[:1] == ["help"]:
-            argv = [*argv[1:2], "--help"]
-        if not argv or argv[0] in ("-h", "--help"):
-            print(USAGE)
-            return 0
-        if argv[0] == "--version":
-            print(f"fedsim {version('fedsim')}")
-            return 0
-        if argv[0] not in commands:
-            raise InputError(f"no command {argv[0]!r}; there are: {listing(commands)}")
-        return commands[argv[0]](argv[1:])
-    except (InputError, Stopped, KeyboardInterrupt) as error:
-        print(f"fedsim: {sentence_of(error)}", file=sys.stderr)
-        return code_of(error)
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if argv[0] == "--version":
+        print(f"fedsim {version('fedsim')}")
+        return 0
+    if argv[0] not in commands:
+        raise InputError(f"no command {argv[0]!r}; there are: {listing(commands)}")
+    return commands[argv[0]](argv[1:])
+
+
+def _printed(outlet: Outlet) -> int:
+    outlet.flush()
+    if outlet.fault is None or isinstance(outlet.fault, BrokenPipeError):
+        return 0
+    raise Stopped(f"standard output: {outlet.fault.strerror}; all but what is printed is complete")
 
 
 def run_command(argv: list[str]) -> int:
@@ -90,15 +106,15 @@ def sweep_command(argv: list[str]) -> int:
 
 def watch_command(argv: list[str]) -> int:
     """fedsim watch: a run or a sweep of another process, until it ends; its exit code."""
-    console = Console()
+    console = plain_console()
     folder = _folder("watch", "Show how a run or sweep is getting on, until it ends; to leave does not end it.", argv)
     with bars_on(console) as bars:
         ended = watch(folder, shown(bars))
-    if ended["code"]:
-        print(f"fedsim: {ended['said']}", file=sys.stderr)
+    if ended.code:
+        print(f"fedsim: {ended.said}", file=sys.stderr)
     else:
-        console.print(ended["said"], highlight=False, markup=False, end="")
-    return ended["code"]
+        console.print(ended.said, end="")
+    return ended.code
 
 
 def stop_command(argv: list[str]) -> int:
@@ -120,6 +136,9 @@ def parse_run(argv: list[str], command: str = "run", others: Iterable[str] = ())
         command: that has these flags too.
         others: what else it has, to be named where one is misspelt.
     """
+    from fedsim.config import Config, merged, read_yaml
+    from fedsim.weights import EMBEDDED
+
     flags = _flags(argv, command, others)
     file = flags.pop("config", None)
     # The embedded experiment is tuned for its own images and model; with any other, defaults are the papers'.
@@ -144,16 +163,17 @@ def compare_command(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     from fedsim.compare import compare
 
-    console = Console()
-    warn = partial(console.print, highlight=False, markup=False)
-    table, page = compare(args.runs, args.out / "compare.html", warn)
+    console = plain_console()
+    table, page = compare(args.runs, args.out / "compare.html", console.print)
     console.print(_rich(table))
-    console.print(f"page  {page}", highlight=False)
+    console.print(f"page  {page}")
     return 0
 
 
 def run_parser() -> argparse.ArgumentParser:
     """Flags for every field of Config, and for every field of every component below its kind."""
+    from fedsim.config import Config, flat, read_yaml
+
     embedded = flat(read_yaml("glyphs"))
     parser = Parser(
         prog="fedsim run",
@@ -219,6 +239,8 @@ def _flags(argv: list[str], command: str, others: Iterable[str]) -> dict[str, An
 
 
 def _optional(name: str) -> bool:
+    from fedsim.config import Config
+
     return name in Config.model_fields and type(None) in get_args(Config.model_fields[name].annotation)
 
 
@@ -266,7 +288,7 @@ def _show(console: Console, report, folder: Path) -> None:
     from fedsim.page import remarks, rows_tested
 
     for remark in remarks(report):
-        console.print(remark, highlight=False, markup=False)
+        console.print(remark)
     means = report.zero_shot_summary(), report.summary()
     counts = rows_tested(report)
     heads = {"generalization": f"held-out domain ({listing(report.held_out)})"} if report.held_out else {}
@@ -297,7 +319,7 @@ def _show(console: Console, report, folder: Path) -> None:
             table.add_row("test rows", *(number(counts[key]) if key in counts else "" for key in heads))
         console.print(table)
     for file in ("report.html", "scores.parquet", "rounds.parquet", "adapter.safetensors", "config.yaml"):
-        console.print(f"  {folder / file}", highlight=False, soft_wrap=True)
+        console.print(f"  {folder / file}", soft_wrap=True)
 
 
 def _rich(frame) -> Table:

@@ -20,22 +20,12 @@ import torch
 
 from fedsim.cluster import Sizing, blind, bundles, here, nodes_of, on, plan, session, sizes_of
 from fedsim.errors import InputError, Stopped, listing
+from fedsim.events import Event, Progress
 
-Progress = Callable[["Event"], None]
 QUEUED = 2  # calls given to an actor: one that runs, one that waits, so that it never idles on the driver
 TRIES = 4  # a call that ended, or outran, so many actors will do so to the next one too
 PLACEMENT_S = 120  # for the first actor of a pool to answer
 UNKNOWN_S = 300  # for a call while none of its name has answered: it may load a model; and for a restart
-
-
-@dataclass(frozen=True)
-class Event:
-    """How far a stage of a run has come."""
-
-    stage: str
-    done: int
-    total: int
-    note: str = ""
 
 
 class Pool(ABC):

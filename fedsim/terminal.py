@@ -10,7 +10,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.text import Text
 
 from fedsim.errors import InputError
-from fedsim.pool import Progress as Tell
+from fedsim.events import Event
+from fedsim.events import Progress as Tell
 from fedsim.watch import Telling, detach, read_status
 
 DETACH = "--detach"
@@ -37,12 +38,13 @@ def launch(
         check: raises what the command would be refused for.
         work: told whom to tell of its progress; what it returns is shown.
     """
-    console = Console(record=True)
-    console.print(f"{origin}\n-> {folder}", highlight=False)
+    console = plain_console(record=True)
+    console.print(origin)
     if DETACH in argv:
         check()
+        console.print(f"-> {folder}")
         return _let_go(console, folder, [word for word in argv if word != DETACH])
-    with bars_on(console) as bars, Telling(folder, shown(bars)) as telling:
+    with bars_on(console) as bars, Telling(folder, shown(bars, f"-> {folder}")) as telling:
         found = work(telling.progress)
         bars.stop()
         console.export_text()  # what was said so far
@@ -54,21 +56,25 @@ def launch(
 def _let_go(console: Console, folder: Path, argv: Sequence[str]) -> int:
     detach(folder, argv)
     status = read_status(folder)
-    where = "is done" if status["ended"] else f"goes on in process {status['pid']} on {status['host']}"
-    console.print(where, highlight=False)
-    console.print(f"  fedsim watch {folder}\n  fedsim stop {folder}", highlight=False, soft_wrap=True)
+    console.print("is done" if status.ended else f"goes on in process {status.pid} on {status.host}")
+    console.print(f"  fedsim watch {folder}\n  fedsim stop {folder}", soft_wrap=True)
     return 0
+
+
+def plain_console(**options: Any) -> Console:
+    """A console that prints names as they are: `[/x]` in one is no markup, and `:x:` no emoji."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def bars_on(console: Console) -> Progress:
     """A bar for each stage of a run or sweep."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         _Rate(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
 
@@ -81,15 +87,18 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.3g}/s")
 
 
-def shown(bars: Progress) -> Tell:
-    """Who shows events on these bars."""
+def shown(bars: Progress, heading: str = "") -> Tell:
+    """Shows events on these bars, below a heading, which is left out where nothing happens."""
+    headings = [heading] if heading else []
     tasks: dict[str, Any] = {}
 
-    def show(event) -> None:
+    def show(event: Event) -> None:
+        while headings:
+            bars.console.print(headings.pop())
         if not event.total and not event.note:
             return
         if not event.total:  # said once, and nothing to wait for
-            bars.console.print(f"{event.stage}: {event.note}", highlight=False)
+            bars.console.print(f"{event.stage}: {event.note}")
             return
         if event.stage not in tasks:
             tasks[event.stage] = bars.add_task(event.stage, total=event.total, note="")

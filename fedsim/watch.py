@@ -5,28 +5,51 @@ is joined or a private one. `status.json` is written whole or not at all; a lock
 tells whether it is alive.
 """
 
-import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, Field, ValidationError
 
-from fedsim.errors import InputError, Stopped
-from fedsim.pool import Event, Progress
-from fedsim.report import write_text
+from fedsim.errors import RESUMES, InputError, Stopped, code_of, sentence_of
+from fedsim.events import Event, Progress
+from fedsim.files import write_text
 
 STATUS, LOG, LOCK = "status.json", "run.log", ".running.lock"
 PATIENCE_S = 0.3  # between two looks
-INTERRUPTED = "interrupted; the same command goes on from the last round"
 STOP_S = 60  # for an interrupted run to end
+
+
+class Ended(BaseModel):
+    """The exit code of a command, and what it said at its end."""
+
+    code: int
+    said: str
+
+
+class Status(BaseModel):
+    """What `status.json` holds.
+
+    Attributes:
+        pid: of the process that does the work; 0, 1 and negative ones would name groups of processes, or init.
+        started: seconds from the start of the machine to that of the process: a later one may have the same pid.
+        events: the last one of each stage.
+        ended: None while it runs, and for ever if it was killed.
+    """
+
+    pid: int = Field(ge=2)
+    started: float
+    host: str
+    began: float
+    events: list[Event]
+    ended: Ended | None
 
 
 class Telling:
@@ -41,12 +64,14 @@ class Telling:
     def __init__(self, folder: Path, show: Progress) -> None:
         self.folder, self.show, self.said = folder, show, ""
         self.lock: FileLock | None = None
-        self.events: dict[str, dict[str, Any]] = {}
-        self.about = {"pid": os.getpid(), "host": socket.gethostname(), "began": time.time()}
+        self.events: dict[str, Event] = {}
+        process = psutil.Process()
+        self.about = {"pid": process.pid, "started": _started(process), "host": socket.gethostname()}
+        self.about["began"] = time.time()
 
     def progress(self, event: Event) -> None:
         self.show(event)
-        self.events[event.stage] = asdict(event)
+        self.events[event.stage] = event
         self._write(None)
 
     def __enter__(self) -> "Telling":
@@ -57,30 +82,19 @@ class Telling:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         code, said = (0, self.said) if error is None else (code_of(error), sentence_of(error))
         if self.lock or error is None:  # a run that is refused leaves what an earlier one has said
-            self._write({"code": code, "said": said})
+            self._write(Ended(code=code, said=said))
         if self.lock:
             self.lock.release()
 
-    def _write(self, ended: dict[str, Any] | None) -> None:
+    def _write(self, ended: Ended | None) -> None:
         if self.folder.is_dir() and (self.lock or self._take()):
-            status = self.about | {"events": list(self.events.values()), "ended": ended}
-            write_text(self.folder / STATUS, json.dumps(status))
+            status = Status(**self.about, events=list(self.events.values()), ended=ended)
+            with suppress(OSError):  # on a full disk the run itself ends, and says so
+                write_text(self.folder / STATUS, status.model_dump_json())
 
     def _take(self) -> bool:
         self.lock = _held(self.folder, PATIENCE_S)
         return self.lock is not None
-
-
-def code_of(error: BaseException) -> int:
-    """The exit code of a command that ended so: 2 for bad input, 130 for an interrupt, 1 for anything else."""
-    return 2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-
-
-def sentence_of(error: BaseException) -> str:
-    """What a user is told of it."""
-    if isinstance(error, InputError | Stopped):
-        return " ".join(str(error).split())
-    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
 
 
 def detach(folder: Path, argv: Sequence[str]) -> None:
@@ -110,25 +124,25 @@ def detach(folder: Path, argv: Sequence[str]) -> None:
         raise (InputError if child.returncode == 2 else Stopped)(last[0].removeprefix("fedsim: "))
 
 
-def watch(folder: Path, show: Progress) -> dict[str, Any]:
-    """Shows the events of the run in a folder until it ends; returns its exit `code` and what it `said`.
+def watch(folder: Path, show: Progress) -> Ended:
+    """Shows the events of the run in a folder until it ends; returns how it ended.
 
     Raises:
         InputError: there is no such run.
         Stopped: it has died without a word.
     """
-    shown: dict[str, dict] = {}
+    shown: dict[str, Event] = {}
     while True:
         alive = _alive(folder)  # before the look at what it wrote: it may end in between
         status = read_status(folder)
-        for event in status["events"]:
-            if shown.get(event["stage"]) != event:
-                shown[event["stage"]] = event
-                show(Event(**event))
-        if status["ended"]:
-            return status["ended"]
-        if not alive and status["host"] == socket.gethostname():
-            raise Stopped(f"the process that ran in {folder} is gone; the same command goes on from the last round")
+        for event in status.events:
+            if shown.get(event.stage) != event:
+                shown[event.stage] = event
+                show(event)
+        if status.ended:
+            return status.ended
+        if not alive and status.host == socket.gethostname():
+            raise Stopped(f"the process that ran in {folder} is gone; {RESUMES}")
         time.sleep(PATIENCE_S)
 
 
@@ -137,36 +151,51 @@ def stop(folder: Path) -> None:
 
     Raises:
         InputError: nobody runs there, or on another machine.
-        Stopped: it does not end.
+        Stopped: it does not end, or belongs to another user.
     """
-    host = read_status(folder)["host"]
+    host = read_status(folder).host
     if host != socket.gethostname():
         raise InputError(f"{folder} is run by a process on {host}; stop it there")
     alive, status = _alive(folder), read_status(folder)
-    if status["ended"] or not alive:
+    if status.ended or not alive:
         raise InputError(f"nobody runs in {folder}")
-    os.kill(status["pid"], signal.SIGINT)
+    try:
+        process = psutil.Process(status.pid)
+        if abs(_started(process) - status.started) > 1:
+            raise InputError(f"process {status.pid} is not the one that wrote {folder / STATUS}; it is left alone")
+        process.send_signal(signal.SIGINT)
+    except psutil.NoSuchProcess:
+        raise InputError(f"{folder / STATUS} names process {status.pid}, which does not exist") from None
+    except psutil.AccessDenied:
+        raise Stopped(f"process {status.pid} belongs to another user") from None
     late = time.monotonic() + STOP_S
     while _alive(folder):
         if time.monotonic() > late:
-            raise Stopped(f"process {status['pid']} does not end; its checkpoints are whole, and `kill -9` may be used")
+            raise Stopped(f"process {status.pid} does not end; its checkpoints are whole, and `kill -9` may be used")
         time.sleep(PATIENCE_S)
 
 
-def read_status(folder: Path) -> dict[str, Any]:
+def read_status(folder: Path) -> Status:
     """What `Telling` wrote last.
 
     Raises:
-        InputError: nothing is there; the message lists the runs that are below the folder.
+        InputError: nothing is there; the message lists the runs that are below the folder. Or it is something else.
     """
     try:
-        return json.loads((folder / STATUS).read_text(encoding="utf-8"))
+        return Status.model_validate_json((folder / STATUS).read_bytes(), strict=True)
     except OSError:
         below = sorted(str(file.parent) for file in folder.glob(f"*/{STATUS}"))
         more = f"; below it are {', '.join(below[:12])}" if below else ""
         raise InputError(f"no command of fedsim has run in {folder}{more}") from None
-    except ValueError as error:
-        raise InputError(f"{folder / STATUS} is no status of a run ({error})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise InputError(f"{folder / STATUS} is no status of a run ({field and field + ': '}{first['msg']})") from None
+
+
+def _started(process: psutil.Process) -> float:
+    # A difference, since both change with the clock of the machine.
+    return process.create_time() - psutil.boot_time()
 
 
 def _alive(folder: Path) -> bool:

@@ -1,15 +1,19 @@
 """Imports follow the arrows of the design and never go back."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import fedsim
 
 # A module may import those that stand before it; a package's files, their package and those before it.
 ORDER = """
-    errors files formats shares search rng registry params datasets partitions sites towers methods servers fleets
-    clients weights clip cluster pool features private evaluate optimizer stack local cost config schedule report
-    plots page checkpoint simulate many compare watch terminal __init__ __main__
+    errors events signals streams files formats shares search rng registry params datasets partitions sites towers
+    methods servers fleets clients weights clip cluster pool features private evaluate optimizer stack local cost config
+    schedule report plots page checkpoint simulate many compare watch terminal __init__ __main__
 """.split()  # noqa: SIM905
 
 
@@ -57,3 +61,20 @@ def opens_text(call: ast.Call) -> bool:
     if name == "open":
         return bool(modes)
     return isinstance(call.func, ast.Attribute) and name in ("read_text", "write_text")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["watch", "nowhere"], ["stop", "nowhere"]])
+def test_a_command_that_computes_nothing_does_not_import_torch(argv):
+    program = "import sys; from fedsim.__main__ import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, timeout=60).returncode == 0
+
+
+def test_everything_for_sale_is_where_its_name_says_and_is_seen_by_editors():
+    source = ast.parse(Path(fedsim.__file__).read_text(encoding="utf-8"))
+    shown = {
+        name.name: node.module for node in ast.walk(source) if isinstance(node, ast.ImportFrom) for name in node.names
+    }
+    assert {name: shown.get(name) for name in fedsim.__all__} == fedsim._MODULE_OF
+    assert all(getattr(fedsim, name).__name__ == name for name in fedsim.__all__)
+    with pytest.raises(AttributeError, match="module 'fedsim' has no attribute 'Runner'"):
+        _ = fedsim.Runner

@@ -4,18 +4,23 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pandas as pd
+import psutil
 import pytest
+from filelock import FileLock
 from test_bits import result
 
 from fedsim import run
 from fedsim.__main__ import main
+from fedsim.checkpoint import NAME as CHECKPOINT
 from fedsim.errors import InputError
-from fedsim.watch import STATUS, Telling
+from fedsim.watch import LOCK, STATUS, Telling
 
 FEDSIM = [sys.executable, "-m", "fedsim"]
 
@@ -119,6 +124,114 @@ def test_a_run_that_a_script_has_put_in_the_background_can_be_stopped(flags, tmp
     assert status(there)["ended"]["code"] == 130
 
 
+def held(folder: Path, **changes) -> FileLock:
+    """A folder of a run that this process does, with other values in its status."""
+    process = psutil.Process()
+    about = {"pid": process.pid, "started": process.create_time() - psutil.boot_time(), "host": socket.gethostname()}
+    (folder / STATUS).write_text(json.dumps(about | {"began": 0.0, "events": [], "ended": None} | changes))
+    lock = FileLock(folder / LOCK)
+    lock.acquire()
+    return lock
+
+
+def test_stop_leaves_a_process_alone_that_has_the_pid_of_an_earlier_one(tmp_path, capsys):
+    bystander = subprocess.Popen(["sleep", "60"])
+    with held(tmp_path, pid=bystander.pid):
+        assert main(["stop", str(tmp_path)]) == 2
+    assert bystander.poll() is None
+    assert capsys.readouterr().err == (
+        f"fedsim: process {bystander.pid} is not the one that wrote {tmp_path / STATUS}; it is left alone\n"
+    )
+    bystander.kill()
+    bystander.wait()
+    with held(tmp_path, pid=bystander.pid):
+        assert main(["stop", str(tmp_path)]) == 2
+    assert f"names process {bystander.pid}, which does not exist" in capsys.readouterr().err
+
+
+SHAPES = {
+    "[]": "",
+    "{}": "pid: Field required",
+    "{": "Invalid JSON",
+    '{"pid": -1}': "pid: Input should be greater than or equal to 2",
+    '{"pid": "12"}': "pid: Input should be a valid integer",
+    '{"pid": 12, "started": 1, "host": "h", "began": 1, "events": 3, "ended": null}': "events: Input should be",
+    '{"pid": 12, "started": 1, "host": "h", "began": 1, "events": [{}], "ended": null}': "events.0.stage",
+    '{"pid": 12, "started": 1, "host": "h", "began": 1, "events": [], "ended": []}': "ended: Input should be",
+    '{"pid": 12, "started": 1, "host": "h", "began": 1, "events": [], "ended": {"code": 0}}': "ended.said",
+}
+
+
+@pytest.mark.parametrize("command", ["watch", "stop"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_status_of_another_shape_is_refused_in_one_sentence(command, shape, tmp_path, capsys):
+    (tmp_path / STATUS).write_text(shape)
+    assert main([command, str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fedsim: {tmp_path / STATUS} is no status of a run ({SHAPES[shape]}")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_with_one_sentence_and_its_own_exit_code(number, code, flags, tmp_path):
+    there = tmp_path / "run"
+    command = [*FEDSIM, "run", *map(str, flags), "--rounds", "100000", "--actors", "0", "--out", str(there)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (there / STATUS).exists() or not rounds_done(there):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    which = "" if number == signal.SIGINT else f" by {number.name}"
+    assert said == f"fedsim: interrupted{which}; the same command goes on from the last round\n"
+    assert status(there)["ended"] == {"code": code, "said": said.removeprefix("fedsim: ").strip()}
+    assert (there / CHECKPOINT).exists()
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_sentence(flags, tmp_path):
+    command = [*FEDSIM, "run", *map(str, flags), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "fedsim: interrupted; the same command goes on from the last round\n")
+
+
+def test_a_reader_that_goes_ends_no_run(flags, tmp_path):
+    there = tmp_path / "run"
+    words = map(str, [*FEDSIM, "run", *flags, "--rounds", 3, "--actors", 0, "--out", there])
+    script = f"set -o pipefail; {shlex.join(words)} | head -1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (there / "report.html").exists()
+    assert status(there)["ended"]["code"] == 0
+
+
+def test_a_full_disk_behind_standard_output_is_said_once_the_run_is_complete(flags, tmp_path):
+    there = tmp_path / "run"
+    command = [*FEDSIM, "run", *map(str, flags), "--rounds", "3", "--actors", "0", "--out", str(there)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == ("fedsim: standard output: No space left on device; all but what is printed is complete\n")
+    assert (there / "report.html").exists()
+
+
+def test_names_are_printed_as_they_are_though_they_look_like_markup_or_emoji(features_dir, tmp_path):
+    names = {"ink": "[/q]", "cat": "[/c]:smile:"}
+    for file in ("features", "classes"):
+        rows = pd.read_parquet(features_dir / f"{file}.parquet")
+        texts = [column for column in rows if isinstance(rows[column][0], str)]
+        rows.assign(**{text: rows[text].replace(names) for text in texts}).to_parquet(tmp_path / f"{file}.parquet")
+    there = tmp_path / "r[bold]:smile:"
+    flags = ["--dataset", "features", "--data-dir", tmp_path, "--held-out", "[/q]", "--rounds", 1, "--actors", 0]
+    said = fedsim("run", *flags, "--out", there)
+    assert "[/q]" in said and there.name in said
+    assert "[/q]" in fedsim("watch", there)
+    assert there.name in fedsim("compare", there, "--out", tmp_path)
+
+
 @pytest.mark.parametrize("command", ["watch", "stop"])
 def test_a_folder_without_a_run_is_refused_and_those_below_it_are_named(command, tmp_path, capsys):
     (tmp_path / "a").mkdir()
@@ -132,4 +245,5 @@ def test_a_folder_without_a_run_is_refused_and_those_below_it_are_named(command,
 def test_what_a_detached_run_would_be_refused_for_is_said_at_once_and_leaves_nothing(flags, tmp_path):
     said = fedsim("run", *flags, "--cohort", 99, "--out", tmp_path / "run", "--detach", code=2)
     assert "a cohort of 99 from 2 clients" in said
+    assert "->" not in said
     assert not (tmp_path / "run").exists()

@@ -70,11 +70,11 @@ def sweep_parser() -> argparse.ArgumentParser:
 
 def _show(console: Console, found: Found) -> None:
     told = ", ".join(f"{count} {state}" for state, count in found.trials.state.value_counts().items())
-    console.print(f"{len(found.trials)} trials: {told}; the best is trial {found.number}", highlight=False)
+    console.print(f"{len(found.trials)} trials: {told}; the best is trial {found.number}")
     if len(found.reporting):
         console.print(_reported(found.reporting))
     for file in ("sweep.html", "best.yaml", "trials.parquet", "study.db"):
-        console.print(f"  {found.folder / file}", highlight=False, soft_wrap=True)
+        console.print(f"  {found.folder / file}", soft_wrap=True)
 
 
 def _reported(reporting: pd.DataFrame) -> Table:

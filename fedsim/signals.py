@@ -1,0 +1,48 @@
+"""SIGTERM (SLURM, Docker, `timeout`) and SIGHUP (a terminal that closes) end a command as Ctrl-C does."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import current_thread, main_thread
+
+from fedsim.errors import Interrupted
+
+ENDS = signal.SIGTERM, signal.SIGHUP
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Raises Interrupted for ENDS for as long as it lasts, except for those that are ignored or already handled."""
+    before = _handlers() if current_thread() is main_thread() else {}
+    defaults = [number for number in before if before[number] is signal.SIG_DFL and number in ENDS]
+    for number in defaults:
+        signal.signal(number, _raise)
+    try:
+        yield
+    finally:
+        for number in defaults:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Restores at its end the handlers that `ray.init` replaces: Ray's print a C++ stack and abort."""
+    before = _handlers() if current_thread() is main_thread() else {}
+    try:
+        yield
+    except SystemExit as error:  # raised by the handler that Ray sets first
+        raise Interrupted(signal.SIGTERM) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _handlers() -> dict[int, object]:
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDS)}
+    return {number: handler for number, handler in found.items() if handler is not None}  # None: set by C code
+
+
+def _raise(number: int, frame: object) -> None:
+    for end in ENDS:  # `timeout` sends two of them, and the second would interrupt the cleaning up
+        signal.signal(end, signal.SIG_IGN)
+    raise Interrupted(number)

@@ -1,0 +1,51 @@
+"""Standard output and error that may be closed, or on a full disk: what is printed there is not worth a run."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from typing import Any, TextIO
+
+
+class Outlet:
+    """A text stream whose first error is kept, and after which the rest of the text is dropped.
+
+    Attributes:
+        fault: why it could not be written to; None as long as it could.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream or StringIO()  # None: the shell has closed it, as `>&-` says
+        self.fault: OSError | None = None
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _try(self, action: Any, *args: str) -> None:
+        try:
+            action(*args)
+        except OSError as error:
+            self.fault = self.fault or error
+            # What is left in the buffer goes there too, or Python would fail with it once more when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextmanager
+def outlets() -> Iterator[tuple[Outlet, Outlet]]:
+    """Standard output and error as outlets, for as long as it lasts."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = made = Outlet(sys.stdout), Outlet(sys.stderr)
+    try:
+        yield made
+    finally:
+        for outlet in made:
+            outlet.flush()
+        sys.stdout, sys.stderr = before
