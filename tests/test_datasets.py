@@ -507,8 +507,20 @@ def test_vlcs_lacking_a_split_folder_is_refused(tmp_path):
         f"expected the split folders train, crossval, test in {tmp_path / 'Caltech101'}; "
         "it lacks train, crossval, test and has: bird"
     )
+    for domain in VLCS:
+        (tmp_path / domain / "bird").rename(tmp_path / domain / "full")
     a_tree(tmp_path / "SUN09", ["train"])
-    assert "it lacks crossval, test and has: bird, train" in refusal("vlcs", tmp_path)
+    assert "it lacks crossval, test and has: full, train" in refusal("vlcs", tmp_path)
+
+
+@pytest.mark.parametrize("level", ["full", "train"])
+def test_vlcs_with_classes_next_to_splits_is_refused(tmp_path, level):
+    a_tree(tmp_path, VLCS, classes=["bird"])
+    a_tree(tmp_path / "SUN09", [level], classes=["bird"])
+    assert refusal("vlcs", tmp_path) == (
+        f"{tmp_path / 'SUN09'} has the folders of a split, {level}, and next to them others, "
+        "which would not be read: bird"
+    )
 
 
 # --- features of one's own

@@ -100,6 +100,15 @@ def test_a_picture_is_seen_as_open_clip_sees_its_file(clip, mode, kind):
     assert unreadable(images, 1) == []
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize(("mode", "kind"), FILES, ids=lambda word: word.replace(" ", "-"))
+def test_an_augmented_view_is_made_of_a_picture_of_every_mode(clip, mode, kind):
+    picture = an_image(FILES[mode, kind]).open(0)
+    _, height, width = clip.preprocess(picture).shape
+    view = clip.pixels([picture], seeds=[1])
+    assert view.shape == (1, 3, height, width) and view.dtype == np.uint8 and len(np.unique(view)) > 1
+
+
 WIDE = {
     "16 bit PNG": saved(Image.fromarray(RAMP.astype(np.uint16) * 257), "PNG"),
     "16 bit TIFF": saved(Image.fromarray(RAMP.astype(np.uint16) * 257), "TIFF"),

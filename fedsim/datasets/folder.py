@@ -16,7 +16,8 @@ from fedsim.registry import component
 class Folder(Dataset):
     """Images in folders of your own: `--data-dir` holds domain folders, these hold class folders.
 
-    A class is called what its folder is called, underscores and all, as in FedCLIP's code.
+    A class is called what its folder is called, underscores and all, as in FedCLIP's code. A folder that is alone
+    between each domain and its classes, such as `images` in Office-31, is seen through.
     """
 
     def load(self, root: Path | None) -> Images:

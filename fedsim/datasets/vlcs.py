@@ -47,6 +47,12 @@ class VLCS(Dataset):
 
     def _parts(self, domain: str, folder: Path) -> list[Part]:
         inside = {sub.name: sub for sub in folders(folder)}
+        known = {"full", *SPLITS}
+        if (others := inside.keys() - known) and (levels := known & inside.keys()):
+            raise InputError(
+                f"{folder} has the folders of a split, {listing(sorted(levels))}, and next to them others, which "
+                f"would not be read: {listing(sorted(others))}"
+            )
         if self.split == "seeded" and not SPLITS.keys() & inside.keys():
             return [Part(domain, inside.get("full", folder))]
         if absent := [name for name in SPLITS if name not in inside]:
