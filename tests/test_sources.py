@@ -58,6 +58,7 @@ def test_every_method_and_rule_names_the_commit_that_it_was_checked_against_or_s
     docs = [doc for base in bases for doc in (sys.modules[base.__module__].__doc__, base.__doc__)]
     said = " ".join(" ".join(filter(None, docs)).split())
     assert "Source: " in said
+    assert component.__doc__.splitlines()[0].endswith(".")  # what --help shows of it
     # Zero-shot CLIP and training alone have no hyperparameters.
     assert name in ("zero_shot", "local_only") or re.search(r"commit [0-9a-f]{7}\b|not checked against code", said)
 

@@ -19,8 +19,10 @@ from fedsim.search import Field, Log
 
 @component
 class FedCLIP(Method):
-    """Defaults are those of the authors' program, methods/fed_at_clip.py, as its readme runs it. The readme's 200
-    rounds (the program's own default is 300) and the program's uniform averaging are the experiment's.
+    """Defaults are those of the authors' program as its readme runs it.
+
+    That is methods/fed_at_clip.py. The readme's 200 rounds (the program's own default is 300) and the program's uniform
+    averaging are the experiment's.
 
     Differs: while it trains, the code has all of CLIP in training mode. With a ResNet its batch norms then normalise by
     the batch, and every client's running statistics move and are not averaged; here features are those of the

@@ -20,9 +20,10 @@ MOST = 1 << 22  # similarities that are shared out at once: 32 MB in float64
 
 @component
 class FedOTP(PromptMethod):
-    """Defaults are those of the authors' script for CIFAR-100: scripts/fedotp_cifar100.sh with
-    configs/trainers/GLP_OT/vit_b16.yaml. Its 150 rounds, 10 of 100 clients in each (all of them in the first), and
-    averaging by rows are the experiment's.
+    """Defaults are those of the authors' script for CIFAR-100.
+
+    That is scripts/fedotp_cifar100.sh with configs/trainers/GLP_OT/vit_b16.yaml. Its 150 rounds, 10 of 100 clients in
+    each (all of them in the first), and averaging by rows are the experiment's.
 
     Their script for few shots, scripts/fedotp_few_shot.sh with rn50.yaml, has other values: 16 tokens, entropy 0.01, 5
     local epochs, batches of as many rows as a class has shots; 10 rounds of 10 clients. Their program without flags has

@@ -15,8 +15,10 @@ from fedsim.search import Choice, Field, Log
 
 @component
 class FedPGP(PromptMethod):
-    """Defaults are those of the authors' program without flags, federated_main.py with
-    configs/trainers/PLOT/vit_b16.yaml. Its 25 rounds and 10 clients, and averaging by rows, are the experiment's.
+    """Defaults are those of the authors' program without flags.
+
+    That is federated_main.py with configs/trainers/PLOT/vit_b16.yaml. Its 25 rounds and 10 clients, and averaging by
+    rows, are the experiment's.
 
     The one script of their repository, scripts/plot_basetonew_base.sh, has other values: rank 8, contrast 0.5, two
     prompts, batches of as many rows as a class has shots.

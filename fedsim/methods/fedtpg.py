@@ -19,8 +19,10 @@ from fedsim.sites import Site
 
 @component
 class FedTPG(Method):
-    """Defaults are those of the authors' program without flags, Launch_FL.py with config/defaults.py and
-    config/utils.py, as in its published log; its 500 rounds and uniform averaging are the experiment's.
+    """Defaults are those of the authors' program without flags.
+
+    That is Launch_FL.py with config/defaults.py and config/utils.py, as in its published log. Its 500 rounds and
+    uniform averaging are the experiment's.
 
     Differs: the code lets the step size fall along a cosine over the rounds, from 3e-3 to 0; ours stays. Its network
     reads bare class names, ours whatever the prompt makes of them: `--prompt {}` is the code's.

@@ -16,8 +16,9 @@ from fedsim.search import Choice, Field, Linear, Log
 
 @component
 class KgCoOp(PromptFL):
-    """Defaults are those of FedTPG's program with `--model_name coop --w 8`; its 500 rounds and uniform averaging are
-    the experiment's.
+    """Defaults are those of FedTPG's program with `--model_name coop --w 8`.
+
+    Its 500 rounds and uniform averaging are the experiment's.
 
     Differs: the program lets the step size fall along a cosine over the rounds; ours stays. It pulls to a text per data
     set, ours to `--prompt`. It was read and not run: as published it stops at a call with one argument too many.

@@ -34,10 +34,11 @@ EMBEDDINGS = "token_embedding.weight", "positional_embedding", "class_embedding"
 
 @component
 class Lora(Method):
-    """Rank, scale, start, loss and optimizer are the defaults of the authors' program (system/main.py with
-    flcore/clients/clientlora.py and flcore/trainmodel/clip_model.py), the batch of 32 is that of its scripts
-    (scripts/p37/p37_gs_lorat_sd_all_pfl.sh). Their 100 rounds and 10 clients, and averaging by rows, are the
-    experiment's.
+    """Defaults are those of the authors' program, but for where pairs are added.
+
+    That is system/main.py with flcore/clients/clientlora.py and flcore/trainmodel/clip_model.py; the batch of 32 is
+    that of its scripts, such as scripts/p37/p37_gs_lorat_sd_all_pfl.sh. Their 100 rounds and 10 clients, and averaging
+    by rows, are the experiment's.
 
     Differs: pairs are added to attention alone, as in Hu et al.; the scripts add them to the MLPs and the projection,
     too, here `modules: all`. They also choose a step size per data set, from 1e-6 to 5e-5.

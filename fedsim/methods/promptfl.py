@@ -1,7 +1,7 @@
 """PromptFL: clients learn the tokens before every class's name together, and nothing else.
 
-Source: Guo et al. 2022, arXiv 2208.11625; the prompt is CoOp's, Zhou et al. 2022, arXiv 2109.01134: the same tokens
-for all classes, the name last.
+Source: Guo et al. 2022, arXiv 2208.11625; details as in the authors' code, PEILab-Federated-Learning/PromptFL, commit
+da401e7. The prompt is CoOp's, Zhou et al. 2022, arXiv 2109.01134: the same tokens for all classes, the name last.
 """
 
 from torch import Tensor, nn
@@ -14,13 +14,14 @@ from fedsim.search import Field
 
 @component
 class PromptFL(PromptMethod):
-    """Defaults are those of the authors' script, PEILab-Federated-Learning/PromptFL, commit da401e7:
-    scripts/main_pipeline.sh (64 clients, 20 rounds) with configs/trainers/CoOp/vit_b16_ep50.yaml, and 16 tokens as in
-    its README. Its average is uniform.
+    """Defaults are those of the authors' script, with 16 tokens as in its README.
+
+    That is scripts/main_pipeline.sh (64 clients, 20 rounds) with configs/trainers/CoOp/vit_b16_ep50.yaml. Its average
+    is uniform.
 
     Differs: the step size is constant, see `PromptMethod`. The code was read and not run, since two modules that it
     imports were not published. As published it averages references to one and the same model, so that a round ends with
-    what its last client has trained; here it ends with the mean, as in the paper.
+    what its last client has trained; here it ends with the mean.
     """
 
     local_epochs: int = Field(5, ge=1, description="passes over a client's train rows in a round")

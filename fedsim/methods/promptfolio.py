@@ -14,11 +14,11 @@ from fedsim.search import Field, Linear, Log
 
 @component
 class PromptFolio(PromptMethod):
-    """Defaults are those of the authors' program, federated_main.py with configs/trainers/PromptFolio/vit_b16.yaml, as
-    its README runs it. Its 10 rounds and 10 clients, and averaging by rows, are the experiment's.
+    """Defaults are those of the authors' program as its README runs it.
 
-    The program lays that file over its command line, so that the file's step size 2e-3 and 5 local epochs count, and
-    not the 1e-3 and 1 that the command line shows.
+    That is federated_main.py with configs/trainers/PromptFolio/vit_b16.yaml, which is laid over the command line: the
+    file's step size 2e-3 and 5 local epochs count, and not the 1e-3 and 1 that the command line shows. Its 10 rounds
+    and 10 clients, and averaging by rows, are the experiment's.
 
     Differs: the step size is constant, see `PromptMethod`; there 2e-3 is the highest.
     """

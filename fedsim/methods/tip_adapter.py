@@ -21,8 +21,10 @@ from fedsim.search import Choice, Field, Linear
 
 @component
 class TipAdapter(Method):
-    """Defaults are the code's for ImageNet, at which it starts to search alpha and beta: on test rows for ImageNet, on
-    validation rows for other sets. Its 20 epochs are the experiment's rounds.
+    """Defaults are the code's for ImageNet.
+
+    They are where it starts to search alpha and beta: on test rows for ImageNet, on validation rows for other sets. Its
+    20 epochs are the experiment's rounds.
 
     Differs: the code lets the step size fall along a cosine over all its steps; ours stays.
     Differs: the published cache has a key per training image, which a federation would have to send. Here each class
