@@ -98,7 +98,7 @@ def shown(bars: Progress, heading: str = "") -> Tell:
         if not event.total and not event.note:
             return
         if not event.total:  # said once, and nothing to wait for
-            bars.console.print(f"{event.stage}: {event.note}", highlight=False, markup=False)
+            bars.console.print(f"{event.stage}: {event.note}")
             return
         if event.stage not in tasks:
             tasks[event.stage] = bars.add_task(event.stage, total=event.total, note="")

@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from rich.console import Console
 
 import fedsim
 from fedsim import Config, InputError, run
@@ -16,7 +15,7 @@ from fedsim.__main__ import main, parse_run, run_parser
 from fedsim.checkpoint import NAME
 from fedsim.pool import Event
 from fedsim.registry import KINDS, available, find
-from fedsim.terminal import bars_on, shown
+from fedsim.terminal import bars_on, plain_console, shown
 
 BAD = {
     "a command": (["rum"], "no command 'rum'; there are: run, sweep, compare, watch, stop"),
@@ -208,7 +207,7 @@ def test_what_is_left_out_of_a_data_set_is_told_and_kept_in_the_report(pictures,
 
 
 def test_a_file_name_in_brackets_is_shown_as_it_is():
-    console = Console(record=True, width=80)
+    console = plain_console(record=True, width=80)
     with bars_on(console) as bars:
         shown(bars)(Event("data", 0, 0, "left out 1 unreadable image: [red].png"))
     assert "image: [red].png" in console.export_text()
