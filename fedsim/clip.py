@@ -4,7 +4,7 @@
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,14 +70,19 @@ class Clip:
         return self.model.logit_scale.exp().item()
 
     @torch.no_grad()  # not inference_mode: its tensors could never enter autograd again
-    def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """n images -> (n, D) float16, projected and not normalised, as FedCLIP's adapter reads them."""
+    def encode_images(self, images: Iterable[Image.Image]) -> np.ndarray:
+        """n images -> (n, D) float16, projected and not normalised, as FedCLIP's adapter reads them.
+
+        An iterator of images that it opens keeps one photo in memory at a time, not a block of them.
+        """
         pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         return self.model.encode_image(pixels).half().cpu().numpy()
 
-    def pixels(self, images: Sequence[Image.Image], seeds: Sequence[int] | None = None) -> np.ndarray:
+    def pixels(self, images: Iterable[Image.Image], seeds: Sequence[int] | None = None) -> np.ndarray:
         """n images -> (n, 3, H, W) uint8, resized and cropped as for judging, and not normalised.
+
+        An iterator of images that it opens keeps one photo in memory at a time, not a block of them.
 
         Args:
             seeds: of an augmented view of each: a random part of the image, perhaps mirrored.
