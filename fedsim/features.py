@@ -1,21 +1,24 @@
-"""Images -> features, once: by a pool of workers, resumable, into one memory-mapped file.
+"""Images -> features, once: by a pool of workers, resumable, into files that are mapped.
 
-The file's name is a key of everything that made it: the architecture, the bytes of the weights, the
-preprocessing, and the list of images with their sizes and times.
+A file's name is a key of everything that made it: the architecture, the bytes of the weights, the preprocessing, and
+the bytes of the images in their order.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from hashlib import blake2b
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
+from fedsim.cache import Notice, locked, map_array, read_array, write_array
 from fedsim.clip import Clip
 from fedsim.cluster import Sizing
-from fedsim.datasets import Features, Images, map_matrix, write_matrix
+from fedsim.datasets import Features, Images
+from fedsim.errors import InputError, Stopped
+from fedsim.files import digest
 from fedsim.pool import Event, Progress, open_pool
 from fedsim.rng import seed_for
 from fedsim.weights import Weights
@@ -37,33 +40,60 @@ class Encoder:
 
     def encode(self, block: int) -> np.ndarray:
         """(n, D) float16 of the images of one block."""
-        stop = min((block + 1) * BLOCK, len(self.images))
-        return self.clip.encode_images([self.images.open(index) for index in range(block * BLOCK, stop)])
+        rows = self._rows(block)
+        return self._finite(self.clip.encode_images(map(self.images.open, rows)), rows)
 
     def keep(self, level: str, part: tuple[int, int]) -> np.ndarray:
         """(n, ...) what is kept at a level of one view of one block of images; view 0 is the one for judging."""
         view, block = part
-        rows = range(block * BLOCK, min((block + 1) * BLOCK, len(self.images)))
+        rows = self._rows(block)
         # Views have no part in a run's seed: they are drawn once and kept.
         seeds = [seed_for(0, "view", view, row) for row in rows] if view else None
-        pixels = self.clip.pixels([self.images.open(row) for row in rows], seeds)
+        pixels = self.clip.pixels(map(self.images.open, rows), seeds)
         if level == "pixels":
             return pixels
-        return self.clip.encode_tokens(pixels) if level == "tokens" else self.clip.encode_pixels(pixels)
+        encode = self.clip.encode_tokens if level == "tokens" else self.clip.encode_pixels
+        return self._finite(encode(pixels), rows)
 
-    def prototypes(self, prompts: list[str]) -> tuple[np.ndarray, float]:
-        """(C, D) float32 unit rows, and the logit scale."""
-        return self.clip.encode_texts(prompts), self.clip.logit_scale
+    def prototypes(self, prompts: list[str]) -> np.ndarray:
+        """(1,) of a record: `prototypes`, (C, D) float32 unit rows, and `scale`, the logit scale."""
+        prototypes = self.clip.encode_texts(prompts)
+        if not np.isfinite(prototypes).all():
+            raise InputError(f"{self._name} gives text features that are NaN or infinite; try other weights")
+        kind = np.dtype([("prototypes", prototypes.dtype, prototypes.shape), ("scale", np.float64)])
+        return np.array([(prototypes, self.clip.logit_scale)], kind)
+
+    @property
+    def _name(self) -> str:
+        return f"backbone {self.weights.model} ({Path(self.weights.pretrained).name})"
+
+    def _rows(self, block: int) -> range:
+        return range(block * BLOCK, min((block + 1) * BLOCK, len(self.images)))
+
+    def _finite(self, features: np.ndarray, rows: range) -> np.ndarray:
+        """The features of these images, if they are numbers.
+
+        Raises:
+            InputError: some are not, which would otherwise be noticed when clients are evaluated.
+        """
+        finite = np.isfinite(features).reshape(len(rows), -1).all(axis=1)
+        if not finite.all():
+            first = self.images.names[rows[int(finite.argmin())]]
+            raise InputError(
+                f"{self._name} gives features that half precision cannot hold (NaN, or above 65,504) for "
+                f"{(~finite).sum()} of {len(rows)} images, the first of them {first}; try other weights"
+            )
+        return features
 
 
-def feature_file(images: Images, weights: Weights, cache: Path) -> Path:
+def feature_file(images: Images, weights: Weights, cache: Path, notice: Notice = lambda file: None) -> Path:
     """Where the features of these images under these weights are, or will be."""
-    return cache / f"{_digest(weights.key, images.fingerprint())}.arrow"
+    return cache / f"{digest(weights.key, images.fingerprint(cache, notice))}.npy"
 
 
 def text_file(classes: Sequence[str], weights: Weights, prompt: str, cache: Path) -> Path:
     """Where the text features of these classes are, or will be."""
-    return cache / f"{_digest(weights.key, *(prompt.format(name) for name in classes))}.text.npz"
+    return cache / f"{digest(weights.key, *(prompt.format(name) for name in classes))}.text.npy"
 
 
 def encode(
@@ -76,7 +106,7 @@ def encode(
     level: str = "features",
     augment: int = 0,
 ) -> Features:
-    """Features of all images and prototypes of all classes, from the cache where they are there.
+    """Features of all images and prototypes of all classes, from the cache where they are there and undamaged.
 
     Args:
         prompt: with `{}` where the class name goes.
@@ -85,74 +115,107 @@ def encode(
         augment: augmented views of each image that are kept at that level.
 
     Raises:
-        InputError: an image is corrupt, or the weights are.
+        InputError: an image is corrupt, or the weights are, or their features are not finite.
+        Stopped: the disk of the cache is full, or files have been removed from it.
     """
     cache.mkdir(parents=True, exist_ok=True)
     file = feature_file(images, weights, cache)
-    with FileLock(file.with_suffix(".lock")):  # the next process finds it done
+    with locked(file):  # the next process finds it done
         features = _encode(images, weights, prompt, file, sizing, progress)
         if level == "features" and not augment:
             return features
         kept = file.with_suffix(f".{level}-{augment}.npy")
-        if not kept.exists():
+        if read_array(kept, partial(_damaged, progress)) is None:
             _keep(images, weights, kept, level, augment, sizing, progress)
-        for part in file.parent.glob(f"{file.stem}.{level}-*-*.npy"):  # one that was killed left them
-            part.unlink()
+        for part in cache.glob(f"{file.stem}.{level}-*-*.npy"):  # of a killed run with more views
+            part.unlink(missing_ok=True)
         return replace(features, augment=augment, kept={level: kept})
+
+
+def keep(features: Features, cache: Path, notice: Notice) -> Features:
+    """Custom features, written where actors can map them; again if that file is damaged."""
+    x = features.x
+    file = cache / f"{digest(f'{x.dtype} {x.shape}', x)}.npy"
+    with locked(file):
+        if read_array(file, notice) is None:
+            write_array(file, len(x), [x])
+    return _with_labels(features, file, features.prototypes, features.logit_scale)
+
+
+class _Parts:
+    """A file of the cache in the making: each block has a file of its own, so that an interruption loses little.
+
+    Attributes:
+        files: by what a worker is asked for, the file of that block; in the order in which they are joined.
+        todo: blocks that are missing or damaged.
+    """
+
+    def __init__(self, whole: Path, rows: int, files: dict[Any, Path], stage: str, progress: Progress) -> None:
+        self.whole, self.rows, self.files, self.stage, self.progress = whole, rows, files, stage, progress
+        self.todo = [block for block, file in files.items() if self._read(file) is None]
+
+    def write(self, blocks: Iterator[np.ndarray]) -> None:
+        """Writes the blocks of `todo` as they come."""
+        for done, (block, array) in enumerate(zip(self.todo, blocks, strict=True), 1):
+            write_array(self.files[block], len(array), [array])
+            ready = (len(self.files) - len(self.todo) + done) * BLOCK
+            self.progress(Event(self.stage, min(ready, self.rows), self.rows))
+
+    def join(self) -> None:
+        write_array(self.whole, self.rows, map(self._written, self.files.values()))
+        self.remove()
+
+    def remove(self) -> None:
+        # This process holds the lock: on this machine no other one is writing them.
+        killed = self.whole.parent.glob(f"part-{os.uname().nodename}-*-{self.whole.name.partition('.')[0]}.*")
+        for file in (*self.files.values(), *killed):
+            file.unlink(missing_ok=True)
+
+    def _read(self, file: Path) -> np.ndarray | None:
+        return read_array(file, partial(_damaged, self.progress))
+
+    def _written(self, file: Path) -> np.ndarray:
+        array = self._read(file)
+        if array is None:
+            raise Stopped(f"{file} was removed or changed during the run; run the same command again")
+        return array
 
 
 def _keep(images: Images, weights: Weights, file: Path, level: str, augment: int, sizing: Sizing, progress) -> None:
     blocks = range(-(-len(images) // BLOCK))
     wanted = [(view, block) for view in range(1 + augment) for block in blocks]
     # Of their level: a run of another may have been killed, and its parts are here too.
-    parts = {(view, block): file.with_suffix(f".{level}-{view}-{block:06d}.npy") for view, block in wanted}
-    todo = [part for part in wanted if not parts[part].exists()]
-    total = len(images) * (1 + augment)
-    if todo:
-        with open_pool(sizing, len(todo), Encoder, images, weights) as pool:
-            for done, (part, array) in enumerate(zip(todo, pool.map("keep", todo, level), strict=True), 1):
-                _save(parts[part], array)
-                ready = (len(parts) - len(todo) + done) * BLOCK
-                progress(Event(f"keeping {level}", min(ready, total), total))
-    first = np.load(parts[wanted[0]], mmap_mode="r")
-    whole = file.with_name(f"part-{os.getpid()}-{file.name}")
-    about = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False}
-    with whole.open("wb") as stream:  # not through a map, by which a full disk would end the process
-        np.lib.format.write_array_header_2_0(stream, about | {"shape": (total, *first.shape[1:])})
-        for part in wanted:  # one at a time: together they may be larger than memory
-            stream.write(np.load(parts[part]).tobytes())
-    whole.replace(file)
+    files = {(view, block): file.with_suffix(f".{level}-{view}-{block:06d}.npy") for view, block in wanted}
+    parts = _Parts(file, len(images) * (1 + augment), files, f"keeping {level}", progress)
+    if parts.todo:
+        with open_pool(sizing, len(parts.todo), Encoder, images, weights) as pool:
+            parts.write(pool.map("keep", parts.todo, level))
+    _join(parts, images, weights)
 
 
 def _encode(images: Images, weights: Weights, prompt: str, file: Path, sizing: Sizing, progress: Progress) -> Features:
     prompts = [prompt.format(name) for name in images.classes]
-    texts = text_file(images.classes, weights, prompt, file.parent)
-    parts = [file.with_suffix(f".{block:06d}.npy") for block in range(-(-len(images) // BLOCK))]
-    todo = [] if file.exists() else [block for block, part in enumerate(parts) if not part.exists()]
-    if todo or not texts.exists():
-        with open_pool(sizing, len(todo), Encoder, images, weights) as pool:
-            for done, (block, x) in enumerate(zip(todo, pool.map("encode", todo), strict=True), 1):
-                _save(parts[block], x)
-                ready = (len(parts) - len(todo) + done) * BLOCK
-                progress(Event("encoding images", min(ready, len(images)), len(images)))
-            if not texts.exists():
-                prototypes, scale = next(pool.map("prototypes", [prompts]))
-                _save(texts, prototypes=prototypes, scale=np.float64(scale))
-    if not file.exists():
-        write_matrix(file, np.concatenate([np.load(part) for part in parts]))
-        for part in parts:
-            part.unlink()
-    text = np.load(texts)
-    return _with_labels(images, file, text["prototypes"], float(text["scale"]), prompt)
+    texts_at = text_file(images.classes, weights, prompt, file.parent)
+    x, texts = (read_array(each, partial(_damaged, progress)) for each in (file, texts_at))
+    blocks = range(-(-len(images) // BLOCK)) if x is None else ()
+    files = {block: file.with_suffix(f".{block:06d}.npy") for block in blocks}
+    parts = _Parts(file, len(images), files, "encoding images", progress)
+    if parts.todo or texts is None:
+        with open_pool(sizing, len(parts.todo), Encoder, images, weights) as pool:
+            parts.write(pool.map("encode", parts.todo))
+            if texts is None:
+                texts = next(pool.map("prototypes", [prompts]))
+                write_array(texts_at, 1, [texts])
+    if x is None:
+        _join(parts, images, weights)
+    return _with_labels(images, file, texts[0]["prototypes"], float(texts[0]["scale"]), prompt)
 
 
-def keep(features: Features, cache: Path) -> Features:
-    """Features of one's own, written where actors can map them."""
-    cache.mkdir(parents=True, exist_ok=True)
-    file = cache / f"{_digest(features.x)}.arrow"
-    if not file.exists():
-        write_matrix(file, features.x)
-    return _with_labels(features, file, features.prototypes, features.logit_scale)
+def _join(parts: _Parts, images: Images, weights: Weights) -> None:
+    if feature_file(images, weights, parts.whole.parent).stem != parts.whole.name.partition(".")[0]:
+        parts.remove()
+        raise Stopped("images were changed while they were encoded; run the same command again")
+    parts.join()
 
 
 def _with_labels(rows, file: Path, prototypes: np.ndarray, logit_scale: float, prompt: str = "{}") -> Features:
@@ -165,23 +228,12 @@ def _with_labels(rows, file: Path, prototypes: np.ndarray, logit_scale: float, p
         unseen_test=rows.unseen_test,
         notes=rows.notes,
         file=file,
-        x=map_matrix(file),
+        x=map_array(file),
         prototypes=prototypes,
         logit_scale=logit_scale,
         prompt=prompt,
     )
 
 
-def _digest(*things) -> str:
-    digest = blake2b(digest_size=12)
-    for thing in things:
-        digest.update(thing.encode() + b"\n" if isinstance(thing, str) else np.ascontiguousarray(thing).data)
-    return digest.hexdigest()
-
-
-def _save(file: Path, array: np.ndarray | None = None, **arrays: np.ndarray) -> None:
-    """Whole or not at all, so that a kill leaves nothing half-written."""
-    part = file.with_name(f"part-{os.getpid()}-{file.name}")
-    with part.open("wb") as stream:
-        np.savez(stream, **arrays) if array is None else np.save(stream, array)
-    part.replace(file)
+def _damaged(progress: Progress, file: Path) -> None:
+    progress(Event(str(file), 0, 0, "damaged; it is computed again"))

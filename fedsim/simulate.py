@@ -1,5 +1,6 @@
 """One experiment, top to bottom."""
 
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
+from fedsim.cache import check_writable
 from fedsim.checkpoint import load_checkpoint, refuse_another, save_checkpoint, write_safetensors
 from fedsim.clients import Population, held_out_ids, make_clients, sample_cohort
 from fedsim.clip import Clip, Frozen, check_texts
@@ -124,7 +126,7 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
     if not found and not (like and _agree(BUILT, config, like.config)):
         _try_out(experiment)
     if not like and isinstance(experiment.source, Features) and not experiment.source.block:
-        experiment = replace(experiment, source=keep(experiment.source, config.cache_dir))
+        experiment = replace(experiment, source=keep(experiment.source, config.cache_dir, _damaged))
     done = found[1] if found and found[0].round == config.rounds and (folder / "report.html").exists() else None
     return replace(experiment, done=done)
 
@@ -298,6 +300,8 @@ def _load(config: Config) -> Experiment:
     except OSError as error:  # a folder that this user may not read, say
         raise InputError(f"--data-dir cannot be read: {error.filename}: {error.strerror}") from None
     skipped: list[str] = []
+    if not (isinstance(source, Features) and source.block):  # which is made on demand, and never cached
+        check_writable(config.cache_dir)
     if isinstance(source, Features):
         if config.backbone or config.pretrained:
             raise InputError(
@@ -308,9 +312,13 @@ def _load(config: Config) -> Experiment:
         weights = _weights(config)
         if not text_file(source.classes, weights, config.prompt, config.cache_dir).exists():
             check_texts(weights, [config.prompt.format(name) for name in source.classes])
-        if not feature_file(source, weights, config.cache_dir).exists():
+        if not feature_file(source, weights, config.cache_dir, _damaged).exists():
             source, skipped = _readable(source, config.skip_unreadable)
     return Experiment(config, Path(), source, skipped, weights, Population([], []), None)
+
+
+def _damaged(file: Path) -> None:
+    print(f"fedsim: {file} is damaged; it is written again", file=sys.stderr)  # nothing shows progress yet
 
 
 def _check_reads(experiment: Experiment, config: Config) -> None:

@@ -3,20 +3,19 @@
 A data set's file says `load(root)`. Pixels stay where they are until somebody asks for one image.
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from hashlib import blake2b
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
+from fedsim.cache import Notice, content_digests, map_array
 from fedsim.datasets._pictures import VERSION, decode
 from fedsim.errors import InputError
+from fedsim.files import digest
 
 TRAIN, VAL, TEST, UNSAID = 0, 1, 2, -1
 
@@ -85,30 +84,24 @@ class Images(Labelled):
             split=self.split[rows],
         )
 
-    def fingerprint(self) -> str:
-        """Changes when an image is added, removed, replaced or touched (paths: size and time), or decoded otherwise."""
-        digest = blake2b(f"decoding {VERSION}\n".encode(), digest_size=16)
-        for file, name in zip(self.files, self.names, strict=True):
-            if isinstance(file, bytes):
-                digest.update(blake2b(file).digest())
-            else:
-                try:
-                    stat = file.stat()
-                    digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-                except OSError:  # a link to nowhere, say, which is said where images are checked
-                    digest.update(f"{name} cannot be read\n".encode())
-        return digest.hexdigest()
+    def fingerprint(self, cache: Path | None = None, notice: Notice = lambda file: None) -> str:
+        """Changes with the bytes of an image, their order, or how they are decoded; not with names, places and times.
+
+        Args:
+            cache: where the digests of files are remembered, so that unchanged files are not read again.
+        """
+        return digest(f"decoding {VERSION}", content_digests(self.files, cache, notice))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features(Labelled):
     """What a frozen image tower says of N images, and its text tower of C classes.
 
-    Pickled, it has the path of its rows and not the rows: each process maps the file for itself. `carried` has the rows
-    with it, for machines that do not see the file.
+    Pickled, it has the path of its rows and not the rows: each process maps the file itself when it first reads them.
+    `carried` has the rows with it, for machines that do not see the file.
 
     Attributes:
-        file: Arrow IPC file that holds `x`; None while the rows are only in memory, or made on demand.
+        file: file of the cache that holds `x`; None while the rows are only in memory, or made on demand.
         x: (N, D) float16 or float32, read-only; rows need not have unit length.
         prototypes: (C, D) float32 or float64, unit rows: the text feature of each class.
         logit_scale: exp of CLIP's temperature parameter, about 100 for OpenAI's weights.
@@ -128,11 +121,17 @@ class Features(Labelled):
     kept: dict[str, Path] = field(default_factory=dict)
     aboard: dict[str, np.ndarray] | None = None
 
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """By level, what else is cached of the images."""
+        # Of this object, not of the process: a later run may have found the file damaged, and replaced it.
+        return {level: map_array(file) for level, file in self.kept.items()} if self.aboard is None else self.aboard
+
     def carried(self) -> "Features":
         """The same with all rows aboard: Ray's object store has them once on each machine, for all processes there."""
         if self.block or self.aboard is not None:
             return self
-        return replace(self, aboard={level: np.asarray(_mapped(file)) for level, file in self.kept.items()})
+        return replace(self, aboard=self._arrays)
 
     def take(self, level: str, rows: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
         """What is kept of n rows at a level, (n, ...); a copy.
@@ -142,41 +141,20 @@ class Features(Labelled):
         """
         if level not in self.kept:
             return self.x[rows]
-        kept = _mapped(self.kept[level]) if self.aboard is None else self.aboard[level]
-        return kept[rows if views is None else rows + views * len(self)]
+        return self._arrays[level][rows if views is None else rows + views * len(self)]
 
     def __getstate__(self) -> dict:
         if self.block or self.aboard is not None:
-            return self.__dict__
+            return self.__dict__ | {"x": self.x}
         if self.file is None:
             raise TypeError("features that are not in a file yet cannot be sent to another process")
-        return {**self.__dict__, "x": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("x", "_arrays")}
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state if state["x"] is not None else state | {"x": map_matrix(state["file"])})
-
-
-def write_matrix(file: Path, x: np.ndarray) -> None:
-    """Writes (N, D) as one Arrow IPC batch, whole or not at all, so that it can be mapped as it lies."""
-    rows = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), x.shape[1])
-    part = file.with_name(f"part-{os.getpid()}-{file.name}")  # of our own: the cache is everybody's
-    with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("x", rows.type)])) as out:
-        out.write_batch(pa.record_batch([rows], names=["x"]))
-    part.replace(file)
-
-
-def map_matrix(file: Path) -> np.ndarray:
-    """The (N, D) matrix of `write_matrix`, memory-mapped and read-only."""
-    try:
-        rows = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0).column(0)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{file} is not a whole feature file ({error}); delete it") from None
-    return rows.values.to_numpy(zero_copy_only=True).reshape(len(rows), rows.type.list_size)
-
-
-@lru_cache(maxsize=8)
-def _mapped(file: Path) -> np.ndarray:
-    return np.load(file, mmap_mode="r")
+    def __getattr__(self, name: str) -> np.ndarray:
+        # Rows that have not travelled are mapped when they are first read: an error while Ray unpickles loses its type.
+        if name != "x":
+            raise AttributeError(name)
+        return self.__dict__.setdefault("x", map_array(self.file))
 
 
 class Dataset(ABC):
