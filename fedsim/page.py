@@ -141,7 +141,15 @@ def remarks(report: Report) -> list[str]:
             "Test rows show concepts that no training or validation row shows, in any domain, so test accuracy is "
             "expected to be lower than validation accuracy."
         )
-    return said
+    return said + [f"No client trains on a class of held-out domain {name}." for name in _foreign(report)]
+
+
+def _foreign(report: Report) -> list[str]:
+    """Held-out domains without a class that a client trains on; none where only some clients' rows are known."""
+    held = report.holding_table()
+    trained = set(held.label[held.split == "train"])
+    known = [] if report.experiment.get("eval_clients") else report.held_out
+    return [name for name in known if trained.isdisjoint(held.label[(held.domain == name) & (held.split == "test")])]
 
 
 def rows_tested(report: Report) -> dict[str, int]:

@@ -28,8 +28,9 @@ CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
 @field_validator("*", mode="before", check_fields=False)
 def numbers_are_not_truths(cls: type, value: Any, info: ValidationInfo) -> Any:
     """A validator of all fields: pydantic would read `rounds: true` as 1."""
-    types = cls.__pydantic_fields__[info.field_name].annotation
-    if isinstance(value, bool) and bool not in (types, *get_args(types)) and {int, float} & {types, *get_args(types)}:
+    annotation = cls.__pydantic_fields__[info.field_name].annotation
+    types = annotation, *get_args(annotation)
+    if isinstance(value, bool) and bool not in types and (int in types or float in types):
         raise PydanticCustomError("not_a_truth", "Input should be a number")
     return value
 

@@ -148,6 +148,11 @@ def test_a_domain_called_none_is_held_out_and_one_with_a_comma_by_a_list_in_yaml
     assert read_yaml(odd_domains / "c" / "config.yaml")["held_out"] == ["photo, studio"]
 
 
+def test_blanks_around_the_commas_of_objectives_and_seeds_do_not_matter():
+    sweep = Sweep(config=Config(), objective="validation, bytes", tuning_seeds="5, 6")
+    assert (sweep.objective, sweep.tuning_seeds) == (("validation", "bytes"), (5, 6))
+
+
 # Surroundings ---------------------------------------------------------------------------------------------------
 
 

@@ -80,6 +80,15 @@ def test_the_first_words_of_a_result_say_what_it_lacks(config):
     assert first == "No client took a local step in any round: the numbers are those of untrained parameters."
 
 
+def test_a_held_out_domain_of_other_classes_is_named(config):
+    report = run(config(rounds=0))
+    own = report.holdings[:, 3] > 0
+    report.holdings = report.holdings[own | (report.holdings[:, 2] == 0)]  # clients train on the first class alone
+    assert not any("held-out domain ink" in remark for remark in remarks(report))
+    report.holdings = report.holdings[(report.holdings[:, 2] > 0) | (report.holdings[:, 3] == 0)]
+    assert remarks(report)[-1] == "No client trains on a class of held-out domain ink."
+
+
 def test_test_rows_of_unseen_concepts_are_said_to_be_harder(config):
     report = run(config(rounds=0))
     assert len(remarks(report)) == 1 and remarks(report)[0].startswith("No round was run")

@@ -53,7 +53,8 @@ STAYS = ("trials", "report_seeds")  # may change from one command to the next: t
 def _split(value: Any) -> Any:
     if isinstance(value, str | int):
         value = [value]
-    return tuple(part for one in value for part in (one.split(",") if isinstance(one, str) else [one]) if part != "")
+    parts = (part for each in value for part in (each.split(",") if isinstance(each, str) else [each]))
+    return tuple(part for part in (part.strip() if isinstance(part, str) else part for part in parts) if part != "")
 
 
 def _seeds(value: tuple[int, ...]) -> tuple[int, ...]:
