@@ -491,6 +491,7 @@ class _Sums:
     """What becomes of a chunk's clients, as they come."""
 
     def __init__(self, shared: Params, device: str, each: bool) -> None:
+        self.together = device != "cpu"  # one product for each tensor, where a kernel for each client would take longer
         size = sum(tensor.numel() for tensor in shared.values())
         self.shared, self.weight, self.message = shared, 0.0, np.zeros(0)
         self.delta = torch.zeros(0 if each else size, dtype=torch.float64, device=device)
@@ -506,14 +507,14 @@ class _Sums:
         Args:
             ours: (M, *shape) each, their shared tensors after training.
         """
-        if self.delta.is_cuda:  # one product for each tensor, where a kernel for each client would take longer
+        if self.together:
             scale = torch.tensor(weights, dtype=torch.float64, device=self.delta.device)
             for name, total in self.total.items():
-                total.view(-1).add_(scale @ ours[name].flatten(1).double())
+                total.view(-1).add_(scale @ ours[name].reshape(len(weights), -1).double())
         for place, (client, message, weight) in enumerate(zip(clients, messages, weights, strict=True)):
             mine = {name: tensor[place] for name, tensor in ours.items()}
             self.weight += weight
-            for name, total in self.total.items() if not self.delta.is_cuda else ():
+            for name, total in self.total.items() if not self.together else ():
                 total.add_(self.doubled[name].copy_(mine[name]), alpha=weight)
             if self.each is not None:
                 self.each[client] = flatten({name: mine[name] - tensor for name, tensor in self.shared.items()})

@@ -10,12 +10,13 @@ from torch.nn.functional import normalize
 from fedsim import Backbone, InputError, Method, available, component, run
 from fedsim.clients import Population
 from fedsim.datasets import Features
-from fedsim.local import Task, Trainer, backbone_of, start
+from fedsim.local import Task, Trainer, _Sums, backbone_of, start
 from fedsim.methods import Method as Contract
 from fedsim.optimizer import Optimizer
 from fedsim.params import flatten
 from fedsim.private import PrivateStore
 from fedsim.registry import parse
+from fedsim.servers import NOTE
 from fedsim.stack import groups, stack_size
 
 WIDTH, CLASSES = 12, 5
@@ -134,7 +135,7 @@ def test_a_stack_is_as_large_as_memory_allows_and_never_empty():
     probe = parse("method", "probe")
     assert stack_size({"w": torch.zeros(2**18)}, probe, "cpu") == 9  # 1 MB, and its gradient and moments: 4 of 36
     assert stack_size({"w": torch.zeros(2**26)}, probe, "cpu") == 1
-    assert stack_size({"w": torch.zeros(2**20)}, probe, "cuda") == 256
+    assert stack_size({"w": torch.zeros(2**20)}, probe, "cuda") == 320
 
 
 @component
@@ -261,3 +262,17 @@ def test_clients_that_are_stepped_together_move_as_each_would_alone(fields):
         assert not any(tensor.any() for k in range(3) for tensor in optimizer.moments(k).values())
     for name, tensor in ways[True].items():
         torch.testing.assert_close(tensor, ways[False][name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_sum_of_a_whole_stack_is_that_of_its_clients():
+    """As on a GPU; a scalar, such as a temperature, is a tensor without dimensions."""
+    shared = {"w": torch.ones(2, 3), "scale": torch.tensor(2.0)}
+    ours = {"w": torch.arange(12.0).view(2, 2, 3), "scale": torch.tensor([3.0, 5.0])}
+    for together in (True, False):
+        sums = _Sums(shared, "cpu", each=False)
+        sums.together = together
+        sums.add([0, 1], ours, [{}, {}], [1.0, 3.0])
+        total = sums.partial(np.empty(0, NOTE))
+        assert total.weight == 4.0
+        # scale: 1 * (3 - 2) + 3 * (5 - 2); w: 1 * (k - 1) + 3 * (k + 6 - 1)
+        np.testing.assert_array_equal(total.delta, [10.0, *(4.0 * k + 14 for k in range(6))])
