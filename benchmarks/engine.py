@@ -262,7 +262,6 @@ def table(runs: list[dict], quick: bool) -> str:
         span = f"{a_low / b_high:.3g} to {a_high / b_low:.3g}"
         runs_of = f"{len(top)} / {len(bottom)}"
         lines.append(f"| {row.name} | {row.says} | {a / b:.3g} | {span} | {goal} | {verdict} | {runs_of} |")
-    lines.append("| gpu | the same on a GPU | not measured: none was to be had | | | | |")
     if apart := {run["engine"]: run["apart"] for run in runs if "apart" in run}:
         worst = max(apart, key=apart.get)
         far = f"the farthest, {worst}, within {apart[worst]:.0e} of the way that the weights went"
