@@ -113,7 +113,7 @@ class Config(BaseModel):
         (), description="domains that nobody trains on, separated by commas"
     )
     partition: _component("partition", Dealing) = Field(DEFAULTS["partition"], description="how rows go to clients")
-    clients: int | None = Field(None, ge=1, description="number of clients; by_domain has one per domain")
+    clients: int | None = Field(None, ge=1, le=10**8, description="number of clients; by_domain has one per domain")
     partition_seed: int = Field(0, ge=0, description="draws the partition and each client's splits")
     augment: int = Field(
         0, ge=0, description="augmented views kept of each image, of which a train row shows another each round"
@@ -139,7 +139,7 @@ class Config(BaseModel):
         ge=0,
         description="share of the cohort that is asked on top; a round closes when as many as the cohort have answered",
     )
-    rounds: int = Field(200, ge=0, description="rounds of aggregation; FedCLIP's README runs 200")
+    rounds: int = Field(200, ge=0, le=10**9, description="rounds of aggregation; FedCLIP's README runs 200")
     seed: int = Field(0, ge=0, description="draws everything but the partition")
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always judged")
     eval_clients: int | None = Field(

@@ -14,26 +14,28 @@ from fedsim.registry import component
 from fedsim.rng import seed_for
 
 BLOCKS = 2**40  # clients that could be made
+NUMBERS = 2**26  # of one matrix: half a gigabyte while it is made
 
 
 @component
 class Synthetic(Dataset):
     """A feature is its class's prototype, leaned toward what its domain shows most, and noise.
 
-    Wants the partition natural, and --clients N.
+    Needs the partition natural, and --clients N.
     """
 
     rows: int = Field(100, ge=2, le=2**20, description="rows of a client, of all splits together")
-    width: int = Field(512, ge=2, description="D, numbers of a feature")
-    classes: int = Field(7, ge=2, description="number of classes")
-    domains: int = Field(4, ge=1, description="number of visual domains, taking turns over clients")
-    noise: float = Field(0.5, ge=0, description="deviation of each number of a feature; a prototype has length 1")
-    shift: float = Field(0.5, ge=0, description="deviation of how far a domain leans toward each class")
+    width: int = Field(512, ge=2, le=2**16, description="D, numbers of a feature")
+    classes: int = Field(7, ge=2, le=2**16, description="number of classes")
+    domains: int = Field(4, ge=1, le=2**16, description="number of visual domains, taking turns over clients")
+    noise: float = Field(0.5, ge=0, le=1e6, description="deviation of each number; a prototype has length 1")
+    shift: float = Field(0.5, ge=0, le=1e6, description="deviation of how far a domain leans toward each class")
     seed: int = Field(0, ge=0, description="draws the features")
 
     def load(self, root):
         if root is not None:
             raise InputError(f"data set synthetic is made on demand and takes no --data-dir, but {root} was given")
+        self._check_size()
         rng = np.random.default_rng(seed_for(self.seed, "prototypes"))
         text = rng.standard_normal((self.classes, self.width))
         text = (text / np.linalg.norm(text, axis=1, keepdims=True)).astype(np.float32)
@@ -50,6 +52,16 @@ class Synthetic(Dataset):
             prototypes=text,
             logit_scale=100.0,
         )
+
+    def _check_size(self) -> None:
+        """Each field has a limit; two of them together make a matrix, which has to fit into memory as well."""
+        for one, other in (("rows", "width"), ("classes", "width"), ("domains", "classes"), ("domains", "width")):
+            first, second = getattr(self, one), getattr(self, other)
+            if first * second > NUMBERS:
+                raise InputError(
+                    f"--dataset.{one} {first} times --dataset.{other} {second} is {first * second:,} numbers; at most "
+                    f"{NUMBERS:,} are made at a time"
+                )
 
 
 @dataclass(frozen=True)

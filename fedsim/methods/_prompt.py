@@ -42,6 +42,7 @@ class PromptMethod(Method):
     length: int = Field(
         16,
         ge=1,
+        le=4096,
         search=Choice((4, 8, 16), when=("init", "")),
         description="tokens that are learnt, before the name of a class",
     )

@@ -40,7 +40,11 @@ class FedTPG(Method):
         "client", description="classes that compete in a client's loss: all that anybody trains on, or the client's own"
     )
     length: int = Field(
-        4, ge=1, search=Choice((2, 4, 8, 16)), description="tokens that are written, before the name of a class"
+        4,
+        ge=1,
+        le=4096,
+        search=Choice((2, 4, 8, 16)),
+        description="tokens that are written, before the name of a class",
     )
     heads: int = Field(4, ge=1, description="of the attention to the class texts")
 

@@ -40,6 +40,7 @@ class KgCoOp(PromptFL):
     length: int = Field(
         4,
         ge=1,
+        le=4096,
         search=Choice((4, 8, 16), when=("init", "")),
         description="tokens that are learnt, before the name of a class",
     )

@@ -26,7 +26,7 @@ class PromptFolio(PromptMethod):
     lr: float = Field(2e-3, gt=0, search=Log(1e-4, 1e-1), description="step size")
     local_epochs: int = Field(5, ge=1, description="passes over a client's train rows in a round")
     batch: int = Field(16, ge=1, description="rows of a local step")
-    length: int = Field(8, ge=1, description="tokens that are learnt, before the name of a class")
+    length: int = Field(8, ge=1, le=4096, description="tokens that are learnt, before the name of a class")
     theta: float = Field(
         0.4, ge=0, le=1, search=Linear(0.0, 1.0), description="share of a client's own text; 0 is PromptFL"
     )

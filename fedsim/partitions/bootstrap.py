@@ -20,7 +20,7 @@ from fedsim.search import Field, Log
 class Bootstrap(Dealing):
     """What is train, validation and test is settled once for all, so that nobody trains on another's test rows."""
 
-    rows: int = Field(100, ge=2, description="rows of a client, of all splits together")
+    rows: int = Field(100, ge=2, le=2**20, description="rows of a client, of all splits together")
     by_domain: bool = Field(True, description="a client's rows are of one domain, the domains taking turns")
     alpha: float | None = Field(
         None,
