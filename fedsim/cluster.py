@@ -1,13 +1,7 @@
-"""The cluster: how to join one, what each of its machines has, and who is to work where."""
+"""The cluster: what each of its machines has, and who is to work where."""
 
-import os
-import re
-import secrets
-import socket
-import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, inf
 from pathlib import Path
@@ -20,6 +14,7 @@ from fedsim.errors import InputError
 ACTOR_GB = 0.5  # memory of an actor's own, torch and all; measured: 0.33 to 0.47
 PER_GPU = 2  # actors on a GPU of unknown memory: one computes while the other prepares its batch
 MOST_PER_GPU = 8  # each has a CUDA context of its own, and they take turns
+MOST_PER_CPU = 16  # more only take memory and turns; some tests and benchmarks have several on each
 PROBE_S = 120  # for a machine to tell about its GPUs
 
 
@@ -93,6 +88,9 @@ def plan(sizing: Sizing, jobs: int, nodes: Sequence[Node]) -> list[Placement]:
     if use_gpus and sizing.gpus_per_actor and (sizing.actors or 0) > sum(room):
         share = f"{sizing.gpus_per_actor:g} GPU"
         raise InputError(f"--actors {sizing.actors} of {share} each, but the cluster's GPUs have room for {sum(room)}")
+    most = MOST_PER_CPU * sum(ceil(node.cpus) for node in nodes)
+    if not use_gpus and (sizing.actors or 0) > most:
+        raise InputError(f"--actors {sizing.actors}, but {most // MOST_PER_CPU} CPUs are good for {most} at most")
     here = [0] * len(nodes)
     for _ in range(sizing.actors or max(1, min(sum(room), jobs))):
         # To the node that is then filled least, so that all are filled in proportion.
@@ -165,7 +163,7 @@ def _gpu_gb(ray, node: str) -> float | None:
     probe = ray.remote(num_cpus=0, max_calls=1, scheduling_strategy=on(node))(smallest)
     try:
         return ray.get(probe.remote(), timeout=PROBE_S)
-    except ray.exceptions.GetTimeoutError:
+    except ray.exceptions.RayError:
         return None
 
 
@@ -198,53 +196,3 @@ def on(node: str, soft: bool = True) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(node, soft)
-
-
-def check_reachable(address: str | None) -> None:
-    """Knocks at a cluster's door, since Ray itself would try for minutes.
-
-    Raises:
-        InputError: nobody answers at host:port.
-    """
-    if address is None or address == "auto":
-        return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise InputError(f"--address wants host:port or auto, not {address!r}")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except OSError as error:
-        raise InputError(f"no cluster answers at {address} ({error}); is it up? try `ray status`") from None
-
-
-@contextmanager
-def session(address: str | None):
-    """Joins the cluster at an address, or starts a private one, for as long as it lasts; gives Ray."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Under `uv run`, Ray would have uv install all of this again, in a copy of the working folder, for its actors;
-    # with --no-sync they would never start, and nobody would be told. Read, too, when Ray is imported.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    if address is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
-        # A cluster of our own, which nobody else can use (its figures for Prometheus excepted, which Ray shows to all)
-        # and which leaves no token in the home folder. Ray reads this once, when it is imported; where that has
-        # happened, its own choice stands.
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    import ray
-
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "fedsim"}
-    try:
-        # Said in so many words: without an address, Ray joins whatever cluster it finds on the machine.
-        ray.init(address=address or "local", **quiet, **({} if address else {"include_dashboard": False}))
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if versions := re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error)):
-            theirs, ours = (f"Ray {ray} on Python {python}" for ray, python in versions)
-            raise InputError(
-                f"the cluster at {address} runs {theirs}, this process {ours}; Ray wants the same on both"
-            ) from error
-        where = f"at {address}" if address else "of this machine's own"
-        hint = "; if it asks for a token, RAY_AUTH_MODE=token and its ~/.ray/auth_token are wanted here" * bool(address)
-        raise InputError(f"cannot join a cluster {where}: {error}{hint}") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()

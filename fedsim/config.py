@@ -163,7 +163,8 @@ class Config(BaseModel):
         None, gt=0, description="after which a chunk is given to another actor as well; none given: 20 of the longest"
     )
     address: str | None = Field(
-        None, description="join this Ray cluster (host:port or auto); none given: a private one"
+        None,
+        description="join this Ray cluster (host:port, or auto: $RAY_ADDRESS counts); none given: a private one",
     )
     cache_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
         default_factory=_cache, description="folder of encoded features; or $FEDSIM_CACHE_DIR"

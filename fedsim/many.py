@@ -1,19 +1,19 @@
 """Many runs side by side, a task of the cluster each; where `run` spreads the clients of one."""
 
-import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fedsim.clip import Frozen
-from fedsim.cluster import Placement, Sizing, nodes_of, plan, session
+from fedsim.cluster import Placement, Sizing, nodes_of, plan
 from fedsim.config import Config
 from fedsim.datasets import Features
 from fedsim.errors import InputError, Stopped, listing
 from fedsim.pool import TRIES, Event, Progress
 from fedsim.report import Report
+from fedsim.session import joined, session
 from fedsim.simulate import DATA, Experiment, encoded, prepare, simulate, sizing_of
 
 ENDED_S = 10  # for interrupted runs to let go of their folders
@@ -54,7 +54,7 @@ def run_all(
 
 def _prepared(configs: Sequence[Config], address: str | None) -> list[Experiment]:
     # Inside of a cluster, this machine need not have the GPU that a run will have.
-    where = {"actors": 0, "address": "auto" if _joined() else address}
+    where = {"actors": 0, "address": "auto" if joined() else address}
     latest: dict[str, Experiment] = {}  # by data, which are loaded once
     owners: dict[Any, int] = {}
     experiments = []
@@ -79,7 +79,7 @@ def _run_all(
     if not todo:
         return
     failed: list[tuple[Experiment, Exception]] = []
-    with _cluster(address) as ray:
+    with session(address, progress) as ray:
         calls = _calls(ray, [experiments[place] for place in todo], progress)
         with closing(_outcomes(ray, calls, at_once or len(todo))) as outcomes:
             for index, outcome in outcomes:
@@ -187,17 +187,3 @@ def _told(failed: list[tuple[Experiment, Exception]], total: int) -> Exception:
     told = (type(error) if known else RuntimeError)(says)
     told.__cause__ = None if known else error  # of what is no fault of the user, the place where it happened
     return told
-
-
-def _joined() -> bool:
-    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
-
-
-@contextmanager
-def _cluster(address: str | None):
-    """The cluster that this process has joined, or else the one of a session."""
-    if _joined():
-        yield sys.modules["ray"]
-    else:
-        with session(address) as ray:
-            yield ray

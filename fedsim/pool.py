@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from fedsim.cluster import Sizing, blind, bundles, here, nodes_of, on, plan, session, sizes_of
-from fedsim.errors import InputError, Stopped, listing
+from fedsim.cluster import Sizing, blind, bundles, here, nodes_of, on, plan, sizes_of
+from fedsim.errors import RESUMES, InputError, Stopped, listing
 from fedsim.events import Event, Progress
+from fedsim.session import pulse, session
 
 QUEUED = 2  # calls given to an actor: one that runs, one that waits, so that it never idles on the driver
 TRIES = 4  # a call that ended, or outran, so many actors will do so to the next one too
@@ -172,7 +173,8 @@ class _Actors(Pool):
         placements = bundles(ray) if sizing.grouped else plan(sizing, jobs, nodes)
         self.sizes = sizes_of(placements, sizing.threads_per_actor)
         self.post = 0, []
-        actor = ray.remote(max_restarts=-1, max_task_retries=0)(_Worker)
+        # No task events: Ray's head would keep 14 kB of every round.
+        actor = ray.remote(max_restarts=-1, max_task_retries=0, enable_task_events=False)(_Worker)
         self.seats = []
         for place in placements:
             where = {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus, "scheduling_strategy": place.strategy()}
@@ -268,6 +270,12 @@ class _Actors(Pool):
         try:
             self.ray.get(seat.ping)
         except self.ray.exceptions.ActorUnavailableError:  # it restarts; Ray takes 2 s to say so, nothing spins here
+            seat.ping = seat.actor.ping.remote()
+            return
+        except self.ray.exceptions.OutOfMemoryError:  # Ray's memory monitor has ended it; it restarts, too
+            seat.restarts += 1
+            if all(seat.restarts >= TRIES for seat in self.seats):
+                raise Stopped(f"Ray ended all of {self.sizes} since memory is short; take fewer --actors") from None
             seat.ping = seat.actor.ping.remote()
             return
         except self.ray.exceptions.RayActorError as error:
@@ -434,25 +442,25 @@ class _Driver:
 
 def drive(work: Callable[..., Any], args: tuple, address: str | None, progress: Progress) -> Any:
     """Runs `work(*args, progress)` in a driver actor, on a private cluster or the one at `address`."""
-    with session(address) as ray:
+    with session(address, progress) as ray:
         # No CPU of its own: a pool that owns every CPU would starve it. One thread works, the other tells. On this
         # machine, where the folder of the run was checked, and whose loss would end it in any case; Ray puts an actor
         # that takes nothing on a node by chance, unless it must be here.
-        driver = ray.remote(num_cpus=0, max_concurrency=2, scheduling_strategy=on(here(ray), soft=False))(
-            _Driver
-        ).remote()
-        result = driver.run.remote(work, args)
+        where = {"num_cpus": 0, "scheduling_strategy": on(here(ray), soft=False)}
+        driver = ray.remote(max_concurrency=2, enable_task_events=False, **where)(_Driver).remote()
+        look, result = pulse(ray), driver.run.remote(work, args)
         try:
             while not ray.wait([result], timeout=0.2)[0]:
+                look()
                 _tell(ray, driver, progress)
             _tell(ray, driver, progress)
             return ray.get(result)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
-        except ray.exceptions.RayActorError as error:
-            raise Stopped(
-                f"the driver actor has died; the same command goes on from the last round ({error})"
-            ) from None
+        except ray.exceptions.OutOfMemoryError:
+            raise Stopped(f"Ray ended the driver actor since memory is short on this machine; {RESUMES}") from None
+        except ray.exceptions.RayError as error:
+            raise Stopped(f"the driver actor has died; {RESUMES} ({error})") from None
         finally:  # on a cluster of others, an interrupted one would keep the folder of the run for seconds
             ray.kill(driver)
             ray.wait([result], timeout=5)

@@ -8,6 +8,7 @@ from threading import current_thread, main_thread
 from fedsim.errors import Interrupted
 
 ENDS = signal.SIGTERM, signal.SIGHUP
+_received: list[int] = []  # those that have been raised for
 
 
 @contextmanager
@@ -17,8 +18,11 @@ def heard() -> Iterator[None]:
     defaults = [number for number in before if before[number] is signal.SIG_DFL and number in ENDS]
     for number in defaults:
         signal.signal(number, _raise)
+        _received.clear()
     try:
         yield
+    except KeyboardInterrupt as error:  # `ray.get` and `ray.wait` make this of whatever a handler raises
+        raise Interrupted(_received[-1]) if _received else error from None
     finally:
         for number in defaults:
             signal.signal(number, signal.SIG_DFL)
@@ -31,6 +35,7 @@ def kept() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:  # raised by the handler that Ray sets first
+        _received.append(signal.SIGTERM)
         raise Interrupted(signal.SIGTERM) from error
     finally:
         for number, handler in before.items():
@@ -45,4 +50,5 @@ def _handlers() -> dict[int, object]:
 def _raise(number: int, frame: object) -> None:
     for end in ENDS:  # `timeout` sends two of them, and the second would interrupt the cleaning up
         signal.signal(end, signal.SIG_IGN)
+    _received.append(number)
     raise Interrupted(number)

@@ -21,7 +21,7 @@ from fedsim.cache import check_writable
 from fedsim.checkpoint import load_checkpoint, refuse_another, save_checkpoint, write_safetensors
 from fedsim.clients import Population, held_out_ids, make_clients, sample_cohort
 from fedsim.clip import Clip, Frozen, check_texts
-from fedsim.cluster import Sizing, check_reachable
+from fedsim.cluster import Sizing
 from fedsim.config import EXECUTION, Config, read_yaml
 from fedsim.cost import flops_of
 from fedsim.datasets import Features, Images, Labelled
@@ -44,6 +44,7 @@ from fedsim.rng import numpy_rng
 from fedsim.schedule import Turn, check, check_trained, schedule
 from fedsim.servers import NOTE, ServerState, add_up, advance, kept_past
 from fedsim.servers.fedavg import FedAvg
+from fedsim.session import check_reachable
 from fedsim.weights import EMBEDDED, Weights, find_weights, width_of
 
 CHUNKS, LARGEST_CHUNK = 16, 64  # of a cohort; and clients: enough to outweigh a call, few enough to do again

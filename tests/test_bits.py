@@ -201,6 +201,7 @@ def test_a_gpu_has_as_many_actors_as_fit_in_its_memory_and_no_actor_is_without_o
     [
         (Sizing(gpus_per_actor=0.5), [Node("a", 8.0)], "0.5 on a cluster without a GPU"),
         (Sizing(actors=5, gpus_per_actor=0.5), [Node("a", 8.0, 2)], "the cluster's GPUs have room for 4"),
+        (Sizing(actors=33), [Node("a", 2.0)], "--actors 33, but 2 CPUs are good for 32 at most"),
         (Sizing(), [Node("a", 0.0)], "no node of the cluster has room for an actor"),
         (Sizing(gpu_gb_per_actor=40), [Node("a", 8.0, 1, gpu_gb=16.0)], "no node .* has room"),
     ],

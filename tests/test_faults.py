@@ -1,5 +1,6 @@
 """Faults are caused, not mocked: actors stopped, slow or killed in a call, a machine lost in a run, Ctrl-C."""
 
+import json
 import os
 import platform
 import signal
@@ -19,6 +20,7 @@ from fedsim.checkpoint import NAME
 from fedsim.cluster import Sizing
 from fedsim.errors import Stopped
 from fedsim.pool import open_pool
+from fedsim.watch import STATUS
 
 ITEMS = range(12)
 SQUARES = [item * item for item in ITEMS]
@@ -307,7 +309,12 @@ def test_a_machine_lost_in_a_run_changes_nothing(cluster, features_dir, tmp_path
     assert result(tmp_path / "run") == result(tmp_path / "alone")
 
 
-def test_ctrl_c_ends_a_run_and_leaves_nothing_behind(features_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "to_all", "code"),
+    # A terminal and SLURM signal every process, Ray's too; Docker the first one alone.
+    [(signal.SIGINT, True, 130), (signal.SIGTERM, True, 143), (signal.SIGTERM, False, 143)],
+)
+def test_a_signal_ends_a_run_and_leaves_nothing_behind(number, to_all, code, features_dir, tmp_path):
     flags = ["--dataset=features", f"--data-dir={features_dir}", "--held-out=ink", "--rounds=100000", "--clients=6"]
     command = [sys.executable, "-m", "fedsim", "run", *flags, "--actors=1", f"--out={tmp_path}"]
     process = subprocess.Popen(
@@ -321,11 +328,14 @@ def test_ctrl_c_ends_a_run_and_leaves_nothing_behind(features_dir, tmp_path):
     while not (tmp_path / NAME).exists() and process.poll() is None:
         time.sleep(0.01)
     started = list(descendants(process.pid))
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process in it, Ray's too
+    (os.killpg if to_all else os.kill)(process.pid, number)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert told.decode().strip() == "fedsim: interrupted; the same command goes on from the last round"
+    assert process.returncode == code
+    which = "" if number == signal.SIGINT else f" by {number.name}"
+    assert told.decode().strip() == f"fedsim: interrupted{which}; the same command goes on from the last round"
     assert len(started) > 3
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    assert not list(Path("/tmp").glob(f"fedsim-*/r/session_*_{process.pid}"))
+    assert json.loads((tmp_path / STATUS).read_text())["ended"]["code"] == code
     with FileLock(tmp_path / ".lock", timeout=0):
         assert (tmp_path / NAME).exists()

@@ -17,7 +17,7 @@ from fedsim.errors import InputError
 @pytest.fixture(scope="module")
 def cluster():
     """One of 2 CPUs, which this process has joined."""
-    from fedsim.cluster import session
+    from fedsim.session import session
 
     with session(None) as ray:
         yield ray

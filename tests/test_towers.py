@@ -14,8 +14,8 @@ from test_bits import workers
 from fedsim import Config, InputError, Method, available, component, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.clip import Clip
-from fedsim.cluster import session
 from fedsim.registry import parse
+from fedsim.session import session
 from fedsim.sites import Reads, reads_of
 from fedsim.weights import EMBEDDED, find_weights
 
