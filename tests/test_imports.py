@@ -32,8 +32,6 @@ def test_imports_go_one_way():
     root = Path(fedsim.__file__).parent
     for path in root.rglob("*.py"):
         where = path.relative_to(root)
-        if where.parts[0] == "assets":
-            continue
         own = where.parts[0].removesuffix(".py")
         for module in imported(path):
             assert stage(module) <= ORDER.index(own), f"{where} imports {module}"
@@ -47,7 +45,9 @@ def test_every_module_has_its_place():
 
 def test_every_text_file_is_read_and_written_in_an_encoding_that_is_named():
     root = Path(fedsim.__file__).parents[1]
-    for path in (path for folder in ("fedsim", "tune", "benchmarks") for path in (root / folder).rglob("*.py")):
+    for path in (
+        path for folder in ("fedsim", "tune", "benchmarks", "tools") for path in (root / folder).rglob("*.py")
+    ):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and opens_text(node):
                 assert "encoding" in {word.arg for word in node.keywords}, f"{path}, line {node.lineno}"

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fedsim.assets.tiny.align import ImageHead
-from fedsim.assets.tiny.distil import CONFIG
+from align import ImageHead
+from distil import CONFIG
+
+MODEL = CONFIG.with_suffix(".safetensors")
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fedsim.assets.tiny import corpus, tower
-from fedsim.assets.tiny.words import HeldOut
+import corpus
+import tower
+from words import HeldOut
 
 STAMPS = "tuxpaint-stamps-default"
 LABELS = {  # label of the development set: the classes of `words.CLASSES` that it takes in

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedsim.assets.tiny import corpus, tower
-from fedsim.assets.tiny.views import Views
+import corpus
+import tower
+from views import Views
 
 _CHUNK = 500  # icons a file
 _BATCH = 32

@@ -1,4 +1,4 @@
-"""Makes tiny.safetensors from nothing: `uv run --group assets python fedsim/assets/tiny/train.py`.
+"""Makes tiny.safetensors from nothing: `uv run --group assets python tools/tiny/train.py`.
 
 Every stage leaves a file in the cache, and a second run goes on after the last one that is there.
 `--develop` holds out the development set and measures on it instead of writing the model.
@@ -13,11 +13,17 @@ from pathlib import Path
 
 import torch
 
-from fedsim.assets.tiny import align, captions, corpus, develop, distil, encode, ship, tower
-from fedsim.assets.tiny.teacher import Teacher
-from fedsim.assets.tiny.words import HELD_OUT_PHOTOS, HeldOut
+import align
+import captions
+import corpus
+import develop
+import distil
+import encode
+import ship
+import tower
+from teacher import Teacher
+from words import HELD_OUT_PHOTOS, HeldOut
 
-MODEL = Path(__file__).with_name("tiny.safetensors")
 CACHE = Path.home() / ".cache/fedsim/tiny"
 # About half of the views: they place the texts, and the image head is fitted to all views later.
 # A machine that is short of time can then distil while it encodes the rest.
@@ -159,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=CACHE, help="default: %(default)s")
     parser.add_argument("--develop", action="store_true", help="measure, write no model")
-    parser.add_argument("--out", type=Path, default=MODEL, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=ship.MODEL, help="default: %(default)s")
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
     stages = Stages(options.cache, options.develop)

@@ -1,13 +1,13 @@
 """Build glyphs.parquet: everyday things drawn in five styles, from pinned packages.
 
-    uv run --group assets python fedsim/assets/glyphs/build.py
-    uv run --group assets python fedsim/assets/glyphs/build.py --archives FOLDER
+    uv run --group assets python tools/glyphs/build.py
+    uv run --group assets python tools/glyphs/build.py --archives FOLDER
 
 Four icon packages come from npm (`npm pack`), one clip-art package from Debian 12
 (`apt-get download`); archives that FOLDER already holds are not fetched again. Every SVG, WebP and
 PNG becomes one 64 x 64 RGB image on white, written losslessly, so that all readers decode the same
 pixels. concepts.tsv names every image that may go in, deny.tsv every image that was looked at and
-left out; NOTICE.md holds the licences and the datasheet.
+left out; fedsim/assets/glyphs/NOTICE.md holds the licences and the datasheet.
 
 Source: ours.
 """
@@ -31,6 +31,7 @@ import resvg_py
 from PIL import Image, ImageChops
 
 HERE = Path(__file__).resolve().parent
+GLYPHS = HERE.parents[1] / "fedsim" / "assets" / "glyphs" / "glyphs.parquet"
 SIZE = 64  # pixels a side of a finished image
 MARGIN = 2  # white pixels around the drawing
 RASTER = 256  # pixels a side before cropping: what the 3D renderings have
@@ -99,7 +100,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Build the data set glyphs.")
     parser.add_argument("--archives", type=Path, help="folder of archives, fetched or to fetch")
-    parser.add_argument("--out", type=Path, default=HERE / "glyphs.parquet")
+    parser.add_argument("--out", type=Path, default=GLYPHS)
     return parser.parse_args()
 
 

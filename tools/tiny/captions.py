@@ -12,9 +12,9 @@ import open_clip
 import torch
 from torch import Tensor
 
-from fedsim.assets.tiny import corpus
-from fedsim.assets.tiny.teacher import Teacher
-from fedsim.assets.tiny.words import CLASSES
+import corpus
+from teacher import Teacher
+from words import CLASSES
 
 ABOVE = 6  # hypernyms used of an icon; further ones say little
 _EMOJI_WEIGHT = 4.0  # CLDR labels them; other icons have but a file name

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.assets.tiny.align import TextHead, schedule
-from fedsim.assets.tiny.captions import Texts, Thing, tokens
-from fedsim.assets.tiny.words import FILLERS, PROMPT, TEMPLATES
+from align import TextHead, schedule
+from captions import Texts, Thing, tokens
+from words import FILLERS, PROMPT, TEMPLATES
 
-CONFIG = Path(__file__).with_name("tiny.json")
+ASSETS = Path(__file__).resolve().parents[2] / "fedsim" / "assets"
+CONFIG = ASSETS / "tiny" / "tiny.json"
 STEPS, BATCH = 2800, 256
 RATE, WARMUP = 2e-3, 60
 _SPREAD = 0.03  # of the first token vectors

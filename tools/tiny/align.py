@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.assets.tiny import teacher, tower
-from fedsim.assets.tiny.captions import Texts, Thing
-from fedsim.assets.tiny.words import CLASSES
+import teacher
+import tower
+from captions import Texts, Thing
+from words import CLASSES
 
 DIM = 256
 STEPS, BATCH, PHOTOS = 400, 1024, 0.3  # the last is the share of pseudo-photographs

@@ -1,6 +1,6 @@
 """Zero-shot accuracy of the shipped model, as a user of open_clip gets it.
 
-`uv run python fedsim/assets/tiny/measure.py`, with `--photos FOLDER` for images in folders by
+`uv run python tools/tiny/measure.py`, with `--photos FOLDER` for images in folders by
 class, or in folders of domains of such folders.
 """
 
@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from fedsim.assets.tiny import ship
-from fedsim.assets.tiny.words import PROMPT
+import ship
+from distil import ASSETS
+from words import PROMPT
 
-HERE = Path(__file__).parent
-GLYPHS = HERE.parent / "glyphs" / "glyphs.parquet"
+GLYPHS = ASSETS / "glyphs" / "glyphs.parquet"
 _BATCH = 32
 
 
@@ -89,7 +89,7 @@ def _judge(model, found, labels) -> tuple[np.ndarray, list[str], np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=HERE / "tiny.safetensors")
+    parser.add_argument("--model", type=Path, default=ship.MODEL)
     parser.add_argument("--photos", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

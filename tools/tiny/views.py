@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fedsim.assets.tiny.corpus import EMOJI_FAMILIES, Icon
-from fedsim.assets.tiny.tower import SIZE
+from corpus import EMOJI_FAMILIES, Icon
+from tower import SIZE
 
 RASTER = 128  # pixels a side at which an icon is drawn
 SMALL = 64  # the size of many stored drawings: half of the views pass through it
