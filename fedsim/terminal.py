@@ -42,7 +42,6 @@ def launch(
     console.print(origin)
     if DETACH in argv:
         check()
-        console.print(f"-> {folder}")
         return _let_go(console, folder, [word for word in argv if word != DETACH])
     with bars_on(console) as bars, Telling(folder, shown(bars, f"-> {folder}")) as telling:
         found = work(telling.progress)
@@ -56,6 +55,7 @@ def launch(
 def _let_go(console: Console, folder: Path, argv: Sequence[str]) -> int:
     detach(folder, argv)
     status = read_status(folder)
+    console.print(f"-> {folder}")
     console.print("is done" if status.ended else f"goes on in process {status.pid} on {status.host}")
     console.print(f"  fedsim watch {folder}\n  fedsim stop {folder}", soft_wrap=True)
     return 0

@@ -72,7 +72,8 @@ def test_a_detached_run_is_stopped_from_elsewhere_and_goes_on_with_the_same_comm
     there = tmp_path / "there"
     command = ["run", *flags, "--rounds", 100_000, "--actors", 0, "--out", there, "--detach"]
     fedsim(*command)
-    assert "another process is running" in fedsim(*command, code=2)
+    said = fedsim(*command, code=2)
+    assert "another process is running" in said and "->" not in said
     fedsim("stop", there)
     assert "interrupted; the same command goes on" in fedsim("watch", there, code=130)
     assert "nobody runs in" in fedsim("stop", there, code=2)
