@@ -27,6 +27,7 @@ from fedsim.errors import InputError, listing
 EMBEDDED = "tiny", "embedded"
 _ASSETS = Path(__file__).parent / "assets" / "tiny"
 _PREPROCESSING = "mean", "std", "interpolation", "resize_mode"
+_CONSTANTS = "input_resolution", "context_length", "vocab_size"  # in OpenAI's archives, next to the weights
 _SUFFIXES = ".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt", ".pkl"
 
 
@@ -81,15 +82,10 @@ def find_weights(model: str, pretrained: str) -> Weights:
         _check_fits(weights)
         return weights
     file = _given(model, pretrained)
-    format = _format(file)
-    published = _published(file, trusted=format == "TorchScript")
+    _format(file)  # refuses what is no checkpoint before it is read as a whole
+    published = _published(file)
     if published and model not in published:
         raise InputError(f"{file.name} holds the weights of {listing(published)}; --backbone is {model}")
-    if format == "TorchScript" and not published:
-        raise InputError(
-            f"{file.name} is a TorchScript archive and, by its SHA-256, not one of OpenAI's; reading it could run "
-            "code, so save its tensors alone: torch.save(model.state_dict(), FILE)"
-        )
     about = published.get(model) or _of_repository(model, file)
     note = "" if about else _assumption(model, file)
     about = about or _agreed(model)
@@ -118,14 +114,20 @@ def tokenizer_of(model: str) -> Any:
 
 
 def load_torchscript(file: Path) -> dict[str, Tensor]:
-    """The tensors of one of OpenAI's archives. Only for a file whose digest is known: reading one may run its code."""
+    """The tensors of one of OpenAI's archives.
+
+    Raises:
+        InputError: by its SHA-256 it is none of them; reading another could run code that is in it.
+    """
+    if not _published(file, whole=True):
+        raise InputError(
+            f"{file.name} is a TorchScript archive and, by its SHA-256, not one of OpenAI's; reading it could run "
+            "code, so save its tensors alone: torch.save(model.state_dict(), FILE)"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         state = torch.jit.load(str(file), map_location="cpu").state_dict()
     return {name: tensor for name, tensor in state.items() if name not in _CONSTANTS}
-
-
-_CONSTANTS = "input_resolution", "context_length", "vocab_size"  # of OpenAI's archives, beside the weights
 
 
 def is_torchscript(file: Path) -> bool:
@@ -212,13 +214,13 @@ def _format(file: Path) -> str:
     return format
 
 
-def _published(file: Path, trusted: bool) -> dict[str, dict]:
+def _published(file: Path, whole: bool = False) -> dict[str, dict]:
     """open_clip's description of the published weights that this file is, by architecture; empty where it is unknown.
 
     Known are those whose address holds their digest: OpenAI's, and the start of it those of open_clip's releases.
 
     Args:
-        trusted: accept a whole digest only; a file with a given start of one can be made.
+        whole: compare whole digests only; a file whose digest has a given start can be made.
     """
     with file.open("rb") as stream:
         digest = sha256()
@@ -226,7 +228,7 @@ def _published(file: Path, trusted: bool) -> dict[str, dict]:
             digest.update(block)
     pretrained = import_open_clip().pretrained
     every = [(model, pretrained.get_pretrained_cfg(model, tag)) for model, tag in pretrained.list_pretrained()]
-    stated = re.compile(r"/([0-9a-f]{64})/" if trusted else r"(?:/|-)([0-9a-f]{64}|[0-9a-f]{8})(?:/|\.pth?$)")
+    stated = re.compile(r"/([0-9a-f]{64})/" if whole else r"(?:/|-)([0-9a-f]{64}|[0-9a-f]{8})(?:/|\.pth?$)")
     return {
         model: about
         for model, about in every
@@ -258,8 +260,8 @@ def _agreed(model: str) -> dict[str, Any]:
     """The preprocessing of an architecture's published weights, where it is the same for all (of SigLIP, for one)."""
     pretrained = import_open_clip().pretrained
     tags = pretrained.list_pretrained_tags_by_model(model)
-    all = [{name: pretrained.get_pretrained_cfg(model, tag)[name] for name in _PREPROCESSING} for tag in tags]
-    return all[0] if all and all.count(all[0]) == len(all) else {}
+    each = [{name: pretrained.get_pretrained_cfg(model, tag)[name] for name in _PREPROCESSING} for tag in tags]
+    return each[0] if each and each.count(each[0]) == len(each) else {}
 
 
 def _assumption(model: str, file: Path) -> str:
@@ -312,6 +314,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             return load_torchscript(file)
         state = import_open_clip().factory.load_state_dict(str(file))
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    except InputError:
+        raise
     except pickle.UnpicklingError:
         raise InputError(
             f"{file.name} holds Python objects besides tensors, which are never unpickled; save its tensors alone: "
