@@ -1,109 +1,168 @@
-"""A run in a file: the server's state and the report so far, whole or not at all, never pickled.
+"""A run in two files: the server's state, written again each round, and a history to which each round is appended.
 
-What never changes once it is there, counts above all, is written once, beside it: a run of many rounds and clients
-would otherwise write all of them anew every round.
+The checkpoint holds the length of the history and a digest of it. Whatever a killed process has appended after that is
+overwritten, so the two always agree. Neither is ever pickled.
 """
 
-import json
+import os
+from collections.abc import Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.numpy import load
 from torch import Tensor
 
-from fedsim.errors import InputError, listing
+from fedsim.errors import InputError
+from fedsim.evaluate import Counts
+from fedsim.files import Damaged, pack, read_tensors, write_tensors
+from fedsim.folder import CHECKPOINT, intact, refuse_another, start_again
 from fedsim.params import Params
 from fedsim.report import Report
 from fedsim.servers import ServerState
 
-NAME, HISTORY = "checkpoint.safetensors", "history"
+NAME, HISTORY = CHECKPOINT, "history.bin"
 
 
-def save_checkpoint(folder: Path, experiment: dict[str, Any], state: ServerState, report: Report) -> None:
-    """Writes what is new of `folder/history/`, then `folder/checkpoint.safetensors` in place of the last one.
+class Checkpoints:
+    """The checkpoints of a run, each in place of the one before.
 
-    Raises:
-        OSError: the disk is full, say; the last checkpoint is still there, and whole.
+    What a save writes does not grow with the number of rounds.
     """
-    tensors = {f"params/{name}": tensor for name, tensor in state.params.items()}
-    tensors |= _spread("slots", state.slots) | _spread("past", state.past)
-    tensors |= {"private": torch.from_numpy(state.private)}
-    tensors |= {f"report/{name}": tensor for name, tensor in report.tensors().items()}
-    about = {"experiment": experiment, "round": state.round, "report": report.about()}
-    (folder / HISTORY).mkdir(exist_ok=True)
-    history = report.history()
-    # What is older was written with the checkpoints before; what lies there may be of a run that was done away with.
-    for name in {f"scores-{state.round}"} & set(history) if state.round else history:
-        write_safetensors(folder / HISTORY / f"{name}.safetensors", {name: torch.from_numpy(history[name])}, {})
-    write_safetensors(folder / NAME, tensors, about)
+
+    def __init__(self, folder: Path, experiment: dict[str, Any]) -> None:
+        self.folder, self.experiment = folder, experiment
+        self.saved = -1  # the last round in the history
+        self.history = _History(folder / HISTORY)
+
+    def save(self, state: ServerState, report: Report) -> None:
+        """Appends to the history what is new in the report since the last save, then writes the state.
+
+        Raises:
+            OSError: the disk is full, for example; the last checkpoint is still there, and whole.
+        """
+        if not self.history.length:
+            self.history.append(report.first_entry())
+        if state.round > self.saved:
+            self.history.append(report.entry(state.round))
+            self.saved = state.round
+        tensors = {f"params/{name}": tensor for name, tensor in state.params.items()}
+        tensors |= _spread("slots", state.slots) | _spread("past", state.past)
+        tensors |= {f"adapter/{name}": tensor for name, tensor in report.adapter.items()}
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        arrays |= {"private": state.private, "chosen_private": report.private}
+        arrays |= {"last": report.last.flat()} if report.last else {}
+        about = {"experiment": self.experiment, "round": state.round, "report": report.about()}
+        write_tensors(self.folder / NAME, arrays, about | {"history": self.history.position()})
+
+    def load(self) -> tuple[ServerState, Report] | None:
+        """What `save` wrote last, or None where there is nothing yet.
+
+        Fewer rounds may have been asked for than now: an evaluation that only their last round had is then left out.
+
+        Raises:
+            InputError: a file is damaged or missing, or belongs to another experiment (the message names the fields),
+                or has more rounds than are asked for.
+        """
+        file, remedy = self.folder / NAME, start_again(self.folder)
+        if not file.exists():
+            return None
+        with intact(file, remedy):
+            arrays, about = read_tensors(file)
+            try:
+                theirs, round, told, position = (about[name] for name in ("experiment", "round", "report", "history"))
+            except KeyError as error:
+                raise Damaged(f"it lacks {error}, as that of another version of fedsim may") from None
+        rounds = self.experiment["rounds"]
+        refuse_another(self.folder, theirs | {"rounds": rounds}, self.experiment)
+        if round > rounds:
+            raise InputError(
+                f"{self.folder} holds {round} rounds of this experiment, more than --rounds {rounds}; "
+                f"give --rounds {round} or more, or another --out"
+            )
+        with intact(self.history.file, remedy):
+            entries = self.history.read(position)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        self.saved = round
+        slots, past = _gathered(_below("slots/", tensors)), _gathered(_below("past/", tensors))
+        past = {int(done): params for done, params in past.items()}
+        state = ServerState(round, _below("params/", tensors), slots, past, arrays["private"])
+        told["experiment"]["rounds"] = rounds
+        report = Report(**told, adapter=_below("adapter/", tensors), private=arrays["chosen_private"])
+        for entry in entries:
+            report.add_entry(entry)
+        if round == rounds and "last" in arrays:
+            report.last = Counts.from_flat(arrays["last"])
+        return state, report
 
 
 def load_checkpoint(folder: Path, experiment: dict[str, Any]) -> tuple[ServerState, Report] | None:
-    """What `save_checkpoint` wrote, or None where there is nothing yet.
+    """`Checkpoints.load`, with the evaluation of the last round in the report."""
+    found = Checkpoints(folder, experiment).load()
+    if found:
+        found[1].conclude(found[0])
+    return found
 
-    Raises:
-        InputError: a file is cut short or missing, or belongs to another experiment; the message names the fields.
+
+class _History:
+    """A file of arrays to which entries are appended, each a safetensors file after its length in 8 bytes.
+
+    Attributes:
+        length: bytes that count; what stands after them is overwritten.
     """
-    file = folder / NAME
-    if not file.exists():
-        return None
-    tensors, about = _read(file)
-    try:
-        theirs, round, report = (about[name] for name in ("experiment", "round", "report"))
-    except KeyError as error:
-        raise InputError(f"{file} is not a whole checkpoint ({error}); delete {folder} to start again") from None
-    refuse_another(folder, theirs, experiment)
-    slots, past = _gathered(_below("slots/", tensors)), _gathered(_below("past/", tensors))
-    state = ServerState(
-        round,
-        _below("params/", tensors),
-        slots,
-        {int(done): params for done, params in past.items()},
-        tensors["private"].numpy(),
-    )
 
-    def history(name: str) -> np.ndarray:
-        return _read(folder / HISTORY / f"{name}.safetensors")[0][name].numpy()
+    def __init__(self, file: Path) -> None:
+        self.file, self.length, self.hash = file, 0, blake2b(digest_size=16)
 
-    return state, Report.restore(_below("report/", tensors), report, history)
+    def append(self, arrays: dict[str, np.ndarray]) -> None:
+        """Flushes to the disk before it returns, since a checkpoint will count on it."""
+        content = pack(arrays, {})
+        content = len(content).to_bytes(8, "little") + content
+        try:
+            with os.fdopen(os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
+                try:
+                    file.seek(self.length)
+                    left = memoryview(content)
+                    while left:
+                        left = left[file.write(left) :]
+                    file.truncate()
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(self.length)  # on a full disk the rest would take the room that is left
+                    raise
+        except OSError as error:
+            error.filename = str(self.file)
+            raise
+        self.length += len(content)
+        self.hash.update(content)
 
+    def position(self) -> dict[str, Any]:
+        return {"length": self.length, "digest": self.hash.hexdigest()}
 
-def refuse_another(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises InputError, naming the fields that differ, when a folder holds another experiment."""
-    ours = json.loads(json.dumps(ours))
-    differ = [
-        f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
-    ]
-    if differ:
-        raise InputError(f"{folder} holds another experiment ({listing(differ)}); give another --out")
+    def read(self, position: dict[str, Any]) -> list[dict[str, np.ndarray]]:
+        """The entries up to a position, after which the next one is appended.
 
-
-def write_safetensors(file: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Writes a safetensors file whole or not at all, with `about` as JSON in its metadata."""
-    part = file.with_name(f"part-{file.name}")
-    whole = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    try:
-        # One entry: safetensors writes several in any order, and the same run would not give the same bytes.
-        part.write_bytes(save(whole, metadata={"fedsim": json.dumps(about)}))  # save_file would hide it from the group
-        part.replace(file)
-    except OSError:
-        part.unlink(missing_ok=True)  # on a full disk it would keep what room there is
-        raise
+        Raises:
+            Damaged: they are not those of that position.
+        """
+        with self.file.open("rb") as stream:
+            content = stream.read(position["length"])
+        self.hash = blake2b(content, digest_size=16)
+        self.length = len(content)
+        if self.position() != position:
+            raise Damaged(f"its first {position['length']} bytes are not those that the checkpoint was written with")
+        return list(entries_of(content))
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(file, "pt") as reader:
-            about = json.loads((reader.metadata() or {})["fedsim"])
-            return {name: reader.get_tensor(name) for name in reader.keys()}, about  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        whole = "checkpoint" if file.name == NAME else "part of one"
-        raise InputError(f"{file} is not a whole {whole} ({error}); delete {file.parent} to start again") from None
+def entries_of(history: bytes) -> Iterator[dict[str, np.ndarray]]:
+    """The entries of a history, as `Report.first_entry` and `Report.entry` made them; read-only arrays."""
+    start = 0
+    while start < len(history):
+        end = start + 8 + int.from_bytes(history[start : start + 8], "little")
+        yield load(history[start + 8 : end])
+        start = end
 
 
 def _spread(kind: str, groups: dict[Any, Params]) -> dict[str, Tensor]:

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
+import yaml
 
-from fedsim.config import EXECUTION, flat, read_yaml
-from fedsim.errors import InputError, listing
+from fedsim.config import EXECUTION, flat
+from fedsim.errors import InputError, Stopped, listing
 from fedsim.evaluate import COLUMNS
+from fedsim.files import FULL, reason, write_text
+from fedsim.folder import CONFIG, check_page, intact, read_sealed
 from fedsim.formats import number, percent, setting, spread
 from fedsim.page import NEVER, TRAVELLED, Section, curves, over, portable, render
 from fedsim.plots import Line, Panel, Plot, plot_lines
@@ -20,9 +22,9 @@ from fedsim.report import (
     LABEL_COLUMNS,
     ROUND_COLUMNS,
     choose_round,
+    read_table,
     summarize,
     to_yaml,
-    write_text,
 )
 
 SCORES = ["round", *COLUMNS]
@@ -54,7 +56,6 @@ MORE = {
     "generalization_ece": "held-out calibration error",
 }
 SEEDS = ("seed", "partition_seed")
-FIELDS = ("dataset", "data_dir", "held_out", "method", "server", "partition", "rounds", *SEEDS)
 HOW = "Of each run, the first round of the best mean accuracy on validation rows is shown; without any, the last."
 # What keeps accuracies from being compared, by the fields that tell.
 CAVEATS = {
@@ -101,8 +102,11 @@ def compare(runs: Sequence[Path], out: Path, warn: Callable[[str], None] = lambd
         their seeds, rows of means follow: sample standard deviation after the ±, number of runs in column `n`.
 
     Raises:
-        InputError: a folder that is no finished run, or `out` cannot be written.
+        InputError: a folder that is no finished run, a file that is damaged, or `out` cannot be written: it may be a
+            file that is not a page of fedsim.
+        Stopped: the disk is full.
     """
+    check_page(Path(out))
     finished = _read_all([Path(run) for run in runs])
     differing = _differing(finished)
     shared = {field: value for field, value in finished[0].fields.items() if field not in differing}
@@ -138,6 +142,8 @@ def _write(out: Path, page: str) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, page)
     except OSError as error:
+        if error.errno in FULL:
+            raise Stopped(f"{reason(error)}; nothing was written") from None
         raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
 
 
@@ -157,12 +163,15 @@ def _read_all(runs: list[Path]) -> list[Finished]:
 def _read(run: Path, name: str) -> Finished:
     if not run.is_dir():
         raise InputError(f"compare wants folders of runs; {run} is {'a file' if run.exists() else 'not there'}")
-    if missing := [file for file in ("config.yaml", *TABLES) if not (run / file).is_file()]:
+    if missing := [file for file in (CONFIG, *TABLES) if not (run / file).is_file()]:
         raise InputError(f"{run} is no finished run of fedsim: it lacks {listing(missing)}")
-    config = {field: value for field, value in read_yaml(run / "config.yaml").items() if field not in EXECUTION}
-    if absent := [field for field in FIELDS if field not in config]:
-        raise InputError(f"{run / 'config.yaml'} is not a run of fedsim: it lacks {listing(absent)}")
-    tables = (_parquet(run / file, columns) for file, columns in TABLES.items())
+    remedy = f"leave {run} out, or run its experiment in another folder"
+    config = yaml.safe_load(read_sealed(run / CONFIG, remedy))
+    config = {field: value for field, value in config.items() if field not in EXECUTION}
+    tables = []
+    for file, columns in TABLES.items():
+        with intact(run / file, remedy):
+            tables.append(read_table(run / file)[columns])
     scores, zero_shot, costs, labels, bins = tables
     if len(costs) < config["rounds"]:
         raise InputError(f"{run} is not finished: it did {len(costs)} of {config['rounds']} rounds")
@@ -179,13 +188,6 @@ def _read(run: Path, name: str) -> Finished:
         costs.bytes_up.sum() / 1e6,
         costs.seconds.sum(),
     )
-
-
-def _parquet(file: Path, columns: list[str]) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(file, columns=columns)
-    except (pa.ArrowException, OSError) as error:  # pyarrow may add lines of its own to the sentence
-        raise InputError(f"{file} is not a whole table of fedsim: {str(error).splitlines()[0]}") from None
 
 
 # What differs ----------------------------------------------------------------------------------------------

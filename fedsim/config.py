@@ -25,6 +25,7 @@ from pydantic import (
 from fedsim.datasets import Dataset
 from fedsim.errors import InputError, listing
 from fedsim.fleets import Fleet
+from fedsim.folder import safe_name
 from fedsim.methods import Method
 from fedsim.partitions import Dealing
 from fedsim.registry import CHECKED, KINDS, changed, name_of, numbers_are_not_truths, parse, sentence
@@ -80,6 +81,12 @@ def _absolute(value: Path | None) -> Path | None:
     return value and _expanded(value).absolute()
 
 
+def _not_empty(value: Any) -> Any:
+    if value == "":  # to pathlib, the current folder; to a script, a variable that is not set
+        raise InputError("--out is empty; it expects a folder")
+    return value
+
+
 def _names(value: Any) -> Any:
     """Names separated by commas, or a sequence of names; each is kept once."""
     if isinstance(value, str):
@@ -89,6 +96,9 @@ def _names(value: Any) -> Any:
     # In YAML a name such as 7 or true is no text.
     names = [str(name).lower() if isinstance(name, int) else name for name in value]
     return tuple(dict.fromkeys(name for name in names if name != ""))
+
+
+Out = Annotated[Path | None, BeforeValidator(_not_empty), AfterValidator(_expanded)]
 
 
 class Config(BaseModel):
@@ -151,9 +161,7 @@ class Config(BaseModel):
     dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and training")
     threads_per_actor: int = Field(1, ge=1, description="torch's; more than one round sums in another way")
 
-    out: Annotated[Path | None, AfterValidator(_expanded)] = Field(
-        None, description="folder of the run; none given: runs/ and a name of its own"
-    )
+    out: Out = Field(None, description="folder of the run; none given: runs/ and a name of its own")
     actors: int | None = Field(None, ge=0, description="client actors; 0: in this process; none given: by the cluster")
     gpus_per_actor: float | None = Field(None, ge=0, le=1, description="share of a GPU; none given: by the cluster")
     gpu_gb_per_actor: float | None = Field(
@@ -189,14 +197,8 @@ class Config(BaseModel):
         if self.out is not None:
             return self.out
         digest = blake2b(yaml.safe_dump(self.experiment()).encode(), digest_size=4).hexdigest()
-        parts = (
-            name_of(self.dataset),
-            "-".join(self.held_out),
-            name_of(self.method),
-            name_of(self.server),
-            digest,
-        )
-        return Path("runs") / "-".join(filter(None, parts))
+        parts = name_of(self.dataset), "-".join(self.held_out), name_of(self.method), name_of(self.server)
+        return Path("runs") / safe_name(parts, digest)
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,13 +1,23 @@
 """Files that are written whole or not at all, and whose damage is noticed when they are read."""
 
+import errno
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+FULL = errno.ENOSPC, errno.EDQUOT
+
+
+class Damaged(ValueError):
+    """A file is not as it was written; says in what way."""
 
 
 @contextmanager
@@ -47,3 +57,54 @@ def digest(*things: str | np.ndarray) -> str:
         result.update(f"{data.nbytes}:".encode())  # so that ("ab", "c") and ("a", "bc") differ
         result.update(data)
     return result.hexdigest()
+
+
+def reason(error: OSError) -> str:
+    """What went wrong with which file or folder, without what to do about it."""
+    if error.errno in FULL and error.filename:
+        return f"no space left in {Path(error.filename).parent}"
+    if error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error).splitlines()[0]  # pyarrow adds lines
+
+
+def pack(tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> bytes:
+    """A safetensors file, with `about` as JSON in its metadata, and a digest of all of it there too."""
+    whole = {name: np.require(tensor, requirements="C") for name, tensor in tensors.items()}
+    about = {**about, "digest": _digest(whole, json.dumps(about))}
+    # One entry: safetensors writes several in any order, and the same run would not give the same bytes. Not by
+    # safetensors.torch, which keeps a type for each size of a tensor it has ever met.
+    return save(whole, metadata={"fedsim": json.dumps(about)})
+
+
+def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Writes `pack` whole or not at all."""
+    content = pack(tensors, about)
+    with atomic(file) as stream:
+        stream.write(content)
+
+
+def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What `write_tensors` wrote: writable arrays, and `about` as JSON has it.
+
+    Raises:
+        Damaged: a bit is not as it was written.
+        OSError: there is no such file, for example.
+    """
+    try:
+        with safe_open(file, "np") as reader:
+            about = json.loads((reader.metadata() or {})["fedsim"])
+            stated = about.pop("digest")
+            tensors = {name: reader.get_tensor(name).copy() for name in reader.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Damaged(f"no safetensors file with a digest: {error}") from None
+    if _digest(tensors, json.dumps(about)) != stated:
+        raise Damaged("its content is not what its digest was taken of")
+    return tensors, about
+
+
+def _digest(tensors: Mapping[str, np.ndarray], about: str) -> str:
+    parts: list[str | np.ndarray] = [about]
+    for name in sorted(tensors):
+        parts += [name, f"{tensors[name].dtype} {tensors[name].shape}", tensors[name]]
+    return digest(*parts)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.errors import listing
+from fedsim.files import write_text
 from fedsim.formats import difference, number, percent
 from fedsim.plots import Line, Panel, Plot, plot_bars, plot_heat, plot_lines
 from fedsim.report import (
@@ -23,7 +24,6 @@ from fedsim.report import (
     tail_mean,
     tail_of,
     to_yaml,
-    write_text,
 )
 
 LONGEST = 1000  # rows of a table: a page of 10 000 clients would otherwise be over a megabyte

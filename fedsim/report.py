@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -12,15 +12,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
-from torch import Tensor
 
 from fedsim.clients import Client, new_of
 from fedsim.datasets import Labelled
 from fedsim.evaluate import COLUMNS, GROUPS, SPLITS, Counts
+from fedsim.files import Damaged, atomic, digest
 from fedsim.params import Params
 from fedsim.schedule import Turn
+from fedsim.servers import ServerState
 from fedsim.shares import part
 
 # Of the clients that were asked, some dropped out, some were late, and the work of `clients` counted. Bytes down are of
@@ -45,10 +47,12 @@ class Report:
         counts: by round, what was found.
         validation: by round, `summarize`'s; what the chosen round is chosen by.
         zero_shot: the same as counts, of zero-shot CLIP.
-        rounds: (r, 12) float64, columns as in `ROUND_COLUMNS`.
+        rounds: for each round (12,) float64, as in `ROUND_COLUMNS`.
         holdings: (n, 5) int32: rows of each client by domain, label and split.
         adapter: the tensors of the chosen round, private ones as they were in round 0.
         private: (K,) int64, the round of the file in `private/` that holds what a client kept in the chosen round.
+        last: counts of the last round, where it is evaluated only because it is the last; see `conclude`.
+        chosen_round: `best_round` so far.
     """
 
     experiment: dict[str, Any]
@@ -59,15 +63,37 @@ class Report:
     counts: dict[int, Counts] = field(default_factory=dict)
     validation: dict[int, float] = field(default_factory=dict)
     zero_shot: Counts = field(default_factory=Counts)
-    rounds: np.ndarray = field(default_factory=lambda: np.empty((0, len(ROUND_COLUMNS))))
+    rounds: list[np.ndarray] = field(default_factory=list)
     holdings: np.ndarray = field(default_factory=lambda: np.empty((0, 5), np.int32))
     adapter: Params = field(default_factory=dict)
     private: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    last: Counts | None = None
+    chosen_round: int = 0
 
-    def add_scores(self, round: int, counts: Counts) -> None:
-        """What one evaluation found."""
+    def add_scores(self, round: int, counts: Counts, validation: float | None = None) -> None:
+        """What one evaluation found; its mean validation accuracy is computed where it is not given."""
         self.counts[round] = counts
-        self.validation[round] = validation_of(self._named(self.parts_of(round)))
+        if validation is None:
+            validation = validation_of(self._named(self.parts_of(round)))
+        self.validation[round] = validation
+        # Of two, and not of all: the cost of a round must not grow with the number of rounds.
+        both = {done: self.validation[done] for done in (self.chosen_round, round) if done in self.validation}
+        self.chosen_round = best_round(both)
+
+    def judge(self, state: ServerState, counts: Counts) -> None:
+        """Adds the evaluation of a state, whose tensors are kept if its round is the best so far."""
+        self.add_scores(state.round, counts)
+        if self.chosen_round == state.round:
+            self.adapter, self.private = state.params, state.private
+
+    def conclude(self, state: ServerState) -> None:
+        """Adds the evaluation that the last round has only because it is the last.
+
+        Not before a checkpoint is written: if the run is resumed with more rounds, this evaluation must be as if it
+        had never been, and the tensors of the best of the others are needed.
+        """
+        if self.last:
+            self.judge(state, self.last)
 
     def add_zero_shot(self, counts: Counts) -> None:
         self.zero_shot = counts
@@ -87,7 +113,7 @@ class Report:
         sent = clients["bytes_up"].sum(), turn.asked * payload
         loss = losses.mean() if len(losses) else np.nan
         row = *counts, *sent, seconds, turn.clock_s, loss, clients["steps"].sum(), flops
-        self.rounds = np.concatenate([self.rounds, [row]])
+        self.rounds.append(np.array(row, np.float64))
 
     # What is derived from the counts -----------------------------------------------------------------------
 
@@ -111,11 +137,7 @@ class Report:
 
     @property
     def last_round(self) -> int:
-        return max(self.counts, default=0)
-
-    @property
-    def chosen_round(self) -> int:
-        return best_round(self.validation)
+        return next(reversed(self.counts), 0)
 
     def score_table(self) -> pd.DataFrame:
         """round, client, domain, split, correct, total, correct_own: one row per client, domain and split."""
@@ -142,7 +164,7 @@ class Report:
         return _by_bin({0: self.zero_shot})
 
     def round_table(self) -> pd.DataFrame:
-        table = pd.DataFrame(self.rounds, columns=list(ROUND_COLUMNS))
+        table = pd.DataFrame(np.array(self.rounds).reshape(-1, len(ROUND_COLUMNS)), columns=list(ROUND_COLUMNS))
         return table.astype(dict.fromkeys((*COUNTS, "steps"), np.int64))
 
     def holding_table(self) -> pd.DataFrame:
@@ -178,36 +200,31 @@ class Report:
             "partition": self.holding_table(),
         }
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What changes from round to round, for a checkpoint; the large tables are in `history`."""
-        own = {"rounds": torch.from_numpy(self.rounds), "private": torch.from_numpy(self.private)}
-        return own | {f"adapter/{name}": tensor for name, tensor in self.adapter.items()}
+    def first_entry(self) -> dict[str, np.ndarray]:
+        """What never changes, for the history."""
+        return {"zero_shot": self.zero_shot.flat(), "holdings": self.holdings}
 
-    def history(self) -> dict[str, np.ndarray]:
-        """Tables that never change once they are there, by name."""
-        scores = {f"scores-{round}": counts.flat() for round, counts in self.counts.items()}
-        return scores | {"zero_shot": self.zero_shot.flat(), "holdings": self.holdings}
+    def entry(self, round: int) -> dict[str, np.ndarray]:
+        """What one round has added, for the history: its costs, and its counts if it was evaluated."""
+        costs = {"costs": self.rounds[round - 1]} if round else {}
+        if round not in self.counts:
+            return costs
+        about = np.array([round, self.validation[round]])
+        return costs | {"scores": self.counts[round].flat(), "validation": about}
+
+    def add_entry(self, entry: Mapping[str, np.ndarray]) -> None:
+        """The inverse of `first_entry` and `entry`; entries must come in order."""
+        if "holdings" in entry:
+            self.zero_shot, self.holdings = Counts.from_flat(entry["zero_shot"]), entry["holdings"]
+        if "costs" in entry:
+            self.rounds.append(entry["costs"])
+        if "scores" in entry:
+            round, validation = entry["validation"].tolist()
+            self.add_scores(int(round), Counts.from_flat(entry["scores"]), validation)
 
     def about(self) -> dict[str, Any]:
-        """All that is no array, for a checkpoint."""
-        names = "experiment", "domains", "classes", "held_out", "facts"
-        return {name: getattr(self, name) for name in names} | {"validation": list(self.validation.items())}
-
-    @classmethod
-    def restore(
-        cls, tensors: Mapping[str, Tensor], about: dict[str, Any], history: Callable[[str], np.ndarray]
-    ) -> Report:
-        """The inverse of `tensors`, `about` and `history`."""
-        adapter = {n.removeprefix("adapter/"): t for n, t in tensors.items() if n.startswith("adapter/")}
-        validation = {int(round): mean for round, mean in about["validation"]}
-        return cls(
-            **about | {"validation": validation},
-            counts={round: Counts.from_flat(history(f"scores-{round}")) for round in validation},
-            zero_shot=Counts.from_flat(history("zero_shot")),
-            holdings=history("holdings"),
-            **{name: tensors[name].numpy() for name in ("rounds", "private")},
-            adapter=adapter,
-        )
+        """All that is no array and does not change, for a checkpoint."""
+        return {name: getattr(self, name) for name in ("experiment", "domains", "classes", "held_out", "facts")}
 
     def _named(self, scores: np.ndarray) -> pd.DataFrame:
         table = pd.DataFrame(scores, columns=["round", *COLUMNS])
@@ -366,23 +383,49 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_text(file: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    part = file.with_name(f"part-{file.name}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
-
-
-def write_tables(report: Report, folder: Path) -> list[Path]:
-    """Writes the Parquet tables; returns their paths."""
-    files = []
+def write_tables(report: Report, folder: Path) -> None:
     for name, table in report.tables().items():
-        file = folder / f"{name}.parquet"
-        part = file.with_name(f"part-{file.name}")
-        table.to_parquet(part, index=False)
-        part.replace(file)
-        files.append(file)
-    return files
+        write_table(folder / f"{name}.parquet", table)
+
+
+def write_table(file: Path, table: pd.DataFrame) -> None:
+    """Writes Parquet with a digest of the values in its metadata; whole or not at all."""
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    about = {**arrow.schema.metadata, b"fedsim": _digest(arrow).encode()}
+    with atomic(file) as stream:
+        pq.write_table(arrow.replace_schema_metadata(about), stream)
+
+
+def read_table(file: Path) -> pd.DataFrame:
+    """What `write_table` wrote.
+
+    Raises:
+        Damaged: a value is not as it was written, or the file is another one.
+        OSError: there is no such file, for example.
+    """
+    try:
+        arrow = pq.read_table(pa.BufferReader(file.read_bytes()))
+        stated = (arrow.schema.metadata or {}).get(b"fedsim", b"")
+        if stated == _digest(arrow).encode():
+            # Without pandas' own metadata, which the digest does not cover.
+            return arrow.replace_schema_metadata(None).to_pandas()
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise Damaged(str(error).splitlines()[0]) from None
+    raise Damaged("its values are not those that its digest was taken of" if stated else "it has no digest")
+
+
+def _digest(table: pa.Table) -> str:
+    parts: list[str | np.ndarray] = []
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        parts.append(f"{name} {column.type}")
+        if not pa.types.is_primitive(column.type):
+            coded = column.combine_chunks().dictionary_encode()
+            parts.append(json.dumps(coded.dictionary.to_pylist()))
+            column = coded.indices
+        parts.append(column.to_numpy(zero_copy_only=False))
+    return digest(*parts)
 
 
 def to_yaml(fields: dict[str, Any]) -> str:

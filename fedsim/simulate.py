@@ -1,10 +1,8 @@
 """One experiment, top to bottom."""
 
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice, pairwise
@@ -15,20 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+import yaml
 
 from fedsim.cache import check_writable
-from fedsim.checkpoint import load_checkpoint, refuse_another, save_checkpoint, write_safetensors
+from fedsim.checkpoint import Checkpoints
 from fedsim.clients import Population, held_out_ids, make_clients, sample_cohort
 from fedsim.clip import Clip, Frozen, check_texts
 from fedsim.cluster import Sizing
-from fedsim.config import EXECUTION, Config, read_yaml
+from fedsim.config import EXECUTION, Config
 from fedsim.cost import flops_of
 from fedsim.datasets import Features, Images, Labelled
 from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError, Stopped, counted, listing
 from fedsim.evaluate import SPLITS, Counts, merge
 from fedsim.features import encode, feature_file, keep, text_file
+from fedsim.files import reason, write_tensors
+from fedsim.folder import CONFIG, alone_in, check_folder, read_sealed, refuse_another, start_again, write_sealed
 from fedsim.formats import number, percent
 from fedsim.local import Task, Trainer, backbone_of, start, with_towers
 from fedsim.methods import Backbone, Method
@@ -39,7 +39,7 @@ from fedsim.partitions import drawn
 from fedsim.pool import Event, Pool, Progress, drive, open_pool
 from fedsim.private import PrivateStore
 from fedsim.registry import name_of
-from fedsim.report import Report, environment, holdings, to_yaml, write_tables, write_text
+from fedsim.report import ROUND_COLUMNS, Report, environment, holdings, to_yaml, write_tables
 from fedsim.rng import numpy_rng
 from fedsim.schedule import Turn, check, check_trained, schedule
 from fedsim.servers import NOTE, ServerState, add_up, advance, kept_past
@@ -51,19 +51,23 @@ CHUNKS, LARGEST_CHUNK = 16, 64  # of a cohort; and clients: enough to outweigh a
 DATA = "dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prompt", "augment", "cache_dir"
 DEALT = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes"
 BUILT = "method", "server", "cohort", "fleet", "deadline_s", "over_selection", *DEALT
+PAGE, ADAPTER = "report.html", "adapter.safetensors"
+ALREADY = Event("run", 0, 0, "already finished; nothing was run")
 JUDGED = -1  # in the place of a round: who is judged is drawn once
 
 
 def run(config: Config, progress: Progress = lambda event: None) -> Report:
     """Runs one experiment; actors, crashes and interruptions change its speed, never its report.
 
-    The same config in the same folder resumes where it stopped, and returns at once when it is done.
+    The same config in the same folder resumes where it stopped, and returns at once when it is done. So does one with
+    more rounds, to the bits of a run that had them from the start.
 
     Raises:
         InputError: whatever of the config cannot work, before Ray starts.
     """
     experiment = prepare(config)
     if experiment.done:
+        progress(ALREADY)
         return experiment.done
     progress(Event("begun", 0, 0))  # nothing is refused any more
     if config.actors == 0:
@@ -106,7 +110,8 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
         like: of the same data, which are then not loaded again; nor are clients made anew who would be the same.
     """
     folder = config.folder().absolute()
-    _check_folder(folder, config)
+    check_folder(folder, "run")
+    _check_experiment(folder, config)
     check_reachable(config.address)
     config.server.fit(config.method)  # refuses what the rule cannot train
     if config.gpus_per_actor and config.address is None and not torch.cuda.is_available():
@@ -123,13 +128,12 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
         least = config.method.min_batch
         raise InputError(f"--method.batch wants {least} or more with this method, not {config.method.batch}")
     experiment = replace(experiment, config=config, folder=folder, clients=clients, splits=splits)
-    found = load_checkpoint(folder, experiment.identity())
+    found = Checkpoints(folder, experiment.identity()).load()
     if not found and not (like and _agree(BUILT, config, like.config)):
         _try_out(experiment)
     if not like and isinstance(experiment.source, Features) and not experiment.source.block:
         experiment = replace(experiment, source=keep(experiment.source, config.cache_dir, _damaged))
-    done = found[1] if found and found[0].round == config.rounds and (folder / "report.html").exists() else None
-    return replace(experiment, done=done)
+    return replace(experiment, done=_finished(folder, config, *found) if found else None)
 
 
 def simulate(experiment: Experiment, progress: Progress) -> Report:
@@ -137,8 +141,7 @@ def simulate(experiment: Experiment, progress: Progress) -> Report:
     config, folder = experiment.config, experiment.folder
     sizing = sizing_of(config)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with alone_in(folder):
+        with alone_in(folder, "run"):
             experiment = encoded(experiment, sizing, progress)
             with open_pool(sizing, len(experiment.clients), *staff(experiment)) as pool:
                 progress(Event("workers", 0, 0, pool.sizes))
@@ -147,9 +150,8 @@ def simulate(experiment: Experiment, progress: Progress) -> Report:
                         progress(Event("training", len(report.rounds), config.rounds, _note(report)))
             _write(report, folder)
             return report
-    except OSError as error:  # a disk is full, say; here, in an actor's hands, or under Parquet's
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[0]
-        raise Stopped(f"{what}; once that is mended, the same command goes on from the last round") from None
+    except OSError as error:  # a disk is full, for example; here or in an actor
+        raise Stopped(f"{reason(error)}; once that is mended, the same command resumes after the last round") from None
 
 
 def encoded(experiment: Experiment, sizing: Sizing, progress: Progress, methods: Iterable[Method] = ()) -> Experiment:
@@ -182,17 +184,25 @@ def rounds(experiment: Experiment, pool: Pool) -> Iterator[Report]:
     config, folder, features, clients = experiment.config, experiment.folder, experiment.source, experiment.clients
     private = PrivateStore(folder / "private")
     task = Task(config.server.fit(config.method), config.server, config.seed, config.dtype, private, config.chunk == 1)
-    state, report = _resume(experiment) or _begin(experiment, task)
+    checkpoints = Checkpoints(folder, experiment.identity())
+    state, report = _resume(experiment, checkpoints) or _begin(experiment, task)
     if len(state.private):
         pool.check_sees(folder)
     # Not before: a folder would else be held by an experiment that the method or the rule has refused.
-    write_text(folder / "config.yaml", to_yaml(config.plain()))
+    write_sealed(folder / CONFIG, to_yaml(config.plain()))
+    if state.round < config.rounds:
+        (folder / PAGE).unlink(missing_ok=True)  # that of fewer rounds would pass for this run's
     pool.employ(*staff(experiment))
     federation = _Federation(config, task, features, clients, pool, state.params, experiment.splits)
-    if not report.parts:
+    if not report.counts:
         report.add_zero_shot(federation.zero_shot())
         report.add_scores(0, federation.evaluate(state))
-        save_checkpoint(folder, experiment.identity(), state, report)
+        checkpoints.save(state, report)
+    if state.round == config.rounds and not (state.round in report.counts or report.last):
+        report.last = federation.evaluate(state)  # it was interrupted here on its way to more rounds
+        checkpoints.save(state, report)
+    private.prune([state.private, report.private])
+    report.conclude(state)
     yield report
     for turn in federation.turns(state.round):
         pool.employ(*staff(experiment))  # meanwhile, somebody else may have had the pool
@@ -200,14 +210,15 @@ def rounds(experiment: Experiment, pool: Pool) -> Iterator[Report]:
         state, notes = federation.train(state, turn)
         flops = _flops(report, notes, config.method)
         report.add_round(turn, notes, federation.down, time.perf_counter() - began, flops)
-        if turn.round % config.evaluate_every == 0 or turn.round == config.rounds:
-            report.add_scores(turn.round, federation.evaluate(state))
-            if report.chosen_round == turn.round:
-                report.adapter, report.private = state.params, state.private
-        save_checkpoint(folder, experiment.identity(), state, report)
+        if turn.round % config.evaluate_every == 0:
+            report.judge(state, federation.evaluate(state))
+        elif turn.round == config.rounds:
+            report.last = federation.evaluate(state)
+        checkpoints.save(state, report)
+        # Those of the last round stay: the run may be resumed with more rounds.
         private.prune([state.private, report.private])
+        report.conclude(state)
         yield report
-    private.prune([report.private])
 
 
 class _Federation:
@@ -376,34 +387,22 @@ def _reading(method: Method) -> str:
     return f"image {method.reads.image}, text {method.reads.text}"
 
 
-@contextmanager
-def alone_in(folder: Path, patience_s: float = 0) -> Iterator[None]:
-    """Holds a folder for as long as it lasts.
-
-    Raises:
-        InputError: another process has it, and keeps it.
-    """
-    try:
-        with FileLock(folder / ".lock", timeout=patience_s):
-            yield
-    except Timeout:
-        raise InputError(f"another process is running in {folder}; wait for it, or give another --out") from None
+def _check_experiment(folder: Path, config: Config) -> None:
+    """Refuses a folder that holds another experiment; more rounds, or fewer, are the same one."""
+    file = folder / CONFIG
+    if file.exists():
+        # As plain values: a custom method can be compared, but not made from its name.
+        theirs = yaml.safe_load(read_sealed(file, start_again(folder)))
+        theirs = {name: value for name, value in theirs.items() if name not in EXECUTION}
+        refuse_another(folder, theirs | {"rounds": config.rounds}, config.experiment())
 
 
-def _check_folder(folder: Path, config: Config) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out wants a folder; {folder} is a file")
-    there = folder / "config.yaml"
-    if there.exists():
-        # As plain values, for a method of the user's own can be compared and not made from its name.
-        theirs = {name: value for name, value in read_yaml(there).items() if name not in EXECUTION}
-        refuse_another(folder, theirs, config.experiment())
-    standing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=standing):  # leaves nothing; and os.access tells root that all is well
-            pass
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be written: {standing}: {error.strerror}") from None
+def _finished(folder: Path, config: Config, state: ServerState, report: Report) -> Report | None:
+    """The report of a run that has done all its rounds and written what it found."""
+    if state.round < config.rounds or not all((folder / name).exists() for name in (PAGE, ADAPTER)):
+        return None
+    report.conclude(state)
+    return report
 
 
 def _weights(config: Config) -> Weights:
@@ -504,8 +503,8 @@ def sizing_of(config: Config) -> Sizing:
     )
 
 
-def _resume(experiment: Experiment) -> tuple[ServerState, Report] | None:
-    found = load_checkpoint(experiment.folder, experiment.identity())
+def _resume(experiment: Experiment, checkpoints: Checkpoints) -> tuple[ServerState, Report] | None:
+    found = checkpoints.load()
     if found and found[1].facts["features"] != _identity(experiment.source):
         raise InputError(f"the images or weights behind {experiment.folder} have changed; give another --out")
     return found
@@ -556,7 +555,7 @@ def _identity(features: Features) -> str:
 
 
 def _note(report: Report) -> str:
-    last, loss = report.last_round, report.round_table().loss.iloc[-1]
+    last, loss = report.last_round, report.rounds[-1][ROUND_COLUMNS.index("loss")]
     validation = percent(report.validation[last])
     return f"loss {number(loss)}  validation {validation}%  best round {report.chosen_round}"
 
@@ -564,5 +563,5 @@ def _note(report: Report) -> str:
 def _write(report: Report, folder: Path) -> None:
     write_tables(report, folder)
     about = {"round": report.chosen_round, "method": report.experiment["method"]}
-    write_safetensors(folder / "adapter.safetensors", report.adapter, about)
-    write_page(report, folder / "report.html")
+    write_tensors(folder / ADAPTER, {name: tensor.numpy() for name, tensor in report.adapter.items()}, about)
+    write_page(report, folder / PAGE)

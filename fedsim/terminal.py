@@ -12,6 +12,7 @@ from rich.text import Text
 from fedsim.errors import InputError
 from fedsim.events import Event
 from fedsim.events import Progress as Tell
+from fedsim.folder import Kind
 from fedsim.watch import Telling, detach, read_status
 
 DETACH = "--detach"
@@ -29,6 +30,7 @@ def launch(
     check: Callable[[], Any],
     work: Callable[[Tell], Any],
     show: Callable[[Console, Any], None],
+    kind: Kind = "run",
 ) -> int:
     """Does a command with its progress and what it shows at the end; or, with --detach, has another process do it.
 
@@ -36,14 +38,15 @@ def launch(
         argv: the command and its flags.
         origin: where it starts from, in a sentence.
         check: raises what the command would be refused for.
+        kind: what the folder will hold.
         work: told whom to tell of its progress; what it returns is shown.
     """
     console = plain_console(record=True)
     console.print(origin)
     if DETACH in argv:
         check()
-        return _let_go(console, folder, [word for word in argv if word != DETACH])
-    with bars_on(console) as bars, Telling(folder, shown(bars, f"-> {folder}")) as telling:
+        return _let_go(console, folder, [word for word in argv if word != DETACH], kind)
+    with bars_on(console) as bars, Telling(folder, shown(bars, f"-> {folder}"), kind) as telling:
         found = work(telling.progress)
         bars.stop()
         console.export_text()  # what was said so far
@@ -52,8 +55,8 @@ def launch(
     return 0
 
 
-def _let_go(console: Console, folder: Path, argv: Sequence[str]) -> int:
-    detach(folder, argv)
+def _let_go(console: Console, folder: Path, argv: Sequence[str], kind: Kind) -> int:
+    detach(folder, argv, kind)
     status = read_status(folder)
     console.print(f"-> {folder}")
     console.print("is done" if status.ended else f"goes on in process {status.pid} on {status.host}")

@@ -20,9 +20,11 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fedsim.errors import RESUMES, InputError, Stopped, code_of, sentence_of
 from fedsim.events import Event, Progress
-from fedsim.files import write_text
+from fedsim.files import reason, write_text
+from fedsim.folder import RUNNING as LOCK
+from fedsim.folder import Kind, claim
 
-STATUS, LOG, LOCK = "status.json", "run.log", ".running.lock"
+STATUS, LOG = "status.json", "run.log"
 PATIENCE_S = 0.3  # between two looks
 STOP_S = 60  # for an interrupted run to end
 
@@ -61,8 +63,8 @@ class Telling:
         said: what the run has said at its end, for those who come later.
     """
 
-    def __init__(self, folder: Path, show: Progress) -> None:
-        self.folder, self.show, self.said = folder, show, ""
+    def __init__(self, folder: Path, show: Progress, kind: Kind = "run") -> None:
+        self.folder, self.show, self.said, self.kind = folder, show, "", kind
         self.lock: FileLock | None = None
         self.events: dict[str, Event] = {}
         process = psutil.Process()
@@ -87,34 +89,38 @@ class Telling:
             self.lock.release()
 
     def _write(self, ended: Ended | None) -> None:
-        if self.folder.is_dir() and (self.lock or self._take()):
-            status = Status(**self.about, events=list(self.events.values()), ended=ended)
-            with suppress(OSError):  # on a full disk the run itself ends, and says so
+        with suppress(OSError):  # on a full disk the run itself ends, and says so
+            if self.folder.is_dir() and (self.lock or self._take()):
+                status = Status(**self.about, events=list(self.events.values()), ended=ended)
                 write_text(self.folder / STATUS, status.model_dump_json())
 
     def _take(self) -> bool:
+        claim(self.folder, self.kind)
         self.lock = _held(self.folder, PATIENCE_S)
         return self.lock is not None
 
 
-def detach(folder: Path, argv: Sequence[str]) -> None:
+def detach(folder: Path, argv: Sequence[str], kind: Kind = "run") -> None:
     """Starts `fedsim ARGV` in a process that needs no terminal, and returns once it is under way or has ended.
 
     Raises:
-        InputError, Stopped: it has ended, with what it said.
+        InputError, Stopped: it has ended, with what it said; or the folder cannot be claimed.
     """
     if _alive(folder):
         raise InputError(f"another process is running in {folder}; fedsim watch {folder} shows it")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / STATUS).unlink(missing_ok=True)
-    with (folder / LOG).open("w", encoding="utf-8") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "fedsim", *argv],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    try:
+        claim(folder, kind)
+        (folder / STATUS).unlink(missing_ok=True)
+        with (folder / LOG).open("w", encoding="utf-8") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "fedsim", *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise Stopped(f"{reason(error)}; once that is mended, the same command starts") from None
     while not (folder / STATUS).exists() and child.poll() is None:
         time.sleep(PATIENCE_S)
     if child.poll():

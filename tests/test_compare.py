@@ -10,6 +10,7 @@ import yaml
 from fedsim import InputError, run
 from fedsim.__main__ import main
 from fedsim.compare import compare
+from fedsim.folder import write_sealed
 from fedsim.formats import percent
 
 
@@ -171,7 +172,7 @@ def bad(runs, tmp_path):
     pd.DataFrame({"round": [1]}).to_parquet(other / "scores.parquet")
     short = like("short")
     fields = yaml.safe_load((short / "config.yaml").read_text())
-    (short / "config.yaml").write_text(yaml.safe_dump(fields | {"rounds": 9}))
+    write_sealed(short / "config.yaml", yaml.safe_dump(fields | {"rounds": 9}))  # as a run resumed with more writes it
     alien = like("alien")
     (alien / "config.yaml").write_text("lr: 1\n")
     return {
@@ -183,10 +184,13 @@ def bad(runs, tmp_path):
         ),
         "no table": ([like("half", "scores.parquet", "checkpoint.safetensors")], "it lacks scores.parquet"),
         "unfinished": ([like("going", *tables)], "going is no finished run of fedsim: it lacks scores.parquet,"),
-        "cut short": ([cut], "scores.parquet is not a whole table of fedsim"),
-        "other columns": ([other], "other/scores.parquet is not a whole table of fedsim"),
+        "cut short": ([cut], "scores.parquet is damaged ("),
+        "other columns": ([other], "other/scores.parquet is damaged (it has no digest)"),
         "fewer rounds": ([short], "short is not finished: it did 1 of 9 rounds"),
-        "another's config": ([alien], "config.yaml is not a run of fedsim: it lacks dataset"),
+        "another's config": (
+            [alien],
+            "config.yaml is damaged (its content is not what its digest",
+        ),
         "none": ([], "compare wants the folder of at least one run"),
     }
 

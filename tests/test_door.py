@@ -125,7 +125,7 @@ def test_a_bad_config_file_is_named_for_what_it_is(text, expected, tmp_path, cap
 
 def test_a_folder_that_cannot_be_written_is_refused(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"wants a folder; .*file is a file"):
+    with pytest.raises(InputError, match=r"expects a folder; .*file is a file"):
         run(config(out=tmp_path / "file"))
     with pytest.raises(InputError, match="cannot be written"):
         run(config(out=tmp_path / "file" / "below"))
@@ -135,8 +135,10 @@ def test_a_folder_that_cannot_be_written_is_refused(config, tmp_path):
 
 def test_a_folder_of_another_experiment_is_refused_by_the_fields_that_differ(config):
     run(config(rounds=1))
-    with pytest.raises(InputError, match=r"holds another experiment \(rounds 1 there, 2 here, seed 0 there, 5 here\)"):
-        run(config(rounds=2, seed=5))
+    with pytest.raises(
+        InputError, match=r"holds another experiment \(cohort None there, 2 here, seed 0 there, 5 here\)"
+    ):
+        run(config(cohort=2, seed=5))
     run(config(rounds=1))
 
 
@@ -146,7 +148,9 @@ def test_a_checkpoint_cut_short_is_named(config):
     (ours.folder() / "report.html").unlink()
     file = ours.folder() / NAME
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match=rf"{NAME} is not a whole checkpoint"):
+    with pytest.raises(
+        InputError, match=rf"{NAME} is damaged \(.*; delete the run's folder {ours.folder()} to start again"
+    ):
         run(ours)
 
 

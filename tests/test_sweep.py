@@ -15,15 +15,15 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 from PIL import Image
-from safetensors.torch import load_file
 from test_bits import descendants
 
 from fedsim import Config, Fleet, InputError, component, run
-from fedsim.checkpoint import HISTORY
+from fedsim.checkpoint import HISTORY, entries_of
 from fedsim.cluster import Sizing
 from fedsim.errors import Stopped
 from fedsim.evaluate import SPLITS, Counts
 from fedsim.fleets.ideal import Ideal
+from fedsim.folder import claim
 from fedsim.methods.probe import Probe
 from fedsim.pool import open_pool
 from fedsim.registry import name_of
@@ -115,8 +115,15 @@ def study_of(folder: Path) -> optuna.Study:
     return optuna.load_study(study_name=NAME, storage=f"sqlite:///{folder / STUDY}")
 
 
-def counts_in(folder: Path, name: str) -> Counts:
-    return Counts.from_flat(load_file(folder / HISTORY / f"{name}.safetensors")[name].numpy())
+def counts_in(folder: Path) -> dict[int | str, bytes]:
+    """Counts by round, and of zero-shot CLIP, as they were written."""
+    first, *others = entries_of((folder / HISTORY).read_bytes())
+    rounds = {int(entry["validation"][0]): entry["scores"] for entry in others if "scores" in entry}
+    return {name: counts.tobytes() for name, counts in rounds.items()} | {"zero_shot": first["zero_shot"].tobytes()}
+
+
+def flat(counts: bytes) -> Counts:
+    return Counts.from_flat(np.frombuffer(counts, np.int32))
 
 
 def told(folder: Path) -> list[tuple]:
@@ -180,11 +187,11 @@ def test_a_trial_is_a_run_on_each_tuning_seed_without_its_test_rows(done, tmp_pa
         alone = run(Config(**fields | {"out": tmp_path / str(seed), "actors": 0}))
         accuracy.append(alone.summary()["validation"])
         for round in range(5):
-            mine = counts_in(there, f"scores-{round}")
+            mine = flat(counts_in(there)[round])
             theirs = alone.counts[round].scores
             assert np.array_equal(mine.scores[:, :5], theirs[theirs[:, 2] == VAL][:, :5])
             assert not mine.labels.any()  # which are of test rows
-        assert set(counts_in(there, "zero_shot").scores[:, 2]) == {VAL}
+        assert set(flat(counts_in(there)["zero_shot"]).scores[:, 2]) == {VAL}
     assert found.trials.validation[found.number] == np.mean(accuracy)
 
 
@@ -264,7 +271,7 @@ def test_a_killed_trial_goes_on_and_comes_to_the_same_bits(whole, base, tmp_path
     attempts = [trial.user_attrs["attempts"] for trial in study_of(tmp_path / "killed").trials]
     assert attempts == [1, 2, 1, 1, 1, 1]
     ours, theirs = (
-        {file.relative_to(folder): file.read_bytes() for file in folder.glob("trials/*/history/*")}
+        {file.parent.relative_to(folder): counts_in(file.parent) for file in folder.glob(f"trials/*/{HISTORY}")}
         for folder in (tmp_path / "killed", whole)
     )
     assert ours == theirs
@@ -292,12 +299,12 @@ def test_a_trial_that_fails_says_why_and_the_others_go_on(ray, base, tmp_path):
 def test_a_disk_that_cannot_be_written_fails_no_trial_and_the_same_command_goes_on(ray, base, tmp_path):
     swept(sweep_of(base(), tmp_path / "out", trials=1))
     sweep = sweep_of(base(), tmp_path / "out", trials=2, retries=0)
-    in_the_way = tmp_path / "out" / "trials" / "0001" / "history"
-    in_the_way.parent.mkdir(parents=True)
-    in_the_way.touch()
-    with pytest.raises(Stopped, match=rf"1 of 2 trials have ended \({in_the_way}: File exists\); the same command"):
+    in_the_way = tmp_path / "out" / "trials" / "0001" / HISTORY
+    claim(in_the_way.parent, "run")
+    in_the_way.mkdir()
+    with pytest.raises(Stopped, match=rf"1 of 2 trials have ended \({in_the_way}: Is a directory\); the same command"):
         swept(sweep)
-    in_the_way.unlink()
+    in_the_way.rmdir()
     assert list(swept(sweep).trials.state) == ["complete"] * 2
 
 
@@ -449,7 +456,7 @@ def test_a_logger_that_is_not_installed_is_named(base, tmp_path):
 
 def test_a_folder_of_a_run_is_no_place_for_a_sweep(base, tmp_path):
     run(base(out=tmp_path / "run", actors=0, rounds=1))
-    with pytest.raises(InputError, match=r"holds no sweep but adapter.safetensors, .*; give another --out"):
+    with pytest.raises(InputError, match=r"holds a run, not a sweep; give another --out"):
         prepare_sweep(sweep_of(base(), tmp_path / "run"))
 
 
@@ -482,7 +489,7 @@ def test_a_killed_sweep_goes_on_to_what_it_would_have_been(ray, whole, base, mis
         start_new_session=True,
         stdout=subprocess.DEVNULL,
     )
-    begun = killed.out / "trials" / "0002" / "history" / "scores-1.safetensors"
+    begun = killed.out / "trials" / "0002" / HISTORY
     while not begun.exists() and process.poll() is None:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)

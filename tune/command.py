@@ -34,7 +34,7 @@ def sweep_command(argv: Sequence[str]) -> int:
     """fedsim sweep: searches, with its progress and a small table at the end."""
     sweep, origin = parse_sweep([word for word in argv if word != DETACH])
     check, work = partial(prepare_sweep, sweep), partial(run_sweep, sweep)
-    return launch(["sweep", *argv], sweep.folder(), f"around {origin}", check, work, _show)
+    return launch(["sweep", *argv], sweep.folder(), f"around {origin}", check, work, _show, "sweep")
 
 
 def parse_sweep(argv: Sequence[str]) -> tuple[Sweep, str]:

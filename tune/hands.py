@@ -11,6 +11,7 @@ from ray.tune.search import Searcher
 
 from fedsim.cluster import Sizing
 from fedsim.errors import InputError
+from fedsim.files import reason
 from fedsim.pool import Pool, open_pool
 from fedsim.simulate import Experiment, staff
 from tune.trial import Trial, experiments_of
@@ -135,7 +136,7 @@ def _told(error: InputError | OSError) -> dict[str, str]:
     """Whether a trial has failed, by its parameters, or is stuck, by its machine; and why."""
     if isinstance(error, InputError):
         return {"failed": str(error)}
-    return {"stuck": f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[0]}
+    return {"stuck": reason(error)}
 
 
 def measures_of(result: dict[str, Any]) -> dict[str, float]:

@@ -21,11 +21,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fedsim.config import EXECUTION
 from fedsim.errors import listing
+from fedsim.files import write_text
 from fedsim.formats import difference, in_unit, number, percent, setting, spread
 from fedsim.page import LONGEST, MEASURES, NEW_MEASURES, Section, portable, render
 from fedsim.plots import Plot
 from fedsim.registry import available
-from fedsim.report import to_yaml, write_text
+from fedsim.report import to_yaml
 from fedsim.simulate import DEALT
 from tune.plots import (
     FAILED,

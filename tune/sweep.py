@@ -19,16 +19,18 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fedsim.checkpoint import NAME as CHECKPOINT
 from fedsim.cluster import Sizing, nodes_of, plan
-from fedsim.config import Config, read_yaml
+from fedsim.config import Config, Out
 from fedsim.datasets import TEST
 from fedsim.errors import InputError, Stopped, listing
+from fedsim.files import reason, write_text
 from fedsim.fleets import Fleet
+from fedsim.folder import alone_in, check_folder, read_sealed, write_sealed
 from fedsim.formats import number, percent
 from fedsim.methods import Method
 from fedsim.pool import Event, Progress, drive
 from fedsim.registry import CHECKED, numbers_are_not_truths, sentence
-from fedsim.report import environment, to_yaml, write_text
-from fedsim.simulate import DEALT, Experiment, alone_in, encoded, judged, prepare, sizing_of
+from fedsim.report import environment, to_yaml, write_table
+from fedsim.simulate import DEALT, Experiment, encoded, judged, prepare, sizing_of
 from tune.space import Space
 from tune.study import OBJECTIVES, PRUNERS, SAMPLERS, Rules, Study
 from tune.trial import JUDGED_BY, config_of, trial_folder
@@ -116,7 +118,7 @@ class Sweep(BaseModel):
     at_once: int | None = Field(None, ge=1, description="trials at a time; none given: as many as there is room for")
     retries: int = Field(2, ge=0, description="how often a trial whose process has failed is begun again")
     loggers: Loggers = Field(("tensorboard",), description=f"of {listing(LOGGERS)}")
-    out: Annotated[Path | None, AfterValidator(lambda value: value and value.expanduser().absolute())] = Field(
+    out: Annotated[Out, AfterValidator(lambda value: value and value.absolute())] = Field(
         None, description="folder of the sweep; none given: sweeps/ and a name of its own"
     )
 
@@ -229,8 +231,9 @@ def prepare_sweep(sweep: Sweep) -> Prepared:
     for name in sweep.loggers:
         _check_logger(name)
     folder = sweep.folder().absolute()
+    check_folder(folder, "sweep")
     _refuse_another(folder, sweep.plain(), space)
-    base = prepare(config.model_copy(update={"out": folder, "seed": sweep.tuning_seeds[0]}))
+    base = prepare(config.model_copy(update={"out": folder / "base", "seed": sweep.tuning_seeds[0]}))  # never run
     who = judged(config, base.clients)
     if not any(len(base.clients[client].val) for client in who):
         raise InputError(f"none of {len(who)} clients has validation rows, by which a trial is judged")
@@ -283,19 +286,17 @@ def search(prepared: Prepared, progress: Progress) -> Found:
     try:
         sweep, folder, config = prepared.sweep, prepared.folder, prepared.sweep.config
         room = _Room.of(ray, sweep)
-        folder.mkdir(parents=True, exist_ok=True)
-        with alone_in(folder, FREE_S):
+        with alone_in(folder, "sweep", FREE_S):
             about = sweep.plain()
             _refuse_another(folder, about, prepared.space)  # once more: another sweep may just have ended here
-            write_text(folder / FILE, to_yaml(about))
+            write_sealed(folder / FILE, to_yaml(about))
             base = encoded(prepared.base, sizing_of(config), progress, prepared.methods)
             study = Study(folder, sweep.rules)
             study.describe(about, prepared.space.defaults(config))
             _run_trials(prepared, base, study, room, progress)
             return _conclude(prepared, study, room, progress)
     except OSError as error:  # a disk is full, say
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[0]
-        raise Stopped(f"{what}; once that is mended, the same command goes on") from None
+        raise Stopped(f"{reason(error)}; once that is mended, the same command goes on") from None
 
 
 @dataclass(frozen=True)
@@ -411,7 +412,7 @@ def _conclude(prepared: Prepared, study: Study, room: _Room, progress: Progress)
 
     sweep, folder, config = prepared.sweep, prepared.folder, prepared.sweep.config
     trials = trial_table(study.optuna)
-    _write_table(trials, folder / TRIALS)
+    write_table(folder / TRIALS, trials)
     facts = {"versions": environment()}
     if not pareto(study.optuna):
         write_sweep_page(study.optuna, None, facts, folder / "sweep.html")
@@ -429,7 +430,7 @@ def _conclude(prepared: Prepared, study: Study, room: _Room, progress: Progress)
     if len(sweep.objective) > 1:
         _write_front({trial.number: fields(trial) for trial in pareto(study.optuna)}, folder / "pareto")
     reporting, problem = _reported(prepared, best, room, progress)
-    _write_table(reporting, folder / REPORTING)
+    write_table(folder / REPORTING, reporting)
     write_sweep_page(study.optuna, reporting, {"best": fields(best)} | facts, folder / "sweep.html")
     if problem:
         raise problem
@@ -468,15 +469,11 @@ def _reported(
 
 
 def _refuse_another(folder: Path, ours: dict[str, Any], space: Space) -> None:
-    """Raises InputError where a folder holds something else, or a sweep that another one would not go on with."""
+    """Raises InputError where a folder holds a sweep that another one would not go on with."""
     file = folder / FILE
     if not file.exists():
-        if folder.is_dir() and (there := [one.name for one in folder.iterdir() if not one.name.startswith(".")]):
-            told = set(there) - {"status.json", "run.log"}  # of `fedsim watch`
-            if told:
-                raise InputError(f"{folder} holds no sweep but {listing(sorted(told))}; give another --out")
         return
-    theirs = read_yaml(file)
+    theirs = yaml.safe_load(read_sealed(file, f"delete {folder} to start again, or give another --out"))
     if unknown := sorted(set(theirs) ^ set(ours)):
         raise InputError(f"{file} is of another version of fedsim ({listing(unknown)}); give another --out")
     before, now = theirs.pop("config"), ours["config"]
@@ -553,9 +550,3 @@ def _write_front(front: Mapping[int, dict[str, Any]], folder: Path) -> None:
             file.unlink()
     for trial, fields in front.items():
         write_text(folder / f"{trial:04d}.yaml", to_yaml(fields))
-
-
-def _write_table(table: pd.DataFrame, file: Path) -> None:
-    part = file.with_name(f"part-{file.name}")
-    table.to_parquet(part, index=False)
-    part.replace(file)

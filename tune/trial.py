@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from fedsim.config import Config, merged
 from fedsim.errors import InputError, Stopped
 from fedsim.evaluate import COLUMNS, SPLITS
+from fedsim.folder import LOCK, claim
 from fedsim.pool import Pool
 from fedsim.report import Report, accuracy_per_client, best_round, tail_mean
 from fedsim.simulate import Experiment, prepare, rounds
@@ -142,9 +143,9 @@ def measures(report: Report, round: int) -> dict[str, float]:
 
 
 def _held(folder: Path) -> FileLock:
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, "run")
     try:
-        lock = FileLock(folder / ".lock", timeout=FREE_S)
+        lock = FileLock(folder / LOCK, timeout=FREE_S)
         lock.acquire()
         return lock
     except Timeout:

@@ -1,0 +1,191 @@
+"""The folder of a run or a sweep: whose it is, who works in it, and whether its files are as they were written.
+
+Only a new or an empty folder, or one that fedsim has marked, is ever written to.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from fedsim.errors import InputError, Stopped, listing
+from fedsim.files import FULL, Damaged, digest, reason, write_text
+
+MARK, LOCK, RUNNING = ".fedsim", ".lock", ".running.lock"
+CONFIG, CHECKPOINT = "config.yaml", "checkpoint.safetensors"
+# What tells of each kind: the file that says what it is, and the one that says how far it has come.
+HOLDS = {"run": (CONFIG, CHECKPOINT), "sweep": ("sweep.yaml", "study.db")}
+GENERATOR = b'<meta name="generator" content="fedsim">'  # as in page.html.j2
+SEAL = "# Written by fedsim; digest {}\n"
+Kind = Literal["run", "sweep"]
+
+
+def check_folder(folder: Path, kind: Kind) -> None:
+    """Refuses a folder that a run or a sweep must not or cannot write to; writes nothing.
+
+    Raises:
+        InputError: it is a file, holds files that fedsim has not written or the other kind, or is not writable.
+        Stopped: its disk is full.
+    """
+    try:
+        _check_writable(folder)
+        others = _others(folder, kind)
+        held = [other for other, (about, _) in HOLDS.items() if other != kind and (folder / about).exists()]
+    except OSError as error:
+        if error.errno in FULL:
+            raise Stopped(f"no space left in {folder}; the same command starts once there is room") from None
+        raise InputError(f"--out {folder} cannot be written: {reason(error)}") from None
+    if held:
+        raise InputError(f"{folder} holds a {held[0]}, not a {kind}; give another --out")
+    if others:
+        raise InputError(
+            f"{folder} is not empty and holds no {kind} of this version of fedsim, but {listing(others)}; "
+            "give another --out"
+        )
+
+
+def claim(folder: Path, kind: Kind) -> None:
+    """Makes a folder, or takes an empty one, and marks it as fedsim's; before anything else is written there.
+
+    Raises:
+        InputError, Stopped: as `check_folder` does.
+    """
+    check_folder(folder, kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()  # empty: that is atomic
+
+
+@contextmanager
+def alone_in(folder: Path, kind: Kind, patience_s: float = 0) -> Iterator[None]:
+    """Claims a folder, and holds it for as long as the block lasts.
+
+    Raises:
+        InputError: another process holds it for longer than `patience_s`, or it cannot be claimed.
+    """
+    claim(folder, kind)
+    try:
+        with FileLock(folder / LOCK, timeout=patience_s):
+            yield
+    except Timeout:
+        raise InputError(f"another process is running in {folder}; wait for it, or give another --out") from None
+
+
+def refuse_another(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises InputError, naming the fields that differ, when a folder holds another experiment; plain values."""
+    differ = [
+        f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differ:
+        raise InputError(f"{folder} holds another experiment ({listing(differ)}); give another --out")
+
+
+def check_page(file: Path) -> None:
+    """Raises InputError where a page would replace a file that is not one of fedsim's pages."""
+    if not file.exists() and not file.is_symlink():
+        return
+    try:
+        with file.open("rb") as stream:
+            ours = GENERATOR in stream.read(1000)
+    except OSError as error:
+        raise InputError(f"--out {file.parent}: {reason(error)}") from None
+    if not ours:
+        raise InputError(f"{file} is not a page of this version of fedsim; give another --out")
+
+
+# Files that are read back -----------------------------------------------------------------------------------
+
+
+def write_sealed(file: Path, text: str) -> None:
+    """Writes a text file whose first line, a comment of YAML, holds a digest of the rest."""
+    write_text(file, SEAL.format(digest(text)) + text)
+
+
+def read_sealed(file: Path, remedy: str) -> str:
+    """The text that `write_sealed` wrote.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    with intact(file, remedy):
+        text = file.read_bytes().decode()
+        first, rest = text[: (end := text.find("\n") + 1)], text[end:]
+        if first != SEAL.format(digest(rest)):
+            raise Damaged("its content is not what its digest was taken of")
+        return rest
+
+
+@contextmanager
+def intact(file: Path, remedy: str) -> Iterator[None]:
+    """Says what became of a file that cannot be read, and what to do: `remedy` ends the sentence.
+
+    Raises:
+        InputError: in place of an OSError, a Damaged or a UnicodeDecodeError.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing; {remedy}") from None
+    except (Damaged, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is damaged ({error}); {remedy}") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {reason(error)}") from None
+
+
+def start_again(folder: Path) -> str:
+    """The remedy for a run that cannot be resumed."""
+    return f"delete the run's folder {folder} to start again, or give another --out"
+
+
+def safe_name(parts: Iterable[str], suffix: str, length: int = 120) -> str:
+    """One path component out of any names, which a suffix keeps apart; ordinary names stay as they are.
+
+    Args:
+        length: in bytes of UTF-8, at most; file systems take 255, and files below need some for themselves.
+    """
+    name = "-".join(re.sub(r'[/\\:*?"<>|]', "_", part) for part in parts if part)
+    name = "".join(letter if letter.isprintable() else "_" for letter in name)
+    if name.startswith("."):
+        name = f"_{name}"
+    room = length - len(suffix) - 1
+    return f"{name.encode()[:room].decode(errors='ignore')}-{suffix}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _others(folder: Path, kind: Kind) -> list[str]:
+    """Names of the files that keep fedsim from writing to a folder."""
+    if not folder.is_dir() or (folder / MARK).is_file():
+        return []
+    # Hidden files are not touched, except the locks, which are emptied when they are taken.
+    names = {
+        entry.name
+        for entry in folder.iterdir()
+        if not entry.name.startswith(".") or (entry.name in (LOCK, RUNNING) and entry.stat().st_size)
+    }
+    about, state = HOLDS[kind]
+    if not _is_sealed(folder / about):
+        return sorted(names)
+    return [] if state in names else sorted(names - {about})  # a copy may have lost the mark, which is hidden
+
+
+def _is_sealed(file: Path) -> bool:
+    try:
+        return bool(read_sealed(file, ""))
+    except InputError:
+        return False
+
+
+def _check_writable(folder: Path) -> None:
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"--out expects a folder; {folder} is {'a file' if folder.exists() else 'a broken link'}")
+    standing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    with tempfile.TemporaryFile(dir=standing):  # leaves nothing; and os.access tells root that all is well
+        pass
