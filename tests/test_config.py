@@ -224,7 +224,7 @@ def test_a_run_says_the_held_out_domains_of_its_config_once(config):
 
 def test_help_says_the_defaults_of_the_embedded_experiment_too():
     text = " ".join(run_parser().format_help().split())
-    assert "(default: 200; 50 on the embedded images, >= 0)" in text
+    assert "(default: 200; 50 on the embedded images, >= 0" in text
     assert "other defaults apply: dataset glyphs, held_out ink, rounds 50, method fedclip," in text
     assert ": None" not in text and ": PydanticUndefined" not in text
 
