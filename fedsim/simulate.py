@@ -190,6 +190,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Iterator[Report]:
         pool.check_sees(folder)
     # Not before: a folder would else be held by an experiment that the method or the rule has refused.
     write_sealed(folder / CONFIG, to_yaml(config.plain()))
+    checkpoints.tidy()
     if state.round < config.rounds:
         (folder / PAGE).unlink(missing_ok=True)  # that of fewer rounds would pass for this run's
     pool.employ(*staff(experiment))

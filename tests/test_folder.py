@@ -244,7 +244,9 @@ def test_whatever_a_killed_process_has_appended_to_the_history_is_overwritten(co
         history = ours.folder() / HISTORY
         with history.open("ab") as stream:
             stream.write(tail)
+        (ours.folder() / f"part-here-1-{NAME}").write_bytes(tail)
         run(ours)
+        assert not list(ours.folder().glob("part-*"))
         assert result(ours.folder()) == result(whole.folder())
         assert history.stat().st_size == (whole.folder() / HISTORY).stat().st_size
 
