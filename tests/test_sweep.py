@@ -503,6 +503,17 @@ def test_a_killed_sweep_goes_on_to_what_it_would_have_been(ray, whole, base, mis
 # The study itself, which knows nothing of Ray ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("place", [0, 100, 0.2, 0.5])
+def test_a_damaged_study_is_one_sentence(place, tmp_path):
+    follow(Study(tmp_path, Rules()), 2)
+    file = tmp_path / STUDY
+    data = file.read_bytes()
+    start = place if isinstance(place, int) else int(place * len(data)) // 4096 * 4096
+    file.write_bytes(data[:start] + b"\xff" * 64 + data[start + 64 :])
+    with pytest.raises(InputError, match=rf"{file} is damaged \(.*\); delete {tmp_path} to start again"):
+        Study(tmp_path, Rules())
+
+
 def ask(trial) -> dict:
     return {"method": {"lr": trial.suggest_float("probe.lr", 1e-5, 1, log=True)}}
 

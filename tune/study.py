@@ -7,6 +7,7 @@ import logging
 import sqlite3
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from fedsim.errors import InputError
 from fedsim.rng import seed_for
 
 FILE, NAME = "study.db", "sweep"
@@ -73,6 +75,7 @@ class Study:
         _quiet()
         self.rules = rules
         file = (folder / FILE).absolute()
+        _check_intact(file)
         # By a connection of our own, since a URL would read the ? and # of a path as its own.
         connect = {"creator": lambda: sqlite3.connect(file, timeout=60, check_same_thread=False)}
         storage = optuna.storages.RDBStorage("sqlite:///", engine_kwargs=connect)
@@ -188,6 +191,20 @@ class Study:
         for name, value in attributes.items():
             trial.set_user_attr(name, value)
         self.optuna.tell(trial, values, state=state)
+
+
+def _check_intact(file: Path) -> None:
+    """Raises InputError where SQLite finds its file damaged; it has no checksum of values."""
+    if not file.exists():
+        return
+    try:
+        with closing(sqlite3.connect(file)) as database:
+            (verdict,) = database.execute("PRAGMA integrity_check").fetchone()
+    except sqlite3.DatabaseError as error:
+        verdict = error
+    if verdict != "ok":
+        why = " ".join(str(verdict).split())
+        raise InputError(f"{file} is damaged ({why}); delete {file.parent} to start again, or give another --out")
 
 
 def _sampler(rules: Rules, number: int) -> optuna.samplers.BaseSampler:
