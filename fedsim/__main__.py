@@ -24,7 +24,7 @@ from rich.table import Table
 from fedsim.errors import InputError, Stopped, code_of, listing, sentence_of
 from fedsim.formats import number, percent
 from fedsim.registry import KINDS, available, find
-from fedsim.search import description_of, search_of
+from fedsim.search import search_of
 from fedsim.signals import heard
 from fedsim.streams import Outlet, outlets
 from fedsim.terminal import DETACH, Parser, bars_on, launch, plain_console, shown
@@ -209,9 +209,8 @@ def describe_components() -> str:
             lines.append(f"  {name}  {(component.__doc__ or '').strip().splitlines()[0]}")
             lines += [f"      source: {' '.join(source.split())}"] if source else []
             for field, about in component.__pydantic_fields__.items():
-                words = description_of(component, field)
                 line = f"      --{kind}.{field} {_default(about)}{_range(component, field)}"
-                lines.append(f"{line}: {words}" if words else line)
+                lines.append(f"{line}: {about.description}" if about.description else line)
         lines.append("")
     return "\n".join(lines)
 
@@ -256,15 +255,15 @@ def _range(owner: type, name: str) -> str:
     """`, > 0, < 1` or `, one of adam, sgd`, as the field itself declares it, and what a sweep searches of it."""
     field = owner.__pydantic_fields__[name]
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    limits = [
+    limits = dict.fromkeys(  # a subclass may state a limit of its parent again
         f"{sign} {getattr(limit, name):g}"
         for limit in field.metadata
         for name, sign in signs.items()
         if hasattr(limit, name)
-    ]
+    )
     choices = [f"one of {' | '.join(get_args(field.annotation))}"] if get_origin(field.annotation) is Literal else []
     search = search_of(owner, name)
-    return "".join(f", {text}" for text in limits + choices + ([f"searched {search}"] if search else []))
+    return "".join(f", {text}" for text in (*limits, *choices, *([f"searched {search}"] if search else [])))
 
 
 def _flag(name: str) -> str:

@@ -6,19 +6,20 @@ YAML files, the help and the contract tests find it because the file is there.
 
 from collections.abc import Iterable
 from importlib import import_module
-from inspect import isclass
+from inspect import get_annotations, isclass
 from pkgutil import iter_modules
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import pydantic
-from pydantic import ConfigDict, ValidationError, field_validator
+from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import ValidationInfo
 from typing_extensions import dataclass_transform  # in typing from Python 3.11 on
 
 from fedsim.errors import InputError, listing
-from fedsim.search import Field
+from fedsim.search import Field, search_of
 
 KINDS = ("dataset", "partition", "method", "server", "fleet")
 # Infinity and nan are no values of any field: what has no limit is None, and says so.
@@ -41,9 +42,45 @@ def component(cls: type) -> type:
 
     pydantic does the checking, so that `FedCLIP(lr=-1)` in a notebook and `--method.lr -1` on the
     command line fail with the same sentence.
+
+    A subclass that gives an inherited field another default, `lr: float = 0.1`, keeps the field's limits, search range
+    and description. With a `Field` it changes those that it states; limits become narrower, never wider.
+
+    Raises:
+        InputError: a default, or an end of a search range, is outside of the field's limits.
     """
     cls.numbers_are_not_truths = numbers_are_not_truths
-    return dataclass(frozen=True, kw_only=True, config=CHECKED)(cls)
+    cls.__annotations__ = _inherited(cls)
+    checked = dataclass(frozen=True, kw_only=True, config=CHECKED)(cls)
+    for name in cls.__annotations__.keys() & checked.__pydantic_fields__.keys():
+        _check_values(checked, name)
+    return checked
+
+
+def _inherited(cls: type) -> dict[str, Any]:
+    """The annotations of a class; those of fields that it has from a base include what the base declares of them."""
+    fields: dict[str, FieldInfo] = {}
+    for base in reversed(cls.__mro__[1:]):
+        fields |= vars(base).get("__pydantic_fields__", {})
+    annotations = get_annotations(cls)
+    for name, field in fields.items():
+        # `lr = 0.1` without an annotation is a new default too; a dataclass would ignore it without a word.
+        if name in annotations or name in vars(cls):
+            annotations[name] = Annotated[annotations.get(name, field.annotation), field]
+    return annotations
+
+
+def _check_values(cls: type, name: str) -> None:
+    """Refuses a default, and values to search, that the field does not take."""
+    field, search = cls.__pydantic_fields__[name], search_of(cls, name)
+    default = [] if field.is_required() else [field.get_default(call_default_factory=True)]
+    # In a dict: errors then name the field, and pydantic takes no config for the bare type of a dataclass.
+    values = TypeAdapter(dict[str, field.rebuild_annotation()], config=CHECKED)
+    try:
+        for value in (*default, *(search.extremes if search else ())):
+            values.validate_python({name: value})
+    except ValidationError as error:
+        raise InputError(sentence(error, f"{cls.__name__}.", ())) from None
 
 
 def available(kind: str) -> list[str]:

@@ -109,22 +109,9 @@ def Field(default: Any = PydanticUndefined, *, search: Span | Choice | None = No
 
 
 def search_of(owner: type, field: str) -> Span | Choice | None:
-    """What a component, or Config, declares to be worth trying of a field.
-
-    A class that gives an inherited field another default, and says no more, is searched where its parent is.
-    """
-    for cls in owner.__mro__:
-        about = cls.__dict__.get("__pydantic_fields__", {}).get(field)
-        extra = about and about.json_schema_extra
-        if isinstance(extra, dict) and "search" in extra:
-            return extra["search"]
-    return None
-
-
-def description_of(owner: type, field: str) -> str:
-    """What a component says of a field, or else the class that the field is inherited from; perhaps nothing."""
-    said = (cls.__dict__.get("__pydantic_fields__", {}).get(field) for cls in owner.__mro__)
-    return next((about.description for about in said if about and about.description), "")
+    """What a component, or Config, declares to be worth trying of a field."""
+    extra = owner.__pydantic_fields__[field].json_schema_extra
+    return extra.get("search") if isinstance(extra, dict) else None
 
 
 def _said(value: Plain) -> str:

@@ -11,11 +11,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from fedsim import Config, InputError, component, run
+from fedsim import Config, InputError, run
 from fedsim.__main__ import main, parse_run, run_parser
 from fedsim.config import read_yaml
 from fedsim.registry import KINDS, available, find, parse
-from fedsim.search import description_of
 from fedsim.weights import EMBEDDED, find_weights
 from tune.sweep import Sweep
 
@@ -227,15 +226,6 @@ def test_help_says_the_defaults_of_the_embedded_experiment_too():
     assert "(default: 200; 50 on the embedded images, >= 0" in text
     assert "other defaults apply: dataset glyphs, held_out ink, rounds 50, method fedclip," in text
     assert ": None" not in text and ": PydanticUndefined" not in text
-
-
-def test_a_plain_default_is_described_as_in_the_class_it_overrides():
-    @component
-    class Bias(find("method", "probe")):
-        lr: float = 0.1
-
-    assert description_of(Bias, "lr") == "step size"
-    assert description_of(Bias, "batch") == "rows of a local step"
 
 
 def test_version_and_help_are_commands(capsys):

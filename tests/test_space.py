@@ -3,10 +3,8 @@
 import optuna
 import pytest
 
-from fedsim import Config, InputError, component
+from fedsim import Config, InputError
 from fedsim.config import merged
-from fedsim.methods import Method
-from fedsim.methods.probe import Probe
 from fedsim.registry import KINDS, available, find, parse
 from fedsim.search import Choice, Field, Linear, Log, search_of
 from tune.space import Space
@@ -81,17 +79,6 @@ def test_a_bad_range_is_refused_where_it_is_declared(declare, sentence):
     with pytest.raises(InputError) as refused:
         declare()
     assert sentence in str(refused.value)
-
-
-def test_a_method_that_gives_a_field_another_default_is_searched_where_its_parent_is():
-    @component
-    class Mine(Probe):
-        lr: float = 0.02
-        batch: int = Field(8, ge=1, search=Choice((4, 8)))
-
-    assert search_of(Mine, "lr") == search_of(Method, "lr") == Log(1e-5, 1e-1)
-    assert search_of(Mine, "batch") == Choice((4, 8))
-    assert search_of(Mine, "keep_moments") is None
 
 
 def test_what_is_searched_unless_it_is_said_is_what_the_method_and_the_rule_declare():

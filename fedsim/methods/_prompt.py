@@ -33,11 +33,11 @@ class PromptMethod(Method):
     Differs: the four codes crop and flip images at random, as `--augment` does and the default does not.
     """
 
-    optimizer: Literal["adam", "adamw", "sgd"] = Field("sgd", description="a client's optimizer")
+    optimizer: Literal["adam", "adamw", "sgd"] = "sgd"
     # CoOp's 2e-3 in the middle; for the adams, say a lower range.
-    lr: float = Field(1e-3, gt=0, search=Log(1e-4, 1e-1), description="step size")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
-    weight_decay: float = Field(5e-4, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
+    lr: float = Field(1e-3, search=Log(1e-4, 1e-1))
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
     # The lengths that CoOp tries; with a text to start from, that text's length is what counts.
     length: int = Field(
         16,

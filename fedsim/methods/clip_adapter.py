@@ -19,7 +19,7 @@ class ClipAdapter(Method):
     sgd with a cosine from 2e-3.
     """
 
-    lr: float = Field(1e-3, gt=0, description="step size")
+    lr: float = 1e-3
     reduction: int = Field(
         4, ge=1, search=Choice((2, 4, 8, 16)), description="the feature is so many times wider than the bottleneck"
     )

@@ -29,12 +29,10 @@ class FedCLIP(Method):
     pretrained model. With a ViT there is no difference.
     """
 
-    lr: float = Field(5e-5, gt=0, search=Log(1e-5, 1e-2), description="step size")
-    beta2: float = Field(0.98, ge=0, lt=1, description="of adam and adamw")
-    eps: float = Field(1e-6, gt=0, description="of adam and adamw")
-    weight_decay: float = Field(
-        0.2, ge=0, search=Log(1e-5, 1.0), description="coupled (L2) for adam and sgd, decoupled for adamw"
-    )
+    lr: float = Field(5e-5, search=Log(1e-5, 1e-2))
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = Field(0.2, search=Log(1e-5, 1.0))
     objective: Objective = Field(
         "contrastive", description="CLIP's loss over the batch's own texts, or over the classes"
     )

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from fedsim.methods import Backbone, Scope
 from fedsim.methods._prompt import Prompted, PromptMethod
 from fedsim.registry import component
-from fedsim.search import Choice, Field, Linear, Log
+from fedsim.search import Field, Linear, Log
 from fedsim.sites import Site
 
 MOST = 1 << 22  # similarities that are shared out at once: 32 MB in float64
@@ -30,13 +30,7 @@ class FedOTP(PromptMethod):
     16 tokens, mass 1 and 5 local epochs.
     """
 
-    length: int = Field(
-        4,
-        ge=1,
-        le=4096,
-        search=Choice((4, 8, 16), when=("init", "")),
-        description="tokens that are learnt, before the name of a class",
-    )
+    length: int = 4
     # Below 0.003 patches and texts that are opposite would have nothing to scale, even in float64.
     entropy: float = Field(0.1, ge=0.003, search=Log(0.01, 1.0), description="how evenly the transport spreads")
     mass: float = Field(

@@ -24,7 +24,7 @@ class FedPGP(PromptMethod):
     prompts, batches of as many rows as a class has shots.
     """
 
-    local_epochs: int = Field(2, ge=1, description="passes over a client's train rows in a round")
+    local_epochs: int = 2
     rank: int = Field(4, ge=1, le=4096, search=Choice((1, 2, 4, 8)), description="of a client's correction")
     contrast: float = Field(1.0, ge=0, search=Log(0.01, 10.0), description="weight of the contrast")
     temperature: float = Field(0.5, gt=0, search=Log(0.05, 1.0), description="of the contrast")

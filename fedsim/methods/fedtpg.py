@@ -28,17 +28,13 @@ class FedTPG(Method):
     reads bare class names, ours whatever the prompt makes of them: `--prompt {}` is the code's.
     """
 
-    optimizer: Literal["adam", "adamw", "sgd"] = Field("sgd", description="a client's optimizer")
-    lr: float = Field(3e-3, gt=0, search=Log(1e-4, 1e-1), description="step size")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd")
-    weight_decay: float = Field(1e-5, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
-    batch: int = Field(200, ge=1, search=Choice((32, 64, 128, 200)), description="rows of a local step")
-    keep_moments: bool = Field(
-        True, description="a client's optimizer goes on where its last round ended, in place of starting afresh"
-    )
-    label_space: Literal["all", "client"] = Field(
-        "client", description="classes that compete in a client's loss: all that anybody trains on, or the client's own"
-    )
+    optimizer: Literal["adam", "adamw", "sgd"] = "sgd"
+    lr: float = Field(3e-3, search=Log(1e-4, 1e-1))
+    momentum: float = 0.9
+    weight_decay: float = 1e-5
+    batch: int = Field(200, search=Choice((32, 64, 128, 200)))
+    keep_moments: bool = True
+    label_space: Literal["all", "client"] = "client"
     length: int = Field(
         4,
         ge=1,

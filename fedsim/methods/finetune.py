@@ -28,12 +28,10 @@ class Finetune(Method):
     """
 
     # All of a pretrained CLIP is lost to steps that a small set of new weights stands.
-    lr: float = Field(5e-5, gt=0, search=Log(1e-6, 3e-4), description="step size")
-    beta2: float = Field(0.98, ge=0, lt=1, description="of adam and adamw")
-    eps: float = Field(1e-6, gt=0, description="of adam and adamw")
-    weight_decay: float = Field(
-        0.2, ge=0, search=Log(1e-5, 1.0), description="coupled (L2) for adam and sgd, decoupled for adamw"
-    )
+    lr: float = Field(5e-5, search=Log(1e-6, 3e-4))
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = Field(0.2, search=Log(1e-5, 1.0))
     objective: Objective = Field(
         "contrastive", description="CLIP's loss over the batch's own texts, or over the classes"
     )

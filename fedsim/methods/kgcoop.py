@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from fedsim.methods.promptfl import PromptFL
 from fedsim.registry import component
-from fedsim.search import Choice, Field, Linear, Log
+from fedsim.search import Choice, Field, Linear
 
 
 @component
@@ -27,23 +27,13 @@ class KgCoOp(PromptFL):
     weight, a step of 2e-3, batches of 128, and tokens that start as "a photo of a" (`--method.init`).
     """
 
-    lr: float = Field(3e-3, gt=0, search=Log(1e-4, 1e-1), description="step size")
-    weight_decay: float = Field(1e-5, ge=0, description="coupled (L2) for adam and sgd, decoupled for adamw")
-    local_epochs: int = Field(1, ge=1, description="passes over a client's train rows in a round")
-    batch: int = Field(200, ge=1, search=Choice((32, 64, 128, 200)), description="rows of a local step")
-    keep_moments: bool = Field(
-        True, description="a client's optimizer goes on where its last round ended, in place of starting afresh"
-    )
-    label_space: Literal["all", "client"] = Field(
-        "client", description="classes that compete in a client's loss: all that anybody trains on, or the client's own"
-    )
-    length: int = Field(
-        4,
-        ge=1,
-        le=4096,
-        search=Choice((4, 8, 16), when=("init", "")),
-        description="tokens that are learnt, before the name of a class",
-    )
+    lr: float = 3e-3
+    weight_decay: float = 1e-5
+    local_epochs: int = 1
+    batch: int = Field(200, search=Choice((32, 64, 128, 200)))
+    keep_moments: bool = True
+    label_space: Literal["all", "client"] = "client"
+    length: int = 4
     pull: float = Field(
         8.0,
         ge=0,

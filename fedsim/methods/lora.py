@@ -45,8 +45,8 @@ class Lora(Method):
     Differs: the code cuts gradients to a norm of 1, and its AdamW goes on from round to round, here `keep_moments`.
     """
 
-    optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="a client's optimizer")
-    lr: float = Field(5e-5, gt=0, search=Log(1e-5, 1e-2), description="step size")
+    optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
+    lr: float = Field(5e-5, search=Log(1e-5, 1e-2))
     objective: Objective = Field(
         "contrastive", description="CLIP's loss over the batch's own texts, or over the classes"
     )

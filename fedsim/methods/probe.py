@@ -10,14 +10,11 @@ from torch.nn.functional import normalize
 
 from fedsim.methods import Backbone, Method
 from fedsim.registry import component
-from fedsim.search import Field
 
 
 @component
 class Probe(Method):
     """C x D weights, no bias; logits are scaled cosines until training changes the length of a row."""
-
-    lr: float = Field(1e-3, gt=0, description="step size")
 
     def build(self, backbone: Backbone) -> nn.Module:
         return _Head(backbone)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fedsim.methods import Backbone
 from fedsim.methods._prompt import Prompted, PromptMethod
 from fedsim.registry import component
-from fedsim.search import Field
 
 
 @component
@@ -24,7 +23,7 @@ class PromptFL(PromptMethod):
     what its last client has trained; here it ends with the mean.
     """
 
-    local_epochs: int = Field(5, ge=1, description="passes over a client's train rows in a round")
+    local_epochs: int = 5
 
     def build(self, backbone: Backbone) -> nn.Module:
         return _Prompt(backbone, self)

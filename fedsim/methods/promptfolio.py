@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedsim.methods import Backbone, Scope
 from fedsim.methods._prompt import Prompted, PromptMethod
 from fedsim.registry import component
-from fedsim.search import Field, Linear, Log
+from fedsim.search import Field, Linear
 
 
 @component
@@ -23,10 +23,10 @@ class PromptFolio(PromptMethod):
     Differs: the step size is constant, see `PromptMethod`; there 2e-3 is the highest.
     """
 
-    lr: float = Field(2e-3, gt=0, search=Log(1e-4, 1e-1), description="step size")
-    local_epochs: int = Field(5, ge=1, description="passes over a client's train rows in a round")
-    batch: int = Field(16, ge=1, description="rows of a local step")
-    length: int = Field(8, ge=1, le=4096, description="tokens that are learnt, before the name of a class")
+    lr: float = 2e-3
+    local_epochs: int = 5
+    batch: int = 16
+    length: int = 8
     theta: float = Field(
         0.4, ge=0, le=1, search=Linear(0.0, 1.0), description="share of a client's own text; 0 is PromptFL"
     )

@@ -1,0 +1,69 @@
+"""A component is a checked dataclass; a subclass changes what it states and keeps the rest."""
+
+from typing import Literal
+
+import pytest
+
+from fedsim import InputError, component
+from fedsim.__main__ import _range
+from fedsim.methods import Method
+from fedsim.methods.probe import Probe
+from fedsim.registry import changed
+from fedsim.search import Choice, Field, search_of
+
+
+@component
+class Mine(Probe):
+    lr: float = 0.02
+    eps = 1e-4
+    batch: "int" = Field(8, search=Choice((4, 8)))
+    optimizer: Literal["sgd"] = "sgd"
+
+
+@pytest.mark.parametrize("field", ["lr", "eps", "momentum"])
+def test_a_plain_default_keeps_limits_search_range_and_description(field):
+    ours, theirs = Mine.__pydantic_fields__[field], Method.__pydantic_fields__[field]
+    assert _range(Mine, field) == _range(Method, field) != ""
+    assert search_of(Mine, field) == search_of(Method, field)
+    assert ours.description == theirs.description
+    assert ours.annotation is theirs.annotation is float
+
+
+@pytest.mark.parametrize(("field", "value"), [("lr", -1), ("eps", 0), ("batch", 0), ("optimizer", "adam")])
+def test_a_value_outside_of_inherited_limits_is_refused(field, value):
+    with pytest.raises(InputError, match=f"method.{field} "):
+        changed("method", Mine(), {field: value})
+
+
+def test_a_default_of_a_subclass_counts_with_and_without_an_annotation():
+    assert (Mine().lr, Mine().eps, Mine().batch, Mine().optimizer) == (0.02, 1e-4, 8, "sgd")
+    assert (Probe().lr, Probe().eps, Probe().batch, Probe().optimizer) == (1e-3, 1e-8, 32, "adam")
+
+
+def test_a_field_changes_what_it_states():
+    assert search_of(Mine, "batch") == Choice((4, 8))
+    assert Mine.__pydantic_fields__["batch"].description == "rows of a local step"
+    assert _range(Mine, "batch") == ", >= 1, searched 4,8"
+
+    @component
+    class Narrow(Mine):
+        lr: float = Field(0.01, gt=0, lt=0.5, description="small steps")
+
+    assert _range(Narrow, "lr") == ", > 0, < 0.5, searched 1e-05:0.1:log"
+    assert Narrow.__pydantic_fields__["lr"].description == "small steps"
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"lr": -1.0}, r"Bad\.lr .* greater than 0, not -1\.0"),
+        ({"lr": Field(-1.0, ge=-2)}, r"Bad\.lr .* greater than 0, not -1\.0"),
+        ({"lr": float("inf")}, r"Bad\.lr .* finite number, not inf"),
+        ({"batch": Field(8, le=64)}, r"Bad\.batch .* less than or equal to 64, not 128"),
+        ({"momentum": Field(0.5, search=Choice((0.5, 1.0)))}, r"Bad\.momentum .* less than 1, not 1\.0"),
+        ({"optimizer": "adamax"}, r"Bad\.optimizer .* 'adam', 'adamw' or 'sgd', not 'adamax'"),
+    ],
+)
+def test_a_default_or_a_search_range_outside_of_the_limits_is_refused_where_it_is_declared(body, sentence):
+    with pytest.raises(InputError, match=sentence):
+        component(type("Bad", (Probe,), body))
