@@ -119,6 +119,8 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
     if like and not _agree(DATA, config, like.config):
         like = None
     experiment = like or _load(config)
+    if isinstance(experiment.source, Images) and config.data_dir and folder.is_relative_to(config.data_dir):
+        raise InputError(f"{folder} is inside --data-dir, where its files would pass for data; give another --out")
     _check_reads(experiment, config)
     clients = like.clients if like and _agree(DEALT, config, like.config) else _clients(config, experiment.source)
     _check_asked(config, clients)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import run_until
+from PIL import Image
 from test_bits import result
 
 from fedsim import InputError, run
@@ -66,6 +67,21 @@ def test_the_folder_of_the_data_is_refused(flags, features_dir, capsys):
     assert main(["run", *flags, f"--out={features_dir}"]) == 2
     assert "but classes.parquet, features.parquet; give another --out" in capsys.readouterr().err
     assert content(features_dir) == before
+
+
+def test_a_new_folder_inside_a_data_set_of_images_is_refused(tmp_path, capsys, monkeypatch):
+    for domain in ("ink", "oil"):
+        for label in ("cat", "dog"):
+            (tmp_path / domain / label).mkdir(parents=True)
+            for k in range(5):
+                Image.effect_noise((8, 8), 50 + k).save(tmp_path / domain / label / f"{k}.png")
+    monkeypatch.chdir(tmp_path)
+    for out in ([], ["--out=new"], [f"--out={tmp_path / 'ink' / 'deep'}"]):
+        assert main(["run", "--dataset=folder", "--data-dir=.", "--rounds=1", "--actors=0", *out]) == 2
+        assert (
+            "is inside --data-dir, where its files would pass for data; give another --out" in capsys.readouterr().err
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ink", "oil"]
 
 
 @pytest.mark.parametrize("command", ["run", "sweep"])
