@@ -137,6 +137,13 @@ def test_a_row_of_zeros_has_no_direction_and_is_refused(tmp_path):
     assert refusal(save(tmp_path, feature=pa.array(rows, pa.list_(pa.float16(), 2)))) == expected
 
 
+def test_rows_that_have_no_length_in_floats_are_refused(tmp_path):
+    rows = [[3e-13, 4e-13], [3e30, 4e30], [0.0, 1e-11], [3e18, 4e18]]
+    expected = "features.parquet: feature needs a length from 1e-12 to 1.8e19; others are in 2 rows (0, 1)"
+    assert refusal(save(tmp_path, feature=rows)) == expected
+    assert len(load(save(tmp_path, feature=rows[2:] * 2))) == 4
+
+
 def test_tensors_of_fixed_shape_and_bytes_of_any_kind_are_read(tmp_path):
     storage = pa.array(X, pa.list_(pa.float32(), 2))
     tensors = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.float32(), (2, 1)), storage)

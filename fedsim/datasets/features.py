@@ -59,6 +59,12 @@ class FeatureFiles(Dataset):
         x = _matrix(rows, features_file, "feature", prototypes.shape[1])
         if (zero := np.flatnonzero(~x.any(axis=1))).size:
             raise InputError(f"features.parquet: feature needs a length above 0; it is all zeros in {_rows(zero)}")
+        # In floats, as methods divide by it: of rows outside of these lengths, all that is left are zeros.
+        squares = np.einsum("nd,nd->n", x, x, dtype=np.float32)
+        if (lost := np.flatnonzero(~((squares >= 1e-24) & np.isfinite(squares)))).size:
+            raise InputError(
+                f"features.parquet: feature needs a length from 1e-12 to 1.8e19; others are in {_rows(lost)}"
+            )
         return Features(
             file=None,
             x=x,
