@@ -324,6 +324,8 @@ def rule(axis, ticks: Sequence[int] = ()) -> None:
     """Logarithmic, with numbers as they are said, at these ticks or at as many as there is room for."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+    if not np.isfinite(axis.get_minpos()):  # no run has reached its target: there is nothing to scale
+        return
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
     steps = (1,) if high > 3000 * low else (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 7)

@@ -3,7 +3,7 @@
     uv run python benchmarks/fedclip_table.py                                # the embedded images and model
     uv run python benchmarks/fedclip_table.py --quick                        # one round, one seed: does it all run?
     uv run python benchmarks/fedclip_table.py --dataset features --data-dir DIR --only FedCLIP probe alone
-    uv run python benchmarks/fedclip_table.py --backbone ViT-B-32 --pretrained openai --dataset pacs --data-dir DIR \\
+    uv run python benchmarks/fedclip_table.py --dataset pacs --data-dir DIR --backbone ViT-B-32 --pretrained openai \\
         --rounds 200 --tower-rounds 200 --tower-seeds 3                      # the paper's own experiment
 
 Accuracy on the domain that nobody trained on and on the own test rows of clients: zero-shot, FedAvg and FedProx of all

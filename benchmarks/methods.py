@@ -2,7 +2,7 @@
 
     uv run python benchmarks/methods.py
     uv run python benchmarks/methods.py --quick     # two methods, two protocols, one round: does it all run?
-    uv run python benchmarks/methods.py --address auto --dataset pacs --data-dir DIR --backbone ViT-B-32 \
+    uv run python benchmarks/methods.py --address auto --dataset pacs --data-dir DIR --backbone ViT-B-32 \\
         --pretrained openai --rounds 100
 
 Every method at its own published hyperparameters but for one local epoch; none was tuned here. What trains the image

@@ -2,7 +2,6 @@
 
     uv run python benchmarks/sweep.py
     uv run python benchmarks/sweep.py --quick       # three trials of one round: does it all run?
-    uv run python benchmarks/sweep.py --clients 200 --rounds 20 --trials 20 --repeats 3
 
 Both train in one process on the same features, so what differs is Optuna's storage, Ray Tune and the measures that are
 told round by round. The first trial, for which a process is started, is given apart.

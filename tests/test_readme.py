@@ -1,29 +1,129 @@
-"""What the README shows is run as it stands there."""
+"""What the documentation shows is run: its commands at a small size, each `prepare`d as it stands, and its Python."""
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from fedsim.__main__ import parse_run
+import pytest
+from shown import MOST, PACS, PROJECT, commands_in, smaller, write_drawings
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+from fedsim.__main__ import main, parse_run
+from fedsim.config import EXPERIMENTS
+from fedsim.simulate import prepare
+from tune.command import EPILOG, parse_sweep
+from tune.sweep import prepare_sweep
+
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+TEXTS = {
+    name: (PROJECT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "benchmarks/README.md", "cluster.yaml", "cluster.local.yaml")
+}
+BENCHMARKS = sorted((PROJECT / "benchmarks").glob("[!_]*.py"))
+UV = ["uv", "run"]
 
 
-def test_the_method_in_the_readme_runs_on_an_actor_though_it_is_in_no_module(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    (tmp_path / "mine.py").write_text(code)
-    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "'generalization': 0." in done.stdout and (tmp_path / "runs" / "bias" / "report.html").exists()
+def shown(*start: str) -> list[list[str]]:
+    """Every command of the README files that begins so, without its beginning."""
+    words = [*UV, "fedsim", *start]
+    commands = [command for name in TEXTS for command in commands_in(TEXTS[name])]
+    return [command[len(words) :] for command in commands if command[: len(words)] == words]
 
 
-def test_every_command_line_in_the_readme_is_understood():
-    commands = re.findall(r"^    uv run fedsim run (.*?)(?: +#.*)?$", README, flags=re.MULTILINE)
-    assert len(commands) >= 5
-    for flags in commands:
-        parse_run(shlex.split(flags))
+@pytest.fixture(scope="module")
+def swaps(tmp_path_factory) -> dict[str, str]:
+    """Words that only a reader can fill in, and weights that have to be downloaded, by what stands for them here."""
+    pictures = write_drawings(tmp_path_factory.mktemp("pacs") / "images", PACS)
+    return {"DIR": str(pictures), "ViT-B-32": "tiny", "openai": "embedded"}
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory) -> list[str]:
+    """Flags for a few of the embedded drawings, in place of all."""
+    folder = write_drawings(tmp_path_factory.mktemp("drawings") / "images", ("clipart", "ink", "noto"))
+    return ["--dataset", "folder", "--data-dir", str(folder)]
+
+
+def reads_more_than_features(config) -> bool:
+    reads = config.server.fit(config.method).reads
+    return bool(reads.towers or reads.image != "features" or config.augment)
+
+
+@pytest.mark.parametrize("flags", shown("run"), ids=" ".join)
+def test_a_run_is_accepted_as_it_stands_and_runs_at_a_small_size(flags, swaps, drawings, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    parse_run(flags)
+    config, _ = parse_run([swaps.get(word, word) for word in flags])
+    prepare(config)
+    small = smaller(flags, MOST, swaps)
+    if config.data_dir is None and reads_more_than_features(config):
+        small += drawings
+    assert main(["run", *small, "--rounds", "1", "--actors", "0", "--out", "run"]) == 0, capsys.readouterr().err
+    assert "zero-shot CLIP" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A cluster of 2 CPUs, which all sweeps join."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("flags", shown("sweep"), ids=" ".join)
+def test_a_sweep_is_accepted_as_it_stands_and_runs_at_a_small_size(flags, address, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prepare_sweep(parse_sweep(flags)[0])
+    monkeypatch.setenv("COLUMNS", "200")
+    few = ["--trials", "2", "--rounds", "1", "--report-seeds", "0", "--at-once", "1", "--out", "sweep"]
+    assert main(["sweep", *smaller(flags, MOST, {}), *few, "--address", address]) == 0, capsys.readouterr().err
+    assert "2 trials: 2 complete" in capsys.readouterr().out
+    assert (tmp_path / "sweep" / "sweep.html").exists()
+
+
+def test_two_runs_are_compared(config, tmp_path, monkeypatch, capsys):
+    from fedsim import run
+
+    monkeypatch.chdir(tmp_path)
+    (folders,) = shown("compare")
+    for seed, folder in enumerate(folders):
+        run(config(seed=seed, rounds=1, out=Path(folder)))
+    assert main(["compare", *folders]) == 0
+    assert "page  compare.html" in capsys.readouterr().out
+
+
+def test_every_other_command_is_one_that_another_test_runs():
+    scripts = {f"benchmarks/{script.name}" for script in BENCHMARKS}  # tests/test_benchmarks.py
+    clusters = (PROJECT / "tests" / "test_cluster.py").read_text(encoding="utf-8")
+    gate = "pip install -q uv && uv run "  # .ci/run
+    for name, text in TEXTS.items():
+        for command in commands_in(text.replace("\n#", "\n")):
+            words = [word for word in command if word not in ("--group", "aws")]
+            line = " ".join(words)
+            if words[:3] == [*UV, "fedsim"]:
+                assert words[3] in ("run", "sweep", "compare"), f"{name}: {line}"
+            elif words[:3] == [*UV, "ray"]:
+                upto = 5 if words[3] == "job" else 4
+                assert " ".join(words[:upto]) in clusters, f"{name}: {line}"
+                parse_all(words)
+            elif words[0] == "export":
+                assert line in clusters, f"{name}: {line}"
+            else:
+                assert scripts & {*words} or line.startswith(gate), f"{name}: {line}"
+
+
+def parse_all(words: list[str]) -> None:
+    """Parses the `fedsim run` that another machine is told to do."""
+    for word in words:
+        if "fedsim run" in word:
+            parse_run(shlex.split(word.partition("fedsim run")[2]))
 
 
 def test_the_readme_has_two_commands_that_do_all_the_set_up():
@@ -31,3 +131,48 @@ def test_the_readme_has_two_commands_that_do_all_the_set_up():
         "pip install -q uv && uv run fedsim run",
         "pip install -q uv && uv run pytest",
     ]
+
+
+def test_every_protocol_is_an_embedded_config():
+    rows = re.findall(r"^\| `(\w+)` \|", README.partition("| `--config` |")[2].partition("\n\n")[0], flags=re.MULTILINE)
+    assert sorted(rows) == sorted({file.stem for file in EXPERIMENTS.glob("*.yaml")} - {"glyphs", "paper"})
+
+
+def test_every_form_of_search_that_the_help_shows_is_understood():
+    forms = re.findall(r"^  (\S+(?: \S+)?)  +", EPILOG, flags=re.MULTILINE)
+    assert len(forms) == 6
+    for form in forms:
+        prepare_sweep(parse_sweep(["--partition", "bootstrap", "--clients", "200", "--search", *form.split()])[0])
+
+
+SNIPPET = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.ray
+def test_the_method_in_the_readme_runs_on_an_actor_though_it_is_in_no_module(tmp_path):
+    (code,) = SNIPPET
+    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "'generalization': 0." in done.stdout and (tmp_path / "runs" / "bias" / "report.html").exists()
+
+
+def test_the_method_in_the_readme_is_a_flag_once_it_is_a_file_of_methods(tmp_path, features_dir):
+    (code,) = SNIPPET
+    first = "from fedsim import Backbone, Config, Method, component, run\n"
+    assert first in code
+    code = code.replace(first, "from fedsim.methods import Backbone, Method\nfrom fedsim.registry import component\n")
+    source = PROJECT / "fedsim"
+    shutil.copytree(source, tmp_path / "fedsim", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    (tmp_path / "fedsim" / "assets").symlink_to(source / "assets")
+    (tmp_path / "fedsim" / "methods" / "bias.py").write_text("\n".join(code.splitlines()[:-2]), encoding="utf-8")
+
+    def fedsim(*words):
+        done = subprocess.run([sys.executable, "-m", "fedsim", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "  bias  One number per class, added to zero-shot CLIP's logits." in fedsim("run", "--help")
+    data = "--dataset", "features", "--data-dir", str(features_dir), "--held-out", "ink"
+    fedsim("run", "--method", "bias", "--method.lr", "0.3", *data, "--rounds", "1", "--actors", "0", "--out", "run")
+    assert (tmp_path / "run" / "report.html").exists()

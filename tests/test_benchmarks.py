@@ -1,0 +1,221 @@
+"""Every command that the benchmarks show runs at a small size, and prints a table that can be checked by hand."""
+
+import ast
+import re
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from shown import MOST, PACS, PROJECT, commands_in, smaller, write_drawings, write_features
+
+FOLDER = PROJECT / "benchmarks"
+SCRIPTS = sorted(FOLDER.glob("[!_]*.py"))
+TEXTS = [PROJECT / "README.md", FOLDER / "README.md", *SCRIPTS]
+FEW = MOST | dict.fromkeys(["--clients", "--cohort"], 10) | dict.fromkeys(["--tower-rounds", "--tower-seeds"], 1)
+TINY, ADAPTER = 10_853_377, 131_584  # parameters of the embedded model, and of FedCLIP's adapter of its 256 dimensions
+BOTH_WAYS = 2 * 4 / 1e6  # MB of a parameter in a round of one client
+
+
+def commands_of(script: str) -> list[list[str]]:
+    """The flags of every command that the documentation shows of a script, at a small size, each once."""
+    commands = []
+    for file in TEXTS:
+        text = file.read_text(encoding="utf-8")
+        text = text if file.suffix == ".md" else ast.get_docstring(ast.parse(text), clean=False) or ""
+        commands += [words for words in commands_in(text) if f"benchmarks/{script}.py" in words]
+    flags = [words[words.index(f"benchmarks/{script}.py") + 1 :] for words in commands]
+    small = [tuple(word for word in smaller(words, FEW, {}) if word != "--quick") for words in flags]
+    return [list(flags) for flags in dict.fromkeys(small)]
+
+
+def printed(script: str, *flags: object) -> str:
+    """What a script prints, with --quick."""
+    text = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(text):
+        patch.setattr(sys, "argv", [f"{script}.py", "--quick", *map(str, flags)])
+        patch.syspath_prepend(FOLDER)
+        runpy.run_path(str(FOLDER / f"{script}.py"), run_name="__main__")
+    return text.getvalue()
+
+
+def tables(text: str) -> list[pd.DataFrame]:
+    """The tables in a text: a column for each heading, cells as they are printed."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text + "\n", flags=re.MULTILINE):
+        heads, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines())
+        found.append(pd.DataFrame(rows, columns=heads).set_index(heads[0]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where all scripts write; `drawings`, `pacs` and `features` are data."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_drawings(folder / "drawings", ("clipart", "ink", "noto"))
+    write_drawings(folder / "pacs", PACS)
+    write_features(folder / "features", PACS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """A cluster that this process has joined, so that the scripts' runs need none each."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+def on_data(folder: Path, flags: list[str], held_out: str = "sketch") -> list[object]:
+    """Flags with data of the kind that they name, few drawings where they name none, and one domain held out."""
+    if "--dataset" not in flags:
+        return [*flags, "--dataset", "folder", "--data-dir", folder / "drawings", "--held-out", "ink"]
+    data = folder / flags[flags.index("--dataset") + 1]
+    swaps = {"DIR": data, "ViT-B-32": "tiny", "openai": "embedded"}
+    return [*(swaps.get(word, word) for word in flags), "--held-out", held_out]
+
+
+def test_every_script_is_run_by_a_test():
+    texts = [file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py")]
+    for script in SCRIPTS:
+        assert commands_of(script.stem), f"no documentation shows how {script.name} is run"
+        assert any(f'"{script.stem}"' in text for text in texts), f"no test runs {script.name}"
+
+
+@pytest.mark.parametrize("flags", commands_of("choose_glyphs"), ids=" ".join)
+def test_the_grid_of_the_embedded_experiment_is_ordered_by_validation_accuracy(flags, ray, folder):
+    (table,) = tables(printed("choose_glyphs", *flags, "--out", folder / "choose_glyphs"))
+    assert sorted(table.index) == ["contrastive", "cross_entropy"]
+    validation = table.validation.astype(float).tolist()
+    assert validation == sorted(validation, reverse=True) and 0 < validation[1] <= 100
+    assert table["round"].tolist() == ["1", "1"]
+
+
+@pytest.fixture(scope="module")
+def fedclip_runs(ray, folder) -> tuple[str, Path]:
+    """What the paper's table prints of two clients and one round, and the folder of its runs."""
+    out = folder / "fedclip_table"
+    return printed("fedclip_table", *on_data(folder, []), "--out", out), out / "folder"
+
+
+def test_the_papers_table_has_every_method_and_its_bytes(fedclip_runs):
+    away, own, cost = tables(fedclip_runs[0])
+    assert list(away.columns) == ["ink", "mean"] and list(away.index) == list(own.index)
+    assert list(away.index) == ["zero-shot", *cost.index] and len(cost) == 7
+    assert all(0 <= float(cell) <= 100 for table in (away, own) for cell in table["mean"])
+    sent = {"FedAvg, all of CLIP": TINY, "FedCLIP, the paper's values": ADAPTER, "linear probe": 15 * 256}
+    for name, parameters in (sent | {"alone (linear probe)": 0}).items():
+        assert float(cost["MB a round"][name]) == pytest.approx(2 * parameters * BOTH_WAYS, abs=0.005)
+
+
+@pytest.mark.parametrize("flags", [flags for flags in commands_of("fedclip_table") if flags], ids=" ".join)
+def test_the_papers_table_is_made_of_other_data(flags, ray, folder):
+    away, _, cost = tables(printed("fedclip_table", *on_data(folder, flags), "--out", folder / "fedclip_table"))
+    assert list(away.columns) == ["sketch", "mean"]
+    assert len(cost) == (5 if "--only" in flags else 7)
+
+
+@pytest.mark.parametrize("flags", [flags for flags in commands_of("cost") if "--runs" in flags], ids=" ".join)
+def test_bytes_to_an_accuracy_are_told_of_finished_runs(flags, fedclip_runs):
+    text = printed("cost", *flags[:-1], fedclip_runs[1], "--repeats", 0)
+    (table,) = tables(text)
+    assert list(table.index) == [measure for measure in ("validation", "own test", "held-out") for _ in range(4)]
+    assert table.method.nunique() == 4
+    assert f"{TINY / ADAPTER:.3g} times the bytes a round" in " ".join(text.split())
+
+
+def test_a_step_of_all_of_clip_costs_more_than_one_on_features():
+    assert [] in commands_of("cost")
+    (table,) = tables(printed("cost"))
+    trained, seconds = (
+        [float(cell.split()[0].replace(",", "")) for cell in table[name]] for name in ("trained", "CPU seconds")
+    )
+    cached, published, whole, lora, prompt = seconds
+    assert trained == [2 * (256 * 256 + 256), trained[0], 43_224_449, 4 * 40_960 / 4, 16 * 256]
+    assert cached < published < whole and cached < min(lora, prompt)
+
+
+@pytest.mark.parametrize("flags", commands_of("methods"), ids=" ".join)
+def test_the_table_of_methods_has_their_parameters_and_bytes(flags, ray, folder):
+    shown, choice = tables(printed("methods", *on_data(folder, flags), "--out", folder / "methods"))
+    assert list(shown.index) == ["zero-shot", "FedCLIP", "FedPGP"] and list(choice.index) == ["FedCLIP", "FedPGP"]
+    assert shown["parameters"].tolist()[1:] == [f"{ADAPTER:,}", "2,624"]
+    # The median of a protocol with 4 clients and of one with 5.
+    assert shown["MB in all"]["FedCLIP"] == f"{4.5 * ADAPTER * BOTH_WAYS:.2f}"
+    assert "nan" not in shown.to_string()
+
+
+@pytest.mark.parametrize("flags", commands_of("client_count"), ids=" ".join)
+def test_more_clients_send_more_and_what_is_done_is_not_done_again(flags, ray, folder):
+    out = folder / f"client_count-{len(flags)}"
+    flags = on_data(folder, flags) if "--dataset" in flags else flags
+    first = printed("client_count", *flags, "--out", out)
+    rows = pd.read_parquet(out / "rows.parquet")
+    width = 16 if "--dataset" in flags else 128
+    assert (rows.bytes == 2 * rows.trained * 2 * 4 * 2 * (width**2 + width)).all()
+    assert len(tables(first)) == 6 and "More clients" in (out / f"{out_name(flags)}.html").read_text(encoding="utf-8")
+    done = (out / "rows.parquet").stat().st_mtime_ns
+    assert printed("client_count", *flags, "--out", out) == first
+    assert (out / "rows.parquet").stat().st_mtime_ns == done
+
+
+def out_name(flags: list[object]) -> object:
+    return flags[flags.index("--dataset") + 1] if "--dataset" in flags else "synthetic"
+
+
+@pytest.mark.parametrize("flags", commands_of("sweep"), ids=" ".join)
+def test_a_sweep_is_timed_against_a_bare_loop(flags, folder):
+    command = [sys.executable, FOLDER / "sweep.py", "--quick", *on_data(folder, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (table,) = tables(done.stdout)
+    loop, sweep = (int(table.iloc[row, 0].split()[0].replace(",", "")) for row in (0, 1))
+    assert table.iloc[2, 0].startswith(f"{sweep - loop}") or abs(sweep - loop - int(table.iloc[2, 0].split()[0])) <= 1
+    assert loop > 0 and sweep > 0
+
+
+def test_a_gpus_table_can_be_made_on_a_cpu():
+    assert [] in commands_of("gpu")
+    (table,) = tables(printed("gpu", "--only", "ceilings,adapter,towers"))  # the others encode all drawings
+    assert set(table.index) == {"ceilings", "adapter", "towers"}
+    told = table[table.what.str.endswith("again")].iloc[:, 1]
+    assert len(told) == 3 and (told == "the same bits").all()
+
+
+@pytest.fixture(scope="module")
+def engine_rows(folder) -> tuple[str, pd.DataFrame]:
+    """What `engine.py --quick` prints, once all engines that are installed have run."""
+    text = printed("engine", "--out", folder / "engine")
+    return text, tables(text)[0]
+
+
+def test_every_row_of_the_engine_is_measured(engine_rows):
+    text, rows = engine_rows
+    ours = rows.drop(index=["flower", "pfl", "start", "gpu"])
+    assert set(ours.index) == {"cpu", "floor", "scale", "actors", "ray"}
+    assert (ours["runs"] == "1 / 1").all() and all(float(ratio) >= 0 for ratio in ours["ratio"])
+    engines, apart = re.search(r"clients (\d+) engines end on the same weights: .* within (\S+) of", text).groups()
+    assert int(engines) >= 6 and float(apart) < 1e-4
+
+
+@pytest.mark.parametrize("peer", ["flower", "pfl"])
+def test_a_peer_is_measured_where_it_is_installed(peer, engine_rows):
+    ratio = engine_rows[1].ratio[peer]
+    if ratio == "not installed":
+        pytest.skip(f"{peer} is not installed: benchmarks/peers/README.md says how")
+    assert float(ratio) > 0
+
+
+@pytest.mark.parametrize("flags", [flags for flags in commands_of("engine") if flags], ids=" ".join)
+def test_rows_of_the_engine_are_printed_again_without_a_run(flags, engine_rows, folder):
+    out = folder / "engine"
+    before = (out / "rows.jsonl").read_text(encoding="utf-8")
+    flags = [str(out / "rows.jsonl") if word.endswith(".jsonl") else word for word in flags]
+    assert printed("engine", *flags, "--out", out) == engine_rows[0]
+    assert (out / "rows.jsonl").read_text(encoding="utf-8") == before
