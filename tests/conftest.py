@@ -47,10 +47,28 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items) -> None:
+    """Files run side by side, each in one process; tests of Ray one after the other, for each takes all CPUs."""
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """torch's second thread spins while it waits for the first, on a CPU that another test could use."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory) -> None:
-    """A cache of the tests' own."""
-    os.environ["FEDSIM_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    """A cache that only these tests use; one for all processes that run them."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["FEDSIM_CACHE_DIR"] = str(shared / "cache")
 
 
 @pytest.fixture

@@ -8,12 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedsim import run
 from fedsim.checkpoint import NAME, load_checkpoint
 from fedsim.cluster import Node, Placement, Sizing, plan
 from fedsim.errors import InputError, Stopped
 from fedsim.pool import open_pool
+
+pytestmark = pytest.mark.ray
 
 FILES = "scores.parquet", "zero_shot.parquet", "partition.parquet", "adapter.safetensors"
 
@@ -125,6 +128,18 @@ def test_a_finished_run_is_not_run_again(alone, tmp_path):
     events = []
     assert run(config, events.append).score_table().equals(first.score_table())
     assert [event.note for event in events] == ["already finished; nothing was run"]
+
+
+def test_a_run_in_this_process_computes_with_its_own_number_of_threads(config):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)  # sums of three would be rounded otherwise
+    seen = []
+    try:
+        run(config(rounds=1), lambda event: seen.append((event.stage, torch.get_num_threads())))
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert ("training", 1) in seen and after == 3
 
 
 class Doubler:

@@ -17,6 +17,8 @@ from test_bits import result
 
 from fedsim.checkpoint import NAME
 
+pytestmark = pytest.mark.ray
+
 PROJECT = Path(__file__).parents[1]
 FILES = "cluster.yaml", "cluster.local.yaml"
 ADDRESS = {"laptop": "10.77.0.1", "head": "10.77.0.2", "w1": "10.77.0.3"}  # as in hosts.sh

@@ -164,6 +164,7 @@ def test_weights_that_cannot_be_fetched_say_what_to_do(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.ray
 def test_what_goes_wrong_in_an_actor_is_one_sentence_too(features_dir, tmp_path, capsys):
     flags = ["--dataset=features", f"--data-dir={features_dir}", "--actors=1", f"--out={tmp_path / 'run'}"]
     diverging = ["--method=probe", "--method.optimizer=sgd", "--method.lr=1e38", "--method.weight_decay=1e3"]

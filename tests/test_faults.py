@@ -22,6 +22,8 @@ from fedsim.errors import Stopped
 from fedsim.pool import open_pool
 from fedsim.watch import STATUS
 
+pytestmark = pytest.mark.ray
+
 ITEMS = range(12)
 SQUARES = [item * item for item in ITEMS]
 SOON = 1.0  # seconds a call may run: short for a test, long for a square

@@ -59,6 +59,7 @@ def test_features_are_what_open_clip_itself_says(images, weights, features):
     assert features.logit_scale == pytest.approx(model.logit_scale.exp().item())
 
 
+@pytest.mark.ray
 def test_two_actors_write_the_same_file_as_this_process(images, weights, features, tmp_path):
     import ray
 

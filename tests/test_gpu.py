@@ -82,6 +82,7 @@ def test_every_method_trains_as_on_the_cpu(name, small, vit, tmp_path):
     assert abs(gpu.summary()["personalization"] - cpu.summary()["personalization"]) < 0.02
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("name", ["fedclip", "promptfl", "lora"])
 def test_actors_that_share_a_gpu_give_the_bits_of_one_process(name, small, tmp_path):
     pytest.importorskip("ray")

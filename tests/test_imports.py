@@ -1,6 +1,7 @@
 """Imports follow the arrows of the design and never go back."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,9 @@ def test_everything_for_sale_is_where_its_name_says_and_is_seen_by_editors():
     assert all(getattr(fedsim, name).__name__ == name for name in fedsim.__all__)
     with pytest.raises(AttributeError, match="module 'fedsim' has no attribute 'Runner'"):
         _ = fedsim.Runner
+
+
+def test_the_tests_of_a_file_run_in_one_process(request):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("all tests run in this process")
+    assert request.node.nodeid.endswith("@test_imports")  # as tests/conftest.py says, and xdist has understood

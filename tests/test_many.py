@@ -13,6 +13,8 @@ from fedsim import run, run_all
 from fedsim.checkpoint import NAME
 from fedsim.errors import InputError
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def cluster():

@@ -85,6 +85,7 @@ def test_a_private_file_that_is_gone_is_one_sentence(tmp_path):
         store.read(3, 7)
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("server", ["fedavg", {"name": "fedbuff", "buffer": 3, "concurrency": 4}])
 def test_simulated_time_is_the_same_to_the_bit_after_a_kill_and_on_actors(server, config, tmp_path):
     fields = {"clients": 6, "partition": "iid", "rounds": 5, "fleet": SLOW, "server": server}

@@ -16,6 +16,8 @@ from fedsim import session
 from fedsim.errors import InputError
 from fedsim.session import BELOW, LOCK, PATH_BYTES, PREFIX
 
+pytestmark = pytest.mark.ray
+
 OWNER = """
 import sys, time
 from fedsim.session import _private_folder

@@ -36,6 +36,8 @@ from tune.study import NAME, Rules, Study
 from tune.sweep import REPORTING, TRIALS, Sweep, prepare_sweep, search
 from tune.trial import Trial, config_of, experiments_of
 
+pytestmark = pytest.mark.ray
+
 VAL = SPLITS.index("val")
 
 

@@ -109,6 +109,7 @@ def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_
         ({"name": "promptfolio", "momentum": 0.0, "batch": 8, "local_epochs": 1}, "scaffold", 20),
     ],
 )
+@pytest.mark.ray
 def test_actors_of_which_one_is_killed_give_the_bits_of_one_process(method, server, rounds, small, tmp_path):
     fields = {"method": method, "server": server, "partition": "iid", "clients": 3, "rounds": rounds}
     here = run(small(**fields, out=tmp_path / "here"))
@@ -144,6 +145,7 @@ def where_it_lies(frozen):
     return sum(shared), len(places)
 
 
+@pytest.mark.ray
 def test_workers_use_the_one_frozen_clip_of_their_machine():
     with session(None) as ray:
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker can import a test

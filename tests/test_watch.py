@@ -22,6 +22,8 @@ from fedsim.checkpoint import NAME as CHECKPOINT
 from fedsim.errors import InputError
 from fedsim.watch import LOCK, STATUS, Telling
 
+pytestmark = pytest.mark.ray
+
 FEDSIM = [sys.executable, "-m", "fedsim"]
 
 
