@@ -19,8 +19,8 @@ from _runs import add_data, data_of, parsed, parser_of
 from fedsim import Config
 from fedsim.pool import open_pool
 from fedsim.simulate import encoded, rounds, sizing_of, staff
-from tune.sweep import Found, Sweep, prepare_sweep, run_sweep
-from tune.trial import experiments_of
+from fedsim.sweep.sweep import Found, Sweep, prepare_sweep, run_sweep
+from fedsim.sweep.trial import experiments_of
 
 
 def by_sweep(sweep: Sweep) -> tuple[Found, float, float]:

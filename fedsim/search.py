@@ -1,6 +1,6 @@
 """What is worth trying of a hyperparameter, declared beside its default and its limits.
 
-Limits say what makes sense at all; a range says where good values are looked for. Nothing in fedsim searches: `tune`
+Limits say what makes sense at all; a range says where good values are looked for. Nothing here searches: `fedsim.sweep`
 reads what is declared here.
 """
 

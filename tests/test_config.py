@@ -12,11 +12,12 @@ import pytest
 import yaml
 
 from fedsim import Config, InputError, run
-from fedsim.__main__ import main, parse_run, run_parser
+from fedsim.__main__ import main
+from fedsim.cli.flags import parse_run, run_parser
 from fedsim.config import read_yaml
 from fedsim.registry import KINDS, available, find, parse
+from fedsim.sweep.sweep import Sweep
 from fedsim.weights import EMBEDDED, find_weights
-from tune.sweep import Sweep
 
 
 def read(tmp_path: Path, text: str) -> dict:

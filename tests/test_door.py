@@ -11,11 +11,12 @@ from PIL import Image
 
 import fedsim
 from fedsim import Config, InputError, run
-from fedsim.__main__ import main, parse_run, run_parser
+from fedsim.__main__ import main
 from fedsim.checkpoint import NAME
+from fedsim.cli.flags import parse_run, run_parser
+from fedsim.cli.progress import bars_on, plain_console, shown
 from fedsim.pool import Event
 from fedsim.registry import KINDS, available, find
-from fedsim.terminal import bars_on, plain_console, shown
 
 BAD = {
     "a command": (["rum"], "no command 'rum'; there are: run, sweep, compare, watch, stop"),

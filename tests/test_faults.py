@@ -17,10 +17,10 @@ from test_bits import descendants, result
 
 from fedsim import Config, run
 from fedsim.checkpoint import NAME
+from fedsim.cli.background import STATUS
 from fedsim.cluster import Sizing
 from fedsim.errors import Stopped
 from fedsim.pool import open_pool
-from fedsim.watch import STATUS
 
 pytestmark = pytest.mark.ray
 

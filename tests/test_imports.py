@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import fedsim
 ORDER = """
     errors events signals streams files cache formats shares search rng registry params datasets partitions sites
     towers methods servers fleets clients weights clip session cluster pool folder features private evaluate optimizer
-    stack local cost config schedule report plots page checkpoint simulate many compare watch terminal __init__ __main__
+    stack local cost config schedule report plots page checkpoint simulate many compare cli sweep __init__ __main__
 """.split()  # noqa: SIM905
 
 
@@ -38,6 +39,13 @@ def test_imports_go_one_way():
             assert stage(module) <= ORDER.index(own), f"{where} imports {module}"
 
 
+def test_no_imports_form_a_circle():
+    root = Path(fedsim.__file__).parents[1]
+    files = {".".join(path.relative_to(root).with_suffix("").parts): path for path in root.glob("fedsim/**/*.py")}
+    graph = {module: {name for name in imported(path) if name in files} for module, path in files.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the modules
+
+
 def test_every_module_has_its_place():
     root = Path(fedsim.__file__).parent
     there = {path.stem for path in root.glob("*.py")} | {path.parent.name for path in root.glob("*/__init__.py")}
@@ -46,9 +54,7 @@ def test_every_module_has_its_place():
 
 def test_every_text_file_is_read_and_written_in_an_encoding_that_is_named():
     root = Path(fedsim.__file__).parents[1]
-    for path in (
-        path for folder in ("fedsim", "tune", "benchmarks", "tools") for path in (root / folder).rglob("*.py")
-    ):
+    for path in (path for folder in ("fedsim", "benchmarks", "tools") for path in (root / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and opens_text(node):
                 assert "encoding" in {word.arg for word in node.keywords}, f"{path}, line {node.lineno}"

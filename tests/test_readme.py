@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from shown import MOST, PACS, PROJECT, commands_in, smaller, write_drawings
 
-from fedsim.__main__ import main, parse_run
+from fedsim.__main__ import main
+from fedsim.cli.flags import parse_run
 from fedsim.config import EXPERIMENTS
 from fedsim.simulate import prepare
-from tune.command import EPILOG, parse_sweep
-from tune.sweep import prepare_sweep
+from fedsim.sweep.command import EPILOG, parse_sweep
+from fedsim.sweep.sweep import prepare_sweep
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 TEXTS = {

@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 
 from fedsim import InputError, component
-from fedsim.__main__ import _range
+from fedsim.cli.flags import _range
 from fedsim.methods import Method
 from fedsim.methods.probe import Probe
 from fedsim.registry import changed

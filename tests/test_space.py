@@ -7,7 +7,7 @@ from fedsim import Config, InputError
 from fedsim.config import merged
 from fedsim.registry import KINDS, available, find, parse
 from fedsim.search import Choice, Field, Linear, Log, search_of
-from tune.space import Space
+from fedsim.sweep.space import Space
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -29,12 +29,12 @@ from fedsim.pool import open_pool
 from fedsim.registry import name_of
 from fedsim.search import Field, Log
 from fedsim.simulate import prepare, staff
-from tune.command import parse_sweep
-from tune.space import Space
-from tune.study import FILE as STUDY
-from tune.study import NAME, Rules, Study
-from tune.sweep import REPORTING, TRIALS, Sweep, prepare_sweep, search
-from tune.trial import Trial, config_of, experiments_of
+from fedsim.sweep.command import parse_sweep
+from fedsim.sweep.space import Space
+from fedsim.sweep.study import FILE as STUDY
+from fedsim.sweep.study import NAME, Rules, Study
+from fedsim.sweep.sweep import REPORTING, TRIALS, Sweep, prepare_sweep, search
+from fedsim.sweep.trial import Trial, config_of, experiments_of
 
 pytestmark = pytest.mark.ray
 

@@ -12,8 +12,8 @@ from test_page import Page
 
 from fedsim import Config
 from fedsim.formats import setting
-from tune.page import best_trial, importances, pareto, trial_table, write_sweep_page
-from tune.plots import Scale, best_so_far
+from fedsim.sweep.page import best_trial, importances, pareto, trial_table, write_sweep_page
+from fedsim.sweep.plots import Scale, best_so_far
 
 LR = FloatDistribution(1e-5, 1e-2, log=True)
 SPACE = {

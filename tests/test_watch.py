@@ -19,8 +19,8 @@ from test_bits import result
 from fedsim import run
 from fedsim.__main__ import main
 from fedsim.checkpoint import NAME as CHECKPOINT
+from fedsim.cli.background import LOCK, STATUS, Telling
 from fedsim.errors import InputError
-from fedsim.watch import LOCK, STATUS, Telling
 
 pytestmark = pytest.mark.ray
 

@@ -8,11 +8,11 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from fedsim.__main__ import parse_run
+from fedsim.cli.flags import DETACH, Parser, dashed, flag, parse_run
+from fedsim.cli.progress import launch
 from fedsim.errors import InputError
 from fedsim.formats import percent, spread
-from fedsim.terminal import DETACH, Parser, launch
-from tune.sweep import Found, Sweep, prepare_sweep, run_sweep
+from fedsim.sweep.sweep import Found, Sweep, prepare_sweep, run_sweep
 
 # Its --out as well: that of a config file is the folder of a run.
 OURS = [name for name in Sweep.model_fields if name != "config"]
@@ -41,8 +41,8 @@ def parse_sweep(argv: Sequence[str]) -> tuple[Sweep, str]:
     """The Sweep that flags describe, and a sentence on where it starts from."""
     if seeds := [word for word in argv if word.partition("=")[0] == "--seed"]:
         raise InputError(f"no flag {seeds[0]}: a sweep has --tuning-seeds, and --report-seeds to report on")
-    ours, rest = sweep_parser().parse_known_args([_dashed(word) for word in argv])
-    config, origin = parse_run(rest, "sweep", map(_flag, OURS))
+    ours, rest = sweep_parser().parse_known_args([dashed(word) for word in argv])
+    config, origin = parse_run(rest, "sweep", map(flag, OURS))
     return Sweep(config=config.model_copy(update={"out": None}), **vars(ours)), origin
 
 
@@ -63,7 +63,7 @@ def sweep_parser() -> argparse.ArgumentParser:
             default = " ".join(map(str, default)) or "method.* server.*"
         about = f"{field.description}" + ("" if default is None else f" (default: {default})")
         several = {"nargs": "*"} if name in SEVERAL else {}
-        parser.add_argument(_flag(name), dest=name, metavar=_metavar(name), help=about.replace("%", "%%"), **several)
+        parser.add_argument(flag(name), dest=name, metavar=_metavar(name), help=about.replace("%", "%%"), **several)
     parser.add_argument(DETACH, action="store_true", help="go on without this terminal; fedsim watch picks it up again")
     return parser
 
@@ -95,15 +95,6 @@ def _reported(reporting: pd.DataFrame) -> Table:
     return table
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _metavar(name: str) -> str:
     known = {"search": "WHAT", "out": "DIR"} | dict.fromkeys(("objective", "sampler", "pruner", "loggers"), "NAME")
     return known.get(name, "N")
-
-
-def _dashed(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value if word.startswith("--") else word

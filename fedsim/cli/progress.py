@@ -1,26 +1,18 @@
-"""What the commands share: their flags' parser, their bars, and how they leave a terminal."""
+"""What the commands share: their bars, and how they leave a terminal."""
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from fedsim.errors import InputError
+from fedsim.cli.background import Telling, detach, read_status
+from fedsim.cli.flags import DETACH
 from fedsim.events import Event
 from fedsim.events import Progress as Tell
 from fedsim.folder import Kind
-from fedsim.watch import Telling, detach, read_status
-
-DETACH = "--detach"
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
 
 
 def launch(

@@ -28,7 +28,7 @@ from fedsim.plots import Plot
 from fedsim.registry import available
 from fedsim.report import to_yaml
 from fedsim.simulate import DEALT
-from tune.plots import (
+from fedsim.sweep.plots import (
     FAILED,
     FINISHED,
     MANY,

@@ -14,10 +14,10 @@ from fedsim.errors import InputError
 from fedsim.files import reason
 from fedsim.pool import Pool, open_pool
 from fedsim.simulate import Experiment, staff
-from tune.trial import Trial, experiments_of
+from fedsim.sweep.trial import Trial, experiments_of
 
 if TYPE_CHECKING:
-    from tune.study import Study  # Optuna is none of a trial's process
+    from fedsim.sweep.study import Study  # Optuna is none of a trial's process
 
 MEASURES = ("validation", "worst_tenth", "bytes", "clock_s", "flops", "chosen_round", "rounds")
 

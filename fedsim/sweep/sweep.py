@@ -1,6 +1,6 @@
 """A search over hyperparameters, top to bottom: what is asked, trials side by side, and what the best is worth.
 
-Optuna is the brain and the memory (`tune/study.py`), Ray Tune the hands (`tune/hands.py`). Nothing that either of them
+Optuna is the brain and the memory (`study.py`), Ray Tune the hands (`hands.py`). Nothing that either of them
 pickles is ever read again: a sweep that was killed goes on from the study and from the checkpoints of its trials.
 """
 
@@ -31,9 +31,9 @@ from fedsim.pool import Event, Progress, drive
 from fedsim.registry import CHECKED, numbers_are_not_truths, sentence
 from fedsim.report import environment, to_yaml, write_table
 from fedsim.simulate import DEALT, Experiment, encoded, judged, prepare, sizing_of
-from tune.space import Space
-from tune.study import OBJECTIVES, PRUNERS, SAMPLERS, Rules, Study
-from tune.trial import JUDGED_BY, config_of, trial_folder
+from fedsim.sweep.space import Space
+from fedsim.sweep.study import OBJECTIVES, PRUNERS, SAMPLERS, Rules, Study
+from fedsim.sweep.trial import JUDGED_BY, config_of, trial_folder
 
 if TYPE_CHECKING:
     import optuna
@@ -355,7 +355,7 @@ def _run_trials(prepared: Prepared, base: Experiment, study: Study, room: _Room,
     os.environ |= quiet
     import ray.tune
 
-    from tune.hands import Asking, Doing, Judging
+    from fedsim.sweep.hands import Asking, Doing, Judging
 
     if room.spans:
         base = replace(base, source=base.source.carried())
@@ -408,7 +408,7 @@ def _tidy(folder: Path) -> None:
 
 def _conclude(prepared: Prepared, study: Study, room: _Room, progress: Progress) -> Found:
     """Writes the tables and the page, with runs of the best and the base config on the reporting seeds."""
-    from tune.page import best_trial, pareto, trial_table, write_sweep_page
+    from fedsim.sweep.page import best_trial, pareto, trial_table, write_sweep_page
 
     sweep, folder, config = prepared.sweep, prepared.folder, prepared.sweep.config
     trials = trial_table(study.optuna)
