@@ -37,17 +37,17 @@ from fedsim.clients import Population
 from fedsim.clip import Clip, Frozen
 from fedsim.cluster import Sizing
 from fedsim.config import read_yaml
-from fedsim.cost import flops_of
 from fedsim.datasets import TRAIN, Features
 from fedsim.datasets.glyphs import Glyphs
 from fedsim.features import encode
-from fedsim.local import Task, Trainer, backbone_of, start
 from fedsim.pool import _keep_memory
 from fedsim.registry import parse
 from fedsim.report import accuracy_per_client, accuracy_per_domain
 from fedsim.rng import torch_rng
 from fedsim.servers.fedavg import FedAvg
-from fedsim.stack import train_stack
+from fedsim.training.flops import flops_of
+from fedsim.training.stack import train_stack
+from fedsim.training.worker import Task, Trainer, backbone_of, start
 from fedsim.weights import find_weights
 
 BACKBONE, BATCH = "ViT-B-32", 32
@@ -293,8 +293,8 @@ def derived(facts: dict, runs: dict[str, list[dict]]) -> str:
         ],
         [
             f"The batch shows {facts['classes']} classes, of which the engine computes each text once; operations are",
-            "those of this very step, without the optimizer's. `fedsim.cost.flops_of`, which goes on from two rows and",
-            "four as if each brought a text of its own, says",
+            "those of this very step, without the optimizer's. `flops_of` in fedsim.training.flops, which",
+            "goes on from two rows and four as if each brought a text of its own, says",
             f"{', '.join(f'{x:.3g} times as many for `{m}`' for m, x in over.items())}.",
             f"Idle is the process with its libraries, {median(of_runs(runs, 'idle_mib').values()):,.0f} MiB; what is",
             f"above it counts loading CLIP, which alone takes {loaded['lora']:,.0f} MiB for `lora` and",

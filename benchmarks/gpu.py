@@ -33,12 +33,12 @@ from fedsim.clip import Clip
 from fedsim.datasets import TRAIN, Features, Images
 from fedsim.features import BLOCK, Encoder
 from fedsim.files import digest
-from fedsim.local import Task, Trainer, backbone_of, start
 from fedsim.params import flatten
 from fedsim.pool import device_of
 from fedsim.registry import parse
 from fedsim.servers.fedavg import FedAvg
-from fedsim.stack import stack_size
+from fedsim.training.stack import stack_size
+from fedsim.training.worker import Task, Trainer, backbone_of, start
 from fedsim.weights import EMBEDDED, find_weights, width_of
 
 ROWS, WIDTH, CLASSES = 64, 512, 7  # of a client of the adapter's job: two local steps of 32 rows

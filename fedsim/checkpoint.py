@@ -15,8 +15,8 @@ import torch
 from safetensors.numpy import load
 from torch import Tensor
 
+from fedsim.counts import Counts
 from fedsim.errors import InputError
-from fedsim.evaluate import Counts
 from fedsim.files import Damaged, pack, read_tensors, write_tensors
 from fedsim.folder import CHECKPOINT, intact, refuse_another, start_again
 from fedsim.params import Params

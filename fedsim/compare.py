@@ -10,8 +10,8 @@ import pandas as pd
 import yaml
 
 from fedsim.config import EXECUTION, flat
+from fedsim.counts import COLUMNS
 from fedsim.errors import InputError, Stopped, listing
-from fedsim.evaluate import COLUMNS
 from fedsim.files import FULL, reason, write_text
 from fedsim.folder import CONFIG, check_page, intact, read_sealed
 from fedsim.formats import number, percent, setting, spread

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from fedsim.clients import Client, new_of
+from fedsim.counts import COLUMNS, GROUPS, SPLITS, Counts
 from fedsim.datasets import Labelled
-from fedsim.evaluate import COLUMNS, GROUPS, SPLITS, Counts
 from fedsim.files import Damaged, atomic, digest
 from fedsim.params import Params
 from fedsim.schedule import Turn

@@ -21,23 +21,20 @@ from fedsim.clients import Population, held_out_ids, make_clients, sample_cohort
 from fedsim.clip import Clip, Frozen, check_texts
 from fedsim.cluster import Sizing
 from fedsim.config import EXECUTION, Config
-from fedsim.cost import flops_of
+from fedsim.counts import SPLITS, Counts, merge
 from fedsim.datasets import Features, Images, Labelled
 from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError, Stopped, counted, listing
-from fedsim.evaluate import SPLITS, Counts, merge
 from fedsim.features import encode, feature_file, keep, text_file
 from fedsim.files import reason, write_tensors
 from fedsim.folder import CONFIG, alone_in, check_folder, read_sealed, refuse_another, start_again, write_sealed
 from fedsim.formats import number, percent
-from fedsim.local import Task, Trainer, backbone_of, start, with_towers
 from fedsim.methods import Backbone, Method
 from fedsim.methods.zero_shot import ZeroShot
 from fedsim.page import write_page
 from fedsim.params import Params, flatten
 from fedsim.partitions import drawn
 from fedsim.pool import Event, Pool, Progress, drive, open_pool
-from fedsim.private import PrivateStore
 from fedsim.registry import name_of
 from fedsim.report import ROUND_COLUMNS, Report, environment, holdings, to_yaml, write_tables
 from fedsim.rng import numpy_rng
@@ -45,6 +42,9 @@ from fedsim.schedule import Turn, check, check_trained, schedule
 from fedsim.servers import NOTE, ServerState, add_up, advance, kept_past
 from fedsim.servers.fedavg import FedAvg
 from fedsim.session import check_reachable
+from fedsim.training.client_store import PrivateStore
+from fedsim.training.flops import flops_of
+from fedsim.training.worker import Task, Trainer, backbone_of, start, with_towers
 from fedsim.weights import EMBEDDED, Weights, find_weights, width_of
 
 CHUNKS, LARGEST_CHUNK = 16, 64  # of a cohort; and clients: enough to outweigh a call, few enough to do again

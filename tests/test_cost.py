@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim import run
-from fedsim.cost import Operations
+from fedsim.training.flops import Operations
 
 
 def counted(work):

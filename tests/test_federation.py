@@ -10,10 +10,10 @@ from fedsim import Backbone, InputError, Partition, available, run
 from fedsim.clients import make_clients, sample_cohort
 from fedsim.clip import Clip
 from fedsim.datasets import TEST, UNSAID, Labelled
-from fedsim.local import Task, start
 from fedsim.params import flatten, unflatten
 from fedsim.registry import parse
 from fedsim.servers import NOTE, Partial, add_up
+from fedsim.training.worker import Task, start
 from fedsim.weights import find_weights
 
 rng = np.random.default_rng

@@ -21,8 +21,8 @@ from fedsim.config import Config
 from fedsim.files import write_text
 from fedsim.folder import CONFIG, GENERATOR, MARK, claim, safe_name, write_sealed
 from fedsim.pool import open_pool
-from fedsim.private import PrivateStore
 from fedsim.simulate import encoded, prepare, rounds, sizing_of, staff
+from fedsim.training.client_store import PrivateStore
 
 SLOW = {"name": "lognormal", "availability": 0.8, "dropout": 0.1}
 

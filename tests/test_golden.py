@@ -13,7 +13,7 @@ import torch
 
 from fedsim import run
 from fedsim.params import flatten
-from fedsim.private import PrivateStore
+from fedsim.training.client_store import PrivateStore
 
 GOLDEN = Path(__file__).with_name("golden.json")
 RUNS = {

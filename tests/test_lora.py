@@ -8,12 +8,12 @@ import torch
 from test_finetune import CLASSES, Y, embedded, inputs, other, whole, zero_shot
 
 from fedsim import Config, InputError, run
-from fedsim.local import Task, start
 from fedsim.methods import trained
 from fedsim.params import flatten
 from fedsim.registry import parse
 from fedsim.rng import seed_for
 from fedsim.servers import NOTE, Partial, add_up
+from fedsim.training.worker import Task, start
 
 RULES = "ffa_lora", "fedsa_lora", "fedex_lora", "lora_stacking"
 NOISE = 0.05

@@ -10,7 +10,7 @@ import pytest
 
 from fedsim import Config, run
 from fedsim.checkpoint import load_checkpoint
-from fedsim.evaluate import Counts
+from fedsim.counts import Counts
 from fedsim.formats import difference, percent
 from fedsim.page import curves, portable, write_page
 from fedsim.report import Report

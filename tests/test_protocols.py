@@ -9,8 +9,8 @@ from test_federation import rows
 from fedsim import InputError, available, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.clients import make_clients, new_of
+from fedsim.counts import BINS, COLUMNS, GROUPS, Counts, merge, tally
 from fedsim.datasets import TEST, UNSAID
-from fedsim.evaluate import BINS, COLUMNS, GROUPS, Counts, merge, tally
 from fedsim.registry import parse
 from fedsim.report import calibration_error, harmonic_mean, macro_f1
 

@@ -8,13 +8,13 @@ from torch.nn.functional import cross_entropy, normalize
 
 from fedsim import Backbone, InputError, Method, component, run
 from fedsim.checkpoint import load_checkpoint
-from fedsim.local import train_client
 from fedsim.methods import Method as Contract
 from fedsim.methods import trained
-from fedsim.optimizer import Optimizer
 from fedsim.params import flatten, unflatten
 from fedsim.registry import parse
 from fedsim.servers import NOTE, Partial, add_up
+from fedsim.training.optimizer import Optimizer
+from fedsim.training.worker import train_client
 
 WIDTH, CLASSES, LR = 6, 4, 0.1
 

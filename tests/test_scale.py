@@ -14,8 +14,8 @@ from conftest import run_until
 from fedsim import run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.errors import InputError, Stopped
-from fedsim.local import Trainer
-from fedsim.private import PrivateStore
+from fedsim.training.client_store import PrivateStore
+from fedsim.training.worker import Trainer
 
 SLOW = {"name": "lognormal", "availability": 0.8, "dropout": 0.1}
 

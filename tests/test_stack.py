@@ -10,14 +10,14 @@ from torch.nn.functional import normalize
 from fedsim import Backbone, InputError, Method, available, component, run
 from fedsim.clients import Population
 from fedsim.datasets import Features
-from fedsim.local import Task, Trainer, _Sums, backbone_of, start
 from fedsim.methods import Method as Contract
-from fedsim.optimizer import Optimizer
 from fedsim.params import flatten
-from fedsim.private import PrivateStore
 from fedsim.registry import parse
 from fedsim.servers import NOTE
-from fedsim.stack import groups, stack_size
+from fedsim.training.client_store import PrivateStore
+from fedsim.training.optimizer import Optimizer
+from fedsim.training.stack import groups, stack_size
+from fedsim.training.worker import Task, Trainer, _Sums, backbone_of, start
 
 WIDTH, CLASSES = 12, 5
 SIZES = 9, 1, 33, 20, 9, 4, 13  # rows of each client: batches of 4 leave 1, 1, 1, 0, 1, 0 and 1

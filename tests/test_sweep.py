@@ -20,8 +20,8 @@ from test_bits import descendants
 from fedsim import Config, Fleet, InputError, component, run
 from fedsim.checkpoint import HISTORY, entries_of
 from fedsim.cluster import Sizing
+from fedsim.counts import SPLITS, Counts
 from fedsim.errors import Stopped
-from fedsim.evaluate import SPLITS, Counts
 from fedsim.fleets.ideal import Ideal
 from fedsim.folder import claim
 from fedsim.methods.probe import Probe

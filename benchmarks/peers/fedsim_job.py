@@ -21,12 +21,12 @@ from job import finish
 from fedsim import Config, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.datasets.synthetic import Synthetic
-from fedsim.local import Task, backbone_of, start
 from fedsim.params import Params, flatten
 from fedsim.pool import Event, Pool, _keep_memory
 from fedsim.rng import torch_rng
 from fedsim.servers import ServerState
 from fedsim.simulate import Experiment, _Federation, prepare, staff
+from fedsim.training.worker import Task, backbone_of, start
 
 ROWS, ALL_ROWS, WIDTH = 64, 80, 512  # train rows of a client, two local steps; and with those that it is judged on
 CHUNK = 50  # clients of a call: the same at all sizes, so that what is compared is the number of clients alone

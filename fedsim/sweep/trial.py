@@ -10,8 +10,8 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from fedsim.config import Config, merged
+from fedsim.counts import COLUMNS, SPLITS
 from fedsim.errors import InputError, Stopped
-from fedsim.evaluate import COLUMNS, SPLITS
 from fedsim.folder import LOCK, claim
 from fedsim.pool import Pool
 from fedsim.report import Report, accuracy_per_client, best_round, tail_mean

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.datasets import Features
-from fedsim.local import Inputs, Task
 from fedsim.methods import Backbone, trained
+from fedsim.training.worker import Inputs, Task
 
 
 def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarray) -> tuple[float, float]:

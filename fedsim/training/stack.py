@@ -1,6 +1,6 @@
 """A stack of clients trained together: their parameters as one tensor each, their steps as one call each.
 
-The fast path of every method. What it computes for a client is what `local.train_client` computes, to rounding.
+The fast path of every method. What it computes for a client is what `train_client` computes, to rounding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +12,8 @@ from torch.func import grad_and_value, vmap
 
 from fedsim.errors import InputError
 from fedsim.methods import Method, trained
-from fedsim.optimizer import Optimizer
 from fedsim.params import Params
+from fedsim.training.optimizer import Optimizer
 
 # What a stack's parameters, gradients and moments may take. On a CPU, what stays in cache: more clients at once
 # are slower there (benchmarks/README.md). A function of the device alone, since the sums are rounded by it.

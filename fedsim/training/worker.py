@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from fedsim.clients import Client, Population
 from fedsim.clip import Clip, Frozen
+from fedsim.counts import Counts, tally
 from fedsim.datasets import Features
 from fedsim.errors import InputError, listing
-from fedsim.evaluate import Counts, tally
 from fedsim.methods import Backbone, Method, Scope, trained
-from fedsim.optimizer import Optimizer
 from fedsim.params import Params, flatten, unflatten, views
-from fedsim.private import PrivateStore
 from fedsim.registry import name_of
 from fedsim.rng import numpy_rng, seed_for, torch_rng
 from fedsim.servers import NOTE, Partial, Server
 from fedsim.sites import Reads
-from fedsim.stack import Term, stack_size, train_stack
+from fedsim.training.client_store import PrivateStore
+from fedsim.training.optimizer import Optimizer
+from fedsim.training.stack import Term, stack_size, train_stack
 
 FEATURES = Reads()
 Written = list[tuple[int, int]]  # ids of clients, each with the round that wrote what it keeps, or 0
@@ -275,7 +275,7 @@ class Trainer:
         Args:
             also: ids of clients that train nothing, on whose rows every client of the chunk is judged as well.
             held_out: indices of the held-out domains.
-            splits: of `evaluate.SPLITS`; rows of others are not read.
+            splits: of `counts.SPLITS`; rows of others are not read.
         """
         module, like = self.module(task)
         received = _to(self.device, unflatten(sent, like))
