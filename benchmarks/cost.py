@@ -47,7 +47,8 @@ from fedsim.rng import torch_rng
 from fedsim.servers.fedavg import FedAvg
 from fedsim.training.flops import flops_of
 from fedsim.training.stack import train_stack
-from fedsim.training.worker import Task, Trainer, backbone_of, start
+from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.worker import ClientWorker
 from fedsim.weights import find_weights
 
 BACKBONE, BATCH = "ViT-B-32", 32
@@ -94,7 +95,7 @@ class Client:
             state = torch.load(folder / "state.pt", mmap=True, weights_only=True)
             frozen = replace(frozen, state={name: tensor.numpy() for name, tensor in state.items()})
         self.rows, nothing = np.arange(len(self.features)), np.empty(0, np.int64)
-        self.trainer = Trainer(self.features, Population([(self.rows, nothing, nothing)], []), frozen)
+        self.trainer = ClientWorker(self.features, Population([(self.rows, nothing, nothing)], []), frozen)
         self.task = Task(parse("method", {"name": variant.method, "local_epochs": 1}), FedAvg(), seed=0)
         self.module, like = self.trainer.module(self.task)
         self.params, self.optimizer = self.trainer.room(self.task, 1)
@@ -145,7 +146,7 @@ def counted(variant: Variant, folder: Path, clip: Clip) -> dict[str, float]:
     client = Client(variant, folder)
     task, features = client.task, client.features
     backbone = backbone_of(features, reads=task.method.reads, clip=clip)
-    params = start(task, backbone)
+    params = initial_params(task, backbone)
     shared = task.of(params, "shared")
     down, up = task.server.payload(shared, task.of(params, "server"), cohort=1)
     per_step, per_row = flops_of(task, backbone, features, client.rows)

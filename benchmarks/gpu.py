@@ -38,7 +38,8 @@ from fedsim.pool import device_of
 from fedsim.registry import parse
 from fedsim.servers.fedavg import FedAvg
 from fedsim.training.stack import stack_size
-from fedsim.training.worker import Task, Trainer, backbone_of, start
+from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.worker import ClientWorker
 from fedsim.weights import EMBEDDED, find_weights, width_of
 
 ROWS, WIDTH, CLASSES = 64, 512, 7  # of a client of the adapter's job: two local steps of 32 rows
@@ -124,8 +125,8 @@ class Bench:
         count = self.sizes.clients
         features, clients = self.made(count)
         task = Task(parse("method", "fedclip"), FedAvg(), seed=0)
-        trainer = Trainer(features, clients, None, self.device)
-        params = start(task, backbone_of(features))
+        trainer = ClientWorker(features, clients, None, self.device)
+        params = initial_params(task, backbone_of(features))
         what = task, 1, {0: flatten(params)}, np.empty(0), (0, 0), (0, [(k, 0) for k in range(count)])
         few = self.sizes.loop_clients
         rounds = {
@@ -159,7 +160,7 @@ class Bench:
             for count in self.sizes.tower_clients:
                 features, clients = self.made(count, frozen.weights, batch)
                 task = Task(parse("method", {"name": method, "batch": batch, "local_epochs": 1}), FedAvg(), seed=0)
-                trainer = Trainer(features, clients, frozen, self.device)
+                trainer = ClientWorker(features, clients, frozen, self.device)
                 params = trainer.module(task)[1]
                 what = task, 1, {0: flatten(params)}, np.empty(0), (0, 0), (0, [(k, 0) for k in range(count)])
                 train = partial(trainer.train, *what)

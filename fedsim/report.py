@@ -22,8 +22,8 @@ from fedsim.datasets import Labelled
 from fedsim.files import Damaged, atomic, digest
 from fedsim.params import Params
 from fedsim.schedule import Turn
-from fedsim.servers import ServerState
 from fedsim.shares import part
+from fedsim.state import ServerState
 
 # Of the clients that were asked, some dropped out, some were late, and the work of `clients` counted. Bytes down are of
 # all that were asked, bytes up of those whose work counted; clock_s are simulated seconds since the start. Local steps
@@ -104,7 +104,7 @@ class Report:
         """What one round of training cost, and its mean loss over clients.
 
         Args:
-            clients: (n,) of `servers.NOTE`, those whose work counted.
+            clients: (n,) of `updates.CLIENT_STATS`, those whose work counted.
             payload: bytes that a client was sent.
             flops: floating-point operations, where somebody has counted them.
         """

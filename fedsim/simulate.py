@@ -39,12 +39,14 @@ from fedsim.registry import name_of
 from fedsim.report import ROUND_COLUMNS, Report, environment, holdings, to_yaml, write_tables
 from fedsim.rng import numpy_rng
 from fedsim.schedule import Turn, check, check_trained, schedule
-from fedsim.servers import NOTE, ServerState, add_up, advance, kept_past
 from fedsim.servers.fedavg import FedAvg
 from fedsim.session import check_reachable
+from fedsim.state import ServerState, advance, kept_past
 from fedsim.training.client_store import PrivateStore
 from fedsim.training.flops import flops_of
-from fedsim.training.worker import Task, Trainer, backbone_of, start, with_towers
+from fedsim.training.task import Task, backbone_of, initial_params, with_towers
+from fedsim.training.worker import ClientWorker
+from fedsim.updates import CLIENT_STATS, sum_chunks
 from fedsim.weights import EMBEDDED, Weights, find_weights, width_of
 
 CHUNKS, LARGEST_CHUNK = 16, 64  # of a cohort; and clients: enough to outweigh a call, few enough to do again
@@ -175,7 +177,7 @@ def encoded(experiment: Experiment, sizing: Sizing, progress: Progress, methods:
 
 def staff(experiment: Experiment) -> tuple:
     """Who works on an encoded experiment, for `Pool.employ`."""
-    return Trainer, experiment.source, experiment.clients, experiment.frozen
+    return ClientWorker, experiment.source, experiment.clients, experiment.frozen
 
 
 def rounds(experiment: Experiment, pool: Pool) -> Iterator[Report]:
@@ -259,11 +261,13 @@ class _Federation:
             written = [(client, self._written(state, client)) for client, _ in group]
             chunks += [(version, chunk) for chunk in self._chunks(written)]
         if not chunks:
-            return replace(state, round=turn.round, past=kept_past(state, self.sent, turn.needed)), np.empty(0, NOTE)
+            return replace(state, round=turn.round, past=kept_past(state, self.sent, turn.needed)), np.empty(
+                0, CLIENT_STATS
+            )
         past = state.past | {state.round: {}}
         sent = {version: flatten(state.params | (past[version] if self.sent else {})) for version, _ in chunks}
         what = self.task, turn.round, sent, flatten(self.told(state.slots)), self.payload
-        total = add_up(self.pool.map("train", chunks, *what), self.clients.trainers)
+        total = sum_chunks(self.pool.map("train", chunks, *what), self.clients.trainers)
         if not np.isfinite(total.delta).all():
             raise InputError(
                 f"training diverged: in round {turn.round} an update is not finite; try a smaller --method.lr"
@@ -362,7 +366,7 @@ def _try_out(experiment: Experiment) -> None:
     backbone = with_towers(texts, method.reads, clip)
     clients = experiment.clients
     task, cohort = Task(method, config.server, config.seed, config.dtype), config.cohort or clients.trainers
-    payload = _payload(task, start(task, backbone, cohort), cohort)
+    payload = _payload(task, initial_params(task, backbone, cohort), cohort)
     check_trained(config, clients.trainers, partial(_train_rows, clients), *payload)
 
 
@@ -516,7 +520,7 @@ def _resume(experiment: Experiment, checkpoints: Checkpoints) -> tuple[ServerSta
 def _begin(experiment: Experiment, task: Task) -> tuple[ServerState, Report]:
     features = experiment.source
     backbone = backbone_of(features, reads=task.method.reads, clip=_clip_of(experiment, task.method))
-    params = start(task, backbone, experiment.config.cohort or experiment.clients.trainers)
+    params = initial_params(task, backbone, experiment.config.cohort or experiment.clients.trainers)
     sample = numpy_rng(task.seed, "flops").permutation(experiment.clients[0].train)[: task.method.batch]
     per_step, per_row = flops_of(task, backbone, features, sample)
     kept = experiment.clients.trainers if task.keeps(params) else 0

@@ -12,8 +12,8 @@ from fedsim.clip import Clip
 from fedsim.datasets import TEST, UNSAID, Labelled
 from fedsim.params import flatten, unflatten
 from fedsim.registry import parse
-from fedsim.servers import NOTE, Partial, add_up
-from fedsim.training.worker import Task, start
+from fedsim.training.task import Task, initial_params
+from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 from fedsim.weights import find_weights
 
 rng = np.random.default_rng
@@ -28,7 +28,7 @@ def rows(count=240, domains=3, classes=4, split=UNSAID, **fields):
 
 def an_update(weight, **delta):
     params = {name: torch.tensor(value, dtype=torch.float64) for name, value in delta.items()}
-    return Partial(weight * flatten(params), weight, np.array([(0, 1, 1, 0.0, 0, 0)], NOTE))
+    return RoundSum(weight * flatten(params), weight, np.array([(0, 1, 1, 0.0, 0, 0)], CLIENT_STATS))
 
 
 # Partitions -----------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_every_method_starts_the_same_from_the_same_seed(name, towers):
     backbone, _ = towers(parse("method", name))
 
     def at(seed):
-        return flatten(start(Task(parse("method", name), parse("server", "fedavg"), seed), backbone))
+        return flatten(initial_params(Task(parse("method", name), parse("server", "fedavg"), seed), backbone))
 
     assert np.array_equal(at(5), at(5))
 
@@ -227,10 +227,10 @@ def test_every_server_leaves_its_arguments_alone_and_keeps_shapes_and_dtypes(nam
     assert after.keys() == kept.keys() and server.correction(after, sent).keys() <= params.keys()
     weight = server.weight(8, steps=2)
     clients = 5  # as many as a rule may want that leaves one of them out
-    total = Partial(
+    total = RoundSum(
         np.zeros(0) if server.sees_each else clients * weight * flatten(went).astype(np.float64),
         clients * weight,
-        np.array([(client, 8, 2, 0.0, 0, 0) for client in range(clients)], NOTE),
+        np.array([(client, 8, 2, 0.0, 0, 0) for client in range(clients)], CLIENT_STATS),
         clients * weight * flatten(message).astype(np.float64),
         np.tile(flatten(went), (clients, 1)) if server.sees_each else None,
         population=10,
@@ -249,10 +249,10 @@ def test_every_server_leaves_its_arguments_alone_and_keeps_shapes_and_dtypes(nam
 
 def test_a_client_with_three_times_the_rows_counts_three_times():
     server = parse("server", {"name": "fedavg", "weighting": "rows"})
-    total = add_up([an_update(server.weight(30), w=1.0), an_update(server.weight(10), w=5.0)])
+    total = sum_chunks([an_update(server.weight(30), w=1.0), an_update(server.weight(10), w=5.0)])
     assert server.step({"w": torch.tensor(0.0)}, {}, total)[0]["w"] == 2.0  # (30 * 1 + 10 * 5) / 40
     uniform = parse("server", "fedavg")
-    total = add_up([an_update(uniform.weight(30), w=1.0), an_update(uniform.weight(10), w=5.0)])
+    total = sum_chunks([an_update(uniform.weight(30), w=1.0), an_update(uniform.weight(10), w=5.0)])
     assert uniform.step({"w": torch.tensor(0.0)}, {}, total)[0]["w"] == 3.0  # (1 + 5) / 2
 
 

@@ -12,8 +12,8 @@ from fedsim.methods import trained
 from fedsim.params import flatten
 from fedsim.registry import parse
 from fedsim.rng import seed_for
-from fedsim.servers import NOTE, Partial, add_up
-from fedsim.training.worker import Task, start
+from fedsim.training.task import Task, initial_params
+from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 
 RULES = "ffa_lora", "fedsa_lora", "fedex_lora", "lora_stacking"
 NOISE = 0.05
@@ -183,10 +183,10 @@ class Federation:
             self.clients.append(ours)
             _, message = self.server.settle({}, {}, shared, self.of(ours, "shared"), steps, lr)
             delta = flatten({name: ours[name] - tensor for name, tensor in shared.items()})
-            note, weight = np.zeros(1, NOTE), self.weights[k]
-            partials.append(Partial(weight * delta, weight, note, weight * flatten(message).astype(np.float64)))
+            note, weight = np.zeros(1, CLIENT_STATS), self.weights[k]
+            partials.append(RoundSum(weight * delta, weight, note, weight * flatten(message).astype(np.float64)))
         given = self.of(self.params, "shared", "server")
-        params, self.slots = self.server.step(given, self.slots, add_up(partials))
+        params, self.slots = self.server.step(given, self.slots, sum_chunks(partials))
         assert params.keys() == given.keys()
         assert all(params[name].dtype == torch.float64 and params[name].shape == given[name].shape for name in given)
         self.params = self.params | params
@@ -347,6 +347,6 @@ def test_rules_change_nothing_of_a_method_but_what_they_need():
 def test_what_a_rule_does_not_move_is_refused_before_a_round(tiny):
     task = Task(parse("method", {"name": "lora", "merged": True}), parse("server", "fedavg"), 0)
     with pytest.raises(InputError, match="server fedavg does not move the tensors that a server alone changes, such"):
-        start(task, tiny[0])
+        initial_params(task, tiny[0])
     with pytest.raises(InputError, match="lora_stacking starts every pair again each round; leave"):
         parse("server", "lora_stacking").fit(parse("method", {"name": "lora", "keep_moments": True}))

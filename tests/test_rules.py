@@ -12,9 +12,9 @@ from fedsim.methods import Method as Contract
 from fedsim.methods import trained
 from fedsim.params import flatten, unflatten
 from fedsim.registry import parse
-from fedsim.servers import NOTE, Partial, add_up
 from fedsim.training.optimizer import Optimizer
-from fedsim.training.worker import train_client
+from fedsim.training.train import train_client
+from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 
 WIDTH, CLASSES, LR = 6, 4, 0.1
 
@@ -46,14 +46,14 @@ def a_round(server, params, slots, kept, cohort, population):
             live = {n: (live[n] - LR * (grads[n] + added.get(n, 0.0))).detach() for n in live}
         kept[k], message = server.settle(mine, sent, params, live, client.steps, LR)
         parts.append(a_part(server, k, client, flatten(live) - flatten(params), message))
-    return server.step(params, slots, add_up(parts, population))
+    return server.step(params, slots, sum_chunks(parts, population))
 
 
 def a_part(server, k, client, delta, message):
     weight = server.weight(client.rows, steps=client.steps)
-    note = np.array([(k, client.rows, client.steps, 0.0, 0, 0)], NOTE)
+    note = np.array([(k, client.rows, client.steps, 0.0, 0, 0)], CLIENT_STATS)
     said = weight * flatten(message).astype(np.float64)
-    return Partial(weight * delta, weight, note, said, delta[None].astype(np.float32) if server.sees_each else None)
+    return RoundSum(weight * delta, weight, note, said, delta[None].astype(np.float32) if server.sees_each else None)
 
 
 def rounds(server, cohorts, population, clients=BOWLS):
@@ -68,8 +68,8 @@ def rounds(server, cohorts, population, clients=BOWLS):
 def deltas(*each, **fields):
     """A round in which each client went so far from where it was sent."""
     each = np.array(each, np.float32)
-    notes = np.array([(k, 1, 1, 0.0, 0, 0) for k in range(len(each))], NOTE)
-    return Partial(np.zeros(0), float(len(each)), notes, each=each, population=len(each), **fields)
+    notes = np.array([(k, 1, 1, 0.0, 0, 0) for k in range(len(each))], CLIENT_STATS)
+    return RoundSum(np.zeros(0), float(len(each)), notes, each=each, population=len(each), **fields)
 
 
 def stepped(server, total, params=None):
@@ -131,7 +131,7 @@ def test_fedyogi_takes_three_steps_of_the_paper_and_differs_from_fedadam_in_the_
         m = 0.6 * m + 0.4 * d
         v = v - 0.3 * d**2 * np.sign(v - d**2)
         x = x + 0.3 * m / (v**0.5 + 0.5)
-        total = Partial(np.array([2 * d]), 2.0, np.zeros(2, NOTE))
+        total = RoundSum(np.array([2 * d]), 2.0, np.zeros(2, CLIENT_STATS))
         _, theirs = adam.step(params, theirs, total)
         params, slots = yogi.step(params, slots, total)
         assert params["w"].item() == pytest.approx(x, rel=1e-13)
@@ -150,21 +150,21 @@ def test_fednova_counts_directions_and_not_steps():
         a_part(server, k, Bowl(1.0, [], steps, rows), np.array([went]), {})
         for k, (steps, rows, went) in enumerate([(1, 30, 1.0), (3, 10, 6.0)])
     ]
-    assert server.step(params, {}, add_up(parts))[0]["w"] == 3.0
+    assert server.step(params, {}, sum_chunks(parts))[0]["w"] == 3.0
     # By rows, 3 to 1: a direction of 1.25, and 1.5 steps.
     server = parse("server", {"name": "fednova", "weighting": "rows"})
     parts = [
         a_part(server, k, Bowl(1.0, [], steps, rows), np.array([went]), {})
         for k, (steps, rows, went) in enumerate([(1, 30, 1.0), (3, 10, 6.0)])
     ]
-    assert server.step(params, {}, add_up(parts))[0]["w"] == 1.875
+    assert server.step(params, {}, sum_chunks(parts))[0]["w"] == 1.875
 
 
 def test_fednova_leaves_out_who_took_no_step():
     server, params = parse("server", "fednova"), {"w": torch.tensor([1.0])}
     none = a_part(server, 0, Bowl(1.0, [], steps=0), np.array([0.0]), {})
     some = a_part(server, 1, Bowl(1.0, [], steps=2), np.array([4.0]), {})
-    assert server.step(params, {}, add_up([none, some]))[0]["w"] == 5.0
+    assert server.step(params, {}, sum_chunks([none, some]))[0]["w"] == 5.0
     assert server.step(params, {}, none)[0]["w"] == 1.0
 
 
@@ -258,7 +258,7 @@ def test_feddyn_of_one_client_over_two_rounds_by_hand():
         received, after = params, {"w": torch.tensor([ended])}
         kept, message = server.settle(kept, {}, received, after, 3, LR)
         assert not message and kept["gradient.w"] == keeps and server.correction(kept, {})["w"] == -keeps
-        total = Partial(flatten(after) - flatten(received), 1.0, np.zeros(1, NOTE), population=1)
+        total = RoundSum(flatten(after) - flatten(received), 1.0, np.zeros(1, CLIENT_STATS), population=1)
         params, slots = server.step(params, slots, total)
         assert params["w"] == goes
 

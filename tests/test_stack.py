@@ -13,11 +13,13 @@ from fedsim.datasets import Features
 from fedsim.methods import Method as Contract
 from fedsim.params import flatten
 from fedsim.registry import parse
-from fedsim.servers import NOTE
+from fedsim.training.accumulator import Accumulator
 from fedsim.training.client_store import PrivateStore
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.stack import groups, stack_size
-from fedsim.training.worker import Task, Trainer, _Sums, backbone_of, start
+from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.worker import ClientWorker
+from fedsim.updates import CLIENT_STATS
 
 WIDTH, CLASSES = 12, 5
 SIZES = 9, 1, 33, 20, 9, 4, 13  # rows of each client: batches of 4 leave 1, 1, 1, 0, 1, 0 and 1
@@ -47,8 +49,8 @@ def two_rounds(features, clients, folder, reference, **task):
     server = task["server"]
     method = server.fit(task.pop("method"))
     task = Task(method, **task, seed=0, private=private, reference=reference)
-    params, slots = start(task, backbone_of(features)), {}
-    trainer, everyone = Trainer(features, clients), range(len(clients))
+    params, slots = initial_params(task, backbone_of(features)), {}
+    trainer, everyone = ClientWorker(features, clients), range(len(clients))
     partials, written = [], 0
     for round in (1, 2):
         chunk = 0, [(client, written) for client in everyone]
@@ -269,10 +271,10 @@ def test_a_sum_of_a_whole_stack_is_that_of_its_clients():
     shared = {"w": torch.ones(2, 3), "scale": torch.tensor(2.0)}
     ours = {"w": torch.arange(12.0).view(2, 2, 3), "scale": torch.tensor([3.0, 5.0])}
     for together in (True, False):
-        sums = _Sums(shared, "cpu", each=False)
+        sums = Accumulator(shared, "cpu", each=False)
         sums.together = together
         sums.add([0, 1], ours, [{}, {}], [1.0, 3.0])
-        total = sums.partial(np.empty(0, NOTE))
+        total = sums.sum(np.empty(0, CLIENT_STATS))
         assert total.weight == 4.0
         # scale: 1 * (3 - 2) + 3 * (5 - 2); w: 1 * (k - 1) + 3 * (k + 6 - 1)
         np.testing.assert_array_equal(total.delta, [10.0, *(4.0 * k + 14 for k in range(6))])

@@ -24,9 +24,9 @@ from fedsim.datasets.synthetic import Synthetic
 from fedsim.params import Params, flatten
 from fedsim.pool import Event, Pool, _keep_memory
 from fedsim.rng import torch_rng
-from fedsim.servers import ServerState
 from fedsim.simulate import Experiment, _Federation, prepare, staff
-from fedsim.training.worker import Task, backbone_of, start
+from fedsim.state import ServerState
+from fedsim.training.task import Task, backbone_of, initial_params
 
 ROWS, ALL_ROWS, WIDTH = 64, 80, 512  # train rows of a client, two local steps; and with those that it is judged on
 CHUNK = 50  # clients of a call: the same at all sizes, so that what is compared is the number of clients alone
@@ -118,7 +118,7 @@ def _train_rows(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
 def _begin(experiment: Experiment) -> tuple[Task, ServerState]:
     asked = experiment.config
     task = Task(asked.method, asked.server, asked.seed, asked.dtype)
-    return task, ServerState(0, start(task, backbone_of(experiment.source)))
+    return task, ServerState(0, initial_params(task, backbone_of(experiment.source)))
 
 
 def _rows(scratch: Path, clients: int) -> Path:

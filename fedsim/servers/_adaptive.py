@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fedsim.registry import component
 from fedsim.search import Choice, Field, Linear, Log
-from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers import Server
+from fedsim.updates import apply_update, mean_delta
 
 
 @component
@@ -54,4 +55,4 @@ class Adaptive(Server):
         first = {name: self.beta1 * first[name] + (1 - self.beta1) * delta[name] for name in params}
         second = {name: self.second(second[name], delta[name]) for name in params}
         step = {name: self.lr * first[name] / (second[name].sqrt() + self.tau) for name in params}
-        return moved(params, step), {"first": first, "second": second}
+        return apply_update(params, step), {"first": first, "second": second}

@@ -11,7 +11,8 @@ from fedsim.methods import Backbone, Method
 from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search import Field, Log
-from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers import Server
+from fedsim.updates import apply_update, mean_delta
 
 HALVES = "shared", "own"
 
@@ -39,7 +40,7 @@ class Ditto(Server):
         return self.lam / 2 * sum((own - came).square().sum() for own, came in pairs)
 
     def step(self, params, slots, total):
-        return moved(params, mean_delta(total, params)), slots
+        return apply_update(params, mean_delta(total, params)), slots
 
 
 @component

@@ -9,7 +9,8 @@ import torch
 
 from fedsim.registry import component
 from fedsim.search import Choice, Field, Log
-from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers import Server
+from fedsim.updates import apply_update, mean_delta
 
 
 @component
@@ -29,4 +30,4 @@ class FedAvgM(Server):
         delta = mean_delta(total, params)
         past = slots.get("momentum", {name: torch.zeros_like(value) for name, value in delta.items()})
         momentum = {name: self.beta * past[name] + delta[name] for name in params}
-        return moved(params, {name: self.lr * momentum[name] for name in params}), {"momentum": momentum}
+        return apply_update(params, {name: self.lr * momentum[name] for name in params}), {"momentum": momentum}

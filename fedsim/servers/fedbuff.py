@@ -16,7 +16,8 @@ from typing import Literal
 from fedsim.params import unflatten
 from fedsim.registry import component
 from fedsim.search import Field, Log
-from fedsim.servers import Server, moved
+from fedsim.servers import Server
+from fedsim.updates import apply_update
 
 
 @component
@@ -39,4 +40,4 @@ class FedBuff(Server):
         return (1 + staleness) ** -0.5 if self.staleness == "sqrt" else 1.0
 
     def step(self, params, slots, total):
-        return moved(params, unflatten(self.lr / len(total.clients) * total.delta, params)), slots
+        return apply_update(params, unflatten(self.lr / len(total.clients) * total.delta, params)), slots

@@ -9,7 +9,8 @@ import torch
 
 from fedsim.registry import component
 from fedsim.search import Field, Log
-from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers import Server
+from fedsim.updates import apply_update, mean_delta
 
 OF = "gradient."  # before a parameter's name, in what a client keeps
 
@@ -52,4 +53,4 @@ class FedDyn(Server):
         share = self.alpha * total.weight / total.population
         drift = {name: past[name] - share * delta[name] for name in params}
         step = {name: delta[name] - drift[name] / self.alpha for name in params}
-        return moved(params, step), {"drift": drift}
+        return apply_update(params, step), {"drift": drift}

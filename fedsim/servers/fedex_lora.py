@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from fedsim.params import unflatten
 from fedsim.registry import component
-from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers import Server
 from fedsim.servers._lora import products, wants_lora
+from fedsim.updates import apply_update, mean_delta
 
 
 @component
@@ -32,6 +33,6 @@ class FedExLora(Server):
     def step(self, params, slots, total):
         merged = {name: tensor for name, tensor in params.items() if name.startswith("merged.")}
         shared = {name: tensor for name, tensor in params.items() if name not in merged}
-        mean = moved(shared, mean_delta(total, shared))
+        mean = apply_update(shared, mean_delta(total, shared))
         of_products, of_means = unflatten(total.message / total.weight, merged), products(mean)
-        return mean | moved(merged, {name: of_products[name] - of_means[name] for name in merged}), slots
+        return mean | apply_update(merged, {name: of_products[name] - of_means[name] for name in merged}), slots

@@ -10,7 +10,8 @@ from fedsim.errors import InputError
 from fedsim.params import unflatten
 from fedsim.registry import component
 from fedsim.search import Field
-from fedsim.servers import Server, moved
+from fedsim.servers import Server
+from fedsim.updates import apply_update
 
 
 @component
@@ -49,7 +50,7 @@ class FedNova(Server):
         effective = shares @ [self._effective(steps) for steps in notes["steps"].tolist()]
         # Over all weights, and not `total.weight`, which is the sum of weights that are divided already.
         whole = float(notes["rows"].sum()) if self.weighting == "rows" else len(notes)
-        return moved(params, unflatten(effective / whole * total.delta, params)), slots
+        return apply_update(params, unflatten(effective / whole * total.delta, params)), slots
 
     def _effective(self, steps: int) -> float:
         """How often a gradient that is the same at each of these steps would be in their sum."""

@@ -6,7 +6,8 @@ Source: Arivazhagan et al. 2019, arXiv 1912.00818, of which no authors' code was
 from fedsim.errors import InputError, listing
 from fedsim.registry import component
 from fedsim.search import Field
-from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers import Server
+from fedsim.updates import apply_update, mean_delta
 
 
 @component
@@ -28,4 +29,4 @@ class FedPer(Server):
         return "private" if scope == "shared" and name.startswith(self.prefix) else scope
 
     def step(self, params, slots, total):
-        return moved(params, mean_delta(total, params)), slots
+        return apply_update(params, mean_delta(total, params)), slots

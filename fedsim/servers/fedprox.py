@@ -6,7 +6,8 @@ litian96/FedProx, commit d2a4501, with 0.5 among them, and says that no value su
 
 from fedsim.registry import component
 from fedsim.search import Field, Log
-from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers import Server
+from fedsim.updates import apply_update, mean_delta
 
 
 @component
@@ -24,4 +25,4 @@ class FedProx(Server):
         return self.mu / 2 * sum((params[name] - received[name]).square().sum() for name in received)
 
     def step(self, params, slots, total):
-        return moved(params, mean_delta(total, params)), slots
+        return apply_update(params, mean_delta(total, params)), slots

@@ -5,8 +5,9 @@ fc276b5, federatedscope/llm/yamls/fedsa-lora.yaml.
 """
 
 from fedsim.registry import component
-from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers import Server
 from fedsim.servers._lora import wants_lora
+from fedsim.updates import apply_update, mean_delta
 
 
 @component
@@ -25,4 +26,4 @@ class FedSALora(Server):
         return "private" if name.startswith("up.") else scope
 
     def step(self, params, slots, total):
-        return moved(params, mean_delta(total, params)), slots
+        return apply_update(params, mean_delta(total, params)), slots

@@ -7,8 +7,9 @@ Pengxin-Guo/FedSA-LoRA, commit fc276b5 (`freeze_A`), and RaghavSinghal10/fedex-l
 """
 
 from fedsim.registry import component
-from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers import Server
 from fedsim.servers._lora import wants_lora
+from fedsim.updates import apply_update, mean_delta
 
 
 @component
@@ -23,4 +24,4 @@ class FfaLora(Server):
         return "frozen" if name.startswith("down.") else scope
 
     def step(self, params, slots, total):
-        return moved(params, mean_delta(total, params)), slots
+        return apply_update(params, mean_delta(total, params)), slots

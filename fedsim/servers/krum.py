@@ -12,7 +12,8 @@ from fedsim.errors import InputError
 from fedsim.params import unflatten
 from fedsim.registry import component
 from fedsim.search import Field, Linear
-from fedsim.servers import Partial, Server, blocks, moved, voters
+from fedsim.servers import Server
+from fedsim.updates import RoundSum, apply_update, blocks, stepped
 
 
 @component
@@ -41,7 +42,7 @@ class Krum(Server):
             )
 
     def step(self, params, slots, total):
-        clients = len(voters(total))
+        clients = len(stepped(total))
         if clients < max(2 * self.f + 3, self.m + self.f):  # too few have answered for any to be trusted
             return params, slots
         apart = np.sort(_squared_distances(total), axis=1)  # a client's distance to itself comes first
@@ -50,12 +51,12 @@ class Krum(Server):
         mean = np.empty(total.each.shape[1])
         for place, each in blocks(total):
             mean[place] = each[chosen].mean(axis=0)
-        return moved(params, unflatten(mean, params)), slots
+        return apply_update(params, unflatten(mean, params)), slots
 
 
-def _squared_distances(total: Partial) -> np.ndarray:
+def _squared_distances(total: RoundSum) -> np.ndarray:
     """(n, n) between the deltas of those that took a step."""
-    apart = np.zeros((len(voters(total)),) * 2)
+    apart = np.zeros((len(stepped(total)),) * 2)
     for _, each in blocks(total):
         # Pair by pair: by a product of matrices, equals would lie a rounding apart, and not be tied.
         for k, one in enumerate(each[:-1]):

@@ -13,8 +13,9 @@ from fedsim.errors import InputError
 from fedsim.methods.lora import drawn
 from fedsim.params import payload_bytes, unflatten
 from fedsim.registry import component
-from fedsim.servers import Server, moved
+from fedsim.servers import Server
 from fedsim.servers._lora import products, wants_lora
+from fedsim.updates import apply_update
 
 
 @component
@@ -54,4 +55,4 @@ class LoraStacking(Server):
     def step(self, params, slots, total):
         # The pairs stay as in round 0, with `up` zero: what clients have trained is in the products.
         merged = {name: tensor for name, tensor in params.items() if name.startswith("merged.")}
-        return params | moved(merged, unflatten(total.message / total.weight, merged)), slots
+        return params | apply_update(merged, unflatten(total.message / total.weight, merged)), slots

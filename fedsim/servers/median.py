@@ -10,7 +10,8 @@ import numpy as np
 from fedsim.params import unflatten
 from fedsim.registry import component
 from fedsim.search import Field
-from fedsim.servers import Server, blocks, moved, voters
+from fedsim.servers import Server
+from fedsim.updates import apply_update, blocks, stepped
 
 
 @component
@@ -22,9 +23,9 @@ class Median(Server):
     weighting: Literal["uniform"] = Field("uniform", description="weight of a client in the median: 1, as in the paper")
 
     def step(self, params, slots, total):
-        if not len(voters(total)):
+        if not len(stepped(total)):
             return params, slots
         middle = np.empty(total.each.shape[1])
         for place, each in blocks(total):
             middle[place] = np.median(each, axis=0)
-        return moved(params, unflatten(middle, params)), slots
+        return apply_update(params, unflatten(middle, params)), slots

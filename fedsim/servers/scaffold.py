@@ -12,7 +12,8 @@ from fedsim.errors import InputError
 from fedsim.params import payload_bytes, unflatten
 from fedsim.registry import component
 from fedsim.search import Field, Log
-from fedsim.servers import Server, mean_delta, moved
+from fedsim.servers import Server
+from fedsim.updates import apply_update, mean_delta
 
 OF = "variate."  # before a parameter's name, where its variate is kept, sent or returned
 
@@ -65,4 +66,4 @@ class Scaffold(Server):
         # Over all clients, and not the cohort: who did not train keeps its variate as it was.
         change = unflatten(total.message / total.population, params)
         variate = {n: slots["variate"][n] + change[n] for n in params} if "variate" in slots else change
-        return moved(params, {name: self.lr * delta[name] for name in params}), {"variate": variate}
+        return apply_update(params, {name: self.lr * delta[name] for name in params}), {"variate": variate}

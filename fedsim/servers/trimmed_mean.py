@@ -11,8 +11,9 @@ from fedsim.errors import InputError
 from fedsim.params import unflatten
 from fedsim.registry import component
 from fedsim.search import Field, Linear
-from fedsim.servers import Server, blocks, moved, voters
+from fedsim.servers import Server
 from fedsim.shares import part
+from fedsim.updates import apply_update, blocks, stepped
 
 
 @component
@@ -42,10 +43,10 @@ class TrimmedMean(Server):
             )
 
     def step(self, params, slots, total):
-        clients, width = len(voters(total)), total.each.shape[1]
+        clients, width = len(stepped(total)), total.each.shape[1]
         if not clients:
             return params, slots
         cut, mean = self.cut(clients), np.empty(width)
         for place, each in blocks(total):
             mean[place] = np.sort(each, axis=0)[cut : clients - cut].mean(axis=0)
-        return moved(params, unflatten(mean, params)), slots
+        return apply_update(params, unflatten(mean, params)), slots

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.datasets import Features
 from fedsim.methods import Backbone, trained
-from fedsim.training.worker import Inputs, Task
+from fedsim.training.inputs import Inputs
+from fedsim.training.task import Task
 
 
 def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarray) -> tuple[float, float]:

@@ -1,0 +1,52 @@
+"""The server's state, and the step from one round to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fedsim.params import Params
+from fedsim.servers import Server, Slots
+from fedsim.updates import RoundSum
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that changes from round to round, which is what a checkpoint holds.
+
+    Attributes:
+        round: rounds done.
+        params: every tensor of the module; private ones as they were in round 0.
+        slots: the server rule's memory.
+        past: parameters of earlier rounds that some client is still at work on, by rounds done.
+        private: (K,) int64, the round in which each client last wrote down what it keeps; 0 for never. The tensors
+            themselves are in a `PrivateStore`.
+    """
+
+    round: int
+    params: Params
+    slots: Slots = field(default_factory=dict)
+    past: dict[int, Params] = field(default_factory=dict)
+    private: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+def advance(
+    server: Server, state: ServerState, total: RoundSum, shared: list[str], needed: frozenset[int]
+) -> ServerState:
+    """The state one round later.
+
+    Args:
+        shared: names of the tensors that clients are sent.
+        needed: versions of the parameters, by rounds done, that some client is still at work on.
+    """
+    sent = {name: state.params[name] for name in shared}
+    params, slots = server.step(sent, state.slots, total)
+    past = kept_past(state, shared, needed)
+    return replace(state, round=state.round + 1, params=state.params | params, slots=slots, past=past)
+
+
+def kept_past(state: ServerState, shared: list[str], needed: frozenset[int]) -> dict[int, Params]:
+    """The parameters of this round and of earlier ones that some client will still be at work on."""
+    sent = {name: state.params[name] for name in shared}
+    return {done: params for done, params in (state.past | {state.round: sent}).items() if done in needed}

@@ -1,0 +1,94 @@
+"""What is the same for all clients of a run, and the parameters of round 0."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from fedsim.clip import Clip
+from fedsim.datasets import Features
+from fedsim.errors import InputError, listing
+from fedsim.methods import Backbone, Method, Scope
+from fedsim.params import Params
+from fedsim.registry import name_of
+from fedsim.rng import seed_for
+from fedsim.servers import Server
+from fedsim.sites import Reads
+from fedsim.training.client_store import PrivateStore
+
+FEATURES = Reads()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is the same for all clients of a run. With a client, a round and parameters it says everything.
+
+    Attributes:
+        method: as the server rule has it trained (`Server.fit`).
+        private: where clients keep what does not travel.
+        reference: train client by client, on the readable path.
+    """
+
+    method: Method
+    server: Server
+    seed: int
+    dtype: str = "float32"
+    private: PrivateStore | None = None
+    reference: bool = False
+
+    def scope(self, name: str) -> Scope:
+        """Who has the tensor of this name."""
+        return self.server.scope(name, self.method.scope(name))
+
+    def of(self, params: Params, *scopes: Scope) -> Params:
+        """The tensors of some scopes."""
+        return {name: tensor for name, tensor in params.items() if self.scope(name) in scopes}
+
+    def keeps(self, params: Params) -> bool:
+        """Whether clients keep anything from round to round."""
+        rule = self.server.keeps(self.of(params, "shared"))
+        return self.method.keep_moments or bool(rule) or bool(self.of(params, "private"))
+
+    def build(self, backbone: Backbone) -> nn.Module:
+        """The module of round 0, the same in every process: PyTorch's default initialisation under the run's seed.
+
+        Only what clients train carries gradients.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(self.seed, "init"))
+            module = self.method.build(backbone)
+        for name, tensor in module.named_parameters():
+            tensor.requires_grad_(self.scope(name) in ("shared", "private"))
+        return module
+
+
+def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
+    """The parameters of round 0; `cohort` is the number of clients in a round."""
+    module = task.build(backbone)
+    dtype = getattr(torch, task.dtype)
+    if whole := [name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()]:
+        raise InputError(f"{name_of(task.method)} has tensors that are no numbers to average: {listing(whole)}")
+    params = {name: tensor.detach().clone().to(dtype) for name, tensor in module.state_dict().items()}
+    if (of_server := task.of(params, "server")) and not task.server.moves_server:
+        raise InputError(
+            f"server {name_of(task.server)} does not move the tensors that a server alone changes, such as "
+            f"{next(iter(of_server))}; of method lora leave --method.merged out"
+        )
+    task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
+    return params
+
+
+def backbone_of(
+    features: Features, device: str = "cpu", dtype: str = "float32", reads: Reads = FEATURES, clip: Clip | None = None
+) -> Backbone:
+    """What a method sees of the frozen CLIP: its prototypes, and those towers that are read."""
+    prototypes = torch.tensor(features.prototypes, dtype=getattr(torch, dtype), device=device)
+    texts = Backbone(prototypes, features.logit_scale, features.classes, features.prompt)
+    return with_towers(texts, reads, clip)
+
+
+def with_towers(backbone: Backbone, reads: Reads, clip: Clip | None) -> Backbone:
+    """The same with the towers that are read."""
+    text = clip.text_tower(reads.text == "blocks") if clip and reads.text != "prototypes" else None
+    image = clip.image_tower() if clip and reads.image == "pixels" else None
+    return replace(backbone, text_tower=text, image_tower=image)

@@ -1,0 +1,54 @@
+"""One client's local training, the readable path."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.methods import Method
+from fedsim.params import Params
+from fedsim.training.inputs import Inputs
+from fedsim.training.optimizer import Optimizer
+from fedsim.training.stack import Term
+
+
+def train_client(
+    module: nn.Module,
+    optimizer: Optimizer,
+    x: Tensor | Inputs,
+    y: Tensor,
+    method: Method,
+    term: Term,
+    rng: torch.Generator,
+    shared: Sequence[str] | None = None,
+    correction: Params | None = None,
+) -> float:
+    """Trains the module in place on one client's rows: the readable path, which `stack.train_stack` must equal.
+
+    Args:
+        optimizer: over the module's trained parameters.
+        x: (n, ...) what is read of the client's train rows.
+        y: (n,) their classes.
+        term: what the server rule adds to the loss, of the live parameters and of those that were received.
+        rng: draws the order of the rows, epoch by epoch.
+        shared: names of the tensors that were received; none given: all.
+        correction: what the server rule adds to the gradients of some parameters.
+
+    Returns:
+        The mean loss over local steps, in nats; nan when there was no step.
+    """
+    params = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
+    received = {name: params[name].detach().clone() for name in params if shared is None or name in shared}
+    losses = []
+    for _ in range(method.local_epochs if params else 0):
+        order = torch.randperm(len(y), generator=rng).to(y.device)
+        for rows in order.split(method.batch):
+            if len(rows) < method.min_batch:
+                continue
+            loss = method.loss(module, x[rows], y[rows]) + term(params, received)
+            grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+            added = correction or {}
+            grads = {n: g + added[n] if n in added else g for n, g in zip(params, grads, strict=True)}
+            optimizer.step({name: grad.unsqueeze(0) for name, grad in grads.items()})
+            losses.append(loss.detach())
+    return torch.stack(losses).mean().item() if losses else float("nan")
