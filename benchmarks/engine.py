@@ -220,7 +220,10 @@ def once(name: str, job: Job, chosen: dict[str, Job], out: Path) -> dict:
     weights = out / f"{log.stem}.npy"
     run = watched([*job.command(folder), *(["--weights", str(weights)] if agree else [])], log, TIMEOUT_S, env, ROOT)
     if agree and "error" not in run:
-        run["apart"] = apart(np.load(weights), np.load(out / "agree-loop.npy"), np.load(folder / "start.npy"))
+        loop = out / "agree-loop.npy"
+        if not loop.exists():
+            return {"error": "nothing to agree with: the plain loop has failed"}
+        run["apart"] = apart(np.load(weights), np.load(loop), np.load(folder / "start.npy"))
     return run
 
 

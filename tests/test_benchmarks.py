@@ -197,7 +197,7 @@ def engine_rows(folder) -> tuple[str, pd.DataFrame]:
 
 def test_every_row_of_the_engine_is_measured(engine_rows):
     text, rows = engine_rows
-    ours = rows.drop(index=["flower", "pfl", "start", "gpu"])
+    ours = rows[~rows.index.isin(["flower", "pfl", "start", "gpu"])]
     assert set(ours.index) == {"cpu", "floor", "scale", "actors", "ray"}
     assert (ours["runs"] == "1 / 1").all() and all(float(ratio) >= 0 for ratio in ours["ratio"])
     engines, apart = re.search(r"clients (\d+) engines end on the same weights: .* within (\S+) of", text).groups()

@@ -95,7 +95,7 @@ def export(args: Namespace, out: str) -> None:
     x, y = _train_rows(experiment)
     np.save(part / "x.npy", x)
     np.save(part / "y.npy", y)
-    np.save(part / "text.npy", experiment.source.prototypes)
+    np.save(part / "text.npy", experiment.source.prototypes.astype(np.float32))  # as a run in float32 rounds them
     np.save(part / "start.npy", flatten(state.params))
     draws = [
         torch.randperm(ROWS, generator=torch_rng(task.seed, "batches", round, client))
