@@ -121,7 +121,7 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
     if like and not _agree(DATA, config, like.config):
         like = None
     experiment = like or _load(config)
-    if isinstance(experiment.source, Images) and config.data_dir and folder.is_relative_to(config.data_dir):
+    if isinstance(experiment.source, Images) and config.data_dir and _is_inside(folder, config.data_dir):
         raise InputError(f"{folder} is inside --data-dir, where its files would pass for data; give another --out")
     _check_reads(experiment, config)
     clients = like.clients if like and _agree(DEALT, config, like.config) else _clients(config, experiment.source)
@@ -384,6 +384,11 @@ def _clip_of(experiment: Experiment, method: Method) -> Clip | None:
     if not method.reads.towers:
         return None
     return experiment.frozen.open() if experiment.frozen else Clip(experiment.weights)
+
+
+def _is_inside(folder: Path, other: Path) -> bool:
+    # Resolved, since `images/../runs` is not in `images`, and what is below a link to it is.
+    return folder.resolve().is_relative_to(other.resolve())
 
 
 def _agree(fields: Iterable[str], config: Config, other: Config) -> bool:

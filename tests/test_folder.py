@@ -69,19 +69,34 @@ def test_the_folder_of_the_data_is_refused(flags, features_dir, capsys):
     assert content(features_dir) == before
 
 
-def test_a_new_folder_inside_a_data_set_of_images_is_refused(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def image_dir(tmp_path):
+    root = tmp_path / "images"
     for domain in ("ink", "oil"):
         for label in ("cat", "dog"):
-            (tmp_path / domain / label).mkdir(parents=True)
+            (root / domain / label).mkdir(parents=True)
             for k in range(5):
-                Image.effect_noise((8, 8), 50 + k).save(tmp_path / domain / label / f"{k}.png")
-    monkeypatch.chdir(tmp_path)
-    for out in ([], ["--out=new"], [f"--out={tmp_path / 'ink' / 'deep'}"]):
+                Image.effect_noise((8, 8), 50 + k).save(root / domain / label / f"{k}.png")
+    return root
+
+
+def test_a_new_folder_inside_a_data_set_of_images_is_refused(image_dir, capsys, monkeypatch):
+    monkeypatch.chdir(image_dir)
+    for out in ([], ["--out=new"], [f"--out={image_dir / 'ink' / 'deep'}"]):
         assert main(["run", "--dataset=folder", "--data-dir=.", "--rounds=1", "--actors=0", *out]) == 2
         assert (
             "is inside --data-dir, where its files would pass for data; give another --out" in capsys.readouterr().err
         )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ink", "oil"]
+    assert sorted(path.name for path in image_dir.iterdir()) == ["ink", "oil"]
+
+
+def test_what_is_inside_a_data_set_is_told_by_where_paths_lead(image_dir, tmp_path, monkeypatch):
+    config = {"dataset": "folder", "rounds": 1, "actors": 0, "cache_dir": tmp_path / "cache"}
+    monkeypatch.chdir(image_dir)
+    prepare(Config(**config, data_dir=Path(), out=Path("../runs/a")))
+    (tmp_path / "link").symlink_to(image_dir)
+    with pytest.raises(InputError, match="is inside --data-dir"):
+        prepare(Config(**config, data_dir=tmp_path / "link", out=image_dir / "runs"))
 
 
 @pytest.mark.parametrize("command", ["run", "sweep"])
