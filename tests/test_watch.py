@@ -21,6 +21,7 @@ from fedsim.__main__ import main
 from fedsim.checkpoint import NAME as CHECKPOINT
 from fedsim.cli.background import LOCK, STATUS, Telling
 from fedsim.errors import InputError
+from fedsim.events import Event
 
 pytestmark = pytest.mark.ray
 
@@ -100,6 +101,16 @@ def test_an_attached_run_can_be_watched_too_and_says_why_it_failed(config, tmp_p
         raise InputError("it is over")
     assert main(["watch", str(here.out)]) == 2
     assert capsys.readouterr().err == "fedsim: it is over\n"
+
+
+def test_a_status_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr("os.fsync", flushed.append)
+    (tmp_path / "out").mkdir()
+    with Telling(tmp_path / "out", lambda event: None) as telling:
+        telling.progress(Event("training", 1, 2))
+    assert json.loads((tmp_path / "out" / STATUS).read_text())["events"]
+    assert not flushed
 
 
 def test_a_refused_command_leaves_what_an_earlier_run_has_said_and_nothing_in_other_folders(flags, tmp_path, capsys):

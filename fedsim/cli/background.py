@@ -92,7 +92,7 @@ class Telling:
         with suppress(OSError):  # on a full disk the run itself ends, and says so
             if self.folder.is_dir() and (self.lock or self._take()):
                 status = Status(**self.about, events=list(self.events.values()), ended=ended)
-                write_text(self.folder / STATUS, status.model_dump_json())
+                write_text(self.folder / STATUS, status.model_dump_json(), lasting=False)  # at each event
 
     def _take(self) -> bool:
         claim(self.folder, self.kind)
