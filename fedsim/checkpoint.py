@@ -37,11 +37,6 @@ class Checkpoints:
         self.saved = -1  # the last round in the history
         self.history = _History(folder / HISTORY)
 
-    def tidy(self) -> None:
-        """Deletes what processes that were killed in a save have left; the folder must be held."""
-        for part in self.folder.glob(f"part-*-{NAME}"):
-            part.unlink()
-
     def save(self, state: ServerState, report: Report) -> None:
         """Appends to the history what is new in the report since the last save, then writes the state.
 

@@ -3,7 +3,8 @@
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -44,6 +45,14 @@ def atomic(file: Path, lasting: bool = True) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             error.filename = str(file)
         raise
+
+
+def remove_parts(folder: Path, names: Iterable[str]) -> None:
+    """Deletes what processes that were killed in `atomic` have left of these files; none may be writing them now."""
+    part = re.compile(rf"part-.+-\d+-({'|'.join(map(re.escape, names))})")
+    for file in folder.glob("part-*"):
+        if part.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str, lasting: bool = True) -> None:

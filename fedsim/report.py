@@ -32,6 +32,16 @@ COUNTS = ("round", "asked", "clients", "dropped", "late", "bytes_up", "bytes_dow
 ROUND_COLUMNS = (*COUNTS, "seconds", "clock_s", "loss", "steps", "flops")
 HOLDING_COLUMNS = ("client", "domain", "label", "split", "rows")
 LABEL_COLUMNS = ("round", "group", "label", "right", "guessed", "there")
+TABLES = (
+    "scores",
+    "zero_shot",
+    "labels",
+    "zero_shot_labels",
+    "calibration",
+    "zero_shot_calibration",
+    "rounds",
+    "partition",
+)
 CALIBRATION_COLUMNS = ("round", "group", "bin", "rows", "right", "confidence")
 
 
@@ -188,17 +198,18 @@ class Report:
     # On disk -----------------------------------------------------------------------------------------------
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """The Parquet tables of a run, by file name."""
-        return {
-            "scores": self.score_table(),
-            "zero_shot": self.zero_shot_table(),
-            "labels": self.label_table(),
-            "zero_shot_labels": self.zero_shot_label_table(),
-            "calibration": self.calibration_table(),
-            "zero_shot_calibration": self.zero_shot_calibration_table(),
-            "rounds": self.round_table(),
-            "partition": self.holding_table(),
-        }
+        """The Parquet tables of a run, by the names of `TABLES`."""
+        tables = (
+            self.score_table(),
+            self.zero_shot_table(),
+            self.label_table(),
+            self.zero_shot_label_table(),
+            self.calibration_table(),
+            self.zero_shot_calibration_table(),
+            self.round_table(),
+            self.holding_table(),
+        )
+        return dict(zip(TABLES, tables, strict=True))
 
     def first_entry(self) -> dict[str, np.ndarray]:
         """What never changes, for the history."""

@@ -26,8 +26,17 @@ from fedsim.datasets import Features, Images, Labelled
 from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError, Stopped, counted, listing
 from fedsim.features import encode, feature_file, keep, text_file
-from fedsim.files import reason, write_tensors
-from fedsim.folder import CONFIG, alone_in, check_folder, read_sealed, refuse_another, start_again, write_sealed
+from fedsim.files import reason, remove_parts, write_tensors
+from fedsim.folder import (
+    CHECKPOINT,
+    CONFIG,
+    alone_in,
+    check_folder,
+    read_sealed,
+    refuse_another,
+    start_again,
+    write_sealed,
+)
 from fedsim.formats import number, percent
 from fedsim.methods import Backbone, Method
 from fedsim.methods.zero_shot import ZeroShot
@@ -36,7 +45,7 @@ from fedsim.params import Params, flatten
 from fedsim.partitions import drawn
 from fedsim.pool import Event, Pool, Progress, drive, open_pool
 from fedsim.registry import name_of
-from fedsim.report import ROUND_COLUMNS, Report, environment, holdings, to_yaml, write_tables
+from fedsim.report import ROUND_COLUMNS, TABLES, Report, environment, holdings, to_yaml, write_tables
 from fedsim.rng import numpy_rng
 from fedsim.schedule import Turn, check, check_trained, schedule
 from fedsim.servers.fedavg import FedAvg
@@ -54,6 +63,7 @@ DATA = "dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prom
 DEALT = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes"
 BUILT = "method", "server", "cohort", "fleet", "deadline_s", "over_selection", *DEALT
 PAGE, ADAPTER = "report.html", "adapter.safetensors"
+FILES = CONFIG, CHECKPOINT, ADAPTER, *(f"{name}.parquet" for name in TABLES), PAGE  # of a finished run
 ALREADY = Event("run", 0, 0, "already finished; nothing was run")
 JUDGED = -1  # in the place of a round: who is judged is drawn once
 
@@ -192,9 +202,9 @@ def rounds(experiment: Experiment, pool: Pool) -> Iterator[Report]:
     state, report = _resume(experiment, checkpoints) or _begin(experiment, task)
     if len(state.private):
         pool.check_sees(folder)
+    remove_parts(folder, FILES)
     # Not before: a folder would else be held by an experiment that the method or the rule has refused.
     write_sealed(folder / CONFIG, to_yaml(config.plain()))
-    checkpoints.tidy()
     if state.round < config.rounds:
         (folder / PAGE).unlink(missing_ok=True)  # that of fewer rounds would pass for this run's
     pool.employ(*staff(experiment))
@@ -411,7 +421,7 @@ def _check_experiment(folder: Path, config: Config) -> None:
 
 def _finished(folder: Path, config: Config, state: ServerState, report: Report) -> Report | None:
     """The report of a run that has done all its rounds and written what it found."""
-    if state.round < config.rounds or not all((folder / name).exists() for name in (PAGE, ADAPTER)):
+    if state.round < config.rounds or not all((folder / name).exists() for name in FILES):
         return None
     report.conclude(state)
     return report

@@ -275,9 +275,11 @@ def test_whatever_a_killed_process_has_appended_to_the_history_is_overwritten(co
         history = ours.folder() / HISTORY
         with history.open("ab") as stream:
             stream.write(tail)
-        (ours.folder() / f"part-here-1-{NAME}").write_bytes(tail)
+        for name in (NAME, CONFIG, "scores.parquet"):
+            (ours.folder() / f"part-here-1-{name}").write_bytes(tail)
+        (ours.folder() / "part-0-1-of-mine.parquet").touch()
         run(ours)
-        assert not list(ours.folder().glob("part-*"))
+        assert [file.name for file in ours.folder().glob("part-*")] == ["part-0-1-of-mine.parquet"]
         assert result(ours.folder()) == result(whole.folder())
         assert history.stat().st_size == (whole.folder() / HISTORY).stat().st_size
 
@@ -399,6 +401,16 @@ def test_a_finished_run_says_that_nothing_was_run_and_shows_its_table(flags, tmp
     assert "already finished; nothing was run" in again and "already finished" not in first
     assert again.partition("accuracy in percent")[2] == first.partition("accuracy in percent")[2] != ""
     assert {name for name, data in content(tmp_path).items() if data != files.get(name)} <= {"run/status.json"}
+
+
+@pytest.mark.parametrize("name", ["labels.parquet", "adapter.safetensors", "config.yaml"])
+def test_a_file_that_is_deleted_from_a_finished_run_is_written_again(name, config, no_page):
+    ours = config(rounds=1)
+    run(ours)
+    before = (ours.folder() / name).read_bytes()
+    (ours.folder() / name).unlink()
+    run(ours)
+    assert (ours.folder() / name).read_bytes() == before
 
 
 # Flat over ten thousand rounds -------------------------------------------------------------------------------
