@@ -1,4 +1,4 @@
-"""fedsim: federated adaptation of CLIP, simulated on Ray, right to the bit. Everything for sale is here."""
+"""fedsim: federated adaptation of CLIP, simulated on Ray, right to the bit. Everything public is here."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -10,28 +10,41 @@ if TYPE_CHECKING:
     from fedsim.fleets import Fleet
     from fedsim.many import run_all
     from fedsim.methods import Backbone, Method
+    from fedsim.params import unflatten
     from fedsim.partitions import Partition
     from fedsim.registry import available, component
     from fedsim.report import Report
+    from fedsim.search import Choice, Field, Linear, Log
     from fedsim.servers import Server
     from fedsim.simulate import run
+    from fedsim.updates import RoundSum, apply_update, blocks, mean_delta, stepped
 
 __all__ = [
     "Backbone",
+    "Choice",
     "Config",
     "Dataset",
     "Features",
+    "Field",
     "Fleet",
     "Images",
     "InputError",
+    "Linear",
+    "Log",
     "Method",
     "Partition",
     "Report",
+    "RoundSum",
     "Server",
+    "apply_update",
     "available",
+    "blocks",
     "component",
+    "mean_delta",
     "run",
     "run_all",
+    "stepped",
+    "unflatten",
 ]
 
 # Imported when they are first used: torch takes seconds, which `fedsim --help`, `watch` and `stop` can do without.
@@ -42,11 +55,14 @@ _MODULES = {
     "fleets": ("Fleet",),
     "many": ("run_all",),
     "methods": ("Backbone", "Method"),
+    "params": ("unflatten",),
     "partitions": ("Partition",),
     "registry": ("available", "component"),
     "report": ("Report",),
+    "search": ("Choice", "Field", "Linear", "Log"),
     "servers": ("Server",),
     "simulate": ("run",),
+    "updates": ("RoundSum", "apply_update", "blocks", "mean_delta", "stepped"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 

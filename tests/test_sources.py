@@ -57,10 +57,12 @@ def test_every_method_and_rule_names_the_commit_that_it_was_checked_against_or_s
     bases = [base for base in component.__mro__ if base.__module__.startswith(f"fedsim.{kind}s.")]
     docs = [doc for base in bases for doc in (sys.modules[base.__module__].__doc__, base.__doc__)]
     said = " ".join(" ".join(filter(None, docs)).split())
-    assert "Source: " in said
-    assert component.__doc__.splitlines()[0].endswith(".")  # what --help shows of it
+    assert "Source: " in said, f"the docstring at the top of {kind}s/{name}.py needs a line `Source: ...`"
+    # --help shows it.
+    assert component.__doc__.splitlines()[0].endswith("."), f"{component.__name__}'s docstring needs a first sentence"
     # Zero-shot CLIP and training alone have no hyperparameters.
-    assert name in ("zero_shot", "local_only") or re.search(r"commit [0-9a-f]{7}\b|not checked against code", said)
+    checked = re.search(r"commit [0-9a-f]{7}\b|not checked against code|Source: ours", said)
+    assert checked or name in ("zero_shot", "local_only"), f"{kind}s/{name}.py names no commit of its source"
 
 
 def test_the_papers_config_spells_out_the_methods_own_defaults():

@@ -60,7 +60,8 @@ def test_what_is_read_follows_from_where_parameters_attach():
 
 def test_every_method_says_where_it_attaches_and_reads_no_more():
     reads = {name: parse("method", name).reads for name in available("method")}
-    assert {name for name, what in reads.items() if what.image == "pixels"} == {"finetune"}
+    through_the_image = {name for name in reads if "image_blocks" in parse("method", name).sites}
+    assert {name for name, read in reads.items() if read.image == "pixels"} == through_the_image
     assert reads["fedclip"] == reads["probe"] == Reads("features", "prototypes")
     assert reads["promptfl"] == Reads("features", "embeddings") and reads["lora"] == Reads("features", "blocks")
     assert parse("method", {"name": "lora", "towers": "both"}).reads == Reads("pixels", "blocks")

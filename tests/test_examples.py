@@ -1,0 +1,63 @@
+"""The examples are the README's, and become components by being saved where it says."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+# Where the README says that an example is saved.
+SAVED = {"my_method.py": "fedsim/methods/bias.py", "my_rule.py": "fedsim/servers/nesterov.py"}
+
+
+def test_the_readme_shows_the_examples_as_they_are():
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    examples = [file.read_text(encoding="utf-8") for file in sorted((PROJECT / "examples").glob("*.py"))]
+    assert re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) == examples
+    assert all(f"`{name}`" in readme for name in SAVED.values())
+
+
+@pytest.mark.ray
+def test_the_method_runs_on_an_actor_though_it_is_in_no_module(tmp_path):
+    example = str(PROJECT / "examples" / "my_method.py")
+    done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "'generalization': 0." in done.stdout and (tmp_path / "runs" / "bias" / "report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A copy of the project in which the examples are saved."""
+    copy = tmp_path_factory.mktemp("copy") / "project"
+    skipped = shutil.ignore_patterns(".*", "__pycache__", "runs", "sweeps", "assets")
+    shutil.copytree(PROJECT, copy, ignore=skipped)
+    (copy / "fedsim" / "assets").symlink_to(PROJECT / "fedsim" / "assets")
+    for name, place in SAVED.items():
+        shutil.copy(PROJECT / "examples" / name, copy / place)
+    return copy
+
+
+def python(*words: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, "-m", *words], cwd=cwd, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_an_example_that_is_saved_is_a_flag_with_the_limits_of_its_parent(project, features_dir):
+    text = python("fedsim", "run", "--help", cwd=project)
+    assert "  bias  One number for each class, added to zero-shot CLIP's logits.\n      source: ours.\n" in text
+    assert "--method.lr 0.1, > 0, searched 1e-05:0.1:log: step size" in text
+    assert "  nesterov  Steps along the new momentum and the mean delta.\n" in text
+    components = "--method=bias", "--method.lr=0.3", "--server=nesterov"
+    data = "--dataset=features", f"--data-dir={features_dir}", "--held-out=ink"
+    python("fedsim", "run", *components, *data, "--rounds=2", "--actors=0", "--out=run", cwd=project)
+    assert (project / "run" / "report.html").exists()
+
+
+def test_an_example_that_is_saved_passes_the_tests_of_all_components(project):
+    contracts = "bias or nesterov or help_lists or one_way or every_method_says"
+    out = python("pytest", "-n", "0", "-q", "-x", "-p", "no:cacheprovider", "tests", "-k", contracts, cwd=project)
+    assert int(re.search(r"(\d+) passed", out)[1]) > 20
