@@ -35,12 +35,12 @@ from _runs import parsed, parser_of
 
 from fedsim.clients import Population
 from fedsim.clip import Clip, Frozen
-from fedsim.cluster import Sizing
+from fedsim.cluster.placement import Sizing
+from fedsim.cluster.worker import _keep_memory
 from fedsim.config import read_yaml
 from fedsim.datasets import TRAIN, Features
 from fedsim.datasets.glyphs import Glyphs
 from fedsim.features import encode
-from fedsim.pool import _keep_memory
 from fedsim.registry import parse
 from fedsim.report import accuracy_per_client, accuracy_per_domain
 from fedsim.rng import torch_rng

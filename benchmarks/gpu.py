@@ -30,11 +30,11 @@ import job as plain
 from fedsim import Config, run
 from fedsim.clients import Population
 from fedsim.clip import Clip
+from fedsim.cluster.worker import device_of
 from fedsim.datasets import TRAIN, Features, Images
 from fedsim.features import BLOCK, Encoder
 from fedsim.files import digest
 from fedsim.params import flatten
-from fedsim.pool import device_of
 from fedsim.registry import parse
 from fedsim.servers.fedavg import FedAvg
 from fedsim.training.stack import stack_size

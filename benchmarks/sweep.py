@@ -17,7 +17,7 @@ from pathlib import Path
 from _runs import add_data, data_of, parsed, parser_of
 
 from fedsim import Config
-from fedsim.pool import open_pool
+from fedsim.cluster.pool import open_pool
 from fedsim.simulate import encoded, rounds, sizing_of, staff
 from fedsim.sweep.sweep import Found, Sweep, prepare_sweep, run_sweep
 from fedsim.sweep.trial import experiments_of

@@ -10,11 +10,11 @@ from fedsim.cli.background import stop, watch
 from fedsim.cli.flags import DETACH, Parser, parse_run
 from fedsim.cli.progress import bars_on, launch, plain_console, shown
 from fedsim.cli.show import rich_table, show_run
+from fedsim.cluster.signals import heard
 
 # What imports torch is imported where it is used: it takes seconds, in which `main` already hears Ctrl-C, and which
 # some commands can do without.
 from fedsim.errors import InputError, Stopped, code_of, listing, sentence_of
-from fedsim.signals import heard
 from fedsim.streams import Outlet, outlets
 
 USAGE = """\

@@ -15,11 +15,12 @@ import numpy as np
 
 from fedsim.cache import Notice, locked, map_array, read_array, write_array
 from fedsim.clip import Clip
-from fedsim.cluster import Sizing
+from fedsim.cluster.placement import Sizing
+from fedsim.cluster.pool import open_pool
 from fedsim.datasets import Features, Images
 from fedsim.errors import InputError, Stopped
+from fedsim.events import Event, Progress
 from fedsim.files import digest
-from fedsim.pool import Event, Progress, open_pool
 from fedsim.rng import seed_for
 from fedsim.weights import Weights
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedsim.clip import Frozen
-from fedsim.cluster import Placement, Sizing, nodes_of, plan
+from fedsim.cluster.calls import TRIES
+from fedsim.cluster.nodes import nodes_of
+from fedsim.cluster.placement import Placement, Sizing, plan
+from fedsim.cluster.session import joined, session
 from fedsim.config import Config
 from fedsim.datasets import Features
 from fedsim.errors import InputError, Stopped, listing
-from fedsim.pool import TRIES, Event, Progress
+from fedsim.events import Event, Progress
 from fedsim.report import Report
-from fedsim.session import joined, session
 from fedsim.simulate import DATA, Experiment, encoded, prepare, simulate, sizing_of
 
 ENDED_S = 10  # for interrupted runs to let go of their folders

@@ -19,12 +19,16 @@ from fedsim.cache import check_writable
 from fedsim.checkpoint import Checkpoints
 from fedsim.clients import Population, held_out_ids, make_clients, sample_cohort
 from fedsim.clip import Clip, Frozen, check_texts
-from fedsim.cluster import Sizing
+from fedsim.cluster.driver import drive
+from fedsim.cluster.placement import Sizing
+from fedsim.cluster.pool import Pool, open_pool
+from fedsim.cluster.session import check_reachable
 from fedsim.config import EXECUTION, Config
 from fedsim.counts import SPLITS, Counts, merge
 from fedsim.datasets import Features, Images, Labelled
 from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError, Stopped, counted, listing
+from fedsim.events import Event, Progress
 from fedsim.features import encode, feature_file, keep, text_file
 from fedsim.files import reason, remove_parts, write_tensors
 from fedsim.folder import (
@@ -43,13 +47,11 @@ from fedsim.methods.zero_shot import ZeroShot
 from fedsim.page import write_page
 from fedsim.params import Params, flatten
 from fedsim.partitions import drawn
-from fedsim.pool import Event, Pool, Progress, drive, open_pool
 from fedsim.registry import name_of
 from fedsim.report import ROUND_COLUMNS, TABLES, Report, environment, holdings, to_yaml, write_tables
 from fedsim.rng import numpy_rng
 from fedsim.schedule import Turn, check, check_trained, schedule
 from fedsim.servers.fedavg import FedAvg
-from fedsim.session import check_reachable
 from fedsim.state import ServerState, advance, kept_past
 from fedsim.training.client_store import PrivateStore
 from fedsim.training.flops import flops_of

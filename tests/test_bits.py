@@ -12,9 +12,9 @@ import torch
 
 from fedsim import run
 from fedsim.checkpoint import NAME, load_checkpoint
-from fedsim.cluster import Node, Placement, Sizing, plan
+from fedsim.cluster.placement import Node, Placement, Sizing, plan
+from fedsim.cluster.pool import open_pool
 from fedsim.errors import InputError, Stopped
-from fedsim.pool import open_pool
 
 pytestmark = pytest.mark.ray
 
@@ -158,7 +158,7 @@ class Doubler:
 
 @pytest.fixture
 def cluster():
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # as in fedsim.pool, which may not have met Ray yet
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # as a session does
     import ray
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])

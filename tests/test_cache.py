@@ -18,7 +18,7 @@ import fedsim.cache
 from fedsim import run
 from fedsim.__main__ import main
 from fedsim.cache import read_array, write_array
-from fedsim.cluster import Sizing
+from fedsim.cluster.placement import Sizing
 from fedsim.datasets import Images
 from fedsim.errors import InputError, Stopped
 from fedsim.features import BLOCK, encode, feature_file, keep

@@ -15,7 +15,7 @@ from fedsim.checkpoint import NAME
 from fedsim.cli.flags import parse_run, run_parser
 from fedsim.cli.progress import bars_on, plain_console, shown
 from fedsim.errors import listing
-from fedsim.pool import Event
+from fedsim.events import Event
 from fedsim.registry import KINDS, available, find
 
 

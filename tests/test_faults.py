@@ -18,9 +18,9 @@ from test_bits import descendants, result
 from fedsim import Config, run
 from fedsim.checkpoint import NAME
 from fedsim.cli.background import STATUS
-from fedsim.cluster import Sizing
+from fedsim.cluster.placement import Sizing
+from fedsim.cluster.pool import open_pool
 from fedsim.errors import Stopped
-from fedsim.pool import open_pool
 
 pytestmark = pytest.mark.ray
 
@@ -78,7 +78,7 @@ def folder(tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     """A machine of 4 CPUs, as far as Ray can tell. It is quicker than it would be to give up on what hangs."""
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # as in fedsim.pool, which has not met Ray yet
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # as a session does
     from ray.cluster_utils import Cluster
 
     checks = {"initial_delay_ms": 500, "period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3}

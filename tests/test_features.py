@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from fedsim import run
 from fedsim.clip import Clip
-from fedsim.cluster import Sizing
+from fedsim.cluster.placement import Sizing
 from fedsim.datasets import Images
 from fedsim.features import BLOCK, encode, feature_file
 from fedsim.registry import parse
@@ -94,7 +94,7 @@ import numpy as np
 from pathlib import Path
 from fedsim.weights import *
 from fedsim.features import *
-from fedsim.cluster import Sizing
+from fedsim.cluster.placement import Sizing
 from fedsim.registry import parse
 glyphs = parse("dataset", "glyphs").load(None)
 images = glyphs.take(np.arange(0, len(glyphs), 8))

@@ -16,11 +16,11 @@ from test_bits import result
 from fedsim import InputError, run
 from fedsim.__main__ import main
 from fedsim.checkpoint import HISTORY, NAME, load_checkpoint
+from fedsim.cluster.pool import open_pool
 from fedsim.compare import compare
 from fedsim.config import Config
 from fedsim.files import write_text
 from fedsim.folder import CONFIG, GENERATOR, MARK, claim, safe_name, write_sealed
-from fedsim.pool import open_pool
 from fedsim.simulate import encoded, prepare, rounds, sizing_of, staff
 from fedsim.training.client_store import PrivateStore
 

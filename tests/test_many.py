@@ -19,7 +19,7 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def cluster():
     """One of 2 CPUs, which this process has joined."""
-    from fedsim.session import session
+    from fedsim.cluster.session import session
 
     with session(None) as ray:
         yield ray

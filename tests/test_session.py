@@ -12,16 +12,16 @@ import psutil
 import pytest
 from test_watch import FEDSIM, rounds_done, status
 
-from fedsim import session
+from fedsim.cluster import session
+from fedsim.cluster.private_folder import BELOW, LOCK, PATH_BYTES, PREFIX, private_folder
 from fedsim.errors import InputError
-from fedsim.session import BELOW, LOCK, PATH_BYTES, PREFIX
 
 pytestmark = pytest.mark.ray
 
 OWNER = """
 import sys, time
-from fedsim.session import _private_folder
-with _private_folder(print) as folder:
+from fedsim.cluster.private_folder import private_folder
+with private_folder(print) as folder:
     print(folder, flush=True)
     time.sleep(600)
 """
@@ -40,7 +40,7 @@ def short(monkeypatch):
 
 
 def folder_of(events=None):
-    return session._private_folder((events if events is not None else []).append)
+    return private_folder((events if events is not None else []).append)
 
 
 def test_the_folder_of_a_private_cluster_is_its_users_alone_and_is_gone_afterwards(short):

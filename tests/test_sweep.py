@@ -19,13 +19,13 @@ from test_bits import descendants
 
 from fedsim import Config, Fleet, InputError, component, run
 from fedsim.checkpoint import HISTORY, entries_of
-from fedsim.cluster import Sizing
+from fedsim.cluster.placement import Sizing
+from fedsim.cluster.pool import open_pool
 from fedsim.counts import SPLITS, Counts
 from fedsim.errors import Stopped
 from fedsim.fleets.ideal import Ideal
 from fedsim.folder import claim
 from fedsim.methods.probe import Probe
-from fedsim.pool import open_pool
 from fedsim.registry import name_of
 from fedsim.search import Field, Log
 from fedsim.simulate import prepare, staff

@@ -14,8 +14,8 @@ from test_bits import workers
 from fedsim import Config, InputError, Method, available, component, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.clip import Clip
+from fedsim.cluster.session import session
 from fedsim.registry import parse
-from fedsim.session import session
 from fedsim.sites import Reads, reads_of
 from fedsim.weights import EMBEDDED, find_weights
 
@@ -239,7 +239,7 @@ def test_the_towers_of_vits_and_of_resnets_are_trained_through(tower, method, sm
 
 def test_what_is_too_large_for_an_actors_share_of_a_gpu_is_said_in_one_sentence():
     # torch raises the same error on a GPU; no device is needed to see what becomes of it.
-    from fedsim.pool import _Worker
+    from fedsim.cluster.worker import _Worker
 
     worker = _Worker(1, 0.25)
     worker.worker = _Greedy()

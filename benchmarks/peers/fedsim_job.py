@@ -20,9 +20,11 @@ from job import finish
 
 from fedsim import Config, run
 from fedsim.checkpoint import load_checkpoint
+from fedsim.cluster.pool import Pool
+from fedsim.cluster.worker import _keep_memory
 from fedsim.datasets.synthetic import Synthetic
+from fedsim.events import Event
 from fedsim.params import Params, flatten
-from fedsim.pool import Event, Pool, _keep_memory
 from fedsim.rng import torch_rng
 from fedsim.simulate import Experiment, _Federation, prepare, staff
 from fedsim.state import ServerState

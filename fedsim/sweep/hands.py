@@ -9,10 +9,10 @@ import ray.tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from fedsim.cluster import Sizing
+from fedsim.cluster.placement import Sizing
+from fedsim.cluster.pool import Pool, open_pool
 from fedsim.errors import InputError
 from fedsim.files import reason
-from fedsim.pool import Pool, open_pool
 from fedsim.simulate import Experiment, staff
 from fedsim.sweep.trial import Trial, experiments_of
 

@@ -18,16 +18,18 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
 
 from fedsim.checkpoint import NAME as CHECKPOINT
-from fedsim.cluster import Sizing, nodes_of, plan
+from fedsim.cluster.driver import drive
+from fedsim.cluster.nodes import nodes_of
+from fedsim.cluster.placement import Sizing, plan
 from fedsim.config import Config, Out
 from fedsim.datasets import TEST
 from fedsim.errors import InputError, Stopped, listing
+from fedsim.events import Event, Progress
 from fedsim.files import reason, write_text
 from fedsim.fleets import Fleet
 from fedsim.folder import alone_in, check_folder, read_sealed, write_sealed
 from fedsim.formats import number, percent
 from fedsim.methods import Method
-from fedsim.pool import Event, Progress, drive
 from fedsim.registry import CHECKED, numbers_are_not_truths, sentence
 from fedsim.report import environment, to_yaml, write_table
 from fedsim.simulate import DEALT, Experiment, encoded, judged, prepare, sizing_of

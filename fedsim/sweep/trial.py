@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from fedsim.cluster.pool import Pool
 from fedsim.config import Config, merged
 from fedsim.counts import COLUMNS, SPLITS
 from fedsim.errors import InputError, Stopped
 from fedsim.folder import LOCK, claim
-from fedsim.pool import Pool
 from fedsim.report import Report, accuracy_per_client, best_round, tail_mean
 from fedsim.simulate import Experiment, prepare, rounds
 

@@ -1,0 +1,121 @@
+"""A private Ray cluster on this machine, started and ended."""
+
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import psutil
+
+from fedsim.cluster.private_folder import END_S, private_folder
+from fedsim.cluster.signals import kept
+from fedsim.errors import Stopped, listing
+from fedsim.events import Event, Progress
+
+QUIET = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "fedsim"}
+START_S = 120  # for a private cluster to start, which takes 5 to 30; it may hang for ever
+
+
+@contextmanager
+def private_cluster(progress: Progress) -> Iterator[Any]:
+    if elsewhere := os.environ.get("RAY_ADDRESS"):
+        progress(Event("Ray", 0, 0, f"a private cluster; RAY_ADDRESS={elsewhere} counts with --address auto alone"))
+    if "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        # A cluster which nobody else can use (its figures for Prometheus excepted, which Ray shows to all) and which
+        # leaves no token in the home folder. Ray reads this once, when it is imported; where that has happened, its
+        # own choice stands.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    import ray
+
+    with private_folder(progress) as folder:
+        try:
+            _start(ray, folder, progress)
+            yield ray
+        finally:
+            _end(ray, folder)
+
+
+def _start(ray, folder: Path, progress: Progress) -> None:
+    """Starts Ray in a folder, at the second try where the first one fails.
+
+    Raises:
+        Stopped: it fails as well. The message names what is scarce on this machine.
+    """
+    for again in (True, False):
+        # Ray waits for ever for a raylet that has no memory left to start a process.
+        hung = Timer(START_S, lambda: _kill(_family(folder)))
+        hung.daemon = True
+        hung.start()
+        try:
+            with kept():
+                # Said in so many words: without an address, Ray joins whatever cluster it finds on the machine.
+                ray.init(address="local", include_dashboard=False, _temp_dir=str(folder / "r"), **QUIET)
+            return
+        except Exception as error:  # whatever fails here is not of the user's config; Ray raises a bare Exception too
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            if not again:
+                raise Stopped(f"Ray did not start, twice ({reason}); {_scarce()}") from error
+            progress(Event("Ray", 0, 0, f"did not start ({reason}); it is tried once more"))
+            _kill(_family(folder))
+            ray.shutdown()
+        finally:
+            hung.cancel()
+
+
+def _scarce() -> str:
+    """What of this machine may be too little for Ray, in words."""
+    import resource  # not on Windows
+
+    cpus, load, free = os.cpu_count() or 1, os.getloadavg()[0], psutil.virtual_memory().available
+    limits = {
+        "-n": (resource.RLIMIT_NOFILE, 1, 1024),
+        "-u": (resource.RLIMIT_NPROC, 1, 2048),
+        "-v": (resource.RLIMIT_AS, 1024, 32 << 20),
+    }
+    found = [f"a load of {load:.0f} on {cpus} CPUs"] if load > 2 * cpus else []
+    found += [f"{free / 2**30:.1f} GB of free memory"] if free < 2 << 30 else []
+    for flag, (limit, unit, enough) in limits.items():
+        soft = resource.getrlimit(limit)[0]
+        if soft != resource.RLIM_INFINITY and soft / unit < enough:
+            found.append(f"`ulimit {flag}` of {soft // unit}")
+    return f"perhaps too little for it: {listing(found)}" if found else "--actors 0 does without it"
+
+
+def _end(ray, folder: Path) -> None:
+    """Ends Ray, and the processes that it leaves behind: some live on for 20 s where its head has died."""
+    family = _family(folder)
+    try:
+        ray.shutdown()
+    finally:
+        late = time.monotonic() + END_S
+        while not all(map(_gone, family)) and time.monotonic() < late:
+            time.sleep(0.05)
+        _kill(family)
+
+
+def _family(folder: Path) -> list[psutil.Process]:
+    """The processes of a private cluster: those that name its folder, and what they have started."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if str(folder) in " ".join(child.cmdline()):
+                found += [*child.children(recursive=True), child]
+    return found
+
+
+def _gone(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _kill(family: list[psutil.Process]) -> None:
+    for process in family:
+        with suppress(psutil.Error):
+            process.kill()

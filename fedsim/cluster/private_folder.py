@@ -1,0 +1,84 @@
+"""The folder of a private Ray cluster: of this user alone, and removed at the end."""
+
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from shutil import rmtree
+from stat import S_IMODE, S_ISDIR
+
+from filelock import FileLock, Timeout
+
+from fedsim.errors import InputError
+from fedsim.events import Event, Progress
+
+PREFIX, LOCK = "fedsim-", ".ray-of-fedsim"  # of a folder's name; the file in it that its owner has locked
+# The longest path of a socket below TMPDIR, and of any socket.
+BELOW = "/fedsim-12345678/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+PATH_BYTES = 107 if sys.platform == "linux" else 103
+END_S = 10  # for Ray's processes to end
+
+
+@contextmanager
+def private_folder(progress: Progress) -> Iterator[Path]:
+    """A new folder of this user's alone, removed at the end.
+
+    Ray lets everyone write to the folder it is given, where it reads from a file which port the token is sent to; so
+    that folder has to be below this one.
+    """
+    folder, lock = _locked_folder(progress)
+    try:
+        yield folder
+    finally:
+        for _ in range(END_S * 10):  # a process that is ending may still write to it
+            rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.1)
+        lock.release()
+
+
+def _locked_folder(progress: Progress) -> tuple[Path, FileLock]:
+    """The folder, and the lock in it that says that its owner is alive."""
+    problems: list[str] = []
+    named = [(name, os.environ[name]) for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)]
+    for name, root in [*named, ("", "/tmp")]:
+        try:
+            if problem := _unfit(root):
+                raise OSError(None, problem)
+            _sweep(Path(root))
+            # Under another name until it is locked, or a sweep might take it for one whose owner has died.
+            fresh = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=root))
+            lock = FileLock(fresh / LOCK)
+            lock.acquire()
+            folder = fresh.rename(fresh.with_name(fresh.name[1:]))
+        except (OSError, NotImplementedError) as error:
+            problems.append(f"{name} {root} ".lstrip() + str(getattr(error, "strerror", error)))
+        else:
+            if problems:
+                progress(Event("Ray", 0, 0, f"its files are below {root}, since {'; '.join(problems)}"))
+            return folder, lock
+    raise InputError(f"Ray needs a folder for its files: {'; '.join(problems)}; TMPDIR may name a short, writable one")
+
+
+def _unfit(root: str) -> str:
+    """Why Ray cannot have its sockets below a folder; empty where it can."""
+    if not root.isascii() or re.search(r"\s", root):
+        return "has blanks or letters that are not ASCII"
+    most = PATH_BYTES - len(BELOW)
+    return f"is longer than the {most} bytes that the paths of its sockets leave" if len(root) > most else ""
+
+
+def _sweep(root: Path) -> None:
+    """Removes what killed processes of this user have left: folders that are locked by nobody."""
+    for folder in root.glob(f"{PREFIX}*"):
+        with suppress(OSError, Timeout, NotImplementedError):
+            about = folder.lstat()
+            mine = S_ISDIR(about.st_mode) and S_IMODE(about.st_mode) == 0o700 and about.st_uid == os.geteuid()
+            if mine and (folder / LOCK).is_file():
+                with FileLock(folder / LOCK, timeout=0):
+                    rmtree(folder, ignore_errors=True)

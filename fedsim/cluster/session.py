@@ -1,0 +1,131 @@
+"""Ray's session: a cluster that is joined, or a private one that others cannot touch and that leaves nothing behind."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fedsim.cluster.private_cluster import QUIET, private_cluster
+from fedsim.cluster.signals import heard, kept
+from fedsim.errors import RESUMES, InputError, Stopped
+from fedsim.events import Progress
+
+JOIN_S = 90  # for a cluster to take a new driver; Ray itself tries for minutes
+LOOK_S, LOST_S = 2, 20  # between two looks at the head of a cluster; without an answer (Ray ends this process after 60)
+
+
+@contextmanager
+def session(address: str | None, progress: Progress = lambda event: None) -> Iterator[Any]:
+    """Joins the cluster at an address, or starts a private one, for as long as it lasts; gives Ray.
+
+    Where this process has joined a cluster already, that is used, and is still joined at the end.
+
+    Raises:
+        InputError: there is no such cluster, or this process has joined another one.
+        Stopped: Ray does not start.
+    """
+    if joined():
+        _check_joined(address)
+        yield sys.modules["ray"]
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Under `uv run`, Ray would have uv install all of this again, in a copy of the working folder, for its actors;
+    # with --no-sync they would never start, and nobody would be told. Read, too, when Ray is imported.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    with heard(), private_cluster(progress) if address is None else _shared(address) as ray:
+        yield ray
+
+
+def joined() -> bool:
+    """Whether this process has joined a cluster, by `ray.init` or by a session."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+def check_reachable(address: str | None) -> None:
+    """Knocks at a cluster's door, since Ray itself would try for minutes.
+
+    Raises:
+        InputError: nobody answers at host:port.
+    """
+    if address is None or address == "auto" or joined():
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"--address wants host:port or auto, not {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"no cluster answers at {address} ({error}); is it up? try `ray status`") from None
+
+
+def pulse(ray) -> Callable[[], None]:
+    """A function to be called again and again: raises Stopped once the cluster's head has not answered for LOST_S.
+
+    Ray notices too, but then ends this process with words of its own.
+    """
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    answered = looked = time.monotonic()
+
+    def look() -> None:
+        nonlocal answered, looked
+        if time.monotonic() < looked + LOOK_S:
+            return
+        looked = time.monotonic()
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_S).close()
+            answered = time.monotonic()
+        except OSError as error:
+            if time.monotonic() > answered + LOST_S:
+                raise Stopped(f"Ray's head at {host}:{port} has ended ({error}); {RESUMES}") from None
+
+    return look
+
+
+def _check_joined(address: str | None) -> None:
+    """Raises InputError where this process has joined another cluster than that at an address."""
+    there = sys.modules["ray"].get_runtime_context().gcs_address
+    if address not in (None, "auto", there):
+        raise InputError(f"this process has joined the cluster at {there} already, not {address}; try ray.shutdown()")
+
+
+@contextmanager
+def _shared(address: str) -> Iterator[Any]:
+    _try_to_join(address)
+    import ray
+
+    try:
+        with kept():
+            ray.init(address=address, **QUIET)
+    except Exception as error:  # Ray raises a bare one, too
+        raise _refused(address, str(error)) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _try_to_join(address: str) -> None:
+    """Joins in a process of its own, which can be ended: where no Ray answers, `ray.init` cannot be interrupted."""
+    program = f"import sys, ray; ray.init(address=sys.argv[1], **{QUIET!r})"
+    try:
+        subprocess.run(
+            [sys.executable, "-c", program, address], capture_output=True, text=True, timeout=JOIN_S, check=True
+        )
+    except subprocess.TimeoutExpired:
+        raise _refused(address, f"no answer in {JOIN_S} s") from None
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or [f"ended with code {error.returncode}"]
+        raise _refused(address, error.stderr if "Python: " in error.stderr else lines[-1]) from None
+
+
+def _refused(address: str, reason: str) -> InputError:
+    if versions := re.findall(r"Ray: (\S+)\s+Python: (\S+)", reason):
+        theirs, ours = (f"Ray {ray} on Python {python}" for ray, python in versions)
+        return InputError(f"the cluster at {address} runs {theirs}, this process {ours}; Ray wants the same on both")
+    hint = "if it asks for a token, RAY_AUTH_MODE=token and its ~/.ray/auth_token are wanted here"
+    return InputError(f"cannot join a cluster at {address}: {reason}; {hint}")
