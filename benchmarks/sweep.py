@@ -19,11 +19,14 @@ from _runs import add_data, data_of, parsed, parser_of
 from fedsim import Config
 from fedsim.cluster.pool import open_pool
 from fedsim.simulate import encoded, rounds, sizing_of, staff
-from fedsim.sweep.sweep import Found, Sweep, prepare_sweep, run_sweep
+from fedsim.sweep.config import Sweep
+from fedsim.sweep.prepare import prepare_sweep
+from fedsim.sweep.results import SweepResult
+from fedsim.sweep.search import run_sweep
 from fedsim.sweep.trial import experiments_of
 
 
-def by_sweep(sweep: Sweep) -> tuple[Found, float, float]:
+def by_sweep(sweep: Sweep) -> tuple[SweepResult, float, float]:
     """What it found; seconds from the start to the end of the first trial, and, by median, of a later one."""
     ends = [time.perf_counter()]
 
@@ -36,7 +39,7 @@ def by_sweep(sweep: Sweep) -> tuple[Found, float, float]:
     return found, first, statistics.median(later)
 
 
-def by_loop(sweep: Sweep, found: Found, folder: Path) -> float:
+def by_loop(sweep: Sweep, found: SweepResult, folder: Path) -> float:
     """Median seconds of a trial, with nobody told of it."""
     prepared = prepare_sweep(sweep.model_copy(update={"out": folder}))
     base = encoded(prepared.base, sizing_of(sweep.config), lambda event: None)

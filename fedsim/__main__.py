@@ -1,4 +1,4 @@
-"""The command line: the commands, what they print of errors, and their exit codes."""
+"""The commands of fedsim, and their exit codes."""
 
 import sys
 from functools import partial
@@ -8,35 +8,36 @@ from pathlib import Path
 
 from fedsim.cli.background import stop, watch
 from fedsim.cli.flags import DETACH, Parser, parse_run
-from fedsim.cli.progress import bars_on, launch, plain_console, shown
+from fedsim.cli.launch import launch
+from fedsim.cli.progress import plain_console, progress_bars, show_on
 from fedsim.cli.show import rich_table, show_run
 from fedsim.cluster.signals import heard
 
-# What imports torch is imported where it is used: it takes seconds, in which `main` already hears Ctrl-C, and which
-# some commands can do without.
+# What imports torch is imported in functions: it takes seconds, in which `main` already handles Ctrl-C, and some
+# commands do not need it.
 from fedsim.errors import InputError, Stopped, code_of, listing, sentence_of
 from fedsim.streams import Outlet, outlets
 
 USAGE = """\
-fedsim run [FLAGS]                    one experiment
-fedsim sweep [FLAGS]                  a search over hyperparameters
-fedsim compare RUN RUN ... [--out D]  finished runs side by side
-fedsim watch FOLDER                   a run or sweep that another process is doing, to its end
-fedsim stop FOLDER                    interrupts it; the same command goes on from there
---help after any of them tells more; fedsim --version"""
+fedsim run [FLAGS]                    run one experiment
+fedsim sweep [FLAGS]                  search over hyperparameters
+fedsim compare RUN RUN ... [--out D]  compare finished runs in a table and a page
+fedsim watch FOLDER                   show the progress of a run or sweep in another process
+fedsim stop FOLDER                    interrupt it; the same command resumes it
+Every command has --help; fedsim --version"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for bad input, 128 + its number for a signal, 1 for whatever else stopped a run.
+    """Runs a command; returns 0, 2 for bad input, 128 + the number of a signal, or 1 for any other failure.
 
-    Also 1 where all was done, but could not be printed since a disk is full; a reader that has gone is no error.
+    Output lost to a full disk is a failure, although the work is done; output lost to a closed pipe is not.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a name that a terminal cannot show is shown in escapes
+        if isinstance(stream, TextIOWrapper):  # a terminal of another encoding shows a name in escapes
             stream.reconfigure(errors="backslashreplace")
-    with outlets() as (printed, _), heard():
+    with outlets() as (stdout, _), heard():
         try:
-            return _command(sys.argv[1:] if argv is None else argv) or _printed(printed)
+            return _command(sys.argv[1:] if argv is None else argv) or _check_printed(stdout)
         except (InputError, Stopped, KeyboardInterrupt) as error:
             print(f"fedsim: {sentence_of(error)}", file=sys.stderr)
             return code_of(error)
@@ -59,19 +60,19 @@ def _command(argv: list[str]) -> int:
         print(f"fedsim {version('fedsim')}")
         return 0
     if argv[0] not in commands:
-        raise InputError(f"no command {argv[0]!r}; there are: {listing(commands)}")
+        raise InputError(f"no command {argv[0]!r}; available: {listing(commands)}")
     return commands[argv[0]](argv[1:])
 
 
-def _printed(outlet: Outlet) -> int:
+def _check_printed(outlet: Outlet) -> int:
     outlet.flush()
     if outlet.fault is None or isinstance(outlet.fault, BrokenPipeError):
         return 0
-    raise Stopped(f"standard output: {outlet.fault.strerror}; all but what is printed is complete")
+    raise Stopped(f"standard output: {outlet.fault.strerror}; the work is complete, its output is not")
 
 
 def run_command(argv: list[str]) -> int:
-    """fedsim run: one experiment, with its progress and a small table at the end."""
+    """fedsim run: one experiment."""
     config, origin = parse_run([word for word in argv if word != DETACH])
     from fedsim.simulate import prepare, run
 
@@ -88,36 +89,38 @@ def sweep_command(argv: list[str]) -> int:
 
 
 def watch_command(argv: list[str]) -> int:
-    """fedsim watch: a run or a sweep of another process, until it ends; its exit code."""
+    """fedsim watch: shows a run or sweep of another process until it ends, and returns its exit code."""
     console = plain_console()
-    folder = _folder("watch", "Show how a run or sweep is getting on, until it ends; to leave does not end it.", argv)
-    with bars_on(console) as bars:
-        ended = watch(folder, shown(bars))
+    folder = _folder("watch", "Show the progress of a run or sweep until it ends; Ctrl-C ends only this command.", argv)
+    with progress_bars(console) as bars:
+        ended = watch(folder, show_on(bars))
     if ended.code:
-        print(f"fedsim: {ended.said}", file=sys.stderr)
+        print(f"fedsim: {ended.message}", file=sys.stderr)
     else:
-        console.print(ended.said, end="")
+        console.print(ended.message, end="")
     return ended.code
 
 
 def stop_command(argv: list[str]) -> int:
-    """fedsim stop: interrupts a run or a sweep of another process."""
-    stop(_folder("stop", "Interrupt a run or sweep, as Ctrl-C would.", argv))
+    """fedsim stop: interrupts a run or sweep of another process."""
+    stop(_folder("stop", "Interrupt a run or sweep, as Ctrl-C does.", argv))
     return 0
 
 
-def _folder(command: str, about: str, argv: list[str]) -> Path:
-    parser = Parser(prog=f"fedsim {command}", description=about, allow_abbrev=False)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="its --out, as it was said when it started")
+def _folder(command: str, description: str, argv: list[str]) -> Path:
+    parser = Parser(prog=f"fedsim {command}", description=description, allow_abbrev=False)
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="its --out, or the folder that it printed at its start"
+    )
     return parser.parse_args(argv).folder
 
 
 def compare_command(argv: list[str]) -> int:
-    """fedsim compare: runs side by side, as a table and a page."""
-    parser = Parser(prog="fedsim compare", description="Lay finished runs side by side.", allow_abbrev=False)
+    """fedsim compare: finished runs in a table and a page."""
+    parser = Parser(prog="fedsim compare", description="Compare finished runs: a table and a page.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folder of a finished run")
     parser.add_argument(
-        "--out", type=Path, default=Path(), metavar="DIR", help="where compare.html goes (default: here)"
+        "--out", type=Path, default=Path(), metavar="DIR", help="folder for compare.html (default: current folder)"
     )
     args = parser.parse_args(argv)
     from fedsim.compare import compare

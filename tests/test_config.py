@@ -16,7 +16,7 @@ from fedsim.__main__ import main
 from fedsim.cli.flags import parse_run, run_parser
 from fedsim.config import read_yaml
 from fedsim.registry import KINDS, available, find, parse
-from fedsim.sweep.sweep import Sweep
+from fedsim.sweep.config import Sweep
 from fedsim.weights import EMBEDDED, find_weights
 
 
@@ -234,4 +234,4 @@ def test_version_and_help_are_commands(capsys):
     assert main(["help"]) == 0 and "fedsim sweep" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["help", "compare"])
-    assert "Lay finished runs side by side" in capsys.readouterr().out
+    assert "Compare finished runs" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from fedsim import Config, InputError, run
 from fedsim.__main__ import main
 from fedsim.checkpoint import NAME
 from fedsim.cli.flags import parse_run, run_parser
-from fedsim.cli.progress import bars_on, plain_console, shown
+from fedsim.cli.progress import plain_console, progress_bars, show_on
 from fedsim.errors import listing
 from fedsim.events import Event
 from fedsim.registry import KINDS, available, find
@@ -24,7 +24,7 @@ def names(kind: str) -> str:
 
 
 BAD = {
-    "a command": (["rum"], "no command 'rum'; there are: run, sweep, compare, watch, stop"),
+    "a command": (["rum"], "no command 'rum'; available: run, sweep, compare, watch, stop"),
     "a flag": (["run", "--roundz", "3"], "no flag --roundz; did you mean --rounds"),
     "a word": (["run", "glyphs"], "no flag glyphs"),
     "a flag without its value": (["run", "--rounds"], "argument --rounds: expected one argument"),
@@ -219,8 +219,8 @@ def test_what_is_left_out_of_a_data_set_is_told_and_kept_in_the_report(pictures,
 
 def test_a_file_name_in_brackets_is_shown_as_it_is():
     console = plain_console(record=True, width=80)
-    with bars_on(console) as bars:
-        shown(bars)(Event("data", 0, 0, "left out 1 unreadable image: [red].png"))
+    with progress_bars(console) as bars:
+        show_on(bars)(Event("data", 0, 0, "left out 1 unreadable image: [red].png"))
     assert "image: [red].png" in console.export_text()
 
 

@@ -12,7 +12,7 @@ from fedsim.cli.flags import parse_run
 from fedsim.config import EXPERIMENTS
 from fedsim.simulate import prepare
 from fedsim.sweep.command import EPILOG, parse_sweep
-from fedsim.sweep.sweep import prepare_sweep
+from fedsim.sweep.prepare import prepare_sweep
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 TEXTS = {

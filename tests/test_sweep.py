@@ -30,10 +30,13 @@ from fedsim.registry import name_of
 from fedsim.search import Field, Log
 from fedsim.simulate import prepare, staff
 from fedsim.sweep.command import parse_sweep
+from fedsim.sweep.config import Sweep
+from fedsim.sweep.prepare import prepare_sweep
+from fedsim.sweep.results import REPORTING, TRIALS
+from fedsim.sweep.search import search
 from fedsim.sweep.space import Space
 from fedsim.sweep.study import FILE as STUDY
 from fedsim.sweep.study import NAME, Rules, Study
-from fedsim.sweep.sweep import REPORTING, TRIALS, Sweep, prepare_sweep, search
 from fedsim.sweep.trial import Trial, config_of, experiments_of
 
 pytestmark = pytest.mark.ray
@@ -162,9 +165,9 @@ def test_a_search_finds_a_better_step_than_the_base_config_has(done):
     found, folder, _, _ = done
     assert found.trials.validation[0] == found.trials.validation.min()  # the base config is tried first
     assert found.trials["probe.lr"][0] == 1e-6
-    assert found.trials.validation[found.number] == found.trials.validation.max()
-    assert found.best["method"]["lr"] > 1e-4
-    mean = pd.read_parquet(folder / REPORTING).groupby("which").personalization.mean()
+    assert found.trials.validation[found.best_trial] == found.trials.validation.max()
+    assert found.best_config["method"]["lr"] > 1e-4
+    mean = pd.read_parquet(folder / REPORTING).groupby("config").personalization.mean()
     assert mean["best"] > mean["base"]
 
 
@@ -172,8 +175,8 @@ def test_what_is_written_is_what_was_found(done):
     found, folder, _, _ = done
     assert pd.read_parquet(folder / TRIALS).equals(found.trials)
     config = Config(**yaml.safe_load((folder / "best.yaml").read_text()))
-    assert config.method.lr == found.trials["probe.lr"][found.number]
-    assert f"trial {found.number}" in (folder / "sweep.html").read_text()
+    assert config.method.lr == found.trials["probe.lr"][found.best_trial]
+    assert f"trial {found.best_trial}" in (folder / "sweep.html").read_text()
     assert list((folder / "tune" / "0000").glob("events.out.tfevents*"))
 
 
@@ -188,7 +191,7 @@ def test_a_trial_is_a_run_on_each_tuning_seed_without_its_test_rows(done, tmp_pa
     found, folder, _, sweep = done
     accuracy = []
     for seed in sweep.tuning_seeds:
-        there = folder / "trials" / f"{found.number:04d}" / f"seed-{seed}"
+        there = folder / "trials" / f"{found.best_trial:04d}" / f"seed-{seed}"
         fields = yaml.safe_load((there / "config.yaml").read_text())
         assert fields["seed"] == seed
         alone = run(Config(**fields | {"out": tmp_path / str(seed), "actors": 0}))
@@ -199,13 +202,13 @@ def test_a_trial_is_a_run_on_each_tuning_seed_without_its_test_rows(done, tmp_pa
             assert np.array_equal(mine.scores[:, :5], theirs[theirs[:, 2] == VAL][:, :5])
             assert not mine.labels.any()  # which are of test rows
         assert set(flat(counts_in(there)["zero_shot"]).scores[:, 2]) == {VAL}
-    assert found.trials.validation[found.number] == np.mean(accuracy)
+    assert found.trials.validation[found.best_trial] == np.mean(accuracy)
 
 
 def test_reporting_is_on_seeds_that_no_trial_was_judged_on(done):
     _, folder, _, sweep = done
     reporting = pd.read_parquet(folder / REPORTING)
-    assert sorted(zip(reporting.which, reporting.seed, strict=True)) == [
+    assert sorted(zip(reporting.config, reporting.seed, strict=True)) == [
         ("base", 0),
         ("base", 1),
         ("best", 0),
@@ -298,8 +301,8 @@ def test_a_trial_that_fails_says_why_and_the_others_go_on(ray, base, tmp_path):
     assert [trial.state == TrialState.PRUNED for trial in trials] == list(diverged)
     assert not list((tmp_path / "out" / "trials").glob("*/checkpoint.safetensors"))  # of trials that have ended
     # The best is the base config itself, and is run once.
-    best, base = (found.reporting[found.reporting.which == which].iloc[0] for which in ("best", "base"))
-    assert best.drop("which").equals(base.drop("which"))
+    best, base = (found.reporting[found.reporting.config == which].iloc[0] for which in ("best", "base"))
+    assert best.drop("config").equals(base.drop("config"))
     assert [folder.name for folder in (tmp_path / "out" / "reporting").iterdir()] == ["base-7"]
 
 
@@ -327,7 +330,7 @@ def test_a_trial_that_kills_every_process_is_given_up(ray, base, tmp_path):
     (tmp_path / "countdown").write_text("0")
     fleet = Fatal(file=str(tmp_path / "countdown"), again=True)
     sweep = sweep_of(base(fleet=fleet), tmp_path / "out", trials=1, retries=1)
-    with pytest.raises(InputError, match=r"none of 1 trials has come to its end; .*its process failed 2 times: it was"):
+    with pytest.raises(InputError, match=r"none of 1 trials has finished; .*its process failed 2 times: it was"):
         swept(sweep)
     assert list(pd.read_parquet(tmp_path / "out" / TRIALS).state) == ["fail"]
     assert "its process failed 2 times" in (tmp_path / "out" / "sweep.html").read_text()
@@ -345,7 +348,7 @@ def test_several_objectives_give_a_front_and_the_best_of_it_by_validation(ray, b
         if any(a >= high and b <= low and (a, b) != (high, low) for a, b in points)
     }
     assert numbers == set(range(6)) - beaten
-    assert found.trials.validation[found.number] == found.trials.validation.max()
+    assert found.trials.validation[found.best_trial] == found.trials.validation.max()
     # A probe of 24 x 4 float32, down and up, to each of the cohort in each of 4 rounds.
     assert list(found.trials.bytes) == list(found.trials.cohort * 4 * 2 * 24 * 4 * 4)
 
@@ -378,42 +381,46 @@ def test_methods_with_and_without_clip_s_towers_are_tried_side_by_side(ray, tmp_
 
 
 BAD = {
-    "seeds that are both": ({"tuning_seeds": (1, 2), "report_seeds": (2, 3)}, {}, "seeds 2 are among the tuning and"),
-    "no seeds": ({"tuning_seeds": ()}, {}, "tuning_seeds wants one seed or more"),
-    "a seed twice": ({"tuning_seeds": "1,1"}, {}, "seeds want different numbers of 0 or more, not 1, 1"),
-    "an objective": ({"objective": "test"}, {}, "no objective 'test'; there are: validation, worst_tenth, bytes"),
-    "one twice": ({"objective": "bytes,bytes"}, {}, "each once, not bytes, bytes"),
-    "a clock that stands": ({"objective": ("validation", "clock_s")}, {}, "clock_s wants a fleet whose clients take"),
+    "seeds that are both": (
+        {"tuning_seeds": (1, 2), "report_seeds": (2, 3)},
+        {},
+        "seeds 2 are both tuning and",
+    ),
+    "no seeds": ({"tuning_seeds": ()}, {}, "--tuning-seeds needs at least one seed"),
+    "a seed twice": ({"tuning_seeds": "1,1"}, {}, "seeds must be different integers >= 0, got 1, 1"),
+    "an objective": ({"objective": "test"}, {}, "no objective 'test'; available: validation, worst_tenth, bytes"),
+    "one twice": ({"objective": "bytes,bytes"}, {}, "each once, got bytes, bytes"),
+    "a clock that stands": ({"objective": ("validation", "clock_s")}, {}, "clock_s needs a fleet whose clients take"),
     "a pruner of two": (
         {"objective": "validation,bytes", "pruner": "asha"},
         {},
-        "pruner asha wants validation or worst_tenth as the one objective, not validation, bytes",
+        "pruner asha needs validation or worst_tenth as the only objective, got validation, bytes",
     ),
     "a pruner of a cost": (
         {"objective": "bytes", "pruner": "median"},
         {},
-        "pruner median wants validation or worst_tenth as the one objective, not bytes",
+        "pruner median needs validation or worst_tenth as the only objective, got bytes",
     ),
     "traffic that is the same": (
         {"objective": "validation,bytes", "search": ("method.lr", "method.batch")},
         {},
-        r"objective bytes cannot change by what is searched \(probe.batch, probe.lr\); search cohort as well",
+        r"objective bytes does not depend on what is searched \(probe.batch, probe.lr\); search cohort as well",
     ),
     "compute that is the same": (
         {"objective": "validation,flops", "search": ("method.lr",)},
         {},
-        "objective flops cannot change by what is searched",
+        "objective flops does not depend on what is searched",
     ),
-    "a logger": ({"loggers": "tensorbord"}, {}, "no logger 'tensorbord'; there are: tensorboard, mlflow, wandb"),
+    "a logger": ({"loggers": "tensorbord"}, {}, "no logger 'tensorbord'; available: tensorboard, mlflow, wandb"),
     "trials": ({"trials": 0}, {}, "trials wants greater than or equal to 1, not 0"),
     "a field": ({"trails": 3}, {}, "no field 'trails' in Sweep; there are: config, search, trials"),
-    "a space": ({"search": ("method.lr=1:2:3",)}, {}, "a range wants LOW:HIGH"),
-    "other data": ({"search": ("skip_unreadable=true,false",)}, {}, "all trials of a sweep are on the same data"),
-    "who judges": ({"search": ("eval_clients=1:3",)}, {}, "the best would be the one that was judged with luck"),
-    "another deal": ({"search": ("clients=3:6",)}, {}, "these data have no test rows of their own"),
+    "a space": ({"search": ("method.lr=1:2:3",)}, {}, "a range is LOW:HIGH"),
+    "other data": ({"search": ("skip_unreadable=true,false",)}, {}, "all trials of a sweep use the same data"),
+    "who judges": ({"search": ("eval_clients=1:3",)}, {}, "it changes how trials are evaluated"),
+    "another deal": ({"search": ("clients=3:6",)}, {}, "this data set has no test split"),
     "too large a cohort": ({"search": ("cohort",)}, {}, "a cohort of 100 from 6 clients"),
     "a rule of many": ({"search": ("server=fedavg,krum",)}, {"cohort": 4}, "krum with f 1 wants 5 clients or more"),
-    "no rounds": ({}, {"rounds": 0}, "rounds wants 1 or more"),
+    "no rounds": ({}, {"rounds": 0}, "a sweep needs --rounds 1 or more"),
     "the base config": ({}, {"cohort": 40}, "a cohort of 40 from 6 clients"),
 }
 
@@ -433,7 +440,7 @@ def test_a_bad_sweep_on_the_command_line_is_refused_without_ray(mistaken, tmp_pa
     flags = ["--dataset=features", f"--data-dir={mistaken}", "--search", "method.lr", "server=krum,fedavg"]
     command = [sys.executable, "-c", code, "sweep", *flags, "--tuning-seeds", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("fedsim: seeds 0 are among") and not list(tmp_path.iterdir())
+    assert done.returncode == 2 and done.stderr.startswith("fedsim: seeds 0 are both") and not list(tmp_path.iterdir())
 
 
 def test_flags_describe_the_base_config_and_the_sweep_around_it(mistaken):
@@ -457,7 +464,7 @@ def test_a_logger_that_is_not_installed_is_named(base, tmp_path):
 
     if find_spec("wandb"):
         pytest.skip("it is")
-    with pytest.raises(InputError, match="logger wandb wants the package wandb, which is not installed"):
+    with pytest.raises(InputError, match="logger wandb needs the package wandb, which is not installed"):
         prepare_sweep(sweep_of(base(), tmp_path / "out", loggers="wandb"))
 
 
@@ -477,7 +484,7 @@ def test_clients_without_validation_rows_are_no_judges(tmp_path):
         tmp_path / "classes.parquet"
     )
     config = Config(dataset="features", data_dir=tmp_path, partition="iid", clients=1, train_share=0.9, held_out="oil")
-    with pytest.raises(InputError, match="none of 1 clients has validation rows, by which a trial is judged"):
+    with pytest.raises(InputError, match="none of 1 clients has validation rows, on which trials are evaluated"):
         prepare_sweep(sweep_of(config, tmp_path / "out"))
 
 
@@ -485,7 +492,7 @@ def test_a_trial_whose_partition_leaves_no_validation_rows_is_refused(base, tmp_
     experiment = prepare(base(out=tmp_path / "base"))
     with open_pool(Sizing(actors=0), 1, *staff(experiment)) as pool:
         trial = Trial(experiments_of(experiment, {"train_share": 0.99}, (1,), tmp_path, 0), pool)
-        with pytest.raises(InputError, match="no client has validation rows, by which a trial is judged"):
+        with pytest.raises(InputError, match="no client has validation rows, on which trials are evaluated"):
             trial.advance()
 
 

@@ -12,8 +12,9 @@ from test_page import Page
 
 from fedsim import Config
 from fedsim.formats import setting
-from fedsim.sweep.page import best_trial, importances, pareto, trial_table, write_sweep_page
+from fedsim.sweep.page import write_sweep_page
 from fedsim.sweep.plots import Scale, best_so_far
+from fedsim.sweep.tables import best_trial, importances, pareto, trial_table
 
 LR = FloatDistribution(1e-5, 1e-2, log=True)
 SPACE = {
@@ -117,17 +118,17 @@ def test_without_a_finished_trial_there_is_no_best_one():
     study = a_study(a_trial(state=FAIL), a_trial(state=FAIL), a_trial(state=PRUNED, curve=(0.5,)))
     with pytest.raises(ValueError, match="no trial has finished: 1 pruned, 2 failed"):
         best_trial(study)
-    with pytest.raises(ValueError, match="none was begun"):
+    with pytest.raises(ValueError, match="no trial has started"):
         best_trial(a_study())
 
 
 def test_best_and_base_are_means_and_deviations_over_seeds_and_their_difference_is_by_seed(tmp_path):
     reporting = pd.DataFrame(
         [
-            {"which": "best", "seed": 0, "personalization": 0.54, "generalization": np.nan, "bytes": 2e6},
-            {"which": "best", "seed": 1, "personalization": 0.60, "generalization": np.nan, "bytes": 4e6},
-            {"which": "base", "seed": 1, "personalization": 0.52, "generalization": np.nan, "bytes": 1e6},
-            {"which": "base", "seed": 0, "personalization": 0.50, "generalization": np.nan, "bytes": 1e6},
+            {"config": "best", "seed": 0, "personalization": 0.54, "generalization": np.nan, "bytes": 2e6},
+            {"config": "best", "seed": 1, "personalization": 0.60, "generalization": np.nan, "bytes": 4e6},
+            {"config": "base", "seed": 1, "personalization": 0.52, "generalization": np.nan, "bytes": 1e6},
+            {"config": "base", "seed": 0, "personalization": 0.50, "generalization": np.nan, "bytes": 1e6},
         ]
     )
     rows = a_page(a_study(a_trial(0.5, cohort=4)), tmp_path, reporting).table("On reporting seeds 0, 1")
@@ -140,7 +141,7 @@ def test_best_and_base_are_means_and_deviations_over_seeds_and_their_difference_
 
 
 def test_one_seed_has_no_deviation_and_best_alone_no_difference(tmp_path):
-    reporting = pd.DataFrame([{"which": "best", "seed": 7, "personalization": 0.54}])
+    reporting = pd.DataFrame([{"config": "best", "seed": 7, "personalization": 0.54}])
     rows = a_page(a_study(a_trial(0.5, cohort=4)), tmp_path, reporting).table("On reporting seed 7,")
     assert rows == [["accuracy", "best"], ["own test rows, mean over clients", "54.0"]]
 
@@ -154,9 +155,9 @@ def test_the_words_say_what_became_of_the_trials_and_what_the_base_had(tmp_path)
     )
     page = a_page(study, tmp_path, versions={"optuna": "5"})
     words = " ".join(page.words.split())
-    assert "A search of 4 trials on glyphs, clipart held out" in words
-    assert "proposed by TPE, looked for the highest validation accuracy: 2 finished, 1 pruned, 1 failed." in words
-    assert "from round 5 on" in words and "judged on tuning seed 1000." in words
+    assert "Sweep of 4 trials on glyphs, clipart held out" in words
+    assert "proposed by TPE, searched for the highest validation accuracy: 2 finished, 1 pruned, 1 failed." in words
+    assert "from round 5 on" in words and "evaluated on tuning seed 1000." in words
     assert "The best is trial 1: validation accuracy 62.5% (round 7 of 9)." in words
     assert "The base configuration was trial 0: validation accuracy 50.0%." in words  # fedclip, 4 clients a round
     assert page.table("Failed trials, 1 in all")[1] == ["3", "actor <b>lost</b>"]
@@ -168,7 +169,7 @@ def test_a_base_that_failed_and_one_that_won_are_said_to_have(tmp_path):
     failed = a_study(a_trial(state=FAIL, cohort=4), a_trial(0.5, cohort=5))
     assert "The base configuration was trial 0, failed." in a_page(failed, tmp_path).words
     won = a_study(a_trial(0.6, cohort=4), a_trial(0.5, cohort=5))
-    assert "That is the base configuration itself" in a_page(won, tmp_path).words
+    assert "That is the base configuration" in a_page(won, tmp_path).words
 
 
 def test_what_was_searched_has_ranges_and_how_many_trials_had_each(tmp_path):
@@ -182,9 +183,9 @@ def test_what_was_searched_has_ranges_and_how_many_trials_had_each(tmp_path):
     assert page.table("What was searched") == [
         ["parameter", "values", "trials", "base", "best trial"],
         ["method", "fedclip, probe", "3", "fedclip", "probe"],
-        ["fedclip.lr", "1e-5 to 0.01, logarithmic", "1", setting(lr), "-"],
+        ["fedclip.lr", "1e-5 to 0.01, log-uniform", "1", setting(lr), "-"],
         ["cohort", "2 to 20", "3", "4", "5"],
-        ["probe.lr", "1e-4 to 0.1, logarithmic", "2", "-", "0.02"],
+        ["probe.lr", "1e-4 to 0.1, log-uniform", "2", "-", "0.02"],
     ]
     assert "passes below the axis" in page.words and "unused" in page.words
 
@@ -300,26 +301,26 @@ def test_nothing_is_said_of_what_mattered_where_fewer_than_four_finished(count, 
     study = a_study(*(a_trial(0.1 * n, cohort=n + 2) for n in range(count)), a_trial(state=PRUNED, curve=(0.1,)))
     assert importances(study)[0] == {}
     plural = "trial" if count == 1 else "trials"
-    assert f"Nothing can be said of what mattered: only {count} {plural} finished." in a_page(study, tmp_path).words
+    assert f"Importance is not computed: only {count} {plural} finished." in a_page(study, tmp_path).words
 
 
 def test_nothing_is_said_of_what_mattered_where_all_trials_are_as_good(tmp_path):
     assert importances(SHAPES["constant objective"]())[0] == {}
-    assert "too much alike" in a_page(SHAPES["constant objective"](), tmp_path).words
+    assert "too similar" in a_page(SHAPES["constant objective"](), tmp_path).words
 
 
 def test_a_logarithmic_scale_has_its_middle_at_the_geometric_mean():
     scale = Scale("lr", 1e-4, 1.0, log=True)
-    assert [scale.place(value) for value in (1e-4, 1e-2, 1.0)] == pytest.approx([0, 0.5, 1])
+    assert [scale.position(value) for value in (1e-4, 1e-2, 1.0)] == pytest.approx([0, 0.5, 1])
     assert scale.ticks()[1] == ["1e-4", "0.001", "0.01", "0.1", "1"]
-    assert Scale("beta", 0.0, 0.5).place(0.125) == 0.25
+    assert Scale("beta", 0.0, 0.5).position(0.125) == 0.25
     assert Scale("still", 3, 3).ticks() == ([0.5], ["3"])
 
 
 def test_choices_that_are_equal_but_of_another_type_have_places_of_their_own():
     scale = Scale("mix", choices=(1, True, "1", None))
-    assert [scale.place(value) for value in (1, True, "1", None)] == [0.125, 0.375, 0.625, 0.875]
-    assert math.isnan(scale.place(2))
+    assert [scale.position(value) for value in (1, True, "1", None)] == [0.125, 0.375, 0.625, 0.875]
+    assert math.isnan(scale.position(2))
 
 
 def test_numbers_are_written_short():

@@ -19,7 +19,7 @@ from test_bits import result
 from fedsim import run
 from fedsim.__main__ import main
 from fedsim.checkpoint import NAME as CHECKPOINT
-from fedsim.cli.background import LOCK, STATUS, Telling
+from fedsim.cli.background import LOCK, STATUS, StatusFile
 from fedsim.errors import InputError
 from fedsim.events import Event
 
@@ -79,7 +79,7 @@ def test_a_detached_run_is_stopped_from_elsewhere_and_goes_on_with_the_same_comm
     assert "another process is running" in said and "->" not in said
     fedsim("stop", there)
     assert "interrupted; the same command goes on" in fedsim("watch", there, code=130)
-    assert "nobody runs in" in fedsim("stop", there, code=2)
+    assert "no run is active in" in fedsim("stop", there, code=2)
     before = rounds_done(there)
     fedsim(*command)
     while rounds_done(there) <= before:
@@ -91,13 +91,13 @@ def test_a_process_that_dies_without_a_word_is_told_from_one_that_runs(flags, tm
     there = tmp_path / "there"
     fedsim("run", *flags, "--rounds", 100_000, "--actors", 0, "--out", there, "--detach")
     os.kill(status(there)["pid"], signal.SIGKILL)
-    assert "is gone; the same command goes on from the last round" in fedsim("watch", there, code=1)
+    assert "has died; the same command goes on from the last round" in fedsim("watch", there, code=1)
 
 
 def test_an_attached_run_can_be_watched_too_and_says_why_it_failed(config, tmp_path, capsys):
     here = config(rounds=2, out=tmp_path / "run")
-    with pytest.raises(InputError), Telling(here.out, lambda event: None) as telling:
-        run(here, telling.progress)
+    with pytest.raises(InputError), StatusFile(here.out, lambda event: None) as status_file:
+        run(here, status_file.progress)
         raise InputError("it is over")
     assert main(["watch", str(here.out)]) == 2
     assert capsys.readouterr().err == "fedsim: it is over\n"
@@ -107,8 +107,8 @@ def test_a_status_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     flushed = []
     monkeypatch.setattr("os.fsync", flushed.append)
     (tmp_path / "out").mkdir()
-    with Telling(tmp_path / "out", lambda event: None) as telling:
-        telling.progress(Event("training", 1, 2))
+    with StatusFile(tmp_path / "out", lambda event: None) as status_file:
+        status_file.progress(Event("training", 1, 2))
     assert json.loads((tmp_path / "out" / STATUS).read_text())["events"]
     assert not flushed
 
@@ -154,7 +154,7 @@ def test_stop_leaves_a_process_alone_that_has_the_pid_of_an_earlier_one(tmp_path
         assert main(["stop", str(tmp_path)]) == 2
     assert bystander.poll() is None
     assert capsys.readouterr().err == (
-        f"fedsim: process {bystander.pid} is not the one that wrote {tmp_path / STATUS}; it is left alone\n"
+        f"fedsim: process {bystander.pid} did not write {tmp_path / STATUS}; it is left alone\n"
     )
     bystander.kill()
     bystander.wait()
@@ -172,7 +172,7 @@ SHAPES = {
     '{"pid": 12, "started": 1, "host": "h", "began": 1, "events": 3, "ended": null}': "events: Input should be",
     '{"pid": 12, "started": 1, "host": "h", "began": 1, "events": [{}], "ended": null}': "events.0.stage",
     '{"pid": 12, "started": 1, "host": "h", "began": 1, "events": [], "ended": []}': "ended: Input should be",
-    '{"pid": 12, "started": 1, "host": "h", "began": 1, "events": [], "ended": {"code": 0}}': "ended.said",
+    '{"pid": 12, "started": 1, "host": "h", "began": 1, "events": [], "ended": {"code": 0}}': "ended.message",
 }
 
 
@@ -182,7 +182,7 @@ def test_a_status_of_another_shape_is_refused_in_one_sentence(command, shape, tm
     (tmp_path / STATUS).write_text(shape)
     assert main([command, str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"fedsim: {tmp_path / STATUS} is no status of a run ({SHAPES[shape]}")
+    assert said.startswith(f"fedsim: {tmp_path / STATUS} is not the status of a run ({SHAPES[shape]}")
     assert said.count("\n") == 1
 
 
@@ -198,7 +198,7 @@ def test_a_signal_ends_a_run_with_one_sentence_and_its_own_exit_code(number, cod
     assert process.returncode == code
     which = "" if number == signal.SIGINT else f" by {number.name}"
     assert said == f"fedsim: interrupted{which}; the same command goes on from the last round\n"
-    assert status(there)["ended"] == {"code": code, "said": said.removeprefix("fedsim: ").strip()}
+    assert status(there)["ended"] == {"code": code, "message": said.removeprefix("fedsim: ").strip()}
     assert (there / CHECKPOINT).exists()
 
 
@@ -228,7 +228,9 @@ def test_a_full_disk_behind_standard_output_is_said_once_the_run_is_complete(fla
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr == ("fedsim: standard output: No space left on device; all but what is printed is complete\n")
+    assert done.stderr == (
+        "fedsim: standard output: No space left on device; the work is complete, its output is not\n"
+    )
     assert (there / "report.html").exists()
 
 
@@ -252,7 +254,7 @@ def test_a_folder_without_a_run_is_refused_and_those_below_it_are_named(command,
     (tmp_path / "a" / STATUS).write_text("{}")
     assert main([command, str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"fedsim: no command of fedsim has run in {tmp_path}; below it are {tmp_path / 'a'}\n"
+        f"fedsim: no command of fedsim has run in {tmp_path}; its subfolders with runs: {tmp_path / 'a'}\n"
     )
 
 

@@ -1,8 +1,7 @@
-"""Runs that outlive their terminal: how far one has come stands in a file beside it, for whoever wants to look.
+"""Runs that outlive their terminal: the process writes its progress to status.json in its folder, for others to watch.
 
-A process of its own session does the work; nothing of it hangs on the terminal, or on Ray, which may be a cluster that
-is joined or a private one. `status.json` is written whole or not at all; a lock that the process holds until its end
-tells whether it is alive.
+A detached run has its own session, so it depends neither on the terminal nor on whether Ray is private or joined.
+`status.json` is written whole or not at all; a lock that the process holds until its end shows that it is alive.
 """
 
 import signal
@@ -18,32 +17,33 @@ import psutil
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field, ValidationError
 
-from fedsim.errors import RESUMES, InputError, Stopped, code_of, sentence_of
+from fedsim.errors import RESUMES, InputError, Stopped, code_of, listing, sentence_of
 from fedsim.events import Event, Progress
 from fedsim.files import reason, write_text
 from fedsim.folder import RUNNING as LOCK
 from fedsim.folder import Kind, claim
 
 STATUS, LOG = "status.json", "run.log"
-PATIENCE_S = 0.3  # between two looks
+POLL_S = 0.3  # between two reads of a status
 STOP_S = 60  # for an interrupted run to end
 
 
 class Ended(BaseModel):
-    """The exit code of a command, and what it said at its end."""
+    """The exit code of a command, and what it printed at its end."""
 
     code: int
-    said: str
+    message: str
 
 
 class Status(BaseModel):
-    """What `status.json` holds.
+    """The content of `status.json`.
 
     Attributes:
-        pid: of the process that does the work; 0, 1 and negative ones would name groups of processes, or init.
-        started: seconds from the start of the machine to that of the process: a later one may have the same pid.
-        events: the last one of each stage.
-        ended: None while it runs, and for ever if it was killed.
+        pid: of the process that runs the command; smaller numbers would be init or groups of processes.
+        started: seconds from the boot of the machine to the start of the process: pids are reused.
+        began: start of the command, in seconds since the epoch.
+        events: the last event of each stage.
+        ended: None while the command runs, and after it was killed.
     """
 
     pid: int = Field(ge=2)
@@ -54,57 +54,58 @@ class Status(BaseModel):
     ended: Ended | None
 
 
-class Telling:
-    """Writes what comes of a run to its folder, from the first event on; used as a context.
+class StatusFile:
+    """Writes the progress of a run to its folder; a context manager.
 
-    Before that nothing is written, since a run may still be refused; nor while another process has the folder.
+    Nothing is written before the first event, since the run may still be refused, or while another process has the
+    folder.
 
     Attributes:
-        said: what the run has said at its end, for those who come later.
+        message: what the run printed at its end, for `watch`.
     """
 
     def __init__(self, folder: Path, show: Progress, kind: Kind = "run") -> None:
-        self.folder, self.show, self.said, self.kind = folder, show, "", kind
+        self.folder, self.show, self.message, self.kind = folder, show, "", kind
         self.lock: FileLock | None = None
         self.events: dict[str, Event] = {}
         process = psutil.Process()
-        self.about = {"pid": process.pid, "started": _started(process), "host": socket.gethostname()}
-        self.about["began"] = time.time()
+        self.process = {"pid": process.pid, "started": _started(process), "host": socket.gethostname()}
+        self.began = time.time()
 
     def progress(self, event: Event) -> None:
         self.show(event)
         self.events[event.stage] = event
         self._write(None)
 
-    def __enter__(self) -> "Telling":
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a script's shell has it for what ends in &
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # what `stop` sends
+    def __enter__(self) -> "StatusFile":
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell sets it for background commands of a script
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # `fedsim stop` sends it
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        code, said = (0, self.said) if error is None else (code_of(error), sentence_of(error))
-        if self.lock or error is None:  # a run that is refused leaves what an earlier one has said
-            self._write(Ended(code=code, said=said))
+        code, message = (0, self.message) if error is None else (code_of(error), sentence_of(error))
+        if self.lock or error is None:  # a refused run leaves the status of an earlier one
+            self._write(Ended(code=code, message=message))
         if self.lock:
             self.lock.release()
 
     def _write(self, ended: Ended | None) -> None:
-        with suppress(OSError):  # on a full disk the run itself ends, and says so
-            if self.folder.is_dir() and (self.lock or self._take()):
-                status = Status(**self.about, events=list(self.events.values()), ended=ended)
+        with suppress(OSError):  # such as a full disk, on which the run itself fails with a message
+            if self.folder.is_dir() and (self.lock or self._acquire()):
+                status = Status(**self.process, began=self.began, events=list(self.events.values()), ended=ended)
                 write_text(self.folder / STATUS, status.model_dump_json(), lasting=False)  # at each event
 
-    def _take(self) -> bool:
+    def _acquire(self) -> bool:
         claim(self.folder, self.kind)
-        self.lock = _held(self.folder, PATIENCE_S)
+        self.lock = _lock(self.folder)
         return self.lock is not None
 
 
 def detach(folder: Path, argv: Sequence[str], kind: Kind = "run") -> None:
-    """Starts `fedsim ARGV` in a process that needs no terminal, and returns once it is under way or has ended.
+    """Starts `fedsim ARGV` in a process without a terminal, and returns once it has started its work or ended.
 
     Raises:
-        InputError, Stopped: it has ended, with what it said; or the folder cannot be claimed.
+        InputError, Stopped: it has failed, with its message; or the folder cannot be claimed.
     """
     if _alive(folder):
         raise InputError(f"another process is running in {folder}; fedsim watch {folder} shows it")
@@ -120,26 +121,25 @@ def detach(folder: Path, argv: Sequence[str], kind: Kind = "run") -> None:
                 start_new_session=True,
             )
     except OSError as error:
-        raise Stopped(f"{reason(error)}; once that is mended, the same command starts") from None
+        raise Stopped(f"{reason(error)}. Fix this and rerun the same command.") from None
     while not (folder / STATUS).exists() and child.poll() is None:
-        time.sleep(PATIENCE_S)
+        time.sleep(POLL_S)
     if child.poll():
-        last = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or [
-            f"it ended with code {child.returncode}"
-        ]
-        raise (InputError if child.returncode == 2 else Stopped)(last[0].removeprefix("fedsim: "))
+        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        message = lines[-1].removeprefix("fedsim: ") if lines else f"the process ended with code {child.returncode}"
+        raise (InputError if child.returncode == 2 else Stopped)(message)
 
 
 def watch(folder: Path, show: Progress) -> Ended:
     """Shows the events of the run in a folder until it ends; returns how it ended.
 
     Raises:
-        InputError: there is no such run.
-        Stopped: it has died without a word.
+        InputError: no command has run in the folder.
+        Stopped: its process has died without writing how.
     """
     shown: dict[str, Event] = {}
     while True:
-        alive = _alive(folder)  # before the look at what it wrote: it may end in between
+        alive = _alive(folder)  # checked before reading the status: the run may end in between
         status = read_status(folder)
         for event in status.events:
             if shown.get(event.stage) != event:
@@ -148,80 +148,81 @@ def watch(folder: Path, show: Progress) -> Ended:
         if status.ended:
             return status.ended
         if not alive and status.host == socket.gethostname():
-            raise Stopped(f"the process that ran in {folder} is gone; {RESUMES}")
-        time.sleep(PATIENCE_S)
+            raise Stopped(f"the process that ran in {folder} has died; {RESUMES}")
+        time.sleep(POLL_S)
 
 
 def stop(folder: Path) -> None:
     """Interrupts the run in a folder, as Ctrl-C would, and waits for its end.
 
     Raises:
-        InputError: nobody runs there, or on another machine.
-        Stopped: it does not end, or belongs to another user.
+        InputError: no run is active in the folder, or it runs on another machine.
+        Stopped: its process does not end, or belongs to another user.
     """
     host = read_status(folder).host
     if host != socket.gethostname():
-        raise InputError(f"{folder} is run by a process on {host}; stop it there")
+        raise InputError(f"the run in {folder} is on {host}; stop it there")
     alive, status = _alive(folder), read_status(folder)
     if status.ended or not alive:
-        raise InputError(f"nobody runs in {folder}")
+        raise InputError(f"no run is active in {folder}")
     try:
         process = psutil.Process(status.pid)
         if abs(_started(process) - status.started) > 1:
-            raise InputError(f"process {status.pid} is not the one that wrote {folder / STATUS}; it is left alone")
+            raise InputError(f"process {status.pid} did not write {folder / STATUS}; it is left alone")
         process.send_signal(signal.SIGINT)
     except psutil.NoSuchProcess:
         raise InputError(f"{folder / STATUS} names process {status.pid}, which does not exist") from None
     except psutil.AccessDenied:
         raise Stopped(f"process {status.pid} belongs to another user") from None
-    late = time.monotonic() + STOP_S
+    deadline = time.monotonic() + STOP_S
     while _alive(folder):
-        if time.monotonic() > late:
-            raise Stopped(f"process {status.pid} does not end; its checkpoints are whole, and `kill -9` may be used")
-        time.sleep(PATIENCE_S)
+        if time.monotonic() > deadline:
+            raise Stopped(f"process {status.pid} does not end; `kill -9 {status.pid}` is safe, checkpoints are intact")
+        time.sleep(POLL_S)
 
 
 def read_status(folder: Path) -> Status:
-    """What `Telling` wrote last.
+    """The last content that `StatusFile` has written.
 
     Raises:
-        InputError: nothing is there; the message lists the runs that are below the folder. Or it is something else.
+        InputError: the file is missing, and the message lists runs in subfolders; or it is not a status.
     """
     try:
         return Status.model_validate_json((folder / STATUS).read_bytes(), strict=True)
     except OSError:
-        below = sorted(str(file.parent) for file in folder.glob(f"*/{STATUS}"))
-        more = f"; below it are {', '.join(below[:12])}" if below else ""
-        raise InputError(f"no command of fedsim has run in {folder}{more}") from None
+        runs = sorted(str(file.parent) for file in folder.glob(f"*/{STATUS}"))
+        hint = f"; its subfolders with runs: {listing(runs)}" if runs else ""
+        raise InputError(f"no command of fedsim has run in {folder}{hint}") from None
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        raise InputError(f"{folder / STATUS} is no status of a run ({field and field + ': '}{first['msg']})") from None
+        raise InputError(
+            f"{folder / STATUS} is not the status of a run ({field and field + ': '}{first['msg']})"
+        ) from None
 
 
 def _started(process: psutil.Process) -> float:
-    # A difference, since both change with the clock of the machine.
+    # Relative to boot: both times shift when the machine's clock is set.
     return process.create_time() - psutil.boot_time()
 
 
 def _alive(folder: Path) -> bool:
     if not (folder / LOCK).exists():
         return False
-    lock = _held(folder, PATIENCE_S)
+    lock = _lock(folder)
     if lock:
         lock.release()
     return lock is None
 
 
-def _held(folder: Path, patience_s: float) -> FileLock | None:
-    """The lock of a process that runs in a folder; None where another one has it, or it is somebody else's folder.
+def _lock(folder: Path) -> FileLock | None:
+    """The lock of a folder; None when another process or another user has it.
 
-    Args:
-        patience_s: somebody who only looks has it for no time.
+    Waits a moment: a process that only checks holds the lock briefly.
     """
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=patience_s)
+        lock.acquire(timeout=POLL_S)
     except (Timeout, PermissionError):
         return None
     return lock

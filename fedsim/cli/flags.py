@@ -1,57 +1,74 @@
-"""Flags: fields of Config, and nothing of their own.
+"""The flags of `fedsim run`: one for every field of Config and of every component.
 
-argparse reads the flags and pydantic, in Config, checks them: types, ranges and defaults are then the same in
-Python, in YAML and here. (jsonargparse, tried on paper, wants import paths of classes in the YAML, and checks
-ranges only of what came through the command line; tyro makes a subcommand of every component.)
+argparse reads the flags; pydantic checks them in Config, so types, ranges and defaults are the same in Python, in YAML
+and on the command line. (Rejected: jsonargparse, which needs import paths of classes in the YAML and checks ranges only
+of flags; tyro, which makes each component a subcommand.)
 """
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-# What imports torch is imported where it is used: it takes seconds, which some commands can do without.
+# What imports torch is imported in functions: it takes seconds, and some commands do not need it.
 from fedsim.errors import InputError, listing
 from fedsim.registry import KINDS, available, find
 from fedsim.search import search_of
+
+if TYPE_CHECKING:
+    from fedsim.config import Config
 
 DETACH = "--detach"
 
 
 class Parser(argparse.ArgumentParser):
+    """Raises InputError instead of exiting."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
-def parse_run(argv: list[str], command: str = "run", others: Iterable[str] = ()) -> tuple[Any, str]:
-    """The Config that the flags of `fedsim run` describe, and a sentence on where it starts from.
+def parse_run(
+    argv: Sequence[str],
+    command: str = "run",
+    other_flags: Iterable[str] = (),
+    base: tuple[dict[str, Any], str] | None = None,
+) -> tuple["Config", str]:
+    """The Config that flags describe, and where it starts from in a few words, for the user.
 
     Args:
-        command: that has these flags too.
-        others: what else it has, to be named where one is misspelt.
+        command: the command that takes these flags.
+        other_flags: which it takes besides; used to suggest a correction of a misspelt one.
+        base: fields and name of the config to start from, instead of --config.
     """
-    from fedsim.config import Config, merged, read_yaml
+    from fedsim.config import Config, merged
+
+    flags = _parse_flags(argv, command, other_flags)
+    file = flags.pop("config", None)
+    fields, origin = base or _base(file, flags)
+    return Config(**merged(fields, flags)), origin
+
+
+def _base(file: str | None, flags: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Fields and name of the config that flags override."""
+    from fedsim.config import read_yaml
     from fedsim.weights import EMBEDDED
 
-    flags = _flags(argv, command, others)
-    file = flags.pop("config", None)
-    # The embedded experiment is tuned for its own images and model; with any other, defaults are the papers'.
-    ours = {"dataset": {"name": "glyphs"}, "backbone": EMBEDDED[0], "pretrained": EMBEDDED[1]}
-    embedded = file is None and all(flags.get(name) in (None, value) for name, value in ours.items())
-    if embedded:
-        file = "glyphs"
-    below = read_yaml(file) if file else {}
-    origin = f"config {file}" if file else "the papers' defaults"
-    if embedded:
-        origin = "the embedded experiment (glyphs.yaml, tuned on validation rows; --config paper has FedCLIP's values)"
-    return Config(**merged(below, flags)), origin
+    if file:
+        return read_yaml(file), f"config {file}"
+    # The embedded experiment is tuned for its own images and model; with others, the defaults are the papers'.
+    own = {"dataset": {"name": "glyphs"}, "backbone": EMBEDDED[0], "pretrained": EMBEDDED[1]}
+    if all(flags.get(name) in (None, value) for name, value in own.items()):
+        words = "the embedded experiment (glyphs.yaml, tuned on validation rows; --config paper has FedCLIP's values)"
+        return read_yaml("glyphs"), words
+    return {}, "the papers' defaults"
 
 
 def run_parser() -> argparse.ArgumentParser:
-    """Flags for every field of Config, and for every field of every component below its kind."""
+    """The parser of `fedsim run`."""
     from fedsim.config import Config, flat, read_yaml
 
     embedded = flat(read_yaml("glyphs"))
@@ -65,11 +82,11 @@ def run_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of these fields, or the name of an embedded one")
-    parser.add_argument(DETACH, action="store_true", help="go on without this terminal; fedsim watch picks it up again")
+    parser.add_argument(DETACH, action="store_true", help="run in the background; fedsim watch shows the progress")
     for name, field in Config.model_fields.items():
         switch = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-        ours = f"; {embedded[name]} on the embedded images" if name in embedded and name not in KINDS else ""
-        about = f"{field.description} (default: {_default(field)}{ours}{_range(Config, name)})"
+        glyphs = f"; {embedded[name]} on the embedded images" if name in embedded and name not in KINDS else ""
+        about = f"{field.description} (default: {_default(field)}{glyphs}{_range(Config, name)})"
         parser.add_argument(flag(name), dest=name, metavar=_metavar(name), help=about.replace("%", "%%"), **switch)
     for kind in KINDS:
         fields = {field for name in available(kind) for field in find(kind, name).__pydantic_fields__}
@@ -95,20 +112,33 @@ def describe_components() -> str:
     return "\n".join(lines)
 
 
-def _flags(argv: list[str], command: str, others: Iterable[str]) -> dict[str, Any]:
+def flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def with_dashes(argv: Sequence[str]) -> list[str]:
+    """Flags written with underscores, as they are defined: `--held_out=ink` -> `--held-out=ink`."""
+    parts = [word.partition("=") for word in argv]
+    return [
+        flag(name[2:]) + equals + value if name.startswith("--") else name + equals + value
+        for name, equals, value in parts
+    ]
+
+
+def _parse_flags(argv: Sequence[str], command: str, other_flags: Iterable[str]) -> dict[str, Any]:
     """Flags as nested fields: `--method fedclip --method.lr 1e-3` -> {"method": {"name": "fedclip", "lr": "1e-3"}}."""
     parser = run_parser()
-    args, unknown = parser.parse_known_args([dashed(word) for word in argv])
+    args, unknown = parser.parse_known_args(with_dashes(argv))
     if unknown:
-        flag = unknown[0].partition("=")[0]
-        close = get_close_matches(flag, [*others, *parser._option_string_actions], n=3)
+        name = unknown[0].partition("=")[0]
+        close = get_close_matches(name, [*other_flags, *parser._option_string_actions], n=3)
         hint = f"did you mean {listing(close)}?" if close else f"fedsim {command} --help lists all"
-        raise InputError(f"no flag {flag}; {hint}")
+        raise InputError(f"no flag {name}; {hint}")
     fields: dict[str, Any] = {}
     for name, value in vars(args).items():
         kind, _, field = name.partition(".")
-        # Not where a value is required: a domain may be called none.
-        if value.lower() in ("none", "null") and (field or _optional(name)):
+        # A domain may be called none: only fields that can be empty take the word.
+        if value.lower() in ("none", "null") and (field or _may_be_none(name)):
             value = None
         if kind in KINDS:
             fields.setdefault(kind, {})[field or "name"] = value
@@ -117,25 +147,25 @@ def _flags(argv: list[str], command: str, others: Iterable[str]) -> dict[str, An
     return fields
 
 
-def _optional(name: str) -> bool:
+def _may_be_none(field: str) -> bool:
     from fedsim.config import Config
 
-    return name in Config.model_fields and type(None) in get_args(Config.model_fields[name].annotation)
+    return field in Config.model_fields and type(None) in get_args(Config.model_fields[field].annotation)
 
 
 def _default(field: FieldInfo) -> str:
     try:
         value = field.get_default(call_default_factory=True)
-    except InputError:  # of the cache, where this user has no home folder
+    except InputError:  # of the cache, for a user without a home folder
         value = None
     return "none" if value in (None, ()) else str(value)
 
 
 def _range(owner: type, name: str) -> str:
-    """`, > 0, < 1` or `, one of adam, sgd`, as the field itself declares it, and what a sweep searches of it."""
+    """The limits or choices of a field, and the range that a sweep searches: `, > 0, < 1, searched 0.1:0.9:linear`."""
     field = owner.__pydantic_fields__[name]
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    limits = dict.fromkeys(  # a subclass may state a limit of its parent again
+    limits = dict.fromkeys(  # a subclass may repeat a limit of its parent
         f"{sign} {getattr(limit, name):g}"
         for limit in field.metadata
         for name, sign in signs.items()
@@ -146,18 +176,8 @@ def _range(owner: type, name: str) -> str:
     return "".join(f", {text}" for text in (*limits, *choices, *([f"searched {search}"] if search else [])))
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _metavar(name: str) -> str:
-    known = {"out": "DIR", "data_dir": "DIR", "cache_dir": "DIR", "held_out": "DOMAIN", "address": "ADDR"}
-    known |= {"pretrained": "TAG_OR_FILE", "prompt": "TEXT"} | dict.fromkeys((*KINDS, "backbone", "dtype"), "NAME")
-    return known.get(name, "N")
-
-
-def dashed(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value
+def _metavar(field: str) -> str:
+    metavars = {"out": "DIR", "data_dir": "DIR", "cache_dir": "DIR", "held_out": "DOMAIN", "address": "ADDR"}
+    metavars |= {"pretrained": "TAG_OR_FILE", "prompt": "TEXT"}
+    metavars |= dict.fromkeys((*KINDS, "backbone", "dtype"), "NAME")
+    return metavars.get(field, "N")

@@ -1,1 +1,1 @@
-"""A search over hyperparameters: Optuna proposes and remembers, Ray Tune runs trials side by side."""
+"""Hyperparameter search: Optuna proposes and stores trials, Ray Tune runs them in parallel."""

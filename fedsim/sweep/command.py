@@ -1,83 +1,105 @@
-"""`fedsim sweep`: the flags of `fedsim run` describe the base config, and some more the search around it."""
+"""`fedsim sweep`: the flags of `fedsim run` describe the base config, further flags the search around it."""
 
 import argparse
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from fedsim.cli.flags import DETACH, Parser, dashed, flag, parse_run
-from fedsim.cli.progress import launch
+from fedsim.cli.flags import DETACH, Parser, flag, parse_run, with_dashes
+from fedsim.cli.launch import launch
 from fedsim.errors import InputError
 from fedsim.formats import percent, spread
-from fedsim.sweep.sweep import Found, Sweep, prepare_sweep, run_sweep
+from fedsim.sweep.config import SWEEP_FIELDS, Sweep, read_sweep
+from fedsim.sweep.prepare import prepare_sweep
+from fedsim.sweep.results import SweepResult
+from fedsim.sweep.search import run_sweep
 
-# Its --out as well: that of a config file is the folder of a run.
-OURS = [name for name in Sweep.model_fields if name != "config"]
+FIELDS = [*SWEEP_FIELDS, "out"]
 SEVERAL = "search", "objective", "tuning_seeds", "report_seeds", "loggers"
 EPILOG = """\
-All flags of `fedsim run` describe the config to start from; `fedsim run --help` lists them, and which hyperparameters
-declare a range. A sweep has seeds of its own, so there is no --seed. What can be said after --search:
+All flags of `fedsim run` describe the base config; `fedsim run --help` lists them, with the range that a hyperparameter
+declares. A sweep has its own seeds, so there is no --seed. --search takes:
 
   method.lr                 over the range that the chosen method declares for it
-  method.* server.*         all that they declare; this is searched where nothing is said
-  method.lr=1e-5:1e-2       over a range of one's own; by logarithm if the declared one is, or as :log or :linear say
-  method.batch=16,32,64     over some values
-  method=fedclip,probe      over components; method.lr is then each one's own
-  cohort=10:100             a field of the config itself
+  method.* server.*         all ranges that they declare (the default)
+  method.lr=1e-5:1e-2       over a custom range; log-uniform if the declared range is, or with :log or :linear
+  method.batch=16,32,64     over custom values
+  method=fedclip,probe      over components; method.lr then stands for fedclip.lr and probe.lr
+  cohort=10:100             over a field of the config itself
 """
 
 
 def sweep_command(argv: Sequence[str]) -> int:
-    """fedsim sweep: searches, with its progress and a small table at the end."""
+    """fedsim sweep: a search over hyperparameters."""
     sweep, origin = parse_sweep([word for word in argv if word != DETACH])
     check, work = partial(prepare_sweep, sweep), partial(run_sweep, sweep)
     return launch(["sweep", *argv], sweep.folder(), f"around {origin}", check, work, _show, "sweep")
 
 
 def parse_sweep(argv: Sequence[str]) -> tuple[Sweep, str]:
-    """The Sweep that flags describe, and a sentence on where it starts from."""
+    """The Sweep that flags describe, and where it starts from in a few words, for the user."""
+    argv = with_dashes(argv)
     if seeds := [word for word in argv if word.partition("=")[0] == "--seed"]:
         raise InputError(f"no flag {seeds[0]}: a sweep has --tuning-seeds, and --report-seeds to report on")
-    ours, rest = sweep_parser().parse_known_args([dashed(word) for word in argv])
-    config, origin = parse_run(rest, "sweep", map(flag, OURS))
-    return Sweep(config=config.model_copy(update={"out": None}), **vars(ours)), origin
+    flags, others = sweep_parser().parse_known_args(argv)
+    fields = vars(flags)
+    file = fields.pop("config", None)
+    in_file, base = read_sweep(file) if file else ({}, None)
+    names = map(flag, FIELDS)
+    config, origin = parse_run(others, "sweep", names, base=None if file is None else (base or {}, f"config {file}"))
+    return Sweep(config=config.model_copy(update={"out": None}), **in_file | fields), origin
 
 
 def sweep_parser() -> argparse.ArgumentParser:
-    """The flags that `fedsim run` has not got: one for each field of Sweep."""
+    """The flags that only `fedsim sweep` has: one for each field of Sweep."""
     parser = Parser(
         prog="fedsim sweep",
-        description="Search over hyperparameters; the same command again goes on with it.",
+        description="Search over hyperparameters; the same command again resumes it.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    for name in OURS:
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of a sweep, such as tune/adapter.yaml, or of a base config",
+    )
+    for name in FIELDS:
         field = Sweep.model_fields[name]
-        default = field.default
-        if isinstance(default, tuple):
-            default = " ".join(map(str, default)) or "method.* server.*"
-        about = f"{field.description}" + ("" if default is None else f" (default: {default})")
+        default = _default(field.default)
+        about = f"{field.description}{default and f' (default: {default})'}"
         several = {"nargs": "*"} if name in SEVERAL else {}
         parser.add_argument(flag(name), dest=name, metavar=_metavar(name), help=about.replace("%", "%%"), **several)
-    parser.add_argument(DETACH, action="store_true", help="go on without this terminal; fedsim watch picks it up again")
+    parser.add_argument(DETACH, action="store_true", help="run in the background; fedsim watch shows the progress")
     return parser
 
 
-def _show(console: Console, found: Found) -> None:
-    told = ", ".join(f"{count} {state}" for state, count in found.trials.state.value_counts().items())
-    console.print(f"{len(found.trials)} trials: {told}; the best is trial {found.number}")
-    if len(found.reporting):
-        console.print(_reported(found.reporting))
+def _default(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "method.* server.*"
+    return "" if value is None else str(value)
+
+
+def _metavar(name: str) -> str:
+    names = dict.fromkeys(("objective", "sampler", "pruner", "loggers"), "NAME")
+    return {"search": "PARAMETER", "out": "DIR", **names}.get(name, "N")
+
+
+def _show(console: Console, result: SweepResult) -> None:
+    states = ", ".join(f"{count} {state}" for state, count in result.trials.state.value_counts().items())
+    console.print(f"{len(result.trials)} trials: {states}; the best is trial {result.best_trial}")
+    if len(result.reporting):
+        console.print(_reporting_table(result.reporting))
     for file in ("sweep.html", "best.yaml", "trials.parquet", "study.db"):
-        console.print(f"  {found.folder / file}", soft_wrap=True)
+        console.print(f"  {result.folder / file}", soft_wrap=True)
 
 
-def _reported(reporting: pd.DataFrame) -> Table:
+def _reporting_table(reporting: pd.DataFrame) -> Table:
     """The base and the best config on the reporting seeds."""
     heads = {
         "validation": "validation rows",
@@ -85,16 +107,11 @@ def _reported(reporting: pd.DataFrame) -> Table:
         "worst_tenth": "worst tenth",
         "generalization": "held-out domain",
     }
-    by = reporting.groupby("which")[list(heads)]
-    mean, deviation = by.mean(), by.std()
+    groups = reporting.groupby("config")[list(heads)]
+    mean, deviation = groups.mean(), groups.std()
     table = Table(title="accuracy in percent on the reporting seeds, mean ± deviation")
     for head in ("", *heads.values()):
         table.add_column(head, justify="right" if head else "left")
-    for which in mean.index:
-        table.add_row(which, *(spread(percent(mean[name][which]), deviation[name][which]) for name in heads))
+    for config in mean.index:
+        table.add_row(config, *(spread(percent(mean[name][config]), deviation[name][config]) for name in heads))
     return table
-
-
-def _metavar(name: str) -> str:
-    known = {"search": "WHAT", "out": "DIR"} | dict.fromkeys(("objective", "sampler", "pruner", "loggers"), "NAME")
-    return known.get(name, "N")

@@ -1,117 +1,118 @@
-"""What a sweep searches: read from how it is written, and checked before anything starts.
+"""The search space: parsed from `--search`, and checked before anything starts.
 
-    method.lr                 the range that the chosen method declares for it (`fedsim run --help` shows them)
-    method.*                  all that it declares; what is also named by itself is searched as it is named
-    method.lr=1e-5:1e-2       a range of one's own; by logarithm if the declared one is, or as :log and :linear say
-    method.batch=16,32,64     values of one's own
-    method.objective          all values of a field that has only a few
-    method=fedclip,probe      components to choose from; method.lr is then fedclip.lr or probe.lr, as is chosen
-    fedclip.lr=1e-5:1e-3      of one of these alone
+    method.lr                 over the range that the chosen method declares for it (`fedsim run --help` shows them)
+    method.*                  all ranges that it declares; a parameter that is also named itself is searched as named
+    method.lr=1e-5:1e-2       over a custom range; log-uniform if the declared range is, or with :log or :linear
+    method.batch=16,32,64     over custom values
+    method.objective          over all values of a field that has only a few
+    method=fedclip,probe      over components; method.lr then stands for fedclip.lr and probe.lr
+    fedclip.lr=1e-5:1e-3      a parameter of one of them
     cohort=10:100             a field of Config itself
 
-What counts only beside another value of its component, as sgd's momentum does, is searched only beside it.
+A parameter that has an effect only with certain values of another, such as sgd's momentum, is searched only with those.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import optuna
 
-from fedsim.config import EXECUTION, Config
+from fedsim.config import Config
 from fedsim.errors import InputError, listing
-from fedsim.registry import KINDS, available, changed, find, name_of, parse
+from fedsim.registry import KINDS, changed, find, name_of, parse
 from fedsim.search import Choice, Plain, Span, search_of
+from fedsim.sweep.syntax import all_values, check_searchable, parse_candidates, parse_range, with_values
 
 # What changes the problem (partition, clients, cohort) is searched only when it is named.
 DEFAULT = ("method.*", "server.*")
-SEEDS = ("seed", "partition_seed")
-JUDGING = ("eval_clients", "evaluate_every")
-SAME = ("chunk", "threads_per_actor")
-DATA = ("dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prompt", "held_out", "augment")
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One parameter of the search.
+    """One parameter of the space.
 
     Attributes:
-        name: what Optuna calls it: "method", "fedclip.lr", "cohort".
+        name: its name in Optuna: "method", "fedclip.lr", "cohort".
         path: where its value goes in the fields of a config: ("method", "name"), ("method", "lr"), ("cohort",).
-        only: names of other parameters, and the values of each beside which this one counts.
+        conditions: names of other parameters, with the values for which this one is searched.
     """
 
     name: str
     path: tuple[str, ...]
-    over: Span | Choice
-    only: tuple[tuple[str, tuple[Plain, ...]], ...] = ()
+    range: Span | Choice
+    conditions: tuple[tuple[str, tuple[Plain, ...]], ...] = ()
 
-    def counts(self, params: Mapping[str, Plain]) -> bool:
-        """Whether it is searched beside these values of parameters that stand before it."""
-        return all(name in params and params[name] in values for name, values in self.only)
+    def is_active(self, params: Mapping[str, Plain]) -> bool:
+        """Whether it is searched, given the values of the parameters before it."""
+        return all(name in params and params[name] in values for name, values in self.conditions)
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> Plain:
-        if isinstance(self.over, Choice):
-            return trial.suggest_categorical(self.name, self.over.values)
-        draw = trial.suggest_int if isinstance(self.over.low, int) else trial.suggest_float
-        return draw(self.name, self.over.low, self.over.high, log=self.over.log)
+        if isinstance(self.range, Choice):
+            return trial.suggest_categorical(self.name, self.range.values)
+        draw = trial.suggest_int if isinstance(self.range.low, int) else trial.suggest_float
+        return draw(self.name, self.range.low, self.range.high, log=self.range.log)
 
 
 @dataclass(frozen=True)
 class Space:
-    """All parameters of a search, each behind those that it depends on; the same whatever the order of writing."""
+    """All parameters of a search, each after those that it depends on; does not depend on the order of writing."""
 
     dimensions: tuple[Dimension, ...]
 
     @classmethod
     def parse(cls, texts: Sequence[str], config: Config) -> "Space":
-        """The space that is written so, around a base config; of no texts, `DEFAULT`.
+        """The space that the texts of `--search` describe around a base config; `DEFAULT` when there are none.
 
         Raises:
-            InputError: there is no such component or field; a range is empty or leaves the field's limits; a parameter
-                is named twice, or counts nowhere; a candidate of `server` cannot be used with one of `method`; a
-                cohort would be larger than the number of clients; nothing is left to search.
+            InputError: a component or field does not exist; a range is empty or leaves the field's limits; a parameter
+                is named twice, or never has an effect; a candidate of `server` cannot be used with one of `method`; a
+                cohort would be larger than the number of clients; there is nothing to search.
         """
         texts = tuple(texts) or DEFAULT
-        chosen = [_chosen(text) for text in texts if text.partition("=")[0].strip() in KINDS]
-        base = _Base.of(config, chosen)
-        found: dict[str, _Found] = {}
+        candidates = [parse_candidates(text) for text in texts if text.partition("=")[0].strip() in KINDS]
+        base = _Base.of(config, candidates)
+        parameters: dict[str, _Parameter] = {}
         for text in texts:
             try:
-                for one in base.read(text):
-                    there = found.get(one.name)
-                    if there and not (one.star or there.star):
-                        raise InputError(f"{one.name} is said twice")
-                    if there is None or there.star:
-                        found[one.name] = one
+                for parameter in base.parameters(text):
+                    earlier = parameters.get(parameter.name)
+                    if earlier and not (parameter.wildcard or earlier.wildcard):
+                        raise InputError(f"{parameter.name} is given twice")
+                    if earlier is None or earlier.wildcard:
+                        parameters[parameter.name] = parameter
             except InputError as error:
                 raise InputError(f"--search {text}: {error}") from None
-        space = cls(tuple(sorted(base.counting(found), key=lambda one: (len(one.only), one.name))))
+        space = cls(tuple(sorted(base.dimensions(parameters), key=lambda each: (len(each.conditions), each.name))))
         if not space.dimensions:
-            raise InputError(f"--search {' '.join(texts)}: nothing to search; {base.declared(_owners(base))}")
-        base.check(space.dimensions)
+            raise InputError(f"--search {' '.join(texts)}: nothing to search; {base.declared(base.all_owners())}")
+        base.check(space)
         return space
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
-        """What a trial lays over the base config, as fields for `fedsim.config.merged`; asks for what counts alone."""
+        """Draws the active parameters of a trial; returns them as fields to merge into the base config."""
         params: dict[str, Plain] = {}
         fields: dict[str, Any] = {}
-        for one in self.dimensions:
-            if one.counts(params):
-                params[one.name] = one.suggest(trial)
-                head, *field = one.path
+        for dimension in self.dimensions:
+            if dimension.is_active(params):
+                params[dimension.name] = dimension.suggest(trial)
+                head, *field = dimension.path
                 if field:
-                    fields.setdefault(head, {})[field[0]] = params[one.name]
+                    fields.setdefault(head, {})[field[0]] = params[dimension.name]
                 else:
-                    fields[head] = params[one.name]
+                    fields[head] = params[dimension.name]
         return fields
 
+    def range_of(self, *path: str) -> Span | Choice | None:
+        """The range of the parameter with this path, None when it is not searched."""
+        return next((dimension.range for dimension in self.dimensions if dimension.path == path), None)
+
     def plain(self) -> list[str]:
-        """The space as texts that `parse` reads; equal for equal spaces."""
-        return [f"{one.name}={one.over}" for one in self.dimensions]
+        """The space as texts that `parse` takes; equal for equal spaces."""
+        return [f"{dimension.name}={dimension.range}" for dimension in self.dimensions]
 
     def changes(self, before: Sequence[str]) -> list[str]:
-        """A sentence for each parameter that is not searched as in another space, given as that one's `plain`."""
+        """One sentence for each parameter that another space, given as its `plain`, searches differently."""
         old, now = (dict(text.split("=", 1) for text in texts) for texts in (before, self.plain()))
         return [
             f"{name} was searched over {old[name]}, and now is not"
@@ -124,30 +125,30 @@ class Space:
         ]
 
     def defaults(self, config: Config) -> dict[str, Plain] | None:
-        """The base config as Optuna's parameters, or None where one of its values lies outside the space."""
+        """The base config as parameters of Optuna; None when one of its values is outside the space."""
         params: dict[str, Plain] = {}
-        for one in self.dimensions:
-            if one.counts(params):
-                head, *field = one.path
+        for dimension in self.dimensions:
+            if dimension.is_active(params):
+                head, *field = dimension.path
                 value = getattr(config, head)
                 if field:
                     value = name_of(value) if field == ["name"] else getattr(value, field[0])
-                if value not in one.over:
+                if value not in dimension.range:
                     return None
-                params[one.name] = value
+                params[dimension.name] = value
         return params
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A parameter as some text asks for it, and whether that text asks for all (`*`)."""
+class _Parameter:
+    """A parameter as one text of `--search` names it, or includes it by `*` (`wildcard`)."""
 
     text: str
-    star: bool
+    wildcard: bool
     kind: str  # "" for Config itself
     component: str
     field: str
-    over: Span | Choice
+    range: Span | Choice
 
     @property
     def name(self) -> str:
@@ -158,219 +159,174 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Base:
-    """What is searched around, and the components that there are to choose from, by kind."""
+    """The base config, and the candidate components by kind."""
 
     config: Config
     candidates: dict[str, tuple[str, ...]]
 
     @classmethod
-    def of(cls, config: Config, chosen: list[tuple[str, tuple[str, ...]]]) -> "_Base":
-        return cls(config, {kind: (name_of(getattr(config, kind)),) for kind in KINDS} | dict(chosen))
+    def of(cls, config: Config, candidates: list[tuple[str, tuple[str, ...]]]) -> "_Base":
+        return cls(config, {kind: (name_of(getattr(config, kind)),) for kind in KINDS} | dict(candidates))
 
-    def read(self, text: str) -> Iterator[_Found]:
+    def parameters(self, text: str) -> Iterator[_Parameter]:
         """The parameters that one text asks for."""
-        name, equals, said = (part.strip() for part in text.partition("="))
+        name, equals, values = (part.strip() for part in text.partition("="))
         head, _, field = name.replace("-", "_").partition(".")
         if head in KINDS and not field:
-            yield _Found(text, False, head, "", "name", Choice(self.candidates[head]))
+            yield _Parameter(text, False, head, "", "name", Choice(self.candidates[head]))
             return
         owners = self.owners(head, field)
         if field == "*":
             if equals:
-                raise InputError("* stands for declared ranges, and takes none")
+                raise InputError("* stands for declared ranges and takes no range")
             for kind, component in owners:
-                for each in self.cls(kind, component).__pydantic_fields__:
-                    if search_of(self.cls(kind, component), each):
-                        yield self.found(text, True, kind, component, each, None)
+                cls = self.class_of(kind, component)
+                declared = [each for each in cls.__pydantic_fields__ if search_of(cls, each)]
+                for each in declared:
+                    yield _Parameter(text, True, kind, component, each, self.range(kind, component, each, None))
             return
         field = field or head
-        having = [owner for owner in owners if field in self.cls(*owner).__pydantic_fields__]
+        having = [owner for owner in owners if field in self.class_of(*owner).__pydantic_fields__]
         if not having:
-            raise InputError(f"no field {field!r} in {listing(c for _, c in owners)}; {self.declared(owners)}")
-        there = [self.found(text, False, *owner, field, said if equals else None) for owner in having]
-        if not any(there):
-            whose = listing(component for _, component in having if component)
+            names = listing(component for _, component in owners)
+            raise InputError(f"no field {field!r} in {names}; {self.declared(owners)}")
+        ranges = {owner: self.range(*owner, field, values if equals else None) for owner in having}
+        if not any(ranges.values()):
+            names = listing(component for _, component in having if component)
             raise InputError(
-                f"{field}{whose and ' of '}{whose} declares no range; say {name}=LOW:HIGH, or values separated by "
+                f"{field}{names and ' of '}{names} declares no range; give {name}=LOW:HIGH, or values separated by "
                 f"commas; {self.declared(owners)}"
             )
-        yield from filter(None, there)
+        for (kind, component), each in ranges.items():
+            if each:
+                yield _Parameter(text, False, kind, component, field, each)
 
     def owners(self, head: str, field: str) -> list[tuple[str, str]]:
-        """Kind and name of the components, or of Config, that a name begins with."""
+        """Kind and name of the components, or ("", "") for Config, that the first part of a name stands for."""
         if field and head in KINDS:
             return [(head, component) for component in self.candidates[head]]
         if field:
             owners = [(kind, head) for kind in KINDS if head in self.candidates[kind]]
             if not owners:
-                there = ", ".join(f"{kind} ({listing(self.candidates[kind])})" for kind in KINDS)
-                raise InputError(f"{head!r} is neither a kind of component nor one of those here: {there}")
+                names = ", ".join(f"{kind} ({listing(self.candidates[kind])})" for kind in KINDS)
+                raise InputError(f"{head!r} is neither a kind of component nor one of the chosen components: {names}")
             return owners
-        if head in SEEDS:
-            raise InputError(f"a sweep has tuning and reporting seeds of its own, and one partition; {head} is no knob")
-        if head in (*EXECUTION, *SAME):
-            raise InputError(f"{head} changes nothing of what comes out, so there is nothing to search")
-        if head in JUDGING:
-            raise InputError(f"{head} says how a trial is judged: the best would be the one that was judged with luck")
-        if head in DATA:
-            raise InputError(f"all trials of a sweep are on the same data, so {head} is no knob")
-        if head not in Config.model_fields:
-            none = SEEDS + EXECUTION + SAME + JUDGING + DATA
-            there = [name for name in Config.model_fields if name not in none]
-            raise InputError(f"no field {head!r} to search; there are: {listing(there, 40)}")
+        check_searchable(head)
         return [("", "")]
 
-    def found(self, text: str, star: bool, kind: str, component: str, field: str, said: str | None) -> _Found | None:
-        """The range that is said, or else the declared one, or else all values, with the types of the field."""
-        about = self.cls(kind, component).__pydantic_fields__[field]
-        declared = search_of(self.cls(kind, component), field)
-        over = (declared or _every(about.annotation)) if said is None else _own(about.annotation, declared, said)
-        if over is None:
+    def all_owners(self) -> list[tuple[str, str]]:
+        return [(kind, component) for kind in KINDS for component in self.candidates[kind]] + [("", "")]
+
+    def range(self, kind: str, component: str, field: str, text: str | None) -> Span | Choice | None:
+        """The range in `text`, or else the declared one, or else all values; with the types of the field."""
+        annotation = self.class_of(kind, component).__pydantic_fields__[field].annotation
+        declared = search_of(self.class_of(kind, component), field)
+        range = (declared or all_values(annotation)) if text is None else parse_range(annotation, declared, text)
+        if range is None:
             return None
         try:
-            values = tuple(self.value(kind, component, field, value) for value in over.extremes)
+            values = tuple(self.value(kind, component, field, value) for value in range.extremes)
             if odd := [value for value in values if not isinstance(value, Plain)]:
-                raise InputError(f"a value like {odd[0]!r} is neither a number nor a word, and cannot be searched")
-            over = _like(over, values)
+                raise InputError(f"only numbers and words can be searched, not {odd[0]!r}")
+            return with_values(range, values)
         except InputError as error:
             several = component and len(self.candidates[kind]) > 1
             raise InputError(f"{component}: {error}" if several else str(error)) from None
-        return _Found(text, star, kind, component, field, over)
 
     def value(self, kind: str, component: str, field: str, value: Any) -> Any:
-        """A value of a field as its class holds it."""
+        """A value of a field as its class stores it."""
         if not kind:
             fields = {name: getattr(self.config, name) for name in Config.model_fields}
             return getattr(Config(**fields | {field: value}), field)
-        return getattr(self.made(kind, component, {field: value}), field)
+        return getattr(self.make(kind, component, {field: value}), field)
 
-    def made(self, kind: str, component: str, fields: dict[str, Any]) -> Any:
-        """A component with some fields; the others are the base config's where it has that component."""
-        there = getattr(self.config, kind)
-        if name_of(there) == component:
-            return changed(kind, there, fields)
+    def make(self, kind: str, component: str, fields: dict[str, Any]) -> Any:
+        """A component with some fields; the others are the base config's when it has that component."""
+        current = getattr(self.config, kind)
+        if name_of(current) == component:
+            return changed(kind, current, fields)
         return parse(kind, {"name": component} | fields)
 
-    def cls(self, kind: str, component: str) -> type:
+    def class_of(self, kind: str, component: str) -> type:
         if not kind:
             return Config
-        there = getattr(self.config, kind)
-        return type(there) if name_of(there) == component else find(kind, component)
+        current = getattr(self.config, kind)
+        return type(current) if name_of(current) == component else find(kind, component)
 
-    def counting(self, found: dict[str, _Found]) -> Iterator[Dimension]:
-        """The parameters that count beside the base config, or beside some value of what else is searched.
+    def dimensions(self, parameters: dict[str, _Parameter]) -> Iterator[Dimension]:
+        """The parameters that have an effect, with the conditions under which they have it.
 
         Raises:
-            InputError: what is named counts nowhere.
+            InputError: a parameter that is named, not included by `*`, has no effect.
         """
-        idle: dict[str, str] = {}  # by text, why what it names does not count
-        busy = set()
-        for one in found.values():
-            declared = search_of(self.cls(one.kind, one.component), one.field) if one.field != "name" else None
-            only = [(one.kind, (one.component,))] if one.kind in found and one.field != "name" else []
+        without_effect: dict[str, str] = {}  # by text
+        effective = set()
+        for parameter in parameters.values():
+            kind, component, field = parameter.kind, parameter.component, parameter.field
+            declared = search_of(self.class_of(kind, component), field) if field != "name" else None
+            conditions = [(kind, (component,))] if kind in parameters and field != "name" else []
             if declared and declared.when:
                 other, *values = declared.when
-                governing = found.get(f"{one.component}.{other}")
-                value = getattr(self.made(one.kind, one.component, {}), other)
-                beside = tuple(v for v in (governing.over.values if governing else (value,)) if v in values)
-                if not beside:
-                    wanted = " or ".join(repr(v) for v in values)
-                    idle.setdefault(
-                        one.text, f"{one.name} counts only where {one.component}.{other} is {wanted}, not {value!r}"
+                governing = parameters.get(f"{component}.{other}")
+                value = getattr(self.make(kind, component, {}), other)
+                possible = governing.range.values if governing else (value,)
+                matching = tuple(each for each in possible if each in values)
+                if not matching:
+                    wanted = " or ".join(map(repr, values))
+                    sentence = (
+                        f"{parameter.name} has an effect only when {component}.{other} is {wanted}, not {value!r}"
                     )
+                    without_effect.setdefault(parameter.text, sentence)
                     continue
-                only += [(governing.name, beside)] if governing else []
-            busy.add(one.text)
-            path = (one.kind, one.field) if one.kind else (one.field,)
-            yield Dimension(one.name, path, one.over, tuple(only))
-        for text, why in idle.items():
-            if text not in busy and not text.partition("=")[0].strip().endswith("*"):
-                raise InputError(f"--search {text}: {why}")
+                conditions += [(governing.name, matching)] if governing else []
+            effective.add(parameter.text)
+            path = (kind, field) if kind else (field,)
+            yield Dimension(parameter.name, path, parameter.range, tuple(conditions))
+        for text, sentence in without_effect.items():
+            if text not in effective and not text.partition("=")[0].strip().endswith("*"):
+                raise InputError(f"--search {text}: {sentence}")
 
-    def check(self, dimensions: tuple[Dimension, ...]) -> None:
-        """Refuses what could not be run together.
+    def check(self, space: Space) -> None:
+        """Refuses combinations that cannot run.
 
         Raises:
             InputError: a server rule refuses a method; a cohort is larger than the number of clients.
         """
         for rule in self.candidates["server"]:
             for method in self.candidates["method"]:
-                for name, server, trained in self.ends(dimensions, rule, method):
+                for name, server, trained in self.extreme_pairs(space, rule, method):
                     try:
                         server.fit(trained)
                     except InputError as error:
                         hint = f"--search: name the others, and leave {name} out: " if name else ""
                         raise InputError(f"{hint}{error}") from None
-        most, fewest = self.end(dimensions, "cohort", max), self.end(dimensions, "clients", min)
-        searched = {one.name for one in dimensions} & {"cohort", "clients"}
-        if searched and most and fewest and most > fewest:
-            raise InputError(f"--search {listing(sorted(searched))}: a cohort of {most} from {fewest} clients")
+        largest, fewest = self.extreme(space, "cohort", max), self.extreme(space, "clients", min)
+        searched = {dimension.name for dimension in space.dimensions} & {"cohort", "clients"}
+        if searched and largest and fewest and largest > fewest:
+            raise InputError(f"--search {listing(sorted(searched))}: a cohort of {largest} from {fewest} clients")
 
-    def ends(self, dimensions: tuple[Dimension, ...], rule: str, method: str) -> Iterator[tuple[str, Any, Any]]:
-        """A rule and a method as in the base config, and then with each of their parameters at its ends."""
-        server, trained = self.made("server", rule, {}), self.made("method", method, {})
+    def extreme_pairs(self, space: Space, rule: str, method: str) -> Iterator[tuple[str, Any, Any]]:
+        """A rule and a method as in the base config, then with each of their parameters at the ends of its range."""
+        server, trained = self.make("server", rule, {}), self.make("method", method, {})
         yield "", server, trained
-        for one in dimensions:
-            kind, component = one.path[0], one.name.partition(".")[0]
-            for value in one.over.extremes if (kind, component) in (("server", rule), ("method", method)) else ():
-                changed = self.made(kind, component, {one.path[1]: value})
-                yield one.name, *((changed, trained) if kind == "server" else (server, changed))
+        for dimension in space.dimensions:
+            kind, component = dimension.path[0], dimension.name.partition(".")[0]
+            if (kind, component) in (("server", rule), ("method", method)):
+                for value in dimension.range.extremes:
+                    extreme = self.make(kind, component, {dimension.path[1]: value})
+                    yield dimension.name, *((extreme, trained) if kind == "server" else (server, extreme))
 
-    def end(self, dimensions: tuple[Dimension, ...], field: str, pick) -> int | None:
-        over = next((one.over.extremes for one in dimensions if one.path == (field,)), (getattr(self.config, field),))
-        return pick((value for value in over if value is not None), default=None)
+    def extreme(self, space: Space, field: str, pick) -> int | None:
+        searched = space.range_of(field)
+        values = searched.extremes if searched else (getattr(self.config, field),)
+        return pick((value for value in values if value is not None), default=None)
 
     def declared(self, owners: list[tuple[str, str]]) -> str:
         """Which fields of some components declare a range, as the end of a sentence."""
-        there = [
+        names = [
             f"{component}.{field}" if kind else field
             for kind, component in owners
-            for field in self.cls(kind, component).__pydantic_fields__
-            if search_of(self.cls(kind, component), field)
+            for field in self.class_of(kind, component).__pydantic_fields__
+            if search_of(self.class_of(kind, component), field)
         ]
-        return f"ranges are declared by: {listing(there, 40) or 'none'}"
-
-
-def _owners(base: _Base) -> list[tuple[str, str]]:
-    return [(kind, component) for kind in KINDS for component in base.candidates[kind]] + [("", "")]
-
-
-def _chosen(text: str) -> tuple[str, tuple[str, ...]]:
-    """`method=fedclip,probe` as a kind and names of its components."""
-    kind, equals, said = (part.strip() for part in text.partition("="))
-    names = tuple(name.strip().replace("-", "_") for name in said.split(","))
-    try:
-        if not equals:
-            raise InputError(f"{kind} wants names to choose from, after a =; there are: {listing(available(kind), 40)}")
-        for name in names:
-            find(kind, name)
-        Choice(names)
-    except InputError as error:
-        raise InputError(f"--search {text}: {error}") from None
-    return kind, names
-
-
-def _every(annotation: Any) -> Choice | None:
-    """All values of a field that has only a few, and more than one."""
-    values = (False, True) if annotation is bool else get_args(annotation) if get_origin(annotation) is Literal else ()
-    return Choice(values) if len(values) > 1 else None
-
-
-def _own(annotation: Any, declared: Span | Choice | None, said: str) -> Span | Choice:
-    """A range or values as they are said of a field, whose limits they are not checked by yet."""
-    if ":" not in said or not {int, float} & set(get_args(annotation) or (annotation,)):
-        values = tuple(value.strip() for value in said.split(","))
-        return Choice(tuple(None if value.lower() in ("none", "null") else value for value in values))
-    low, high, *scale = said.split(":")
-    if len(scale) > 1 or scale not in ([], ["log"], ["linear"]):
-        raise InputError(f"a range wants LOW:HIGH, LOW:HIGH:log or LOW:HIGH:linear, not {said}")
-    try:
-        ends = float(low), float(high)
-    except ValueError:
-        raise InputError(f"a range wants numbers, not {said}") from None
-    return Span(*ends, log=scale == ["log"] if scale else isinstance(declared, Span) and declared.log)
-
-
-def _like(over: Span | Choice, values: tuple[Plain, ...]) -> Span | Choice:
-    """The same range of these values."""
-    return Span(*values, log=over.log) if isinstance(over, Span) else Choice(values)
+        return f"fields with a declared range: {listing(names, 40) or 'none'}"

@@ -1,6 +1,6 @@
-"""What a sweep remembers and decides: an Optuna study in its folder, asked for trials and told of them.
+"""The Optuna study in a sweep's folder: proposes trials, stores their results and prunes them. Does not know Ray.
 
-Knows nothing of Ray. All of its state is in `study.db`, so a sweep that was killed goes on by opening it again.
+All of its state is in `study.db`, so an interrupted sweep resumes by opening it again.
 """
 
 import logging
@@ -20,7 +20,7 @@ from fedsim.errors import InputError
 from fedsim.rng import seed_for
 
 FILE, NAME = "study.db", "sweep"
-# Of validation rows, or of costs, and which way is better.
+# Accuracies on validation rows, and costs; with the direction of the search.
 OBJECTIVES = {
     "validation": "maximize",
     "worst_tenth": "maximize",
@@ -29,21 +29,21 @@ OBJECTIVES = {
     "flops": "minimize",
 }
 SAMPLERS, PRUNERS = ("tpe", "random", "nsga2"), ("asha", "median", "none")
-POPULATION = 20  # of NSGA-II: Optuna's 50 would leave a sweep of 60 trials to chance
+POPULATION = 20  # of NSGA-II: with Optuna's 50, most of a sweep of 60 trials would be random
 ENDED = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a study chooses and prunes.
+    """How a study proposes and prunes trials.
 
     Attributes:
-        objectives: names of `OBJECTIVES`; the first is the one that trials are pruned by, where it is the only one.
-        sampler: of `SAMPLERS`.
-        pruner: of `PRUNERS`.
-        grace: rounds before anything is pruned.
-        reduction: of asha: one of so many trials goes on from each rung.
-        seed: the sampler's.
+        objectives: names in `OBJECTIVES`; trials are pruned only when there is one.
+        sampler: one of `SAMPLERS`.
+        pruner: one of `PRUNERS`.
+        grace: rounds before a trial may be pruned.
+        reduction: asha continues one trial in this many at each rung.
+        seed: of the sampler.
     """
 
     objectives: tuple[str, ...] = ("validation",)
@@ -55,28 +55,32 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A trial that is to be run: its number, and the fields laid over the base config."""
+class Proposal:
+    """A trial to run: its number, and the fields merged into the base config."""
 
     number: int
     fields: dict[str, Any]
 
 
 class Study:
-    """The study in a folder, made where there is none.
+    """The study in a folder; created if missing.
 
-    One process has it at a time; trials side by side are that process's business.
+    Only one process may use it at a time.
 
     Attributes:
         optuna: the study itself, for tables and pages.
+        live: trials that have been proposed and have not ended.
+
+    Raises:
+        InputError: `study.db` is damaged.
     """
 
     def __init__(self, folder: Path, rules: Rules) -> None:
-        _quiet()
+        _silence_optuna()
         self.rules = rules
         file = (folder / FILE).absolute()
         _check_intact(file)
-        # By a connection of our own, since a URL would read the ? and # of a path as its own.
+        # Not a URL: ? and # in the path would be read as parts of it.
         connect = {"creator": lambda: sqlite3.connect(file, timeout=60, check_same_thread=False)}
         storage = optuna.storages.RDBStorage("sqlite:///", engine_kwargs=connect)
         directions = [OBJECTIVES[name] for name in rules.objectives]
@@ -86,22 +90,29 @@ class Study:
         running = self.optuna.get_trials(deepcopy=False, states=[TrialState.RUNNING])
         self.unfinished = [trial.number for trial in running]
         self.live: dict[int, optuna.trial.Trial] = {}
-        self.told: dict[int, set[int]] = {}  # rounds of live trials
-        self.behind: dict[int, int] = {}  # of those that were to be pruned when they were killed, the round
+        self._reported_rounds: dict[int, set[int]] = {}  # of live trials
+        self._prune_at: dict[
+            int, int
+        ] = {}  # trials killed between the verdict that prunes them and their end: its round
 
-    def describe(self, about: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
-        """Says what is searched, and in an empty study what is to be tried first: parameters by Optuna's names."""
+    def describe(self, settings: Mapping[str, Any], first: Mapping[str, Any] | None) -> None:
+        """Stores what is searched, and in an empty study enqueues the first trial.
+
+        Args:
+            settings: of the sweep, as `Sweep.plain` returns them.
+            first: parameters of the first trial, by Optuna's names.
+        """
         self.optuna.set_user_attr("objectives", list(self.rules.objectives))
-        self.optuna.set_user_attr("sweep", dict(about))
+        self.optuna.set_user_attr("sweep", dict(settings))
         if first is not None and not self.optuna.get_trials(deepcopy=False):
             self.optuna.enqueue_trial(dict(first))
 
     def ended(self) -> int:
-        """How many trials have come to an end, good or bad."""
+        """Number of trials that have finished, failed or been pruned."""
         return len(self.optuna.get_trials(deepcopy=False, states=ENDED))
 
-    def ask(self, suggest: Callable[[optuna.trial.Trial], dict[str, Any]]) -> Asked:
-        """The next trial: first those that were left unfinished, then new ones.
+    def ask(self, suggest: Callable[[optuna.trial.Trial], dict[str, Any]]) -> Proposal:
+        """The next trial: unfinished ones first, then new ones.
 
         Args:
             suggest: draws a trial's parameters, and returns the fields that they stand for.
@@ -109,92 +120,93 @@ class Study:
         if self.unfinished:
             number = self.unfinished.pop(0)
             self.optuna.sampler = _sampler(self.rules, number)
-            there = self.optuna.get_trials(deepcopy=False)[number]
-            trial, told = optuna.trial.Trial(self.optuna, there._trial_id), set(there.intermediate_values)
-            if self._was_to_be_pruned(there):
-                self.behind[number] = max(told)
+            stored = self.optuna.get_trials(deepcopy=False)[number]
+            trial, reported = optuna.trial.Trial(self.optuna, stored._trial_id), set(stored.intermediate_values)
+            if self._was_to_be_pruned(stored):
+                self._prune_at[number] = max(reported)
         else:
-            # Made anew for each trial, so that what is asked follows from the trials before and not from this process.
-            self.optuna.sampler = _sampler(self.rules, self._next())
-            trial, told = self.optuna.ask(), set()
+            # A new sampler per trial: what is proposed depends on the trials before, not on this process.
+            self.optuna.sampler = _sampler(self.rules, self._next_number())
+            trial, reported = self.optuna.ask(), set()
         fields = trial.user_attrs.get("fields")
         if fields is None:
             fields = suggest(trial)
             trial.set_user_attr("fields", fields)
-        self.live[trial.number], self.told[trial.number] = trial, told
-        return Asked(trial.number, fields)
+        self.live[trial.number], self._reported_rounds[trial.number] = trial, reported
+        return Proposal(trial.number, fields)
 
-    def report(self, number: int, round: int, measures: Mapping[str, float], **about: Any) -> bool:
-        """Notes what a trial has come to by some round; True where it is pruned, and has thereby ended.
+    def report(self, number: int, round: int, measures: Mapping[str, float], **attributes: Any) -> bool:
+        """Stores what a trial has reached after some rounds; returns whether it is pruned, and has thereby ended.
 
         Args:
             measures: at least the objectives.
-            about: what else is to be remembered of the trial, once it ends.
+            attributes: stored with the trial when it ends.
         """
         trial = self.live[number]
-        if len(self.rules.objectives) > 1:  # Optuna has no word for what is better
+        if len(self.rules.objectives) > 1:  # Optuna cannot prune by several
             return False
-        if round not in self.told[number]:
-            self.told[number].add(round)
+        if round not in self._reported_rounds[number]:
+            self._reported_rounds[number].add(round)
             trial.report(float(measures[self.rules.objectives[0]]), round)
             if not trial.should_prune():
                 return False
-        elif self.behind.get(number) != round:  # told and decided before the trial, or the sweep, was killed
+        elif self._prune_at.get(number) != round:  # reported and decided before the trial or the sweep was killed
             return False
-        self._end(number, TrialState.PRUNED, None, measures=dict(measures), **about)
+        self._end(number, TrialState.PRUNED, None, measures=dict(measures), **attributes)
         return True
 
-    def finish(self, number: int, round: int, measures: Mapping[str, float], **about: Any) -> None:
-        """Notes what a trial has come to by its last round; the arguments are those of `report`."""
+    def finish(self, number: int, round: int, measures: Mapping[str, float], **attributes: Any) -> None:
+        """Stores the result of a trial after its last round; the arguments are those of `report`."""
         values = [float(measures[name]) for name in self.rules.objectives]
         if len(values) == 1:
             self.live[number].report(*values, round)
-        self._end(number, TrialState.COMPLETE, values, measures=dict(measures), **about)
+        self._end(number, TrialState.COMPLETE, values, measures=dict(measures), **attributes)
 
-    def fail(self, number: int, reason: str, at_fault: bool, **about: Any) -> None:
-        """Notes that a trial cannot be done, and why, in one sentence.
+    def fail(self, number: int, sentence: str, invalid: bool, **attributes: Any) -> None:
+        """Stores why a trial cannot be completed.
 
         Args:
-            at_fault: by its parameters, and not by what became of its process. Optuna learns nothing from a trial that
-                has failed, and would be drawn to where training diverges: so this one is pruned, as bad as can be. Of
-                several objectives Optuna prunes nothing.
+            invalid: whether its parameters are the cause, not its process. Optuna's samplers ignore failed trials and
+                would keep proposing parameters with which training diverges, so with one objective an invalid trial
+                is stored as pruned, with the worst possible value.
         """
-        taught = at_fault and len(self.rules.objectives) == 1
-        self._end(number, TrialState.PRUNED if taught else TrialState.FAIL, None, failed=reason, **about)
+        pruned = invalid and len(self.rules.objectives) == 1
+        state = TrialState.PRUNED if pruned else TrialState.FAIL
+        self._end(number, state, None, failed=sentence, **attributes)
 
     def best(self) -> optuna.trial.FrozenTrial | None:
-        """The best so far: the first objective decides."""
-        up = OBJECTIVES[self.rules.objectives[0]] == "maximize"
-        done = self.optuna.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-        return (max if up else min)(done, key=lambda trial: trial.values[0], default=None)
+        """The best finished trial so far by the first objective."""
+        better = max if OBJECTIVES[self.rules.objectives[0]] == "maximize" else min
+        finished = self.optuna.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        return better(finished, key=lambda trial: trial.values[0], default=None)
 
-    def _was_to_be_pruned(self, there: optuna.trial.FrozenTrial) -> bool:
-        """Whether a trial was killed between the last round that it told of and its end."""
-        rounds = sorted(there.intermediate_values)
+    def _was_to_be_pruned(self, stored: optuna.trial.FrozenTrial) -> bool:
+        """Whether a trial was killed after the report that prunes it and before its end."""
+        rounds = sorted(stored.intermediate_values)
         if not rounds or len(self.rules.objectives) > 1:
             return False
-        asked = deepcopy(there)
-        rung = sum(name.startswith("completed_rung_") for name in there.system_attrs) - 1
-        # The pruner remembers of a rung that it has decided, and not what; so of the last round's it is asked again.
-        if rung >= 0 and all(told < self.rules.grace * self.rules.reduction**rung for told in rounds[:-1]):
-            del asked.system_attrs[f"completed_rung_{rung}"]
-        return self.optuna.pruner.prune(self.optuna, asked)
+        trial = deepcopy(stored)
+        rung = sum(name.startswith("completed_rung_") for name in trial.system_attrs) - 1
+        # The pruner stores that it has decided at a rung, but not what; if the last report decided it, ask again.
+        if rung >= 0 and all(round < self.rules.grace * self.rules.reduction**rung for round in rounds[:-1]):
+            del trial.system_attrs[f"completed_rung_{rung}"]
+        return self.optuna.pruner.prune(self.optuna, trial)
 
-    def _next(self) -> int:
-        """The number of the trial that Optuna gives when it is asked."""
+    def _next_number(self) -> int:
+        """The number of the trial that Optuna will propose next."""
         waiting = self.optuna.get_trials(deepcopy=False, states=[TrialState.WAITING])
         return waiting[0].number if waiting else len(self.optuna.get_trials(deepcopy=False))
 
     def _end(self, number: int, state: TrialState, values: Sequence[float] | None, **attributes: Any) -> None:
         trial = self.live.pop(number)
-        self.told.pop(number)
+        self._reported_rounds.pop(number)
         for name, value in attributes.items():
             trial.set_user_attr(name, value)
         self.optuna.tell(trial, values, state=state)
 
 
 def _check_intact(file: Path) -> None:
-    """Raises InputError where SQLite finds its file damaged; it has no checksum of values."""
+    """Raises InputError when SQLite finds its file damaged; it has no checksums of values."""
     if not file.exists():
         return
     try:
@@ -203,8 +215,8 @@ def _check_intact(file: Path) -> None:
     except sqlite3.DatabaseError as error:
         verdict = error
     if verdict != "ok":
-        why = " ".join(str(verdict).split())
-        raise InputError(f"{file} is damaged ({why}); delete {file.parent} to start again, or give another --out")
+        cause = " ".join(str(verdict).split())
+        raise InputError(f"{file} is damaged ({cause}); delete {file.parent} to start again, or give another --out")
 
 
 def _sampler(rules: Rules, number: int) -> optuna.samplers.BaseSampler:
@@ -213,8 +225,8 @@ def _sampler(rules: Rules, number: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.RandomSampler(seed=seed)
     if rules.sampler == "nsga2":
         return optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
-    # In groups, so that parameters of one method are learnt together though other methods have not got them; and with
-    # the running trials taken for bad ones, so that trials side by side are not all the same.
+    # group: the parameters of one method are modelled together, although other methods lack them.
+    # constant_liar: running trials count as bad ones, so that parallel trials differ.
     return optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
 
 
@@ -226,8 +238,7 @@ def _pruner(rules: Rules) -> optuna.pruners.BasePruner:
     return optuna.pruners.NopPruner()
 
 
-def _quiet() -> None:
-    """What Optuna says is for its own users."""
+def _silence_optuna() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

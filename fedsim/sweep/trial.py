@@ -1,4 +1,4 @@
-"""A trial: one configuration on all tuning seeds, from evaluated round to evaluated round. Knows nothing of Ray."""
+"""A trial: one configuration on all tuning seeds, from one evaluated round to the next. Does not know Ray."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from fedsim.folder import LOCK, claim
 from fedsim.report import Report, accuracy_per_client, best_round, tail_mean
 from fedsim.simulate import Experiment, prepare, rounds
 
-JUDGED_BY = ("val",)  # test rows of a trial are not even read
-FREE_S = 60  # for the process that had a trial's folder to have ended, after it was killed
+EVALUATED_ON = ("val",)  # trials do not even read test rows
+WAIT_S = 60  # for a killed process to release a trial's folder
 
 
 def config_of(base: Config, fields: Mapping[str, Any], **others: Any) -> Config:
-    """The base config with some fields laid over it, and others in their place."""
+    """The base config with some fields merged into it, and `others` replaced."""
     return Config(**merged(dict(base), dict(fields)) | others)
 
 
@@ -33,33 +33,33 @@ def trial_folder(sweep: Path, number: int) -> Path:
 def experiments_of(
     base: Experiment, fields: Mapping[str, Any], seeds: Sequence[int], folder: Path, number: int
 ) -> list[Experiment]:
-    """A trial's experiment on each tuning seed.
+    """A trial's experiment for each tuning seed.
 
     Args:
-        base: encoded for all methods that a trial may have.
-        fields: laid over its config.
-        folder: of the sweep; `trials/NNNN` below it is the trial's.
+        base: encoded for every method that a trial may train.
+        fields: merged into its config.
+        folder: of the sweep; the trial's is `trials/NNNN` in it.
 
     Raises:
-        InputError: they do not go together.
+        InputError: the fields do not fit together.
     """
-    here = trial_folder(folder, number)
-    elsewhere = {"actors": 0, "gpus_per_actor": None, "address": None}  # its pool is given, and its cluster joined
-    found, like = [], base
+    trial = trial_folder(folder, number)
+    execution = {"actors": 0, "gpus_per_actor": None, "address": None}  # the sweep provides the pool and the cluster
+    experiments, previous = [], base
     for seed in seeds:
-        out = here / f"seed-{seed}" if len(seeds) > 1 else here
-        like = prepare(config_of(base.config, fields, seed=seed, out=out, **elsewhere), like, JUDGED_BY)
-        found.append(like)
-    return found
+        out = trial / f"seed-{seed}" if len(seeds) > 1 else trial
+        previous = prepare(config_of(base.config, fields, seed=seed, out=out, **execution), previous, EVALUATED_ON)
+        experiments.append(previous)
+    return experiments
 
 
 class Trial:
-    """Runs side by side on one pool; one that was killed goes on from their checkpoints.
+    """The runs of one trial, one per tuning seed, on one pool; resumes from their checkpoints.
 
-    It then tells of every round once more: whoever listens knows what has been told.
+    A resumed trial reports its earlier rounds again; callers skip those they have seen.
 
     Raises:
-        Stopped: another process is still at work on it.
+        Stopped: another process still works on it.
     """
 
     def __init__(self, experiments: Sequence[Experiment], pool: Pool) -> None:
@@ -68,7 +68,7 @@ class Trial:
         self.runs: list[_Run] = []
         try:
             for experiment in experiments:
-                self.runs.append(_Run(experiment, _held(experiment.folder), rounds(experiment, pool)))
+                self.runs.append(_Run(experiment, _lock(experiment.folder), rounds(experiment, pool)))
         except BaseException:
             self.close()
             raise
@@ -78,19 +78,22 @@ class Trial:
         return self.round == self.config.rounds
 
     def advance(self) -> dict[str, float]:
-        """Trains until the next evaluated round; `measures` of it, mean over seeds, and how many rounds these are of.
+        """Trains until the next evaluated round.
+
+        Returns:
+            `measures` at that round, mean over seeds, and `rounds`, the number of rounds done.
 
         Raises:
-            InputError: training has diverged, or cannot begin, or there is nothing to judge it by.
+            InputError: training has diverged or cannot start, or no client has validation rows.
         """
         self.round = min(self.round + self.config.evaluate_every, self.config.rounds)
         for run in self.runs:
             run.advance(self.round, self.done)
-        found = pd.DataFrame([measures(run.report, self.round) for run in self.runs]).mean().to_dict()
-        return found | {"chosen_round": round(found["chosen_round"]), "rounds": self.round}
+        means = pd.DataFrame([measures(run.report, self.round) for run in self.runs]).mean().to_dict()
+        return means | {"chosen_round": round(means["chosen_round"]), "rounds": self.round}
 
     def close(self) -> None:
-        """Lets go of the folders."""
+        """Releases the folders."""
         for run in self.runs:
             run.reports.close()
             run.lock.release()
@@ -106,47 +109,47 @@ class _Run:
     report: Report | None = None
 
     def advance(self, round: int, last: bool) -> None:
-        """Trains until so many rounds are done; no more where an earlier process has done them."""
+        """Trains until `round` rounds are done; does nothing when an earlier process has done them."""
         while self.report is None or len(self.report.rounds) < round:
             self.report = next(self.reports)
         if last:
-            next(self.reports, None)  # which ends it, and tidies up
+            next(self.reports, None)  # ends the generator, which cleans up
 
 
 def measures(report: Report, round: int) -> dict[str, float]:
-    """What a run has come to by some evaluated round.
+    """What the objectives are made of, after `round` rounds of a run.
 
-    validation: clients' accuracy on their own validation rows, mean over clients, at the best round so far.
+    validation: accuracy of clients on their own validation rows, mean over clients, at the best round so far.
     worst_tenth: the same at the same round, mean over the worst tenth of the clients.
-    bytes: up and down, of all clients.
+    bytes: sent up and down, all clients.
     clock_s: simulated seconds.
     flops: of all clients' training.
     chosen_round: the best round so far.
 
     Raises:
-        InputError: there are no validation rows.
+        InputError: no client has validation rows.
     """
     chosen = best_round({done: mean for done, mean in report.validation.items() if done <= round})
     if isnan(report.validation[chosen]):
-        raise InputError("no client has validation rows, by which a trial is judged")
+        raise InputError("no client has validation rows, on which trials are evaluated")
     scores = pd.DataFrame(report.parts_of(chosen), columns=["round", *COLUMNS])
     accuracy = accuracy_per_client(scores[scores.split == SPLITS.index("val")])
-    spent = report.round_table()[:round]
+    costs = report.round_table()[:round]
     return {
         "validation": report.validation[chosen],
         "worst_tenth": tail_mean(accuracy),
-        "bytes": float(spent.bytes_up.sum() + spent.bytes_down.sum()),
-        "clock_s": float(spent.clock_s.iloc[-1]),
-        "flops": float(spent.flops.sum()),
+        "bytes": float(costs.bytes_up.sum() + costs.bytes_down.sum()),
+        "clock_s": float(costs.clock_s.iloc[-1]),
+        "flops": float(costs.flops.sum()),
         "chosen_round": chosen,
     }
 
 
-def _held(folder: Path) -> FileLock:
+def _lock(folder: Path) -> FileLock:
     claim(folder, "run")
     try:
-        lock = FileLock(folder / LOCK, timeout=FREE_S)
+        lock = FileLock(folder / LOCK, timeout=WAIT_S)
         lock.acquire()
         return lock
     except Timeout:
-        raise Stopped(f"another process is still at work in {folder}") from None
+        raise Stopped(f"another process is still running in {folder}") from None
