@@ -17,9 +17,10 @@ from fedsim.sweep.prepare import prepare_sweep
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 TEXTS = {
     name: (PROJECT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "benchmarks/README.md", "cluster.yaml", "cluster.local.yaml")
+    for name in ("README.md", "benchmarks/README.md", "tune/README.md", "cluster.yaml", "cluster.local.yaml")
 }
 BENCHMARKS = sorted((PROJECT / "benchmarks").glob("[!_]*.py"))
+STUDIES = sorted((PROJECT / "tune").glob("*.yaml"))
 UV = ["uv", "run"]
 
 
@@ -76,14 +77,24 @@ def address():
 
 @pytest.mark.ray
 @pytest.mark.parametrize("flags", shown("sweep"), ids=" ".join)
-def test_a_sweep_is_accepted_as_it_stands_and_runs_at_a_small_size(flags, address, tmp_path, monkeypatch, capsys):
+def test_a_sweep_is_accepted_as_it_stands_and_runs_at_a_small_size(
+    flags, address, swaps, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    prepare_sweep(parse_sweep(flags)[0])
     monkeypatch.setenv("COLUMNS", "200")
+    swaps = swaps | {f"tune/{study.name}": str(study) for study in STUDIES}
+    parse_sweep([str(PROJECT / word) if word.startswith("tune/") else word for word in flags])
+    prepare_sweep(parse_sweep([swaps.get(word, word) for word in flags])[0])
     few = ["--trials", "2", "--rounds", "1", "--report-seeds", "0", "--at-once", "1", "--out", "sweep"]
-    assert main(["sweep", *smaller(flags, MOST, {}), *few, "--address", address]) == 0, capsys.readouterr().err
+    assert main(["sweep", *smaller(flags, MOST, swaps), *few, "--address", address]) == 0, capsys.readouterr().err
     assert "2 trials: 2 complete" in capsys.readouterr().out
     assert (tmp_path / "sweep" / "sweep.html").exists()
+
+
+def test_the_readme_of_the_studies_has_a_row_and_a_command_for_each():
+    text = TEXTS["tune/README.md"]
+    for study in STUDIES:
+        assert f"| `{study.name}` |" in text and ["--config", f"tune/{study.name}"] in shown("sweep")
 
 
 def test_two_runs_are_compared(config, tmp_path, monkeypatch, capsys):

@@ -459,6 +459,45 @@ def test_flags_describe_the_base_config_and_the_sweep_around_it(mistaken):
         parse_sweep(["--seed", "3"])
 
 
+def test_a_file_describes_a_sweep_which_flags_override_and_whose_own_file_repeats_it(mistaken, tmp_path):
+    study = tmp_path / "study.yaml"
+    fields = {"config": {"method": {"name": "probe", "lr": 0.5}, "rounds": 9}, "search": ["method.lr"], "trials": 7}
+    study.write_text(yaml.safe_dump(fields))
+    data = ["--dataset=features", f"--data-dir={mistaken}", "--held-out=ink"]
+    sweep, origin = parse_sweep(["--config", str(study), *data, "--rounds=5", "--grace=2"])
+    assert (sweep.search, sweep.trials, sweep.grace, origin) == (("method.lr",), 7, 2, f"config {study}")
+    assert (sweep.config.method.lr, sweep.config.rounds) == (0.5, 5)
+    assert parse_sweep(["--config", str(study), "--trials=3"])[0].trials == 3
+    again = tmp_path / "sweep.yaml"
+    again.write_text(yaml.safe_dump(sweep.plain()))
+    assert parse_sweep(["--config", str(again)])[0].plain() == sweep.plain()
+
+
+def test_a_config_of_a_run_is_the_base_of_a_sweep(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("method: probe\nrounds: 9\nout: runs/mine\n")
+    sweep, _ = parse_sweep(["--config", str(file)])
+    assert (name_of(sweep.config.method), sweep.config.rounds, sweep.out) == ("probe", 9, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "search: [method.lr]\nrounds: 9\n",
+            "describes a sweep, which has no field 'rounds'; available: config",
+        ),
+        ("config: [1]\n", r"config expects a mapping of fields to values, got \[1\]"),
+        ("config: {roundz: 9}\n", "no field 'roundz'"),
+        ("search: [method.lr]\ntrials: many\n", "trials wants an integer, not 'many'"),
+    ],
+)
+def test_a_bad_file_of_a_sweep_is_one_sentence(text, expected, tmp_path):
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(InputError, match=expected):
+        parse_sweep(["--config", str(tmp_path / "study.yaml")])
+
+
 def test_a_logger_that_is_not_installed_is_named(base, tmp_path):
     from importlib.util import find_spec
 
