@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    __version__: str
+
     from fedsim.config import Config
     from fedsim.datasets import Dataset, Features, Images
     from fedsim.errors import InputError
@@ -68,6 +70,10 @@ _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items()
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":  # pyproject.toml's
+        from importlib.metadata import version
+
+        return version(__name__)
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value = getattr(import_module(_MODULE_OF[name]), name)

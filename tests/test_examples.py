@@ -1,4 +1,4 @@
-"""The examples are the README's, and become components by being saved where it says."""
+"""The examples are the README's, and become components by being saved where it says; CONTRIBUTING names real files."""
 
 import re
 import shutil
@@ -18,6 +18,13 @@ def test_the_readme_shows_the_examples_as_they_are():
     examples = [file.read_text(encoding="utf-8") for file in sorted((PROJECT / "examples").glob("*.py"))]
     assert re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) == examples
     assert all(f"`{name}`" in readme for name in SAVED.values())
+
+
+def test_contributing_names_files_that_exist():
+    folders = "fedsim", "tests", "examples"
+    files = {file.name for folder in folders for file in (PROJECT / folder).rglob("*.py")} | {"NAME.py"}
+    text = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\w+\.py\b", text)) <= files
 
 
 @pytest.mark.ray
