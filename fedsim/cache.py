@@ -48,8 +48,9 @@ def check_writable(cache: Path) -> None:
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Keeps other processes from computing `file`; on other machines too, where their file system has locks."""
-    lock = FileLock(file.with_suffix(".lock"))
     with _reported(file):
+        # For all who may write to the folder: the next one to come need not be the user who was first.
+        lock = FileLock(file.with_suffix(".lock"), mode=file.parent.stat().st_mode & 0o666)
         lock.acquire()
     try:
         yield
@@ -149,7 +150,7 @@ def _reported(file: Path) -> Iterator[None]:
                 f"no space left in {file.parent}; make room there and run the same command again: images that are "
                 "already encoded are kept (or give another --cache-dir)"
             ) from None
-        raise Stopped(f"the cache cannot be used: {file}: {error.strerror}") from None
+        raise Stopped(f"the cache cannot be used: {error.filename or file}: {error.strerror}") from None
 
 
 def _is_sealed(file: Path) -> bool:

@@ -17,7 +17,7 @@ from PIL import Image
 import fedsim.cache
 from fedsim import run
 from fedsim.__main__ import main
-from fedsim.cache import read_array, write_array
+from fedsim.cache import locked, read_array, write_array
 from fedsim.cluster.placement import Sizing
 from fedsim.datasets import Images
 from fedsim.errors import InputError, Stopped
@@ -313,6 +313,13 @@ def test_a_cache_that_cannot_be_written_is_refused_before_anything_starts(
     assert main([*argv, "--actors", "0", "--rounds", "1", "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"fedsim: --cache-dir {cache} cannot be written: {reason}\n"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o755])
+def test_whoever_may_write_to_the_cache_may_lock_its_files(mode, tmp_path):
+    tmp_path.chmod(mode)
+    with locked(tmp_path / "a.npy"):
+        assert (tmp_path / "a.lock").stat().st_mode & 0o777 == mode & 0o666
 
 
 def test_rows_made_on_demand_need_no_cache(tmp_path):
