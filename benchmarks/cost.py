@@ -15,7 +15,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -187,8 +186,10 @@ def measured(variant: Variant, folder: Path) -> dict[str, float]:
 
 
 def peak() -> float:
-    # A process inherits this from the one that started it, which therefore loads no weights itself.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MiB, the most that this process has had in memory."""
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024
 
 
 def once(folder: Path, *options: str) -> dict:
