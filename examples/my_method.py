@@ -27,7 +27,7 @@ class _Biased(nn.Module):
         self.register_buffer("text", backbone.prototypes, persistent=False)  # (C, D), never sent
         self.scale = backbone.logit_scale
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D), (C,) active -> (B, C)
         return self.scale * normalize(x, dim=-1) @ self.text.T + self.bias
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fedsim.errors import InputError
     from fedsim.fleets import Fleet
     from fedsim.many import run_all
-    from fedsim.methods import Backbone, Method
+    from fedsim.methods import Backbone, Batch, Method
     from fedsim.params import unflatten
     from fedsim.partitions import Partition
     from fedsim.registry import available, component
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backbone",
+    "Batch",
     "Choice",
     "Config",
     "Dataset",
@@ -56,7 +57,7 @@ _MODULES = {
     "errors": ("InputError",),
     "fleets": ("Fleet",),
     "many": ("run_all",),
-    "methods": ("Backbone", "Method"),
+    "methods": ("Backbone", "Batch", "Method"),
     "params": ("unflatten",),
     "partitions": ("Partition",),
     "registry": ("available", "component"),

@@ -5,8 +5,9 @@ import torch
 from torch.nn.functional import normalize
 
 from fedsim import Backbone
-from fedsim.methods import trained
+from fedsim.methods import Batch, trained
 from fedsim.registry import parse
+from fedsim.training.stack import gradients
 
 CLASSES, WIDTH, ROWS, SCALE = 5, 12, 7, 20.0
 
@@ -76,14 +77,14 @@ def test_a_tip_adapter_starts_with_the_ranking_of_zero_shot_clip(backbone):
 def test_a_tip_adapters_keys_move_along_the_clients_own_features(backbone):
     # What its docstring warns of: of a class with one image, the update has that image's direction.
     method, module = build(backbone, "tip_adapter")
-    (slope,) = torch.autograd.grad(method.loss(module, X[3:4], Y[3:4]), [module.keys])
+    (slope,) = torch.autograd.grad(method.loss(module, Batch(X[3:4], Y[3:4])), [module.keys])
     cosines = torch.cosine_similarity(slope, X[3:4], dim=1)
     assert cosines[4].item() == pytest.approx(-1) and cosines[[0, 1, 2, 3]].tolist() == pytest.approx([1] * 4)
 
 
 def test_one_step_to_the_class_means_is_the_training_free_cache(backbone):
     method, module = build(backbone, "tip_adapter", objective="means", optimizer="sgd", lr=1.0)
-    (slope,) = torch.autograd.grad(method.loss(module, X, Y), [module.keys])
+    (slope,) = torch.autograd.grad(method.loss(module, Batch(X, Y)), [module.keys])
     keys = (module.keys - method.lr * slope).detach()
     unit = X / X.norm(dim=1, keepdim=True)
     for c in range(CLASSES):
@@ -100,11 +101,11 @@ def test_stacked_clients_have_the_gradients_that_they_have_alone(fields, backbon
     assert all(tensor.is_floating_point() for tensor in module.state_dict().values())
     params = {name: tensor + 0.1 * draw(3, *tensor.shape, seed=4) for name, tensor in module.state_dict().items()}
     x, y = draw(3, ROWS, WIDTH, seed=6), torch.stack([Y, Y.flip(0), (Y + 1) % CLASSES])
-    losses, grads = method.gradients(module, params, x, y)
+    losses, grads = gradients(method, module, params, Batch(x, y))
     assert sorted(grads) == sorted(trained(module))
     for k in range(3):
         module.load_state_dict({name: tensor[k] for name, tensor in params.items()})
-        loss = method.loss(module, x[k], y[k])
+        loss = method.loss(module, Batch(x[k], y[k]))
         torch.testing.assert_close(losses[k], loss.detach())
         alone = torch.autograd.grad(loss, list(module.parameters()))
         for name, grad in zip(trained(module), alone, strict=True):

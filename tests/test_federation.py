@@ -10,6 +10,7 @@ from fedsim import Backbone, InputError, Partition, available, run
 from fedsim.clients import make_clients, sample_cohort
 from fedsim.clip import Clip
 from fedsim.datasets import TEST, UNSAID, Labelled
+from fedsim.methods import Batch, masked
 from fedsim.params import flatten, unflatten
 from fedsim.registry import parse
 from fedsim.training.task import Task, initial_params
@@ -189,9 +190,20 @@ def test_every_method_scores_classes_and_learns_only_what_travels(name, towers):
     backbone, x = towers(method)
     module, y = method.build(backbone), torch.tensor([0, 1, 2, 3, 0, 1])
     assert module(x).shape == (6, 4)
-    assert method.loss(module, x, y).shape == ()
+    assert method.loss(module, Batch(x, y)).shape == ()
     assert {n for n, _ in module.named_parameters()} <= set(module.state_dict())
     assert all(tensor.is_floating_point() for tensor in module.state_dict().values())
+
+
+@pytest.mark.parametrize("name", available("method"))
+def test_every_method_masks_inactive_classes_and_cannot_forget_them(name, towers):
+    method = parse("method", name)
+    backbone, x = towers(method)
+    module, classes = masked(method.build(backbone)), torch.tensor([True, True, False, True])
+    logits = module(x, classes)
+    assert logits[:, classes].isfinite().all() and (logits[:, 2] == -torch.inf).all()
+    with pytest.raises(TypeError, match=r"module\(batch\.x, batch\.classes\)"):
+        module(x)
 
 
 @pytest.mark.parametrize("name", available("method"))

@@ -9,9 +9,10 @@ from torch.nn.functional import normalize
 
 from fedsim import Backbone, InputError
 from fedsim.clip import Clip
-from fedsim.methods import trained
+from fedsim.methods import Batch, trained
 from fedsim.registry import parse
 from fedsim.towers import ImageTower, TextTower
+from fedsim.training.stack import gradients
 from fedsim.weights import EMBEDDED, find_weights
 
 CLASSES = "cat", "dog", "owl", "pig"
@@ -101,11 +102,11 @@ def test_every_weight_learns_and_the_towers_themselves_stay_as_they_were(tiny):
     before = {name: w.clone() for name, w in (backbone.image.weights | backbone.text.weights).items()}
     statistics = {name: b.clone() for name, b in embedded()[0].visual.named_buffers()}
     params = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-    losses, grads = method.gradients(module, params, pixels.unsqueeze(0), Y.unsqueeze(0))
+    losses, grads = gradients(method, module, params, Batch(pixels.unsqueeze(0), Y.unsqueeze(0)))
     assert grads.keys() == params.keys()
     assert [name for name, grad in grads.items() if not grad.abs().max() > 0] == []
     stepped = {name: value - 1e-3 * grads[name][0] for name, value in params.items()}
-    assert method.gradients(module, stepped, pixels.unsqueeze(0), Y.unsqueeze(0))[0] < losses
+    assert gradients(method, module, stepped, Batch(pixels.unsqueeze(0), Y.unsqueeze(0)))[0] < losses
     assert all(torch.equal(before[n], w) for n, w in (backbone.image.weights | backbone.text.weights).items())
     assert all(torch.equal(statistics[n], b) for n, b in embedded()[0].visual.named_buffers())
 
@@ -117,9 +118,9 @@ def test_two_clients_are_each_trained_at_their_own_weights(tiny):
     one = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
     other = one | {"logit_scale": one["logit_scale"] - 1}
     stacked = {name: torch.stack([one[name], other[name]]) for name in one}
-    losses, grads = method.gradients(module, stacked, torch.stack([features] * 2), torch.stack([Y] * 2))
+    losses, grads = gradients(method, module, stacked, Batch(torch.stack([features] * 2), torch.stack([Y] * 2)))
     module.load_state_dict(other)
-    loss = method.loss(module, features, Y)
+    loss = method.loss(module, Batch(features, Y))
     torch.testing.assert_close(losses[1], loss.detach())
     (slope,) = torch.autograd.grad(loss, [module.logit_scale])
     torch.testing.assert_close(grads["logit_scale"][1], slope)
@@ -139,7 +140,7 @@ def test_the_contrastive_loss_is_over_the_texts_of_the_batch(fields, tiny):
     ):
         method = parse("method", {"name": "finetune", "objective": objective} | fields)
         module = method.build(backbone).double()
-        assert method.loss(module, inputs(method, pixels, features), Y).item() == pytest.approx(value, rel=1e-5)
+        assert method.loss(module, Batch(inputs(method, pixels, features), Y)).item() == pytest.approx(value, rel=1e-5)
 
 
 def test_fedprox_pulls_every_weight_back_by_mu_times_its_distance(tiny):
@@ -153,25 +154,25 @@ def test_fedprox_pulls_every_weight_back_by_mu_times_its_distance(tiny):
     with torch.no_grad():
         module.logit_scale.add_(0.25)
     live = dict(module.named_parameters())
-    plain = torch.autograd.grad(method.loss(module, features, Y), list(live.values()))
+    plain = torch.autograd.grad(method.loss(module, Batch(features, Y)), list(live.values()))
     pulled = torch.autograd.grad(
-        method.loss(module, features, Y) + server.local_term(live, received), list(live.values())
+        method.loss(module, Batch(features, Y)) + server.local_term(live, received), list(live.values())
     )
     for name, without, with_term in zip(live, plain, pulled, strict=True):
         torch.testing.assert_close(with_term - without, 3 * (live[name] - received[name]).detach())
     assert pulled[list(live).index("logit_scale")] - plain[list(live).index("logit_scale")] == pytest.approx(0.75)
 
 
-def test_classes_out_of_question_cost_nothing_and_change_nothing(tiny):
+def test_inactive_classes_cost_nothing_and_change_nothing(tiny):
     backbone, _, features = tiny
     method = parse("method", {"name": "finetune", "towers": "text", "objective": "cross_entropy"})
     module = method.build(backbone).double()
     whole = module(features)
-    module.register_buffer("classes", torch.tensor([True, False, True, True]), persistent=False)
-    asked = module(features)
-    torch.testing.assert_close(asked[:, module.classes], whole[:, module.classes])
-    assert (asked[:, 1] == -torch.inf).all()
-    grads = torch.autograd.grad(method.loss(module, features, Y), list(module.parameters()))
+    classes = torch.tensor([True, False, True, True])
+    logits = module(features, classes)
+    torch.testing.assert_close(logits[:, classes], whole[:, classes])
+    assert (logits[:, 1] == -torch.inf).all()
+    grads = torch.autograd.grad(method.loss(module, Batch(features, Y, classes)), list(module.parameters()))
     assert all(grad.isfinite().all() for grad in grads)
 
 
@@ -182,7 +183,7 @@ def test_resnets_and_vision_transformers_are_trained_through(kind, tmp_path_fact
     module = method.build(backbone).double()
     torch.testing.assert_close(module(pixels), zero_shot(backbone, features), rtol=1e-5, atol=1e-5)
     params = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-    _, grads = method.gradients(module, params, pixels.unsqueeze(0), Y.unsqueeze(0))
+    _, grads = gradients(method, module, params, Batch(pixels.unsqueeze(0), Y.unsqueeze(0)))
     first = {"resnet": "image.conv1/weight", "vit": "image.class_embedding"}[kind]
     assert grads[first].abs().max() > 0
 

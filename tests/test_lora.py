@@ -8,10 +8,11 @@ import torch
 from test_finetune import CLASSES, Y, embedded, inputs, other, whole, zero_shot
 
 from fedsim import Config, InputError, run
-from fedsim.methods import trained
+from fedsim.methods import Batch, trained
 from fedsim.params import flatten
 from fedsim.registry import parse
 from fedsim.rng import seed_for
+from fedsim.training.stack import gradients
 from fedsim.training.task import Task, initial_params
 from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 
@@ -52,7 +53,7 @@ def test_it_starts_as_zero_shot_clip_whatever_down_is(fields, tiny):
     module = method.build(backbone).double()
     x = inputs(method, pixels, features)
     torch.testing.assert_close(module(x), zero_shot(backbone, features), rtol=1e-5, atol=1e-5)
-    grads = torch.autograd.grad(method.loss(module, x, Y), list(module.parameters()))
+    grads = torch.autograd.grad(method.loss(module, Batch(x, Y)), list(module.parameters()))
     slopes = dict(zip(trained(module), grads, strict=True))
     assert all((grad.abs().max() > 0) == name.startswith("up.") for name, grad in slopes.items())
 
@@ -131,7 +132,7 @@ def test_other_image_towers_start_as_zero_shot_clip_and_learn(kind, folder):
     module = method.build(backbone).double()
     torch.testing.assert_close(module(pixels), zero_shot(backbone, features), rtol=1e-5, atol=1e-5)
     params = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-    _, grads = method.gradients(module, params, pixels.unsqueeze(0), Y.unsqueeze(0))
+    _, grads = gradients(method, module, params, Batch(pixels.unsqueeze(0), Y.unsqueeze(0)))
     assert all(grad.abs().max() > 0 for name, grad in grads.items() if name.startswith("up."))
 
 
@@ -178,7 +179,7 @@ class Federation:
             learned = [name for name in trained(self.module) if self.scopes[name] in ("shared", "private")]
             for _ in range(steps):
                 given = {name: tensor.unsqueeze(0) for name, tensor in ours.items()}
-                _, grads = self.method.gradients(self.module, given, self.features.unsqueeze(0), y.unsqueeze(0))
+                _, grads = gradients(self.method, self.module, given, Batch(self.features.unsqueeze(0), y.unsqueeze(0)))
                 ours = ours | {name: ours[name] - lr * grads[name][0] for name in learned}
             self.clients.append(ours)
             _, message = self.server.settle({}, {}, shared, self.of(ours, "shared"), steps, lr)

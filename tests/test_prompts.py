@@ -9,10 +9,11 @@ from torch.nn.functional import normalize
 
 from fedsim.clip import Clip
 from fedsim.errors import InputError
-from fedsim.methods import Backbone, trained
+from fedsim.methods import Backbone, Batch, trained
 from fedsim.methods.fedotp import plan
 from fedsim.registry import parse
 from fedsim.towers import TextTower
+from fedsim.training.stack import gradients
 from fedsim.weights import EMBEDDED, find_weights
 
 CLASSES = "cat", "hot air balloon", "owl", "flying saucer", "pig"
@@ -99,7 +100,7 @@ def test_only_what_is_learnt_has_gradients_and_is_sent_or_kept(name, double):
     clip, backbone = double
     method, module = made(name, backbone)
     x, y = a_batch(backbone, name)
-    method.loss(module, x, y).backward()
+    method.loss(module, Batch(x, y)).backward()
     assert set(module.state_dict()) == set(trained(module))
     for parameter in module.parameters():
         assert parameter.grad.abs().max() > 0
@@ -114,17 +115,15 @@ def test_only_what_is_learnt_has_gradients_and_is_sent_or_kept(name, double):
 @pytest.mark.parametrize("name", ALL)
 def test_gradients_of_two_clients_are_those_of_each_alone(name, backbone):
     method, module = made(name, backbone)
-    module.register_buffer("classes", torch.ones(len(CLASSES), dtype=torch.bool), persistent=False)
     x, y = a_batch(backbone, name, rows=8)
     x, y = x.view(2, 4, *x.shape[1:]), y.view(2, 4) % 3
     masks = torch.tensor([[True, True, True, False, False], [True, True, True, True, True]])
     params = {n: torch.stack([t.detach(), t.detach() + 0.01]) for n, t in module.state_dict().items()}
-    losses, grads = method.gradients(module, params | {"classes": masks}, x, y)
+    losses, grads = gradients(method, module, params, Batch(x, y, masks))
     for k in range(2):
         module.load_state_dict({n: t[k] for n, t in params.items()})
-        module.classes = masks[k]
         module.zero_grad()
-        loss = method.loss(module, x[k], y[k])
+        loss = method.loss(module, Batch(x[k], y[k], masks[k]))
         loss.backward()
         torch.testing.assert_close(losses[k], loss.detach(), rtol=1e-12, atol=0)
         for n, parameter in module.named_parameters():
@@ -132,30 +131,29 @@ def test_gradients_of_two_clients_are_those_of_each_alone(name, backbone):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_classes_out_of_question_are_out_and_cost_no_text(name, backbone, monkeypatch):
+def test_inactive_classes_are_masked_and_cost_no_text(name, backbone, monkeypatch):
     method, module = made(name, backbone)
     x, _ = a_batch(backbone, name)
     everyone = module(x)
     assert everyone.shape == (6, len(CLASSES)) and everyone.isfinite().all()
-    module.register_buffer("classes", torch.tensor([True, False, True, False, True]), persistent=False)
+    classes = torch.tensor([True, False, True, False, True])
     encoded, encode = [], backbone.text.encode_after
     counting = lambda start, rests, ends: encoded.append(len(rests)) or encode(start, rests, ends)  # noqa: E731
     monkeypatch.setattr(backbone.text, "encode_after", counting)
-    some = module(x)
+    logits = module(x, classes)
     assert set(encoded) == {3}
-    assert (some[:, ~module.classes] == -torch.inf).all()
-    if name != "fedtpg":  # whose tokens follow from the classes in question
-        torch.testing.assert_close(some[:, module.classes], everyone[:, module.classes], rtol=1e-10, atol=1e-10)
-    assert method.loss(module, x, torch.tensor([0, 2, 4, 0, 2, 4])).isfinite()
+    assert (logits[:, ~classes] == -torch.inf).all()
+    if not method.joint_classes:
+        torch.testing.assert_close(logits[:, classes], everyone[:, classes], rtol=1e-10, atol=1e-10)
+    assert method.loss(module, Batch(x, torch.tensor([0, 2, 4, 0, 2, 4]), classes)).isfinite()
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_no_images_and_no_classes_in_question_give_no_scores(name, backbone):
+def test_no_images_and_no_active_classes_give_no_scores(name, backbone):
     _, module = made(name, backbone)
     x, _ = a_batch(backbone, name)
     assert module(x[:0]).shape == (0, len(CLASSES))
-    module.register_buffer("classes", torch.zeros(len(CLASSES), dtype=torch.bool), persistent=False)
-    assert (module(x) == -torch.inf).all()
+    assert (module(x, torch.zeros(len(CLASSES), dtype=torch.bool)) == -torch.inf).all()
 
 
 def test_promptfl_is_the_cross_entropy_of_scaled_cosines(double):
@@ -163,7 +161,7 @@ def test_promptfl_is_the_cross_entropy_of_scaled_cosines(double):
     method, module = made("promptfl", backbone, init="a picture of a")
     x, y = a_batch(backbone)
     expected = crossed(cosines(x, by_open_clip(clip, WRITTEN), clip.logit_scale), y)
-    assert method.loss(module, x, y).item() == pytest.approx(expected, rel=1e-10)
+    assert method.loss(module, Batch(x, y)).item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_kgcoop_adds_eight_times_the_distance_to_the_written_prompt(double):
@@ -174,14 +172,14 @@ def test_kgcoop_adds_eight_times_the_distance_to_the_written_prompt(double):
     away = 1 - np.mean([float(t @ p) for t, p in zip(texts, backbone.prototypes, strict=True)])
     assert away > 1e-3
     expected = crossed(cosines(x, texts, clip.logit_scale), y) + 8 * away
-    assert method.loss(module, x, y).item() == pytest.approx(expected, rel=1e-7)  # prototypes were float32
-    module.register_buffer("classes", torch.tensor([True, True, False, False, False]), persistent=False)
+    assert method.loss(module, Batch(x, y)).item() == pytest.approx(expected, rel=1e-7)  # prototypes were float32
+    classes = torch.tensor([True, True, False, False, False])
     away = 1 - np.mean([float(t @ p) for t, p in zip(texts[:2], backbone.prototypes[:2], strict=True)])
     expected = crossed(cosines(x, texts[:2], clip.logit_scale), y % 2) + 8 * away
-    assert method.loss(module, x, y % 2).item() == pytest.approx(expected, rel=1e-7)
+    assert method.loss(module, Batch(x, y % 2, classes)).item() == pytest.approx(expected, rel=1e-7)
     plain, _ = made("promptfl", backbone)
     without, _ = made("kgcoop", backbone, pull=0)
-    assert without.loss(module, x, y % 2) == plain.loss(module, x, y % 2)
+    assert without.loss(module, Batch(x, y % 2)) == plain.loss(module, Batch(x, y % 2))
 
 
 def test_promptfolio_mixes_unit_texts_and_does_not_stretch_the_mixture(double):
@@ -196,7 +194,7 @@ def test_promptfolio_mixes_unit_texts_and_does_not_stretch_the_mixture(double):
     mixed = 0.7 * together + 0.3 * own
     assert mixed.norm(dim=1).max() < 0.999
     expected = crossed(cosines(x, mixed, clip.logit_scale), y)
-    assert method.loss(module, x, y).item() == pytest.approx(expected, rel=1e-10)
+    assert method.loss(module, Batch(x, y)).item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_promptfolio_without_an_own_share_is_promptfl(backbone):
@@ -204,7 +202,7 @@ def test_promptfolio_without_an_own_share_is_promptfl(backbone):
     (plain, one), (folio, two) = made("promptfl", backbone, length=8), made("promptfolio", backbone, theta=0)
     with torch.no_grad():
         two.together.copy_(one.tokens)
-    loss, mixed = plain.loss(one, x, y), folio.loss(two, x, y)
+    loss, mixed = plain.loss(one, Batch(x, y)), folio.loss(two, Batch(x, y))
     assert loss == mixed
     loss.backward()
     mixed.backward()
@@ -227,7 +225,7 @@ def test_fedpgp_draws_the_common_text_to_the_placeholder_and_from_the_clients_ow
         near, far = math.exp(untrained @ common / 0.4), math.exp(common @ own / 0.4)
         contrast.append(-math.log(near / (near + far)))
     expected = crossed(cosines(x, texts[2], clip.logit_scale), y) + 0.7 * np.mean(contrast)
-    assert method.loss(module, x, y).item() == pytest.approx(expected, rel=1e-10)
+    assert method.loss(module, Batch(x, y)).item() == pytest.approx(expected, rel=1e-10)
     torch.testing.assert_close(module(x), cosines(x, texts[2], clip.logit_scale), rtol=1e-9, atol=1e-9)
 
 
@@ -267,20 +265,20 @@ def test_fedtpg_writes_its_tokens_by_attention_to_the_class_texts(backbone):
         torch.testing.assert_close(module(x), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_fedtpg_does_not_see_the_classes_out_of_question(backbone):
+def test_fedtpg_does_not_see_inactive_classes(backbone):
     _, module = made("fedtpg", backbone)
     x, _ = a_batch(backbone)
     everyone = module(x)
-    module.classes = torch.tensor([True, True, False, False, True])
-    own = module(x)
+    classes = torch.tensor([True, True, False, False, True])
+    own = module(x, classes)
     assert not torch.allclose(own[:, 0], everyone[:, 0], rtol=1e-6)
     expected = written(module, backbone.prototypes[[0, 1, 4]], 4)
-    torch.testing.assert_close(module.tokens().detach(), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(module.tokens(classes).detach(), expected, rtol=1e-9, atol=1e-11)
     module.prototypes = module.prototypes.clone()
     module.prototypes[2:4] = normalize(torch.randn(2, backbone.width).double())
-    assert torch.equal(module(x), own)
+    assert torch.equal(module(x, classes), own)
     module.prototypes[1] = module.prototypes[2]
-    assert not torch.allclose(module(x)[:, 0], own[:, 0], rtol=1e-6)
+    assert not torch.allclose(module(x, classes)[:, 0], own[:, 0], rtol=1e-6)
 
 
 def test_fedtpg_goes_by_its_papers_settings():
@@ -339,7 +337,7 @@ def test_fedotp_scores_a_class_by_what_is_transported(double, monkeypatch):
             near = (patches @ pair.T).numpy()
             expected[i, c] = clip.logit_scale * (near * dykstra(near, 0.1, 0.8, 2000)).sum()
     np.testing.assert_allclose(module(x).detach(), expected, rtol=1e-6, atol=1e-8)
-    assert method.loss(module, x, y).item() == pytest.approx(crossed(torch.tensor(expected), y), rel=1e-7)
+    assert method.loss(module, Batch(x, y)).item() == pytest.approx(crossed(torch.tensor(expected), y), rel=1e-7)
     monkeypatch.setattr("fedsim.methods.fedotp.MOST", 1)  # an image at a time
     np.testing.assert_allclose(module(x).detach(), expected, rtol=1e-6, atol=1e-8)
 
@@ -421,7 +419,7 @@ def test_a_few_steps_lower_the_loss(name, backbone):
     losses = []
     for _ in range(10):
         optimizer.zero_grad()
-        losses.append(method.loss(module, x, y))
+        losses.append(method.loss(module, Batch(x, y)))
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0]

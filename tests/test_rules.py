@@ -8,11 +8,11 @@ from torch.nn.functional import cross_entropy, normalize
 
 from fedsim import Backbone, InputError, Method, component, run
 from fedsim.checkpoint import load_checkpoint
-from fedsim.methods import Method as Contract
-from fedsim.methods import trained
+from fedsim.methods import Batch, trained
 from fedsim.params import flatten, unflatten
 from fedsim.registry import parse
 from fedsim.training.optimizer import Optimizer
+from fedsim.training.stack import by_autograd, gradients
 from fedsim.training.train import train_client
 from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 
@@ -480,10 +480,9 @@ def test_of_ditto_the_shared_half_travels_and_hyperparameters_are_the_methods():
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("fields", ["probe", "fedclip", {"name": "fedclip", "objective": "cross_entropy"}])
-def test_dittos_gradients_are_those_of_both_losses_whatever_classes_are_in_question(fields, masked):
+def test_dittos_gradients_are_those_of_both_losses_whatever_classes_are_active(fields, masked):
     twins = parse("server", "ditto").fit(parse("method", fields))
     module = built(twins)
-    module.register_buffer("classes", torch.ones(CLASSES, dtype=torch.bool), persistent=False)
     draw = torch.Generator().manual_seed(7)
     params = {n: torch.randn(3, *t.shape, generator=draw, dtype=t.dtype) for n, t in module.state_dict().items()}
     x, y = a_batch(3, 5)
@@ -493,47 +492,47 @@ def test_dittos_gradients_are_those_of_both_losses_whatever_classes_are_in_quest
         y = torch.where(masks.gather(1, y), y, 1)
     calls = []
     hook = module.own.register_forward_hook(lambda *args: calls.append(1))
-    losses, grads = twins.gradients(module, params | ({"classes": masks} if masked else {}), x, y)
+    losses, grads = gradients(twins, module, params, Batch(x, y, masks if masked else None))
     hook.remove()
     if fields != "probe" and not (masked and "objective" in fields):
         assert not calls  # the closed form asks no forward
     assert grads.keys() == params.keys()
     for k in range(3):
         module.load_state_dict({name: tensor[k] for name, tensor in params.items()})
-        module.classes.copy_(masks[k])
-        loss = twins.loss(module, x[k], y[k])
+        loss = twins.loss(module, Batch(x[k], y[k], masks[k]))
         torch.testing.assert_close(losses[k], loss, rtol=1e-11, atol=1e-11)
         for name, grad in zip(trained(module), torch.autograd.grad(loss, list(module.parameters())), strict=True):
             torch.testing.assert_close(grads[name][k], grad, rtol=1e-9, atol=1e-12)
-    assert module.classes is module.own.classes is module.shared.classes
 
 
-def test_ditto_answers_with_the_own_half_and_classes_out_of_question_are_so_for_both():
+def test_ditto_predicts_with_the_own_half_and_inactive_classes_are_masked_in_both():
     twins = parse("server", "ditto").fit(parse("method", "probe"))
     module, (x, _) = built(twins), a_batch(5)
     y = torch.tensor([0, 2, 1, 0, 2])
     with torch.no_grad():
         module.shared.weight.mul_(-1)
-    assert torch.equal(module(x), module.own(x)) and not torch.equal(module(x), module.shared(x))
+    assert torch.equal(module(x, None), module.own(x, None)) and not torch.equal(
+        module(x, None), module.shared(x, None)
+    )
     module.shared.load_state_dict(module.own.state_dict())
-    module.register_buffer("classes", torch.tensor([True, True, True, False]), persistent=False)
+    classes = torch.tensor([True, True, True, False])
     alone = cross_entropy(10 * normalize(x, dim=1) @ module.own.weight[:3].T, y)
-    assert twins.loss(module, x, y).item() == pytest.approx(2 * alone.item(), rel=1e-12)
-    assert (module(x)[:, 3] == -torch.inf).all() and module(x)[:, :3].isfinite().all()
+    assert twins.loss(module, Batch(x, y, classes)).item() == pytest.approx(2 * alone.item(), rel=1e-12)
+    logits = module(x, classes)
+    assert (logits[:, 3] == -torch.inf).all() and logits[:, :3].isfinite().all()
 
 
 class Asked(nn.Module):
-    """Computes for the classes in question alone, and holds a tower that is no part of it."""
+    """Computes for active classes alone, and holds a tower that is no part of it."""
 
     def __init__(self, backbone):
         super().__init__()
         self.tower = backbone.text
         self.weight = nn.Parameter(torch.randn(len(backbone.prototypes), backbone.width))
-        self.register_buffer("classes", torch.ones(len(self.weight), dtype=torch.bool), persistent=False)
 
-    def forward(self, x):
+    def forward(self, x, classes):
         logits = x.new_full((len(x), len(self.weight)), -torch.inf)
-        return logits.index_copy(1, self.classes.nonzero().flatten(), x @ self.weight[self.classes].T)
+        return logits.index_copy(1, classes.nonzero().flatten(), x @ self.weight[classes].T)
 
 
 @component
@@ -541,8 +540,8 @@ class Asking(Method):
     def build(self, backbone):
         return Asked(backbone)
 
-    def loss(self, module, x, y):
-        return cross_entropy(module(x), y) + module.classes.sum()
+    def loss(self, module, batch):
+        return cross_entropy(module(batch.x, batch.classes), batch.y) + batch.classes.sum()
 
     def scope(self, name):
         return "frozen" if name == "weight" else "shared"
@@ -557,25 +556,24 @@ class TowersAsking(Asking):
         return ("text_tokens",)
 
 
-def test_a_module_that_asks_for_its_classes_is_told_in_both_halves_and_no_tower_is_copied():
+def test_both_halves_of_ditto_are_given_the_active_classes_and_no_tower_is_copied():
     twins, tower = parse("server", "ditto").fit(Asking()), object()
     module = built(twins, text_tower=tower)
     assert module.shared.tower is module.own.tower is tower
     assert torch.equal(module.shared.weight, module.own.weight) and module.shared.weight is not module.own.weight
     assert {twins.scope(name) for name in module.state_dict()} == {"frozen"} and len(module.state_dict()) == 2
     x, y = a_batch(5)[0], torch.tensor([0, 2, 1, 0, 2])
-    whole = twins.loss(module, x, y)
-    module.classes[3] = False
-    assert (module(x)[:, 3] == -torch.inf).all()
+    classes = torch.ones(CLASSES, dtype=torch.bool)
+    whole = twins.loss(module, Batch(x, y, classes))
+    classes[3] = False
+    assert (module(x, classes)[:, 3] == -torch.inf).all()
     one = cross_entropy((x @ module.own.weight.T)[:, :3], y) + 3
-    assert twins.loss(module, x, y).item() == pytest.approx(2 * one.item()) != whole.item()
-    masks = {"classes": module.classes.clone()}
-    module.classes.fill_(True)
+    assert twins.loss(module, Batch(x, y, classes)).item() == pytest.approx(2 * one.item()) != whole.item()
     params = {name: tensor.unsqueeze(0) for name, tensor in module.state_dict().items()}
     twins = parse("server", "ditto").fit(TowersAsking())
-    losses, grads = twins.gradients(module, params | masks, x[None], y[None])
+    losses, grads = gradients(twins, module, params, Batch(x[None], y[None], classes[None]))
     assert losses.item() == pytest.approx(2 * one.item()) and grads.keys() == params.keys()
-    assert torch.equal(losses, Contract.gradients(twins, module, params | masks, x[None], y[None])[0])
+    assert torch.equal(losses, by_autograd(twins, module, params, Batch(x[None], y[None], classes[None]))[0])
 
 
 # In a run -------------------------------------------------------------------------------------------------------

@@ -5,18 +5,18 @@ import pytest
 import torch
 from conftest import run_until
 from torch import nn
-from torch.nn.functional import normalize
+from torch.nn.functional import dropout, normalize
 
 from fedsim import Backbone, InputError, Method, available, component, run
 from fedsim.clients import Population
 from fedsim.datasets import Features
-from fedsim.methods import Method as Contract
+from fedsim.methods import Batch
 from fedsim.params import flatten
 from fedsim.registry import parse
 from fedsim.training.accumulator import Accumulator
 from fedsim.training.client_store import PrivateStore
 from fedsim.training.optimizer import Optimizer
-from fedsim.training.stack import groups, stack_size
+from fedsim.training.stack import by_autograd, gradients, groups, stack_size
 from fedsim.training.task import Task, backbone_of, initial_params
 from fedsim.training.worker import ClientWorker
 from fedsim.updates import CLIENT_STATS
@@ -116,8 +116,8 @@ def test_the_closed_form_of_fedclips_gradient_is_autograds(objective, alike):
     }
     x = torch.randn(3, 6, WIDTH, generator=draw, dtype=torch.float64)
     y = torch.randint(CLASSES, (3, 6), generator=draw)
-    losses, grads = method.gradients(module, params, x, y)
-    expected_losses, expected = Contract.gradients(method, module, params, x, y)  # autograd through `loss`
+    losses, grads = gradients(method, module, params, Batch(x, y))
+    expected_losses, expected = by_autograd(method, module, params, Batch(x, y))  # autograd through `loss`
     torch.testing.assert_close(losses, expected_losses, rtol=1e-12, atol=1e-12)
     assert grads.keys() == expected.keys()
     for name in expected:
@@ -140,15 +140,20 @@ def test_a_stack_is_as_large_as_memory_allows_and_never_empty():
     assert stack_size({"w": torch.zeros(2**20)}, probe, "cuda") == 320
 
 
+class Linear(nn.Linear):
+    def forward(self, x, classes=None):
+        return super().forward(x)
+
+
 @component
 class Picky(Method):
     """Counts on the values of its batch, as vmap cannot."""
 
     def build(self, backbone):
-        return nn.Linear(backbone.width, len(backbone.prototypes))
+        return Linear(backbone.width, len(backbone.prototypes))
 
-    def loss(self, module, x, y):
-        loss = super().loss(module, x, y)
+    def loss(self, module, batch):
+        loss = super().loss(module, batch)
         return loss * 2 if loss.item() > 1 else loss
 
 
@@ -158,12 +163,17 @@ def test_a_method_that_cannot_be_stacked_says_so_and_runs_one_by_one(config, tmp
     assert run(config(method=Picky(), chunk=1, out=tmp_path / "one")).last_round == 3
 
 
+class Dropped(Linear):
+    def forward(self, x, classes=None):
+        return super().forward(dropout(x, 0.5, self.training))
+
+
 @component
 class Forgetful(Method):
     """Drops out, at random and in training only."""
 
     def build(self, backbone):
-        return nn.Sequential(nn.Dropout(0.5), nn.Linear(backbone.width, len(backbone.prototypes)))
+        return Dropped(backbone.width, len(backbone.prototypes))
 
 
 def test_a_method_that_draws_random_numbers_is_refused_though_it_has_been_evaluated_before(config, tmp_path):
@@ -181,7 +191,7 @@ class Turned(nn.Module):
         self.weight = nn.Parameter(backbone.prototypes.T.clone())
         self.scale = backbone.logit_scale
 
-    def forward(self, x):
+    def forward(self, x, classes=None):
         return self.scale * normalize(x, dim=-1) @ self.weight
 
 
@@ -209,7 +219,7 @@ class Counting(nn.Module):
         self.weight = nn.Parameter(backbone.prototypes.clone())
         self.register_buffer("passes", torch.zeros(()))
 
-    def forward(self, x):
+    def forward(self, x, classes=None):
         if self.training:
             self.passes.add_(1)
         return x @ self.weight.T

@@ -1,17 +1,16 @@
 """Methods: what is trained on top of the frozen CLIP, and how a client trains it.
 
-A method's file says `build(backbone)`, which returns a module that holds exactly what is trained, and perhaps `sites`
-(where that attaches to CLIP), `loss`, its closed-form `gradients`, and `scope` (what of it travels). The
-hyperparameters of a client's training are fields of every method.
+A method defines `build(backbone)`, which returns a module that holds exactly what is trained, and optionally `sites`
+(where that attaches to CLIP), `loss`, its `closed_form`, and `scope` (what of it travels). The hyperparameters of a
+client's training are fields of every method.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
 
 from fedsim.params import Params
@@ -63,6 +62,20 @@ class Backbone:
         return self.image_tower
 
 
+class Batch(NamedTuple):
+    """What a local step sees. Of a stack of M clients, every tensor has a leading M.
+
+    Attributes:
+        x: (B, ...) what the method reads of the images: features, patch tokens or pixels.
+        y: (B,) their classes.
+        classes: (C,) bool, the classes that compete; None: all.
+    """
+
+    x: Tensor
+    y: Tensor
+    classes: Tensor | None = None
+
+
 # Beside which optimizers a hyperparameter counts.
 SGD = ("optimizer", "sgd")
 ADAM = ("optimizer", "adam", "adamw")
@@ -92,6 +105,8 @@ class Method(ABC):
     )
 
     min_batch: ClassVar[int] = 1  # a last batch of fewer rows is skipped
+    # Whether the logit of a class depends on which others are active; evaluation then asks once for each label space.
+    joint_classes: ClassVar[bool] = False
 
     label_space: Literal["all", "client"] = Field(
         "all", description="classes that compete in a client's loss: all that anybody trains on, or the client's own"
@@ -109,57 +124,31 @@ class Method(ABC):
 
     @abstractmethod
     def build(self, backbone: Backbone) -> nn.Module:
-        """A module x -> (B, C) logits whose state_dict is exactly what is trained, kept or sent.
+        """A module (x, classes) -> (B, C) logits whose state_dict is exactly what is trained, kept or sent.
 
-        x is what `reads.image` says: (B, D) features, (B, T, D) patch tokens or (B, 3, H, W) bytes. Once built, the
-        module is given a buffer `classes`, (C,) bool, the classes in question (of the client's loss, or of what is
-        judged); the logits of all others are -inf whatever `forward` says of them.
+        x is what `reads.image` says: (B, D) features, (B, T, D) patch tokens or (B, 3, H, W) bytes. classes are those
+        of `Batch.classes`; a module may ignore them, since the engine sets the logits of inactive classes to -inf.
 
         Raises:
             InputError: the hyperparameters do not fit the backbone.
         """
 
-    def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """What a local step descends, in nats: x as in `build`, y (B,) classes -> scalar."""
-        return cross_entropy(module(x), y)
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        """What a local step minimises: a scalar, in nats."""
+        return cross_entropy(module(batch.x, batch.classes), batch.y)
 
-    def gradients(self, module: nn.Module, params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Params]:
-        """Losses of M clients at once, and their gradients: `loss` under autograd, or a closed form in its place.
+    def closed_form(self, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+        """Losses of M clients and their gradients without autograd; None (the default): `loss` under autograd.
 
         Args:
-            module: what `build` returned, for its structure, and for all tensors that are not among `params`.
-            params: tensors of its state_dict, and perhaps its `classes`; (M, *shape), or (*shape), where all clients
-                have the same.
-            x, y: (M, B, ...) inputs and (M, B) classes.
+            module: what `build` returned, for its structure and for all tensors that are not among `params`.
+            params: tensors of its state_dict, (M, *shape), or (*shape) where all clients have the same.
+            batch: of M clients; every tensor has a leading M.
 
         Returns:
             (M,) losses in nats; and by name of each of the module's trained parameters, (M, *shape).
         """
-        inside = _Objective(self, module)
-        learned = {name: params[name] for name in trained(module)}
-        fixed = {name: tensor for name, tensor in params.items() if name not in learned}
-        shapes = {name: t.dim() for name, t in (*module.named_parameters(), *module.named_buffers())}
-        stacked = [{n: 0 if v.dim() > shapes[n] else None for n, v in some.items()} for some in (learned, fixed)]
-
-        def loss(learned: Params, fixed: Params, x: Tensor, y: Tensor) -> Tensor:
-            return functional_call(inside, {f"module.{name}": v for name, v in (learned | fixed).items()}, (x, y))
-
-        if not self.reads.towers:
-            grads, losses = vmap(grad_and_value(loss), in_dims=(*stacked, 0, 0))(learned, fixed, x, y)
-            return losses, grads
-        # A step through a tower is large enough alone; and towers are not written for vmap.
-        each = []
-        for k in range(len(x)):
-            mine = {n: (v if stacked[0][n] is None else v[k]).detach().requires_grad_() for n, v in learned.items()}
-            rest = {n: v if stacked[1][n] is None else v[k] for n, v in fixed.items()}
-            with torch.enable_grad():
-                value = loss(mine, rest, x[k], y[k])
-            grads = torch.autograd.grad(value, list(mine.values()), materialize_grads=True)
-            each.append((value.detach(), *grads))
-        losses, *grads = (
-            torch.stack(some) if len(some) > 1 else some[0].unsqueeze(0) for some in zip(*each, strict=True)
-        )
-        return losses, dict(zip(learned, grads, strict=True))
+        return None
 
     def steps(self, rows: int) -> int:
         """Local steps of a client with so many train rows in a round."""
@@ -175,12 +164,14 @@ def trained(module: nn.Module) -> list[str]:
     return [name for name, tensor in module.named_parameters() if tensor.requires_grad]
 
 
-class _Objective(nn.Module):
-    """The loss as a module's forward, since `functional_call` swaps parameters for the length of one forward."""
+def masked(module: nn.Module) -> nn.Module:
+    """The module, with logits of -inf for inactive classes, whatever its `forward` returns for them."""
+    module.register_forward_hook(_mask_inactive, with_kwargs=True)
+    return module
 
-    def __init__(self, method: Method, module: nn.Module) -> None:
-        super().__init__()
-        self.method, self.module = method, module
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.method.loss(self.module, x, y)
+def _mask_inactive(module: nn.Module, args: tuple, kwargs: dict[str, Tensor | None], logits: Tensor) -> Tensor:
+    if len(args) + len(kwargs) < 2:
+        raise TypeError("a method's module is called with the active classes: module(batch.x, batch.classes)")
+    classes = args[1] if len(args) > 1 else kwargs["classes"]
+    return logits if classes is None else logits.masked_fill(~classes, -torch.inf)

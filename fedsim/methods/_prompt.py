@@ -67,7 +67,7 @@ class PromptMethod(Method):
 class Prompted(nn.Module):
     """The class texts behind L tokens that are given with each call; what is learnt is a subclass's.
 
-    Only texts of the classes in question go through the tower, which is where nearly all of a step's time is spent.
+    Only texts of active classes go through the tower, which is where nearly all of a step's time is spent.
     """
 
     def __init__(self, backbone: Backbone, length: int, asked: str) -> None:
@@ -95,24 +95,24 @@ class Prompted(nn.Module):
         for name, tensor in constants.items():
             self.register_buffer(name, tensor, persistent=False)
 
-    def among(self) -> Tensor:
-        """(n,) the classes in question, ascending: all, until the module is given `classes`."""
-        if (classes := getattr(self, "classes", None)) is None:
+    def active(self, classes: Tensor | None) -> Tensor:
+        """(n,) indices of the active classes, ascending."""
+        if classes is None:
             return torch.arange(len(self.ends), device=self.ends.device)
         return classes.nonzero().flatten()
 
-    def texts(self, tokens: Tensor) -> Tensor:
-        """(L, W) -> (n, D) unit rows, the texts of the n classes in question behind these tokens."""
-        among = self.among()
-        names = self.names[among]
+    def texts(self, tokens: Tensor, classes: Tensor | None = None) -> Tensor:
+        """(L, W) -> (n, D) unit rows, the texts of the n active classes behind these tokens."""
+        active = self.active(classes)
+        names = self.names[active]
         start = torch.cat([self.names[0, :1], tokens])
-        return normalize(self.tower.encode_after(start, names[:, 1:], self.ends[among] - 1), dim=-1)
+        return normalize(self.tower.encode_after(start, names[:, 1:], self.ends[active] - 1), dim=-1)
 
-    def logits(self, x: Tensor, texts: Tensor) -> Tensor:
-        """(B, D) images and (n, D) texts of the classes in question -> (B, C)."""
-        return self.spread(self.scale * normalize(x, dim=-1) @ texts.T)
+    def logits(self, x: Tensor, texts: Tensor, classes: Tensor | None = None) -> Tensor:
+        """(B, D) images and (n, D) texts of the active classes -> (B, C)."""
+        return self.spread(self.scale * normalize(x, dim=-1) @ texts.T, classes)
 
-    def spread(self, logits: Tensor) -> Tensor:
-        """(B, n) -> (B, C), -inf where a class is out of question."""
-        nowhere = logits.new_full((len(logits), len(self.ends)), -torch.inf)
-        return nowhere.index_copy(1, self.among(), logits)
+    def spread(self, logits: Tensor, classes: Tensor | None = None) -> Tensor:
+        """(B, n) -> (B, C), -inf for inactive classes."""
+        inactive = logits.new_full((len(logits), len(self.ends)), -torch.inf)
+        return inactive.index_copy(1, self.active(classes), logits)

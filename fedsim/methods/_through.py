@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from fedsim.errors import InputError
-from fedsim.methods import Backbone
+from fedsim.methods import Backbone, Batch
 from fedsim.methods._contrast import Objective, contrastive
 from fedsim.params import Params
 from fedsim.sites import Site
@@ -63,31 +63,30 @@ class Through(nn.Module):
         """What cosines are multiplied with."""
         return self.scale
 
-    def texts(self, among: Tensor | slice) -> Tensor:
-        """(n, D) rows of the classes `among` all."""
+    def texts(self, indices: Tensor | slice) -> Tensor:
+        """(n, D) rows of some classes."""
         if not self.text_tower:
-            return self.prototypes[among]
-        tokens = self.tokens[among]
+            return self.prototypes[indices]
+        tokens = self.tokens[indices]
         return normalize(self.text_tower.encode(tokens, self.text_tower.ends(tokens), self.weights("text")), dim=-1)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, ...) -> (B, C)
-        asked = getattr(self, "classes", None)
-        if not self.text_tower or asked is None or asked.all():
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, ...) -> (B, C)
+        if not self.text_tower or classes is None or classes.all():
             return self.score(x, slice(None))
-        # A client of few classes need not push the others' texts through the tower to have them masked.
-        among = asked.nonzero().flatten()
-        logits = self.score(x, among)
-        return logits.new_full((len(logits), len(asked)), -torch.inf).index_copy(1, among, logits)
+        # The texts of inactive classes need not go through the tower to be masked.
+        active = classes.nonzero().flatten()
+        logits = self.score(x, active)
+        return logits.new_full((len(logits), len(classes)), -torch.inf).index_copy(1, active, logits)
 
-    def score(self, x: Tensor, among: Tensor | slice) -> Tensor:
-        """(B, n) logits of the classes `among` all, for which alone the text tower then computes."""
+    def score(self, x: Tensor, indices: Tensor | slice) -> Tensor:
+        """(B, n) logits of some classes, for which alone the text tower then computes."""
         image = self.image_tower.encode(x, self.weights("image")) if self.image_tower else x
-        return self.temperature() * normalize(image, dim=-1) @ self.texts(among).T
+        return self.temperature() * normalize(image, dim=-1) @ self.texts(indices).T
 
 
-def objective(kind: Objective, module: Through, x: Tensor, y: Tensor) -> Tensor:
+def objective(kind: Objective, module: Through, batch: Batch) -> Tensor:
     if kind == "cross_entropy":
-        return cross_entropy(module(x), y)
-    # The classes of a batch are few beside all, and their texts are what a step of a text tower costs.
-    present, own = y.unique(return_inverse=True)
-    return contrastive(module.score(x, present), own)
+        return cross_entropy(module(batch.x, batch.classes), batch.y)
+    # A batch shows few of the classes, and their texts are what a step of a text tower costs.
+    present, own = batch.y.unique(return_inverse=True)
+    return contrastive(module.score(batch.x, present), own)

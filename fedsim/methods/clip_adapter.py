@@ -42,7 +42,7 @@ class _Mixed(nn.Module):
         self.scale = backbone.logit_scale
         self.ratio = ratio
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
         # The length of x comes to nothing: ReLU and matrices without bias pass it on to both sides of the sum.
         mixed = self.ratio * self.adapter(x) + (1 - self.ratio) * x
         return self.scale * normalize(mixed, dim=-1) @ self.text.T

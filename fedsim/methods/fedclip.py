@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from fedsim.methods import Backbone, Method
+from fedsim.methods import Backbone, Batch, Method
 from fedsim.methods._contrast import Objective, contrastive
 from fedsim.params import Params
 from fedsim.registry import component
@@ -42,14 +42,15 @@ class FedCLIP(Method):
     def build(self, backbone: Backbone) -> nn.Module:
         return _Gated(backbone)
 
-    def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        logits = module(x)
-        return cross_entropy(logits, y) if self.objective == "cross_entropy" else contrastive(logits, y)
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        logits = module(batch.x, batch.classes)
+        return cross_entropy(logits, batch.y) if self.objective == "cross_entropy" else contrastive(logits, batch.y)
 
-    def gradients(self, module: nn.Module, params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Params]:
-        """The closed form of `loss`: five matrix products a step, and no graph. Checked against autograd in float64."""
-        if self.objective == "cross_entropy" and "classes" in params:  # some logits are out of question
-            return super().gradients(module, params, x, y)
+    def closed_form(self, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+        """Five matrix products a step, and no graph; None where some logits are masked."""
+        x, y, classes = batch
+        if self.objective == "cross_entropy" and classes is not None:
+            return None
         w1, b1, w2, b2 = (params[f"attention.{place}"] for place in ("0.weight", "0.bias", "2.weight", "2.bias"))
         hidden = (x @ w1.mT).add_(b1.unsqueeze(-2)).tanh_()
         gate = (hidden @ w2.mT).add_(b2.unsqueeze(-2)).softmax(dim=-1)
@@ -104,5 +105,5 @@ class _Gated(nn.Module):
         self.register_buffer("text", backbone.prototypes, persistent=False)
         self.scale = backbone.logit_scale
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
         return self.scale * normalize(self.attention(x) * x, dim=-1) @ self.text.T

@@ -58,10 +58,10 @@ class _Transported(Prompted):
         wanted = "entropy", "mass", "tolerance", "iterations"
         self.transport = {name: getattr(method, name) for name in wanted}
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, C)
-        texts = torch.stack([self.texts(self.together), self.texts(self.own)], dim=1)  # (n, 2, D)
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, T, D) -> (B, C)
+        texts = torch.stack([self.texts(self.together, classes), self.texts(self.own, classes)], dim=1)  # (n, 2, D)
         rows = max(1, MOST // max(1, 2 * x.shape[1] * len(texts)))
-        return self.spread(torch.cat([self._score(part, texts) for part in x.split(rows)]))
+        return self.spread(torch.cat([self._score(part, texts) for part in x.split(rows)]), classes)
 
     def _score(self, x: Tensor, texts: Tensor) -> Tensor:  # (B, T, D), (n, 2, D) -> (B, n)
         near = torch.einsum("btd,nkd->bntk", normalize(x, dim=-1), texts)

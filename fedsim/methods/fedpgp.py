@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedsim.methods import Backbone, Scope
+from fedsim.methods import Backbone, Batch, Scope
 from fedsim.methods._prompt import Prompted, PromptMethod
 from fedsim.registry import component
 from fedsim.search import Choice, Field, Log
@@ -32,13 +32,14 @@ class FedPGP(PromptMethod):
     def build(self, backbone: Backbone) -> nn.Module:
         return _LowRank(backbone, self)
 
-    def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         """The class loss; and class by class, the common text shall be nearer to the untrained than to the client's."""
-        common, own = module.texts(module.sigma), module.texts(module.tokens())
-        untrained = module.untrained[module.among()]
+        x, y, classes = batch
+        common, own = module.texts(module.sigma, classes), module.texts(module.tokens(), classes)
+        untrained = module.untrained[module.active(classes)]
         cosines = torch.stack([(untrained * common).sum(dim=-1), (common * own).sum(dim=-1)], dim=1)
         contrast = -(cosines / self.temperature).log_softmax(dim=1)[:, 0].mean()
-        return cross_entropy(module.logits(x, own), y) + self.contrast * contrast
+        return cross_entropy(module.logits(x, own, classes), y) + self.contrast * contrast
 
     def scope(self, name: str) -> Scope:
         return "shared" if name == "sigma" else "private"
@@ -60,5 +61,5 @@ class _LowRank(Prompted):
     def tokens(self) -> Tensor:  # (L, W)
         return self.sigma + self.u @ self.v
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
-        return self.logits(x, self.texts(self.tokens()))
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
+        return self.logits(x, self.texts(self.tokens(), classes), classes)

@@ -44,6 +44,8 @@ class FedTPG(Method):
     )
     heads: int = Field(4, ge=1, description="of the attention to the class texts")
 
+    joint_classes = True  # the tokens, and so every logit, follow from all active classes
+
     @property
     def sites(self) -> tuple[Site, ...]:
         return ("text_tokens",)
@@ -60,22 +62,19 @@ class _Written(Prompted):
     def __init__(self, backbone: Backbone, method: FedTPG) -> None:
         super().__init__(backbone, method.length, f"--method.length {method.length}")
         width, features = backbone.text.width, backbone.width
-        # Its own from the start: the tokens, and so every logit, follow from all the classes in question.
-        everyone = torch.ones(len(backbone.classes), dtype=torch.bool)
-        self.register_buffer("classes", everyone, persistent=False)
         self.query = nn.Parameter(torch.empty(method.length, width).normal_(std=0.02))
         self.norm_query, self.norm_texts = nn.LayerNorm(width), nn.LayerNorm(features)
         self.attention = nn.MultiheadAttention(width, method.heads, kdim=features, vdim=features)
         self.norm, self.widen = nn.LayerNorm(width), nn.Linear(width, 8 * width)
         self.narrow = nn.Linear(4 * width, width)
 
-    def tokens(self) -> Tensor:
-        """(L, W), from the texts of the classes in question alone."""
-        texts = self.norm_texts(self.prototypes[self.among()])
+    def tokens(self, classes: Tensor | None = None) -> Tensor:
+        """(L, W), from the texts of the active classes alone."""
+        texts = self.norm_texts(self.prototypes[self.active(classes)])
         # As in the code, the query is not added to what it finds.
         found, _ = self.attention(self.norm_query(self.query), texts, texts)
         value, gate = self.widen(self.norm(found)).chunk(2, dim=-1)
         return found + self.narrow(value * gelu(gate))
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
-        return self.logits(x, self.texts(self.tokens()))
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
+        return self.logits(x, self.texts(self.tokens(classes), classes), classes)

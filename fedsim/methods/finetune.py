@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import InputError
-from fedsim.methods import Backbone, Method
+from fedsim.methods import Backbone, Batch, Method
 from fedsim.methods._through import Objective, Side, Sides, Through, blocks, held, objective, tower_of
 from fedsim.params import Params
 from fedsim.registry import component
@@ -53,8 +53,8 @@ class Finetune(Method):
     def build(self, backbone: Backbone) -> nn.Module:
         return _Whole(backbone, self.towers, self.head)
 
-    def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return objective(self.objective, module, x, y)
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        return objective(self.objective, module, batch)
 
 
 class _Whole(Through):

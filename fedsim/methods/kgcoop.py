@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedsim.methods import Batch
 from fedsim.methods.promptfl import PromptFL
 from fedsim.registry import component
 from fedsim.search import Choice, Field, Linear
@@ -41,8 +42,9 @@ class KgCoOp(PromptFL):
         description="weight of 1 - the mean cosine of learnt and written class texts",
     )
 
-    def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        texts = module.texts(module.tokens)
-        # Over the classes in question alone: the names of others are not a client's to know.
-        cosines = (texts * module.prototypes[module.among()]).sum(dim=-1)
-        return cross_entropy(module.logits(x, texts), y) + self.pull * (1 - cosines.mean())
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        x, y, classes = batch
+        texts = module.texts(module.tokens, classes)
+        # Over the active classes alone: a client need not know the names of others.
+        cosines = (texts * module.prototypes[module.active(classes)]).sum(dim=-1)
+        return cross_entropy(module.logits(x, texts, classes), y) + self.pull * (1 - cosines.mean())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import InputError, listing
-from fedsim.methods import Backbone, Method, Scope
+from fedsim.methods import Backbone, Batch, Method, Scope
 from fedsim.methods._through import Objective, Side, Sides, Through, blocks, held, objective, tower_of
 from fedsim.params import Params
 from fedsim.registry import component
@@ -69,8 +69,8 @@ class Lora(Method):
     def build(self, backbone: Backbone) -> nn.Module:
         return _Paired(self, backbone)
 
-    def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return objective(self.objective, module, x, y)
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        return objective(self.objective, module, batch)
 
     def scope(self, name: str) -> Scope:
         return "server" if name.startswith("merged.") else "shared"

@@ -26,5 +26,5 @@ class _Head(nn.Module):
         self.weight = nn.Parameter(backbone.prototypes.clone())
         self.scale = backbone.logit_scale
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
         return self.scale * normalize(x, dim=-1) @ self.weight.T

@@ -35,5 +35,5 @@ class _Prompt(Prompted):
         super().__init__(backbone, len(tokens), method.asked(len(tokens)))
         self.tokens = nn.Parameter(tokens)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
-        return self.logits(x, self.texts(self.tokens))
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
+        return self.logits(x, self.texts(self.tokens, classes), classes)

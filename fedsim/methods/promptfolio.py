@@ -45,7 +45,7 @@ class _Folio(Prompted):
         self.together, self.own = nn.Parameter(tokens), nn.Parameter(method.start(backbone.text))
         self.theta = method.theta
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
         # Each of unit length before they are mixed, and the mixture as long as it comes.
-        mixed = (1 - self.theta) * self.texts(self.together) + self.theta * self.texts(self.own)
-        return self.logits(x, mixed)
+        mixed = (1 - self.theta) * self.texts(self.together, classes) + self.theta * self.texts(self.own, classes)
+        return self.logits(x, mixed, classes)

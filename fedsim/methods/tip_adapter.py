@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from fedsim.methods import Backbone, Method
+from fedsim.methods import Backbone, Batch, Method
 from fedsim.registry import component
 from fedsim.search import Choice, Field, Linear
 
@@ -52,9 +52,10 @@ class TipAdapter(Method):
     def build(self, backbone: Backbone) -> nn.Module:
         return _Keyed(backbone, self.alpha * self.shots, self.beta)
 
-    def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        x, y, classes = batch
         if self.objective == "cross_entropy":
-            return cross_entropy(module(x), y)
+            return cross_entropy(module(x, classes), y)
         mine = (y.unsqueeze(-1) == torch.arange(len(module.keys), device=y.device)).to(x.dtype)
         strayed = (normalize(x, dim=-1) - module.keys[y]).square().sum(dim=-1)
         return (strayed / mine.sum(dim=0)[y]).sum() / 2
@@ -68,7 +69,7 @@ class _Keyed(nn.Module):
         self.scale = backbone.logit_scale
         self.strength, self.beta = strength, beta
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
         unit = normalize(x, dim=-1)
         answer = torch.exp(self.beta * (unit @ self.keys.T - 1))
         return self.scale * unit @ self.text.T + self.strength * answer

@@ -24,5 +24,5 @@ class _Nearest(nn.Module):
         self.register_buffer("text", backbone.prototypes, persistent=False)
         self.scale = backbone.logit_scale
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, D) -> (B, C)
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
         return self.scale * normalize(x, dim=-1) @ self.text.T

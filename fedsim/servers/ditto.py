@@ -7,7 +7,7 @@ import torch
 from pydantic import InstanceOf
 from torch import Tensor, nn
 
-from fedsim.methods import Backbone, Method
+from fedsim.methods import Backbone, Batch, Method, masked
 from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search import Field, Log
@@ -54,6 +54,10 @@ class _Twins(Method):
         return self.inner.min_batch
 
     @property
+    def joint_classes(self) -> bool:
+        return self.inner.joint_classes
+
+    @property
     def sites(self):
         return self.inner.sites
 
@@ -65,22 +69,20 @@ class _Twins(Method):
         torch.set_rng_state(state)
         return _Pair(self.inner.build(backbone), own)
 
-    def loss(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return self.inner.loss(module.shared, x, y) + self.inner.loss(module.own, x, y)
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        return self.inner.loss(module.shared, batch) + self.inner.loss(module.own, batch)
 
-    def gradients(self, module: nn.Module, params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Params]:
-        """Half by half, so that a method with a closed form keeps it."""
+    def closed_form(self, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+        """Half by half, if the inner method has one."""
         losses, grads = [], {}
         for half in HALVES:
-            mine = {name.removeprefix(f"{half}."): v for name, v in params.items() if name.startswith(f"{half}.")}
-            mine |= {"classes": params["classes"]} if "classes" in params else {}
-            loss, some = self.inner.gradients(getattr(module, half), mine, x, y)
-            losses.append(loss)
-            grads |= {f"{half}.{name}": grad for name, grad in some.items()}
+            tensors = {name.removeprefix(f"{half}."): v for name, v in params.items() if name.startswith(f"{half}.")}
+            closed = self.inner.closed_form(getattr(module, half), tensors, batch)
+            if closed is None:
+                return None
+            losses.append(closed[0])
+            grads |= {f"{half}.{name}": grad for name, grad in closed[1].items()}
         return sum(losses), grads
-
-    def steps(self, rows: int) -> int:
-        return self.inner.steps(rows)
 
     def scope(self, name: str):
         half, _, inside = name.partition(".")
@@ -89,25 +91,11 @@ class _Twins(Method):
 
 
 class _Pair(nn.Module):
-    """Two modules alike; what it says of an image is what the own one says."""
+    """Two modules alike; its logits are those of the client's own."""
 
     def __init__(self, shared: nn.Module, own: nn.Module) -> None:
         super().__init__()
-        self.shared, self.own = shared, own
-        for half in (shared, own):
-            half.register_forward_hook(_in_question)
-        if hasattr(own, "classes"):  # it computes by them itself
-            self.register_buffer("classes", own.classes, persistent=False)
+        self.shared, self.own = masked(shared), masked(own)  # the losses call the halves, not the pair
 
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """What a built module is given, its `classes`, is both halves' too: one tensor, set in one place."""
-        super().register_buffer(name, tensor, persistent)
-        for half in (self.shared, self.own):
-            half.register_buffer(name, tensor, persistent)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.own(x)
-
-
-def _in_question(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
-    return logits.masked_fill(~module.classes, -torch.inf) if hasattr(module, "classes") else logits
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
+        return self.own(x, classes)

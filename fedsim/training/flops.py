@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.datasets import Features
-from fedsim.methods import Backbone, trained
+from fedsim.methods import Backbone, Batch, trained
 from fedsim.training.inputs import Inputs
 from fedsim.training.task import Task
 
@@ -26,15 +26,13 @@ def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarra
     module = task.build(backbone)
     if not trained(module):
         return 0.0, 0.0
-    if not hasattr(module, "classes"):
-        module.register_buffer("classes", torch.ones(len(backbone.prototypes), dtype=torch.bool), persistent=False)
 
     def count(size: int) -> int:
         some = np.resize(rows, size)
         x = Inputs(features, task.method.reads.image, some, None, "cpu", backbone.prototypes.dtype).whole()
         y = torch.from_numpy(features.y[some])
         with Operations() as operations:
-            task.method.loss(module.train(), x, y).backward()
+            task.method.loss(module.train(), Batch(x, y)).backward()
         return operations.total
 
     # Two at least, since some methods skip a batch of one; of images few, since each takes a tower's time.

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad_and_value, vmap
+from torch.func import functional_call, grad_and_value, vmap
 
 from fedsim.errors import InputError
-from fedsim.methods import Method, trained
+from fedsim.methods import Batch, Method, trained
 from fedsim.params import Params
 from fedsim.training.optimizer import Optimizer
 
@@ -71,13 +71,12 @@ def train_stack(
     for epoch in range(method.local_epochs if learned else 0):
         orders = [starts[k] + torch.randperm(size, generator=rngs[k]) for k, size in enumerate(sizes)]
         for taken, first, last in groups(sizes, method.batch, method.min_batch):
-            batch = torch.stack([order[taken : taken + method.batch] for order in orders[first:last]]).to(y.device)
+            rows = torch.stack([order[taken : taken + method.batch] for order in orders[first:last]]).to(y.device)
+            batch = Batch(x[rows], y[rows], None if classes is None else classes[first:last])
             mine = {name: tensor[first:last] for name, tensor in params.items()}
             # Until the first step all clients have the same parameters, and one large product serves them all.
             at = mine | (received if epoch == 0 and taken == 0 else {})
-            if classes is not None:
-                at["classes"] = classes[first:last]
-            loss, grads = _gradients(method, module, at, x[batch], y[batch])
+            loss, grads = gradients(method, module, at, batch)
             if term:
                 extra, pull = _of_term(term, {name: mine[name] for name in learned}, received)
                 loss, grads = loss + extra, {name: grads[name] + pull[name] for name in learned}
@@ -110,9 +109,61 @@ def groups(sizes: Sequence[int], batch: int, least: int) -> Iterator[tuple[int, 
             first = last
 
 
-def _gradients(method: Method, module: nn.Module, params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Params]:
+def gradients(method: Method, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params]:
+    """Losses of M clients and their gradients: the method's closed form, or its `loss` under autograd.
+
+    Args:
+        params: tensors of the module's state_dict, (M, *shape), or (*shape) where all clients have the same.
+        batch: of M clients; every tensor has a leading M.
+
+    Returns:
+        (M,) losses in nats; and by name of each trained parameter, (M, *shape).
+    """
     with _refused(method):
-        return method.gradients(module, params, x, y)
+        closed = method.closed_form(module, params, batch)
+        return by_autograd(method, module, params, batch) if closed is None else closed
+
+
+def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params]:
+    """What `gradients` computes where a method has no closed form."""
+    objective = _Objective(method, module)
+    learned = {name: params[name] for name in trained(module)}
+    fixed = {name: tensor for name, tensor in params.items() if name not in learned}
+    shapes = {name: tensor.dim() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    stacked = [{n: 0 if v.dim() > shapes[n] else None for n, v in tensors.items()} for tensors in (learned, fixed)]
+
+    def loss(learned: Params, fixed: Params, x: Tensor, y: Tensor, classes: Tensor | None) -> Tensor:
+        tensors = {f"module.{name}": tensor for name, tensor in (learned | fixed).items()}
+        return functional_call(objective, tensors, (Batch(x, y, classes),))
+
+    if not method.reads.towers:
+        in_dims = (*stacked, 0, 0, None if batch.classes is None else 0)
+        grads, losses = vmap(grad_and_value(loss), in_dims=in_dims)(learned, fixed, *batch)
+        return losses, grads
+    # A step through a tower is large enough alone; and towers are not written for vmap.
+    results = []
+    for k in range(len(batch.x)):
+        live = {n: (v if stacked[0][n] is None else v[k]).detach().requires_grad_() for n, v in learned.items()}
+        rest = {n: v if stacked[1][n] is None else v[k] for n, v in fixed.items()}
+        with torch.enable_grad():
+            value = loss(live, rest, *(part if part is None else part[k] for part in batch))
+        grads = torch.autograd.grad(value, list(live.values()), materialize_grads=True)
+        results.append((value.detach(), *grads))
+    losses, *grads = (
+        torch.stack(parts) if len(parts) > 1 else parts[0].unsqueeze(0) for parts in zip(*results, strict=True)
+    )
+    return losses, dict(zip(learned, grads, strict=True))
+
+
+class _Objective(nn.Module):
+    """The loss as a module's forward, since `functional_call` swaps parameters for the length of one forward."""
+
+    def __init__(self, method: Method, module: nn.Module) -> None:
+        super().__init__()
+        self.method, self.module = method, module
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.method.loss(self.module, batch)
 
 
 def _of_term(term: Term, params: Params, received: Params) -> tuple[Tensor, Params]:

@@ -8,7 +8,7 @@ from torch import nn
 from fedsim.clip import Clip
 from fedsim.datasets import Features
 from fedsim.errors import InputError, listing
-from fedsim.methods import Backbone, Method, Scope
+from fedsim.methods import Backbone, Method, Scope, masked
 from fedsim.params import Params
 from fedsim.registry import name_of
 from fedsim.rng import seed_for
@@ -56,7 +56,7 @@ class Task:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(self.seed, "init"))
-            module = self.method.build(backbone)
+            module = masked(self.method.build(backbone))
         for name, tensor in module.named_parameters():
             tensor.requires_grad_(self.scope(name) in ("shared", "private"))
         return module

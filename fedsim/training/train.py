@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedsim.methods import Method
+from fedsim.methods import Batch, Method
 from fedsim.params import Params
 from fedsim.training.inputs import Inputs
 from fedsim.training.optimizer import Optimizer
@@ -22,6 +22,7 @@ def train_client(
     rng: torch.Generator,
     shared: Sequence[str] | None = None,
     correction: Params | None = None,
+    classes: Tensor | None = None,
 ) -> float:
     """Trains the module in place on one client's rows: the readable path, which `stack.train_stack` must equal.
 
@@ -33,6 +34,7 @@ def train_client(
         rng: draws the order of the rows, epoch by epoch.
         shared: names of the tensors that were received; none given: all.
         correction: what the server rule adds to the gradients of some parameters.
+        classes: (C,) bool, the classes that compete in the loss; None: all.
 
     Returns:
         The mean loss over local steps, in nats; nan when there was no step.
@@ -45,7 +47,7 @@ def train_client(
         for rows in order.split(method.batch):
             if len(rows) < method.min_batch:
                 continue
-            loss = method.loss(module, x[rows], y[rows]) + term(params, received)
+            loss = method.loss(module, Batch(x[rows], y[rows], classes)) + term(params, received)
             grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
             added = correction or {}
             grads = {n: g + added[n] if n in added else g for n, g in zip(params, grads, strict=True)}

@@ -19,7 +19,7 @@ from fedsim.rng import numpy_rng, seed_for, torch_rng
 from fedsim.servers import Server
 from fedsim.training.accumulator import Accumulator
 from fedsim.training.inputs import Inputs
-from fedsim.training.judge import Space, _reads_classes, judge
+from fedsim.training.judge import Space, judge
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.stack import stack_size, train_stack
 from fedsim.training.task import Task, backbone_of
@@ -132,7 +132,8 @@ class ClientWorker:
         received = _to(self.device, unflatten(sent, like))
         module.eval().load_state_dict(received)
         entries, answers = [], []
-        ask = partial(judge, module, partial(self._read, task), task.method.reads.image, device=self.device)
+        reads, joint = task.method.reads.image, task.method.joint_classes
+        ask = partial(judge, module, partial(self._read, task), reads, joint, device=self.device)
         others = [self.clients[k] for k in also]
         for k, written in chunk:
             client = self.clients[k]
@@ -195,14 +196,15 @@ class ClientWorker:
         corrections = [task.server.correction(kept, told) for kept in rule]
         correction = {name: torch.stack([one[name] for one in corrections]) for name in corrections[0]}
         classes = self._classes(task, ids)
-        module.classes.fill_(True)  # evaluation leaves what it asked last
         if task.reference:
-            if classes is not None:
-                module.classes.copy_(classes[0])
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))  # of a module with dropout, say
                 correction = {name: tensor[0] for name, tensor in correction.items()}
-                how = {"shared": list(alike), "correction": correction}
+                how = {
+                    "shared": list(alike),
+                    "correction": correction,
+                    "classes": None if classes is None else classes[0],
+                }
                 losses = [train_client(module, optimizer, x, y, task.method, task.server.local_term, rngs[0], **how)]
         else:
             sizes = [len(rows_of[client]) for client in ids]
@@ -215,17 +217,14 @@ class ClientWorker:
 
     def _classes(self, task: Task, clients: list[int]) -> Tensor | None:
         """(M, C) bool, the classes that compete in each client's loss; None where all do."""
-        if not self._masked(task):
-            return None
         own = task.method.label_space == "client"
+        if not own and self.trained_classes.all():
+            return None
         masks = np.tile(self.trained_classes, (len(clients), 1))
         for mask, k in zip(masks, clients if own else (), strict=False):
             mask[:] = False
             mask[self.features.y[self.clients[k].train]] = True  # what only its test rows show is not for training
         return torch.from_numpy(masks).to(self.device)
-
-    def _masked(self, task: Task) -> bool:
-        return task.method.label_space == "client" or not self.trained_classes.all()
 
     def _views(self, task: Task, round: int, clients: list[int], rows_of: Rows) -> np.ndarray | None:
         """Which augmented view each train row shows in a round; None where there is but the image itself."""
@@ -291,24 +290,12 @@ class ClientWorker:
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.contiguous()  # the fused optimizers walk raw memory
         like = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
-        if not _reads_classes(module):
-            everything = torch.ones(len(self.features.classes), dtype=torch.bool, device=self.device)
-            module.register_buffer("classes", everything, persistent=False)
-            module.asks_all = True
-        else:  # where two modules share it, a move to another device has parted them
-            module.register_buffer("classes", module.classes, persistent=False)
-        if self._masked(task):
-            module.register_forward_hook(_masked_out)
         return module, like
 
     def _clip(self, dtype: str) -> Clip:
         clip = self.frozen.open(self.device)
         clip.model.to(getattr(torch, dtype))
         return clip
-
-
-def _masked_out(module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
-    return logits.masked_fill(~module.classes, -torch.inf)
 
 
 def _to(device: str, params: Params, dtype: str | None = None) -> Params:
