@@ -40,7 +40,7 @@ def test_classes_whose_texts_are_the_same_tokens_are_refused_before_anything_is_
         "'a picture of a &' and 'a picture of a &amp;' are the same tokens to the model, so that their classes cannot "
         "be told apart; rename one"
     )
-    assert not (tmp_path / "cache").exists()
+    assert not any((tmp_path / "cache").glob("*.npy"))
 
 
 @pytest.mark.parametrize("method", ["zero_shot", "promptfl", "lora"])
