@@ -21,6 +21,8 @@ class Bias(Method):
 
 
 class _Biased(nn.Module):
+    text: Tensor
+
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(len(backbone.prototypes)))  # trained, sent and averaged

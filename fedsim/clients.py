@@ -53,8 +53,8 @@ class Population(Sequence):
         if client < self.trainers:
             return Client(client, *self.splits[client])
         nothing, split = np.empty(0, np.int64), self.split_of(client)
-        rows = self.new if split == "new" else self.away[client - self.trainers]
-        return Client(client, nothing, nothing, rows, split)
+        others = [*self.away] if self.new is None else [*self.away, self.new]
+        return Client(client, nothing, nothing, others[client - self.trainers], split)
 
     def split_of(self, client: int) -> str:
         """`Client.split` of a client, whose rows need not be drawn for it."""

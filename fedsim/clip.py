@@ -179,4 +179,5 @@ def _last(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _size(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width

@@ -177,12 +177,16 @@ def _read(run: Path, name: str) -> Finished:
         raise InputError(f"{run} is not finished: it did {len(costs)} of {config['rounds']} rounds")
     chosen, held_out = choose_round(scores), config["held_out"]
     by_round = curves(scores, held_out)
+
+    def at_chosen(table: pd.DataFrame) -> pd.DataFrame:
+        return table[table["round"] == chosen]
+
     return Finished(
         name,
         # The same data may be in another place on another machine: the folder's name tells.
         flat(config) | {"data_dir": portable(config["data_dir"])},
         chosen,
-        summarize(*(some[some["round"] == chosen] for some in (scores, labels, bins)), held_out),
+        summarize(at_chosen(scores), at_chosen(labels), at_chosen(bins), held_out),
         summarize(zero_shot, labels[:0], bins[:0], held_out),
         {"round": by_round} | over(by_round, costs),
         costs.bytes_up.sum() / 1e6,
@@ -241,8 +245,8 @@ def _table(groups: Groups, differing: list[str]) -> pd.DataFrame:
         row["chosen round"] = ", ".join(str(round) for round in sorted({run.chosen for run in group}))
         row |= {head: _mean(group, key) for key, head in SHOWN.items() if key in told}
         row["zero-shot generalization"] = _spread([run.zero_shot["generalization"] for run in group])
-        row["megabytes up"] = number(np.mean([run.megabytes for run in group]))
-        row["seconds"] = number(np.mean([run.seconds for run in group]))
+        row["megabytes up"] = number(float(np.mean([run.megabytes for run in group])))
+        row["seconds"] = number(float(np.mean([run.seconds for run in group])))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -260,7 +264,7 @@ def _mean(group: list[Finished], key: str) -> str:
 
 def _spread(accuracies: list[float]) -> str:
     """Mean ± sample standard deviation, in percent; of one run, its number."""
-    return spread(percent(np.mean(accuracies)), pd.Series(accuracies).std())
+    return spread(percent(float(np.mean(accuracies))), pd.Series(accuracies).std())
 
 
 def _plots(groups: Groups) -> list[Plot]:
@@ -281,7 +285,8 @@ def _lines(groups: Groups, by: str, side: str) -> list[Line]:
         first = group[0]
         y = 100 * pd.concat([run.lines["round"][side] for run in group], axis=1).set_axis(first.lines[by].index)
         dot = list(first.lines["round"].index).index(first.chosen)
-        seeded = {"spread": y.std(axis=1)} if len(group) > 1 else {"dot": dot}
+        deviation, dot = (y.std(axis=1), None) if len(group) > 1 else (None, dot)
         if y.notna().all(axis=None):
-            lines.append(Line(name, place, y.mean(axis=1), zero_shot=100 * first.zero_shot[side], **seeded))
+            zero_shot = 100 * first.zero_shot[side]
+            lines.append(Line(name, place, y.mean(axis=1), zero_shot=zero_shot, spread=deviation, dot=dot))
     return lines

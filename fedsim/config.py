@@ -55,9 +55,11 @@ def _cache() -> Path:
         raise InputError("this user has no home folder for encoded features; give --cache-dir DIR") from None
 
 
-def _component(kind: str, base: type) -> Any:
-    read = partial(parse, kind, default=DEFAULTS[kind])
-    return Annotated[InstanceOf[base], BeforeValidator(read), PlainSerializer(fields_of)]
+def _read(kind: str) -> BeforeValidator:
+    return BeforeValidator(partial(parse, kind, default=DEFAULTS[kind]))
+
+
+_Fields = PlainSerializer(fields_of)
 
 
 def _prompt(value: str) -> str:
@@ -78,7 +80,7 @@ def _expanded(value: Path | None) -> Path | None:
 
 def _absolute(value: Path | None) -> Path | None:
     # Workers run in folders of their own, so a relative path would be another one there.
-    return value and _expanded(value).absolute()
+    return (path := _expanded(value)) and path.absolute()
 
 
 def _not_empty(value: Any) -> Any:
@@ -107,7 +109,7 @@ class Config(BaseModel):
     model_config = ConfigDict(CHECKED, frozen=True, validate_default=True)
     numbers_are_not_truths = numbers_are_not_truths
 
-    dataset: _component("dataset", Dataset) = Field(
+    dataset: Annotated[InstanceOf[Dataset], _read("dataset"), _Fields] = Field(
         DEFAULTS["dataset"], description="where images or features come from"
     )
     data_dir: Annotated[Path | None, AfterValidator(_absolute)] = Field(
@@ -122,7 +124,9 @@ class Config(BaseModel):
     held_out: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (), description="domains that nobody trains on, separated by commas"
     )
-    partition: _component("partition", Dealing) = Field(DEFAULTS["partition"], description="how rows go to clients")
+    partition: Annotated[InstanceOf[Dealing], _read("partition"), _Fields] = Field(
+        DEFAULTS["partition"], description="how rows go to clients"
+    )
     clients: int | None = Field(None, ge=1, le=10**8, description="number of clients; by_domain has one per domain")
     partition_seed: int = Field(0, ge=0, description="draws the partition and each client's splits")
     augment: int = Field(
@@ -133,12 +137,18 @@ class Config(BaseModel):
     new_classes: float = Field(
         0.0, ge=0, lt=1, description="share of the classes, the last by name, that nobody trains on; 0.5 is base-to-new"
     )
-    method: _component("method", Method) = Field(DEFAULTS["method"], description="what is trained")
-    server: _component("server", Server) = Field(DEFAULTS["server"], description="how updates are combined")
+    method: Annotated[InstanceOf[Method], _read("method"), _Fields] = Field(
+        DEFAULTS["method"], description="what is trained"
+    )
+    server: Annotated[InstanceOf[Server], _read("server"), _Fields] = Field(
+        DEFAULTS["server"], description="how updates are combined"
+    )
     cohort: int | None = Field(
         None, ge=1, search=Log(2, 100), description="clients that train in a round; none given: all"
     )
-    fleet: _component("fleet", Fleet) = Field(DEFAULTS["fleet"], description="devices of clients, in simulated time")
+    fleet: Annotated[InstanceOf[Fleet], _read("fleet"), _Fields] = Field(
+        DEFAULTS["fleet"], description="devices of clients, in simulated time"
+    )
     deadline_s: float | None = Field(
         None,
         gt=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import numpy as np
 
@@ -105,5 +106,8 @@ def tally(
 def merge(parts: Iterable[Counts]) -> Counts:
     """Counts of one or more chunks of clients together, in their order."""
     parts = list(parts)
-    sums = (sum(getattr(part, name) for part in parts) for name in ("labels", "bins", "confidence"))
-    return Counts(np.concatenate([part.scores for part in parts]), *sums)
+
+    def total(name: str) -> np.ndarray:
+        return reduce(np.add, [getattr(part, name) for part in parts])
+
+    return Counts(np.concatenate([part.scores for part in parts]), total("labels"), total("bins"), total("confidence"))

@@ -1,7 +1,7 @@
 """Many runs side by side, a task of the cluster each; where `run` spreads the clients of one."""
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,7 +126,7 @@ def _calls(ray, experiments: list[Experiment], progress: Progress) -> list[_Call
     ]
 
 
-def _outcomes(ray, calls: list[_Call], at_once: int) -> Iterator[tuple[int, Report | Exception]]:
+def _outcomes(ray, calls: list[_Call], at_once: int) -> Generator[tuple[int, Report | Exception]]:
     """The index of each call with its report, or with why there is none, as they end."""
     # A run whose process or machine is lost begins again elsewhere, from its checkpoint where that is seen. Not left to
     # Ray, which begins again without end where memory is short.

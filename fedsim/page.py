@@ -244,7 +244,7 @@ def _lines(report: Report, lines: pd.DataFrame) -> list[Line]:
     zero, dot = report.zero_shot_summary(), list(report.parts).index(report.chosen_round)
     return [
         Line((MEASURES | NEW_MEASURES)[key], place, 100 * lines[key], zero_shot=100 * zero[key], dot=dot)
-        for place, key in enumerate(lines.dropna(axis=1, how="all"))
+        for place, key in enumerate(lines.dropna(axis=1, how="all").columns.astype(str))
     ]
 
 

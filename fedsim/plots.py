@@ -162,7 +162,8 @@ def plot_heat(figure: "Figure", xlabel: str, tables: Sequence[pd.DataFrame]) -> 
     _name(axes.xaxis, table.columns)
     axes.set_xlabel(xlabel)
     bar = figure.colorbar(image, ax=column, label="rows", pad=0.01, ticks=MaxNLocator(6, integer=True))
-    bar.solids.set_rasterized(True)  # one small picture in place of 256 paths
+    if bar.solids is not None:
+        bar.solids.set_rasterized(True)  # one small picture in place of 256 paths
     each = tables[0].sum()
     return f"Rows by {xlabel}: {each.sum()} in all, {each.min()} to {each.max()} each of {len(each)}"
 
@@ -187,8 +188,10 @@ def legend(figure: "Figure", handles: dict[str, Any]) -> None:
 
 
 def _name(axis: "Axis", names: Iterable[Any]) -> None:
+    from matplotlib.axis import XAxis
+
     names = [short(str(name), 28) for name in names]
-    long = max(map(len, names), default=1) if axis.axis_name == "x" else 1
+    long = max(map(len, names), default=1) if isinstance(axis, XAxis) else 1
     every = -(-len(names) // max(1, min(NAMED, 160 // (long + 2))))  # about 160 letters stand side by side
     axis.set_ticks(range(0, len(names), every), names[::every], fontsize="small")
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from importlib import import_module
 from inspect import get_annotations, isclass
 from pkgutil import iter_modules
+from types import GenericAlias
 from typing import Annotated, Any, get_args
 
-import pydantic
 from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
@@ -19,7 +19,7 @@ from pydantic_core.core_schema import ValidationInfo
 from typing_extensions import dataclass_transform  # in typing from Python 3.11 on
 
 from fedsim.errors import InputError, listing
-from fedsim.search import Field, search_of
+from fedsim.search import search_of
 
 KINDS = ("dataset", "partition", "method", "server", "fleet")
 # Infinity and nan are no values of any field: what has no limit is None, and says so.
@@ -36,7 +36,7 @@ def numbers_are_not_truths(cls: type, value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field, pydantic.Field))
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def component(cls: type) -> type:
     """Makes a class a frozen dataclass whose values are checked wherever it is made.
 
@@ -75,7 +75,8 @@ def _check_values(cls: type, name: str) -> None:
     field, search = cls.__pydantic_fields__[name], search_of(cls, name)
     default = [] if field.is_required() else [field.get_default(call_default_factory=True)]
     # In a dict: errors then name the field, and pydantic takes no config for the bare type of a dataclass.
-    values = TypeAdapter(dict[str, field.rebuild_annotation()], config=CHECKED)
+    annotation: Any = GenericAlias(dict, (str, field.rebuild_annotation()))
+    values = TypeAdapter[Any](annotation, config=CHECKED)
     try:
         for value in (*default, *(search.extremes if search else ())):
             values.validate_python({name: value})

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -271,12 +271,13 @@ def best_round(validation: Mapping[int, float]) -> int:
     Without validation rows, the last round. Test rows never choose.
     """
     trained = {round: mean for round, mean in validation.items() if round and not np.isnan(mean)}
-    return max(trained, key=trained.get) if trained else max(validation, default=0)
+    return max(trained, key=lambda round: trained[round]) if trained else max(validation, default=0)
 
 
 def choose_round(scores: pd.DataFrame) -> int:
     """`best_round` of a table of scores."""
-    return best_round({int(round): validation_of(rows) for round, rows in scores.groupby("round")})
+    rounds = scores.groupby("round")
+    return best_round({int(cast(int, round)): validation_of(rows) for round, rows in rounds})
 
 
 def tail_of(clients: int, share: float = 0.1) -> int:
@@ -454,7 +455,7 @@ def _by_bin(counts: Mapping[int, Counts]) -> pd.DataFrame:
 
 def _tidy(found: Mapping[int, np.ndarray], columns: tuple[str, ...]) -> pd.DataFrame:
     """(groups, n, k) counts by round, as a table of those that are not all 0: round, group, place in n, k counts."""
-    parts = [np.zeros((0, len(columns)))]
+    parts: list[np.ndarray] = [np.zeros((0, len(columns)))]
     for round, counts in found.items():
         group, place = np.nonzero(counts.any(axis=-1))
         parts.append(np.column_stack([np.full(len(group), round), group, place, counts[group, place]]))

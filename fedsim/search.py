@@ -6,6 +6,7 @@ reads what is declared here.
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,7 +15,12 @@ from pydantic_core import PydanticUndefined
 
 from fedsim.errors import InputError, listing
 
-LIMITS = {"gt": (">", operator.gt), "ge": (">=", operator.ge), "lt": ("<", operator.lt), "le": ("<=", operator.le)}
+LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "gt": (">", operator.gt),
+    "ge": (">=", operator.ge),
+    "lt": ("<", operator.lt),
+    "le": ("<=", operator.le),
+}
 
 Plain: TypeAlias = str | int | float | bool | None
 
@@ -105,12 +111,13 @@ def Field(default: Any = PydanticUndefined, *, search: Span | Choice | None = No
             raise InputError(
                 f"{search} is to be searched, of a field that wants {sign} {about[name]}: {listing(outside)}"
             )
-    return pydantic.Field(default, json_schema_extra={"search": search}, **about)
+    extra: Any = {"search": search}
+    return pydantic.Field(default, json_schema_extra=extra, **about)
 
 
 def search_of(owner: type, field: str) -> Span | Choice | None:
     """What a component, or Config, declares to be worth trying of a field."""
-    extra = owner.__pydantic_fields__[field].json_schema_extra
+    extra: Any = owner.__pydantic_fields__[field].json_schema_extra
     return extra.get("search") if isinstance(extra, dict) else None
 
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice, pairwise
@@ -192,7 +192,7 @@ def staff(experiment: Experiment) -> tuple:
     return ClientWorker, experiment.source, experiment.clients, experiment.frozen
 
 
-def rounds(experiment: Experiment, pool: Pool) -> Iterator[Report]:
+def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     """The report of an encoded experiment after each round, once that is in a checkpoint.
 
     The first is that of round 0, or of the round where an earlier run ended. Always the same object, which grows.

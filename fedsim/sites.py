@@ -11,12 +11,18 @@ from typing import Literal
 
 Site = Literal["image_feature", "head", "patch_tokens", "image_blocks", "text_tokens", "text_blocks"]
 
-IMAGE_LEVELS = "features", "tokens", "pixels"  # each holds what is left to be computed of the one before
-TEXT_LEVELS = "prototypes", "embeddings", "blocks"
+ImageLevel = Literal["features", "tokens", "pixels"]
+TextLevel = Literal["prototypes", "embeddings", "blocks"]
+IMAGE_LEVELS: tuple[ImageLevel, ...] = (
+    "features",
+    "tokens",
+    "pixels",
+)  # each holds what is left to be computed of the one before
+TEXT_LEVELS: tuple[TextLevel, ...] = "prototypes", "embeddings", "blocks"
 
 # What a site wants of an image and of a class; a site that is not named wants the least.
-IMAGE_OF = {"patch_tokens": "tokens", "image_blocks": "pixels"}
-TEXT_OF = {"text_tokens": "embeddings", "text_blocks": "blocks"}
+IMAGE_OF: dict[Site, ImageLevel] = {"patch_tokens": "tokens", "image_blocks": "pixels"}
+TEXT_OF: dict[Site, TextLevel] = {"text_tokens": "embeddings", "text_blocks": "blocks"}
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,8 @@ class Reads:
             or the same with the tower's `blocks` trained too.
     """
 
-    image: Literal["features", "tokens", "pixels"] = "features"
-    text: Literal["prototypes", "embeddings", "blocks"] = "prototypes"
+    image: ImageLevel = "features"
+    text: TextLevel = "prototypes"
 
     @property
     def towers(self) -> bool:
@@ -42,6 +48,6 @@ class Reads:
 def reads_of(sites: Iterable[Site]) -> Reads:
     """The most that any of the sites wants."""
     sites = list(sites)
-    image = max((IMAGE_OF.get(site, "features") for site in sites), key=IMAGE_LEVELS.index, default="features")
-    text = max((TEXT_OF.get(site, "prototypes") for site in sites), key=TEXT_LEVELS.index, default="prototypes")
-    return Reads(image, text)
+    images: list[ImageLevel] = ["features", *(IMAGE_OF[site] for site in sites if site in IMAGE_OF)]
+    texts: list[TextLevel] = ["prototypes", *(TEXT_OF[site] for site in sites if site in TEXT_OF)]
+    return Reads(max(images, key=IMAGE_LEVELS.index), max(texts, key=TEXT_LEVELS.index))

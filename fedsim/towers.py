@@ -61,7 +61,7 @@ class TextTower:
         Raises:
             InputError: the text tower is not causal, or reads its feature elsewhere than at the end of the text.
         """
-        text = getattr(model, "text", model)
+        text: Any = getattr(model, "text", model)
         pool = getattr(text, "pool_type", None) or getattr(model, "text_pool_type", None)
         causal = getattr(text, "attn_mask", None) is not None and not getattr(text, "use_pad_mask", False)
         at_end = pool == "argmax" and getattr(text, "cls_emb", None) is None and hasattr(tokenizer, "encode")
@@ -141,9 +141,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """
     # Other tokenizers than CLIP's own cannot say how long a text is. They cut it as well, and of texts that are alike
     # up to there the tokens are the same.
-    encode = getattr(tokenizer, "encode", None)
-    for text in texts if encode else ():
-        if (length := len(encode(text)) + 2) > tokenizer.context_length:
+    for text in texts if hasattr(tokenizer, "encode") else ():
+        if (length := len(tokenizer.encode(text)) + 2) > tokenizer.context_length:
             raise InputError(
                 f"{shortened(text)!r} has {length} tokens; the model takes {tokenizer.context_length}, start and end "
                 "among them"
@@ -165,7 +164,13 @@ TOGETHER = 64  # texts behind one start: more would cost more in attention, whic
 class _Text(nn.Module):
     """What open_clip's `encode_text` does, for texts that start alike."""
 
-    def __init__(self, text: nn.Module) -> None:
+    token_embedding: nn.Module
+    transformer: nn.Module
+    ln_final: nn.Module
+    positional_embedding: Tensor
+    text_projection: nn.Module | Tensor | None
+
+    def __init__(self, text: Any) -> None:
         super().__init__()
         self.token_embedding, self.transformer, self.ln_final = text.token_embedding, text.transformer, text.ln_final
         self.positional_embedding = text.positional_embedding

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.serialization
 from torch import Tensor, nn
-from torch.utils.serialization import config as serialization
 
 from fedsim.errors import InputError, listing
 
 EMBEDDED = "tiny", "embedded"
+_serialization: Any = torch.utils.serialization.config  # a module that becomes an object when it is imported
 _ASSETS = Path(__file__).parent / "assets" / "tiny"
 _PREPROCESSING = "mean", "std", "interpolation", "resize_mode"
 _CONSTANTS = "input_resolution", "context_length", "vocab_size"  # in OpenAI's archives, next to the weights
@@ -135,7 +136,7 @@ def is_torchscript(file: Path) -> bool:
 
 
 @lru_cache(maxsize=1)
-def import_open_clip():
+def import_open_clip() -> Any:
     # Imported where CLIP is loaded: it takes three times as long as torch, and client actors only see features.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -284,7 +285,7 @@ def _check_fits(weights: Weights) -> None:
     except (RuntimeError, ImportError, OSError) as error:
         raise InputError(f"open_clip cannot build {weights.model} here: {first_line(error)}") from None
     # Mapped, a checkpoint of any size is read as far as names and shapes.
-    with warnings.catch_warnings(), serialization.patch({"load.mmap": zipfile.is_zipfile(file)}):
+    with warnings.catch_warnings(), _serialization.patch({"load.mmap": zipfile.is_zipfile(file)}):
         warnings.simplefilter("ignore")  # that nothing is copied, which is the point
         state = _tensors(file)
         if not is_torchscript(file) and state.keys() >= set(_CONSTANTS):

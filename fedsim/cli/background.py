@@ -65,7 +65,8 @@ class StatusFile:
     """
 
     def __init__(self, folder: Path, show: Progress, kind: Kind = "run") -> None:
-        self.folder, self.show, self.message, self.kind = folder, show, "", kind
+        self.folder, self.show, self.message = folder, show, ""
+        self.kind: Kind = kind
         self.lock: FileLock | None = None
         self.events: dict[str, Event] = {}
         process = psutil.Process()

@@ -84,7 +84,7 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="YAML file of these fields, or the name of an embedded one")
     parser.add_argument(DETACH, action="store_true", help="run in the background; fedsim watch shows the progress")
     for name, field in Config.model_fields.items():
-        switch = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
         glyphs = f"; {embedded[name]} on the embedded images" if name in embedded and name not in KINDS else ""
         about = f"{field.description} (default: {_default(field)}{glyphs}{_range(Config, name)})"
         parser.add_argument(flag(name), dest=name, metavar=_metavar(name), help=about.replace("%", "%%"), **switch)

@@ -152,7 +152,7 @@ class Features(Labelled):
 
     def __getattr__(self, name: str) -> np.ndarray:
         # Rows that have not travelled are mapped when they are first read: an error while Ray unpickles loses its type.
-        if name != "x":
+        if name != "x" or self.file is None:
             raise AttributeError(name)
         return self.__dict__.setdefault("x", map_array(self.file))
 

@@ -3,8 +3,11 @@
 import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import TypeVar
 
 from fedsim.errors import InputError, counted, listing
+
+Spelling = TypeVar("Spelling")
 
 
 def canonical(name: str) -> str:
@@ -12,7 +15,7 @@ def canonical(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def canonical_names(kind: str, rows: Mapping[object, int], where: object) -> dict[object, str]:
+def canonical_names(kind: str, rows: Mapping[Spelling, int], where: object) -> dict[Spelling, str]:
     """The canonical name of each spelling that a data set has; spellings that are one in NFC share it.
 
     Names that differ only in capitals or blanks are one to CLIP's tokenizer, and most often one by intent. They are

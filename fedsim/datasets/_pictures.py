@@ -9,6 +9,7 @@ Differs: integers of 16 bits and floats become 8 bits by their range; open_clip 
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -39,7 +40,7 @@ def decode(file: Path | bytes, small: bool = False) -> Image.Image:
         empty = not (len(file) if isinstance(file, bytes) else file.stat().st_size)
         raise ValueError("the file is empty" if empty else "no known image format") from None
     except Image.DecompressionBombError:
-        limit = f"{2 * Image.MAX_IMAGE_PIXELS:,}"
+        limit = f"{2 * (Image.MAX_IMAGE_PIXELS or 0):,}"
         raise ValueError(f"more than {limit} pixels, Pillow's limit against files that fill the memory") from None
     except OSError as error:  # of the disk, or Pillow's word for damage
         raise ValueError(error.strerror or str(error)) from None
@@ -67,8 +68,10 @@ def _check_visible(picture: Image.Image) -> None:
     if not picture.has_transparency_data:
         return
     whole = picture.convert("RGBA")
-    low, high = whole.getextrema()[3]
+    bands: Any = whole.getextrema()  # (lowest, highest) of each
+    low, high = bands[3]
     # Resizing weights colours by alpha, but only where alpha is a channel and not an entry of a palette.
     seen = whole.convert("RGBa") if "A" in picture.getbands() else picture.convert("RGB")
-    if low < high and all(first == last or last == 0 for first, last in seen.getextrema()[:3]):
+    colours: Any = seen.getextrema()
+    if low < high and all(first == last or last == 0 for first, last in colours[:3]):
         raise ValueError("its pixels differ only in transparency, which CLIP does not see; put it on a background")

@@ -148,9 +148,10 @@ def _class_folders(base: Path, parts: Sequence[Part]) -> tuple[list[dict[str, Wa
     while True:
         trees = [{folder.name: walk(folder) for folder in folders(place)} for place in places]
         levels = [_level(place, tree) if tree else "" for place, tree in zip(places, trees, strict=True)]
-        if not any(levels) or None in levels:
+        named = [level for level in levels if level is not None]
+        if not any(named) or len(named) < len(levels):
             break
-        places = [place / level for place, level in zip(places, levels, strict=True)]
+        places = [place / level for place, level in zip(places, named, strict=True)]
         names = listing((display_name(str(place.relative_to(base))) for place in places), 4)
         notes.append(f"classes are the folders in {names}, each of which is the only folder with images in its domain")
     if not any(trees):
@@ -186,7 +187,7 @@ def _refuse_level(base: Path, place: Path, tree: Mapping[str, Walk]) -> None:
     if len(inside) > 1 and len(below) == 1 and None not in (same := min(below)) and len(same) > 1:
         raise InputError(
             f"expected domain/class/file in {base}; {listing(inside, 4)} in {place} cannot be the classes: "
-            f"each holds no images but the same folders, {listing(sorted(same), 4)}; "
+            f"each holds no images but the same folders, {listing(sorted(filter(None, same)), 4)}; "
             f"is {place} what --data-dir should be?"
         )
 

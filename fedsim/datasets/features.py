@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 from pyarrow import dataset as arrow
 from pydantic import Field
 
@@ -19,6 +20,7 @@ from fedsim.datasets._names import canonical_names
 from fedsim.errors import InputError, listing
 from fedsim.registry import component
 
+pc: Any = pyarrow.compute  # a module that makes its functions when it is imported
 SPLITS = {"train": TRAIN, "val": VAL, "test": TEST, None: UNSAID}
 SCALES = 5, 1000  # logit scales of real models are 14 to 120; their logarithms and inverses are below
 
@@ -142,14 +144,16 @@ def _matrix(data: arrow.Dataset, file: Path, name: str, width: int | None = None
     half = binary or pa.types.is_float16(kind.value_type)
 
     start, null, other, wrong = 0, [], [], []
+    x = np.empty((0, width or 0), np.float32)
     with _arrow_errors(file):
         # Small batches: a list has no room for 2**31 numbers, nor has memory for a column and its matrix.
         for batch in data.to_batches([name], batch_size=1 << 13, batch_readahead=4, fragment_readahead=1):
             array = batch.column(0)
             array = array.storage if isinstance(array, pa.ExtensionArray) else array
             widths = _widths(array)
+            if width is None:
+                width = max(0, int(widths[0]))
             if not start:
-                width = max(0, int(widths[0])) if width is None else width
                 x = np.empty((data.count_rows(), width), np.float16 if half else np.float32)
             nulls = array.is_null().to_numpy(zero_copy_only=False)
             unlike = ~nulls & (widths != width)
@@ -207,12 +211,12 @@ def _class_names(column: pa.ChunkedArray) -> tuple[str, ...]:
     return classes
 
 
-def _counts(column: pa.ChunkedArray) -> dict[object, int]:
+def _counts(column: pa.ChunkedArray) -> dict[Any, int]:
     """How many rows each spelling has."""
     return {value["values"]: value["counts"] for value in pc.value_counts(column).to_pylist()}
 
 
-def _codes(column: pa.ChunkedArray, name_of: Mapping[object, str], names: Sequence[str]) -> np.ndarray:
+def _codes(column: pa.ChunkedArray, name_of: Mapping[Any, str], names: Sequence[str]) -> np.ndarray:
     """(N,) int64, where each row's name is in `names`."""
     place = {name: code for code, name in enumerate(names)}
     coded = column.combine_chunks().dictionary_encode()
@@ -237,10 +241,11 @@ def _labels(column: pa.ChunkedArray, classes: tuple[str, ...], named: Sequence[s
         named: the class that each integer stands for.
     """
     counts = _counts(column)
+    name_of: Mapping[Any, str]
     if not pa.types.is_integer(column.type):
         name_of = canonical_names("class", counts, "features.parquet: label")
     elif named is not None:
-        name_of = {number: named[number] if 0 <= number < len(named) else str(number) for number in counts}
+        name_of = {number: named[int(number)] if 0 <= number < len(named) else str(number) for number in counts}
     elif all(name.removeprefix("-").isdecimal() for name in classes):
         name_of = {number: str(number) for number in counts}
     else:
@@ -259,7 +264,7 @@ def _labels(column: pa.ChunkedArray, classes: tuple[str, ...], named: Sequence[s
 
 
 def _notes(y: np.ndarray, classes: Sequence[str]) -> tuple[str, ...]:
-    absent = [classes[k] for k in np.flatnonzero(np.bincount(y, minlength=len(classes)) == 0)]
+    absent = [classes[k] for k in np.flatnonzero(np.bincount(y, minlength=len(classes)) == 0).tolist()]
     count = f"{len(absent)} of {len(classes)} classes"
     return (f"{count} compete without a row in features.parquet: {listing(absent)}",) if absent else ()
 

@@ -4,6 +4,7 @@ Source: ours.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -40,11 +41,15 @@ class Synthetic(Dataset):
         text = rng.standard_normal((self.classes, self.width))
         text = (text / np.linalg.norm(text, axis=1, keepdims=True)).astype(np.float32)
         shift = (self.shift * rng.standard_normal((self.domains, self.classes)) @ text).astype(np.float32)
+
+        def made(of: str) -> Any:  # what stands for an array
+            return _Made(self, of, text, shift)
+
         return Features(
             file=None,
-            x=_Made(self, "x", text, shift),
-            y=_Made(self, "y", text, shift),
-            domain=_Made(self, "domain", text, shift),
+            x=made("x"),
+            y=made("y"),
+            domain=made("domain"),
             classes=tuple(f"class {k}" for k in range(self.classes)),
             domains=tuple(f"domain {k}" for k in range(self.domains)),
             split=np.full(1, UNSAID, np.int8),

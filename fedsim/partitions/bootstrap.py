@@ -45,7 +45,11 @@ class Bootstrap(Dealing):
         for domain, (train, _, _) in zip(domains, homes, strict=False):
             if not len(train):
                 raise InputError(f"domain {rows.domains[domain]} has no train rows to draw from")
-        pools = tuple(tuple(_Pool.of(part, rows.y, len(rows.classes)) for part in home) for home in homes)
+
+        def pool(part: np.ndarray) -> _Pool:
+            return _Pool.of(part, rows.y, len(rows.classes))
+
+        pools = tuple((pool(train), pool(val), pool(test)) for train, val, test in homes)
         return _Drawn(clients, pools, wanted, self.alpha, seed)
 
 

@@ -73,7 +73,7 @@ def sweep_parser() -> argparse.ArgumentParser:
         field = Sweep.model_fields[name]
         default = _default(field.default)
         about = f"{field.description}{default and f' (default: {default})'}"
-        several = {"nargs": "*"} if name in SEVERAL else {}
+        several: dict[str, Any] = {"nargs": "*"} if name in SEVERAL else {}
         parser.add_argument(flag(name), dest=name, metavar=_metavar(name), help=about.replace("%", "%%"), **several)
     parser.add_argument(DETACH, action="store_true", help="run in the background; fedsim watch shows the progress")
     return parser

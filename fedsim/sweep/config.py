@@ -2,7 +2,7 @@
 
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
@@ -11,7 +11,7 @@ from fedsim.config import Config, Out, read_yaml
 from fedsim.errors import InputError, listing
 from fedsim.registry import CHECKED, numbers_are_not_truths, sentence
 from fedsim.sweep.space import Space
-from fedsim.sweep.study import OBJECTIVES, PRUNERS, SAMPLERS, Rules
+from fedsim.sweep.study import OBJECTIVES, PRUNERS, SAMPLERS, Pruner, Rules, Sampler
 
 LOGGERS = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # and the package that each needs
 PRUNED_BY = ("validation",), ("worst_tenth",)  # a cost only grows, so no trial can fall behind in it
@@ -66,10 +66,10 @@ class Sweep(BaseModel):
     search: Texts = Field((), description="parameters to search, such as method.lr or method.lr=1e-5:1e-2; see below")
     trials: int = Field(60, ge=1, description="number of trials")
     objective: Objectives = Field(("validation",), description=f"{listing(OBJECTIVES)}; several give a Pareto front")
-    sampler: Literal[SAMPLERS] = Field(
+    sampler: Sampler = Field(
         "tpe", description=f"Optuna's sampler: {listing(SAMPLERS)} (nsga2 is for several objectives)"
     )
-    pruner: Literal[PRUNERS] | None = Field(
+    pruner: Pruner | None = Field(
         None,
         description=f"stops trials that fall behind: {listing(PRUNERS)} (default: asha; none with several objectives "
         "or a cost)",

@@ -66,7 +66,11 @@ def write_sweep_page(study: optuna.Study, reporting: pd.DataFrame | None, facts:
 
 def _history(view: StudyView) -> Section:
     highest = {goal.label: goal.highest for goal in view.goals}
-    base = {label: view.shown.loc[view.base, label] for label in highest} if view.base_finished else {}
+    base = (
+        {label: view.shown[label][view.base] for label in highest}
+        if view.base is not None and view.base_finished
+        else {}
+    )
     caption = "All trials in the order in which they started." + (" Dashed: the base configuration." if base else "")
     plots = [plot_history(caption, view.shown, highest, base)]
     if len(view.goals) > 1 and view.front:
@@ -167,13 +171,13 @@ def _parallel(view: StudyView, scales: list[Scale], numbers: pd.Index) -> Plot:
 def _all_trials(view: StudyView) -> Section:
     table = trial_table(view.study).set_index("number")
     order = _from_best(view)[:LONGEST]
-    cells = {"": view.shown.loc[order, "kind"]}
+    cells: dict[str, Any] = {"": view.shown.loc[order, "kind"]}
     if len(view.goals) > 1:
         cells[""] = cells[""].where(~order.isin(view.front), "on the front")
     for goal in view.goals:
         values = table[goal.name] if goal.name in MEASURED else view.shown[goal.label] / goal.factor
         cells[goal.label] = [_cell(goal, value) for value in values.loc[order]]
-    for name in [column for column in table if column not in (*MEASURED, *FIRST, *LAST)]:
+    for name in [str(column) for column in table if column not in (*MEASURED, *FIRST, *LAST)]:
         cells[name] = ["" if pd.isna(value) else setting(_python_value(value)) for value in table.loc[order, name]]
     objectives = {goal.name for goal in view.goals}
     for name in [name for name in GOALS if name not in objectives and table[name].notna().any()]:

@@ -107,7 +107,7 @@ def plot_history(figure: "Figure", trials: pd.DataFrame, highest: Mapping[str, b
         if not len(finished) and not len(pruned):
             _note_empty(axes)
         axes.set_xlim(trials.index.min() - 0.5, trials.index.max() + 0.5)
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        _count_whole(axes)
     legend(figure, handles)
     return f"Value by trial: {'; '.join(sentences) or 'no trial has finished'}; {len(failed)} failed"
 
@@ -141,7 +141,7 @@ def plot_learning(figure: "Figure", ylabel: str, curves: Sequence[tuple[str, pd.
         curve = curves[best][1]
         handles["best trial"] = axes.plot(curve.index, curve, color=PALETTE[1], linewidth=2)[0]
     axes.autoscale()
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    _count_whole(axes)
     legend(figure, handles)
     rounds = [curve.index[-1] for _, curve in curves]
     return f"{ylabel} of {len(curves)} trials by round; they ended after {min(rounds)} to {max(rounds)} rounds"
@@ -198,7 +198,7 @@ def plot_slices(
             if len(numbers):
                 x, y = positions.loc[numbers, scale.name], trials.loc[numbers, ylabel]
                 handles[kind] = _dots(axes, x, y, colour, len(trials) > MANY)
-        if best is not None and not np.isnan(positions.loc[best, scale.name]):
+        if best is not None and positions[scale.name].notna()[best]:
             dot = positions.loc[best, scale.name], trials.loc[best, ylabel]
             handles["best trial"] = axes.plot(*dot, "o", color=PALETTE[1], markersize=8)[0]
         ticks, names = scale.ticks()
@@ -240,7 +240,7 @@ def plot_parallel(
     finished = (kinds.loc[positions.index] == FINISHED).to_numpy()
     shades = colormaps["Blues"](np.linspace(0.25, 1.0, finished.sum()))
     for chosen, colours, alpha in ((~finished, PALE, 0.45), (finished, shades, 0.85)):
-        drawn = LineCollection(lines[chosen], colors=colours, linewidths=1.1, alpha=alpha)
+        drawn = LineCollection(list(lines[chosen]), colors=colours, linewidths=1.1, alpha=alpha)
         axes.add_collection(drawn)
     if best is not None:
         axes.plot(columns, heights[positions.index.get_loc(best)], color=PALETTE[1], linewidth=2.4)
@@ -336,3 +336,8 @@ def _note_empty(axes: "Axes") -> None:
 def _same(one: Any, other: Any) -> bool:
     """Compares the types too: 1, 1.0 and True are three choices."""
     return type(one) is type(other) and one == other
+
+
+def _count_whole(axes: "Axes") -> None:
+    locator: Any = axes.xaxis.get_major_locator()  # a MaxNLocator, as long as no ticks are set
+    locator.set_params(integer=True, min_n_ticks=1)

@@ -134,7 +134,7 @@ def _check_costs(objectives: tuple[str, ...], space: Space, fleets: list[Fleet])
 def _try_candidates(space: Space, base: Experiment) -> None:
     """Refuses a cohort, method or server rule that no trial could use with these clients."""
     cohorts = space.range_of("cohort")
-    largest = max((value for value in cohorts.extremes if value), default=1) if cohorts else 1
+    largest: Any = max((value for value in cohorts.extremes if value), default=1) if cohorts else 1
     if largest > (trainers := base.clients.trainers):
         raise InputError(f"--search cohort: a cohort of {largest} from {trainers} clients; try cohort=2:{trainers}")
     for method in _candidates(space, "method"):
@@ -143,10 +143,10 @@ def _try_candidates(space: Space, base: Experiment) -> None:
             prepare(config_of(base.config, fields), base, EVALUATED_ON)
 
 
-def _candidates(space: Space, kind: str) -> list[dict[str, str]]:
+def _candidates(space: Space, kind: str) -> list[dict[str, Any]]:
     """The components of a kind that trials choose from, as fields; no field where only the base config's is used."""
     names = space.range_of(kind, "name")
-    return [{"name": name} for name in names.values] if names else [{}]
+    return [{"name": name} for name in names.extremes] if names else [{}]
 
 
 def _methods(space: Space, config: Config) -> Iterator[Method]:
@@ -165,7 +165,7 @@ def _check_logger(name: str) -> None:
     if find_spec(LOGGERS[name]) is None:
         raise InputError(f"logger {name} needs the package {LOGGERS[name]}, which is not installed")
     if name == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] - of the user's
 
         if not wandb.api.api_key:
             raise InputError("logger wandb needs an account (`wandb login`), or WANDB_MODE=offline")

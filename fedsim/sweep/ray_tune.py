@@ -117,7 +117,7 @@ class TrialActor(ray.tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         try:
-            if not self.refusal:
+            if self.trial and not self.refusal:
                 return self.trial.advance() | {"done": self.trial.done}
         except (InputError, OSError) as error:  # such as divergence or a full disk: a retry would end the same way
             self.refusal = _refusal(error)

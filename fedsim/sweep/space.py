@@ -50,7 +50,7 @@ class Dimension:
     def suggest(self, trial: optuna.trial.BaseTrial) -> Plain:
         if isinstance(self.range, Choice):
             return trial.suggest_categorical(self.name, self.range.values)
-        draw = trial.suggest_int if isinstance(self.range.low, int) else trial.suggest_float
+        draw: Any = trial.suggest_int if isinstance(self.range.low, int) else trial.suggest_float
         return draw(self.name, self.range.low, self.range.high, log=self.range.log)
 
 
@@ -181,9 +181,9 @@ class _Base:
                 raise InputError("* stands for declared ranges and takes no range")
             for kind, component in owners:
                 cls = self.class_of(kind, component)
-                declared = [each for each in cls.__pydantic_fields__ if search_of(cls, each)]
-                for each in declared:
-                    yield _Parameter(text, True, kind, component, each, self.range(kind, component, each, None))
+                for each in [each for each in cls.__pydantic_fields__ if search_of(cls, each)]:
+                    if declared := self.range(kind, component, each, None):
+                        yield _Parameter(text, True, kind, component, each, declared)
             return
         field = field or head
         having = [owner for owner in owners if field in self.class_of(*owner).__pydantic_fields__]
@@ -268,8 +268,8 @@ class _Base:
             if declared and declared.when:
                 other, *values = declared.when
                 governing = parameters.get(f"{component}.{other}")
-                value = getattr(self.make(kind, component, {}), other)
-                possible = governing.range.values if governing else (value,)
+                value = getattr(self.make(kind, component, {}), str(other))
+                possible = governing.range.extremes if governing else (value,)
                 matching = tuple(each for each in possible if each in values)
                 if not matching:
                     wanted = " or ".join(map(repr, values))

@@ -11,7 +11,7 @@ from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import optuna
 from optuna.trial import TrialState
@@ -21,14 +21,16 @@ from fedsim.rng import seed_for
 
 FILE, NAME = "study.db", "sweep"
 # Accuracies on validation rows, and costs; with the direction of the search.
-OBJECTIVES = {
+OBJECTIVES: dict[str, Any] = {
     "validation": "maximize",
     "worst_tenth": "maximize",
     "bytes": "minimize",
     "clock_s": "minimize",
     "flops": "minimize",
 }
-SAMPLERS, PRUNERS = ("tpe", "random", "nsga2"), ("asha", "median", "none")
+Sampler = Literal["tpe", "random", "nsga2"]
+Pruner = Literal["asha", "median", "none"]
+SAMPLERS, PRUNERS = get_args(Sampler), get_args(Pruner)
 POPULATION = 20  # of NSGA-II: with Optuna's 50, most of a sweep of 60 trials would be random
 ENDED = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 
@@ -143,7 +145,7 @@ class Study:
             attributes: stored with the trial when it ends.
         """
         trial = self.live[number]
-        if len(self.rules.objectives) > 1:  # Optuna cannot prune by several
+        if len(self.rules.objectives) != 1:  # Optuna cannot prune by several
             return False
         if round not in self._reported_rounds[number]:
             self._reported_rounds[number].add(round)
@@ -159,7 +161,7 @@ class Study:
         """Stores the result of a trial after its last round; the arguments are those of `report`."""
         values = [float(measures[name]) for name in self.rules.objectives]
         if len(values) == 1:
-            self.live[number].report(*values, round)
+            self.live[number].report(values[0], round)
         self._end(number, TrialState.COMPLETE, values, measures=dict(measures), **attributes)
 
     def fail(self, number: int, sentence: str, invalid: bool, **attributes: Any) -> None:

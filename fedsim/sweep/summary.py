@@ -95,7 +95,7 @@ def _base_sentence(view: StudyView) -> str:
 
 
 def _values_of(view: StudyView, trial: int) -> str:
-    return "; ".join(goal.sentence(view.shown.loc[trial, goal.label]) for goal in view.goals)
+    return "; ".join(goal.sentence(view.shown[goal.label][trial]) for goal in view.goals)
 
 
 def _seeds(kind: str, seeds: Sequence[int]) -> str:

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args, get_origin
 from fedsim.config import EXECUTION, Config
 from fedsim.errors import InputError, listing
 from fedsim.registry import available, find
-from fedsim.search import Choice, Plain, Span
+from fedsim.search import Choice, Span
 
 # Fields of Config that cannot be searched, by the reason.
 SEEDS = ("seed", "partition_seed")
@@ -73,6 +73,6 @@ def all_values(annotation: Any) -> Choice | None:
     return Choice(values) if len(values) > 1 else None
 
 
-def with_values(range: Span | Choice, values: tuple[Plain, ...]) -> Span | Choice:
+def with_values(range: Span | Choice, values: tuple[Any, ...]) -> Span | Choice:
     """The same range with these values as its ends or choices."""
     return Span(*values, log=range.log) if isinstance(range, Span) else Choice(values)

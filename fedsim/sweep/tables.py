@@ -18,7 +18,7 @@ from fedsim.formats import in_unit, setting
 from fedsim.sweep.plots import FAILED, FINISHED, PRUNED
 
 # Measures of a trial, with their types; a parameter of the same name becomes the column "param.NAME".
-MEASURED = {
+MEASURED: dict[str, Any] = {
     "validation": "Float64",
     "worst_tenth": "Float64",
     "bytes": "Float64",
@@ -39,7 +39,7 @@ MIN_FINISHED = 4  # trials, for importances
 TOP = 5  # trials at least in the top quantile, as Optuna's documentation of PED-ANOVA recommends
 ABSENT = object()  # the value of a parameter that a trial does not have
 # Name, unit and factor of each objective as it is shown.
-GOALS = {
+GOALS: dict[str, tuple[str, str, float]] = {
     "validation": ("validation accuracy", "%", 100),
     "worst_tenth": ("worst tenth's validation", "%", 100),
     "bytes": ("traffic", "MB", 1e-6),
@@ -113,7 +113,7 @@ def measures_of(trial: FrozenTrial, goals: Sequence[Goal]) -> dict[str, Any]:
     measures = {name: value for name, value in trial.user_attrs.get("measures", {}).items() if value is not None}
     if state_of(trial) == TrialState.COMPLETE:
         return {goal.name: value for goal, value in zip(goals, trial.values, strict=True)} | measures
-    if trial.intermediate_values:
+    if trial.last_step is not None:
         measures.setdefault(goals[0].name, trial.intermediate_values[trial.last_step])
     return measures
 
@@ -192,7 +192,8 @@ def importances(study: optuna.Study) -> tuple[dict[str, dict[str, float]], int]:
 def _column(values: list[Any]) -> pd.api.extensions.ExtensionArray:
     """A column of one type; of text when there are several."""
     types = {type(value) for value in values if value is not ABSENT}
-    for dtype, accepted in (("boolean", {bool}), ("Int64", {int}), ("Float64", {int, float})):
-        if types <= accepted:
+    accepted: dict[Any, set[type]] = {"boolean": {bool}, "Int64": {int}, "Float64": {int, float}}
+    for dtype in accepted:
+        if types <= accepted[dtype]:
             return pd.array([None if value is ABSENT else value for value in values], dtype)
     return pd.array([None if value is ABSENT else setting(value) for value in values], "string")

@@ -1,6 +1,6 @@
 """A trial: one configuration on all tuning seeds, from one evaluated round to the next. Does not know Ray."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
@@ -87,10 +87,10 @@ class Trial:
             InputError: training has diverged or cannot start, or no client has validation rows.
         """
         self.round = min(self.round + self.config.evaluate_every, self.config.rounds)
-        for run in self.runs:
-            run.advance(self.round, self.done)
-        means = pd.DataFrame([measures(run.report, self.round) for run in self.runs]).mean().to_dict()
-        return means | {"chosen_round": round(means["chosen_round"]), "rounds": self.round}
+        reports = [run.advance(self.round, self.done) for run in self.runs]
+        means = pd.DataFrame([measures(report, self.round) for report in reports]).mean()
+        chosen = {"chosen_round": round(means["chosen_round"]), "rounds": self.round}
+        return {str(name): mean for name, mean in means.items()} | chosen
 
     def close(self) -> None:
         """Releases the folders."""
@@ -105,15 +105,16 @@ class _Run:
 
     experiment: Experiment
     lock: FileLock
-    reports: Iterator[Report]
+    reports: Generator[Report]
     report: Report | None = None
 
-    def advance(self, round: int, last: bool) -> None:
+    def advance(self, round: int, last: bool) -> Report:
         """Trains until `round` rounds are done; does nothing when an earlier process has done them."""
         while self.report is None or len(self.report.rounds) < round:
             self.report = next(self.reports)
         if last:
             next(self.reports, None)  # ends the generator, which cleans up
+        return self.report
 
 
 def measures(report: Report, round: int) -> dict[str, float]:

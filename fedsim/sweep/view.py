@@ -60,6 +60,7 @@ class StudyView:
         shown = _shown(trials, goals)
         scales = [_scale(name, trials) for name in parameter_names(trials)]
         finished = (shown.kind == FINISHED).any()
+        shares, top = importances(study)
         return cls(
             study=study,
             trials=trials,
@@ -70,7 +71,8 @@ class StudyView:
             front=[trial.number for trial in pareto(study)] if finished else [],
             best=best_trial(study).number if finished else None,
             base=_number_of_base(trials, settings.get("config", {})),
-            **dict(zip(("shares", "top"), importances(study), strict=True)),
+            shares=shares,
+            top=top,
             settings=settings,
         )
 
@@ -130,7 +132,7 @@ def _value(trial: FrozenTrial, index: int, goals: Sequence[Goal]) -> float:
 
 
 def _scale(name: str, trials: Sequence[FrozenTrial]) -> Scale:
-    distributions = [trial.distributions[name] for trial in trials if name in trial.distributions]
+    distributions: list[Any] = [trial.distributions[name] for trial in trials if name in trial.distributions]
     if isinstance(distributions[0], CategoricalDistribution):
         choices = [choice for distribution in distributions for choice in distribution.choices]
         return Scale(name, choices=tuple({(type(choice), choice): choice for choice in choices}.values()))

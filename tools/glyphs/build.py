@@ -27,7 +27,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import resvg_py
+import resvg_py  # pyright: ignore[reportMissingImports] - of the group assets
 from PIL import Image, ImageChops
 
 HERE = Path(__file__).resolve().parent
@@ -110,7 +110,7 @@ def _arguments() -> argparse.Namespace:
 def _concepts() -> list[Concept]:
     with open(HERE / "concepts.tsv", newline="", encoding="utf-8") as file:
         _, *lines = csv.reader(file, delimiter="\t")
-    concepts = [Concept(*line[:2], *map(str.split, line[2:])) for line in lines]
+    concepts = [Concept(label, name, emoji.split(), files.split()) for label, name, emoji, files in lines]
     twice = [name for name, n in Counter(c.name for c in concepts).items() if n > 1]
     if twice:
         raise ValueError(f"concepts.tsv: a concept has one line, these have more: {twice}")
@@ -186,6 +186,11 @@ def _hash(text: str) -> int:
 # Archives
 
 
+def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    return file.read() if file else b""
+
+
 def _npm(package: str, folder: Path) -> dict[str, bytes]:
     """The files of a package by their path in it."""
     name, version = package.rsplit("@", 1)
@@ -194,11 +199,7 @@ def _npm(package: str, folder: Path) -> dict[str, bytes]:
         folder.mkdir(parents=True, exist_ok=True)
         subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True)
     with tarfile.open(path) as archive:
-        return {
-            member.name.removeprefix("package/"): archive.extractfile(member).read()
-            for member in archive
-            if member.isfile()
-        }
+        return {member.name.removeprefix("package/"): _read(archive, member) for member in archive if member.isfile()}
 
 
 def _deb(package: str, folder: Path, concepts: list[Concept]) -> dict[str, bytes]:
@@ -213,7 +214,7 @@ def _deb(package: str, folder: Path, concepts: list[Concept]) -> dict[str, bytes
     unpack = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", path], stdout=subprocess.PIPE)
     with unpack, tarfile.open(fileobj=unpack.stdout, mode="r|") as archive:
         files = {
-            wanted[member.name]: archive.extractfile(member).read()
+            wanted[member.name]: _read(archive, member)
             for member in archive
             if member.name in wanted and member.isfile()
         }
@@ -266,7 +267,7 @@ def _framed(image: Image.Image) -> Image.Image:
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
     image = white.convert("RGB")
-    box = ImageChops.invert(image.convert("L")).point(lambda v: 255 * (v > 12)).getbbox()
+    box = ImageChops.invert(image.convert("L")).point([0] * 13 + [255] * 243).getbbox()
     if box is None:
         raise ValueError("a blank image: put it into deny.tsv")
     image = image.crop(box)

@@ -8,6 +8,7 @@ near ConSE, Norouzi et al. 2014, arXiv 1312.5650.
 import math
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,9 @@ class Corpus:
 class ImageHead(nn.Module):
     """Standardises features and maps them; `folded` is the same as one linear layer."""
 
+    mean: Tensor
+    spread: Tensor
+
     def __init__(self, features: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", features.mean(0))
@@ -77,20 +81,22 @@ class ImageHead(nn.Module):
 class TextHead(nn.Module):
     """Maps the teacher's vectors, less their mean; the hidden layer begins as nothing."""
 
+    mean: Tensor
+
     def __init__(self, mean: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
         self.linear = nn.Linear(teacher.WIDTH, DIM, bias=False)
-        layers = nn.Linear(teacher.WIDTH, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM)
-        self.hidden = nn.Sequential(*layers)
-        nn.init.zeros_(self.hidden[2].weight)
+        last = nn.Linear(2 * DIM, DIM)
+        self.hidden = nn.Sequential(nn.Linear(teacher.WIDTH, 2 * DIM), nn.GELU(), last)
+        nn.init.zeros_(last.weight)
 
     def forward(self, vectors: Tensor) -> Tensor:
         centred = F.normalize(vectors - self.mean, dim=-1)
         return F.normalize(self.linear(centred) + self.hidden(centred), dim=-1)
 
 
-def photo_statistics(network: nn.Module) -> tuple[Tensor, Tensor]:
+def photo_statistics(network: Any) -> tuple[Tensor, Tensor]:
     """The classifier's rows (1000, 1280), and the mean feature of photographs (1280,).
 
     A feature is the average of relu6 over a normalised channel, so its mean over photographs

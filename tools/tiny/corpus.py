@@ -9,10 +9,12 @@ import re
 import subprocess
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from fontTools.pens.boundsPen import BoundsPen
 from fontTools.pens.svgPathPen import SVGPathPen
@@ -177,7 +179,7 @@ def save(found: list[Icon], file: Path) -> None:
 def load(file: Path) -> list[Icon]:
     """Reads what `save` wrote."""
     lines = (json.loads(line) for line in file.read_text(encoding="utf8").splitlines())
-    fixed = ({k: tuple(v) if isinstance(v, list) else v for k, v in x.items()} for x in lines)
+    fixed: Iterator[dict[str, Any]] = ({k: tuple(v) if isinstance(v, list) else v for k, v in x.items()} for x in lines)
     return [Icon(**fields) for fields in fixed]
 
 
@@ -207,10 +209,10 @@ def _symbola(folder, names, emoji, held_out):
     file = next(unpack_debian(SYMBOLA, folder).rglob("*.ttf"))
     font, counts, out = TTFont(file), Counter(), []
     for label, entry in emoji.items():
-        glyph = font.getBestCmap().get(entry["code"])
+        glyph = (font.getBestCmap() or {}).get(entry["code"])
         why = "held-out concept" if held_out.covers(label) else None if glyph else "not in the font"
         counts[why or "kept"] += 1
-        if why is None:
+        if why is None and glyph:
             svg = _glyph_svg(font, glyph)
             out.append(_icon("symbola", glyph, label, entry, names, svg))
     return out, counts
@@ -309,8 +311,9 @@ def licence(family: str, folder: Path) -> str:
     return _read(fetch(_package(family), folder))["licence"]["spdx"]
 
 
-def _json(archive: tarfile.TarFile, path: str):
-    return json.load(archive.extractfile(f"package/{path}"))
+def _json(archive: tarfile.TarFile, path: str) -> Any:
+    file = archive.extractfile(f"package/{path}")
+    return json.load(file) if file else None
 
 
 def _base(key: str) -> str:

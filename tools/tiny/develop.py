@@ -91,7 +91,7 @@ def drawings(icons: list[corpus.Icon], features: Tensor, rows: Tensor, hidden: H
     kinds = ["unseen" if hidden.covers(icon.name) else "seen" for _, icon in chosen]
     return Sample(
         features[[i for i, _ in chosen]],
-        torch.tensor([names.index(_label(icon)) for _, icon in chosen]),
+        torch.tensor([names.index(_label(icon) or "") for _, icon in chosen]),
         np.array([f"{icon.family} {kind}" for kind, (_, icon) in zip(kinds, chosen, strict=True)]),
         names,
     )

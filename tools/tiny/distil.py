@@ -7,6 +7,7 @@ Source: ours; the prompt lengths follow CoOp, Zhou et al. 2022, arXiv 2109.01134
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -31,13 +32,13 @@ _MOST_FILLERS = 14
 _MOST_TOKENS = 12  # of a name
 
 
-def model() -> nn.Module:
+def model() -> Any:
     """The untrained dual encoder."""
     open_clip.add_model_config(CONFIG)
     return open_clip.create_model(CONFIG.stem)
 
 
-def encode(clip: nn.Module, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
+def encode(clip: Any, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
     """open_clip's `encode_text`, normalised, without the positions that no text reaches.
 
     Args:
@@ -61,7 +62,7 @@ class Prompts:
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
-        self.tokenizer = open_clip.get_tokenizer(CONFIG.stem)
+        self.tokenizer: Any = open_clip.get_tokenizer(CONFIG.stem)
         self.lengths = [len(self.tokenizer.encode(name)) for name in names]
 
     def batch(self, rows: list[int], width: int, short: bool) -> tuple[Tensor, Tensor | None]:
@@ -80,7 +81,7 @@ class Prompts:
 
 
 @torch.no_grad()
-def start(clip: nn.Module, head: TextHead, texts: Texts) -> None:
+def start(clip: Any, head: TextHead, texts: Texts) -> None:
     """Gives each whole-word token the main components of its word's place in the common space."""
     places, row, numbers = head(texts.vectors), texts.row, tokens()
     words = head(texts.vectors[[row[word] for word in numbers]])
@@ -91,7 +92,7 @@ def start(clip: nn.Module, head: TextHead, texts: Texts) -> None:
 
 
 @torch.inference_mode()
-def embed(clip: nn.Module, texts: Texts, template: str = PROMPT) -> Tensor:
+def embed(clip: Any, texts: Texts, template: str = PROMPT) -> Tensor:
     """(N, DIM) what the text tower makes of each text in the one prompt that users begin with."""
     tokenizer = open_clip.get_tokenizer(CONFIG.stem)
     names = [template.format(name) for name in texts.names]
@@ -99,7 +100,7 @@ def embed(clip: nn.Module, texts: Texts, template: str = PROMPT) -> Tensor:
     return torch.cat([encode(clip, tokenizer(part)) for part in parts]).clone()
 
 
-def train(clip: nn.Module, head: TextHead, texts: Texts, things: list[Thing], steps: int = STEPS):
+def train(clip: Any, head: TextHead, texts: Texts, things: list[Thing], steps: int = STEPS):
     """Trains the text tower of `clip` in place."""
     torch.manual_seed(0)
     random.seed(0)
@@ -127,7 +128,7 @@ def train(clip: nn.Module, head: TextHead, texts: Texts, things: list[Thing], st
             print(f"distil {step + 1} cosine {smooth:.4f}", flush=True)
 
 
-def text_parameters(clip: nn.Module) -> list[nn.Parameter]:
+def text_parameters(clip: Any) -> list[nn.Parameter]:
     """All of the text tower."""
     named = clip.named_parameters()
     return [p for name, p in named if not name.startswith("visual") and name != "logit_scale"]

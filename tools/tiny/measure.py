@@ -88,7 +88,7 @@ def _judge(model, found, labels) -> tuple[np.ndarray, list[str], np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=ship.MODEL)
     parser.add_argument("--photos", type=Path)
     options = parser.parse_args()

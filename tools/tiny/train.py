@@ -162,7 +162,7 @@ def _stage(name: str, file: Path | None, work: Callable[[], None]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cache", type=Path, default=CACHE, help="default: %(default)s")
     parser.add_argument("--develop", action="store_true", help="measure, write no model")
     parser.add_argument("--out", type=Path, default=ship.MODEL, help="default: %(default)s")

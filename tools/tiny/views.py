@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-import resvg_py
+import resvg_py  # pyright: ignore[reportMissingImports] - of the group assets
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -103,7 +103,7 @@ class Views:
         side = -scale if rng.random() < flip else scale
         x, y = rng.uniform(-0.08, 0.08, 2)
         turn = torch.tensor([[[side, 0, x], [0, scale, y]]]).float()
-        grid = F.affine_grid(turn, (1, 4, RASTER, RASTER), align_corners=False)
+        grid = F.affine_grid(turn, [1, 4, RASTER, RASTER], align_corners=False)
         colour = drawn[:3] * drawn[3:]  # what is transparent must not bleed in
         moved = F.grid_sample(torch.cat([colour, drawn[3:]])[None], grid, align_corners=False)[0]
         return torch.cat([moved[:3] / moved[3:].clamp(min=1e-3), moved[3:]])
