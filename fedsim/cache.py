@@ -123,17 +123,18 @@ def content_digests(files: Sequence[Path | bytes], cache: Path | None, notice: N
             of these has changed. No program can set the time of the last change (ctime), so a file that is replaced by
             one of the same size and modification time (`cp -p`, `rsync -t`, `tar -x`) is read again too.
     """
-    if cache is None or not all(isinstance(file, Path) for file in files):
+    places = [file for file in files if isinstance(file, Path)]
+    if cache is None or len(places) < len(files):
         return _digests(files)
-    paths = np.frombuffer(b"\0".join(map(os.fsencode, files)), np.uint8)
+    paths = np.frombuffer(b"\0".join(map(os.fsencode, places)), np.uint8)
     index = cache / f"{digest(paths)}.index.npy"
     now = time.time_ns()
-    stamps = np.frombuffer(b"".join(_stamp(file, now) for file in files), np.uint8).reshape(-1, 16)
+    stamps = np.frombuffer(b"".join(_stamp(file, now) for file in places), np.uint8).reshape(-1, 16)
     known = read_array(index, notice)
     known = np.zeros((len(files), 2, 16), np.uint8) if known is None else known.copy()
     changed = np.flatnonzero((known[:, 0] != stamps).any(axis=1) | ~stamps.any(axis=1))
     if len(changed):
-        known[changed, 0], known[changed, 1] = stamps[changed], _digests([files[row] for row in changed])
+        known[changed, 0], known[changed, 1] = stamps[changed], _digests([places[row] for row in changed.tolist()])
         known[~known[:, 1].any(axis=1), 0] = 0
         write_array(index, len(files), [known])
     return known[:, 1]

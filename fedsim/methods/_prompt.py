@@ -70,6 +70,10 @@ class Prompted(nn.Module):
     Only texts of active classes go through the tower, which is where nearly all of a step's time is spent.
     """
 
+    names: Tensor  # (C, T, W)
+    ends: Tensor  # (C,)
+    prototypes: Tensor  # (C, D)
+
     def __init__(self, backbone: Backbone, length: int, asked: str) -> None:
         """
         Args:

@@ -22,7 +22,8 @@ def sides(towers: Sides) -> tuple[Side, ...]:
 
 
 def blocks(towers: Sides) -> tuple[Site, ...]:
-    return tuple(f"{side}_blocks" for side in sides(towers))
+    of: dict[Side, Site] = {"image": "image_blocks", "text": "text_blocks"}
+    return tuple(of[side] for side in sides(towers))
 
 
 def tower_of(backbone: Backbone, side: Side) -> ImageTower | TextTower:
@@ -40,6 +41,9 @@ class Through(nn.Module):
     Differs: batch norms keep the running statistics of the pretrained model, where code that puts all of CLIP in
     training mode moves them: they are the tower's, which all clients of a process share.
     """
+
+    tokens: Tensor  # (C, T), if the text tower is trained
+    prototypes: Tensor  # (C, D), if it is not
 
     def __init__(self, backbone: Backbone, towers: Sides) -> None:
         super().__init__()

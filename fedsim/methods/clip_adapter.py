@@ -32,6 +32,8 @@ class ClipAdapter(Method):
 
 
 class _Mixed(nn.Module):
+    text: Tensor
+
     def __init__(self, backbone: Backbone, reduction: int, ratio: float) -> None:
         super().__init__()
         width = backbone.width

@@ -46,7 +46,7 @@ class FedCLIP(Method):
         logits = module(batch.x, batch.classes)
         return cross_entropy(logits, batch.y) if self.objective == "cross_entropy" else contrastive(logits, batch.y)
 
-    def closed_form(self, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+    def closed_form(self, module: "_Gated", params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
         """Five matrix products a step, and no graph; None where some logits are masked."""
         x, y, classes = batch
         if self.objective == "cross_entropy" and classes is not None:
@@ -97,6 +97,8 @@ def _classify(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Gated(nn.Module):
     """Softmax attention over the D dimensions, multiplied with the feature before it is normalised."""
+
+    text: Tensor
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ class FedPGP(PromptMethod):
     def build(self, backbone: Backbone) -> nn.Module:
         return _LowRank(backbone, self)
 
-    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, module: "_LowRank", batch: Batch) -> Tensor:
         """The class loss; and class by class, the common text shall be nearer to the untrained than to the client's."""
         x, y, classes = batch
         common, own = module.texts(module.sigma, classes), module.texts(module.tokens(), classes)
@@ -46,6 +46,8 @@ class FedPGP(PromptMethod):
 
 
 class _LowRank(Prompted):
+    untrained: Tensor  # (C, D)
+
     def __init__(self, backbone: Backbone, method: FedPGP) -> None:
         tower, sigma = backbone.text, method.start(backbone.text)
         length = len(sigma)

@@ -5,7 +5,7 @@ start at the text features are those of WiSE-FT, Wortsman et al. 2022, arXiv 210
 """
 
 from math import log
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Finetune(Method):
     def build(self, backbone: Backbone) -> nn.Module:
         return _Whole(backbone, self.towers, self.head)
 
-    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, module: Through, batch: Batch) -> Tensor:
         return objective(self.objective, module, batch)
 
 
@@ -71,7 +71,8 @@ class _Whole(Through):
         self.head = _copy(backbone.prototypes) if head else None
 
     def weights(self, side: Side) -> Params:
-        return {name.replace("/", "."): weight for name, weight in self.get_submodule(side).items()}
+        own: Any = self.get_submodule(side)
+        return {name.replace("/", "."): weight for name, weight in own.items()}
 
     def temperature(self) -> Tensor | float:
         return self.logit_scale.exp() if self.text_tower else self.scale

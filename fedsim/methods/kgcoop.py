@@ -6,11 +6,11 @@ Source: Yao et al. 2023, arXiv 2303.13283; among clients as in the code of FedTP
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedsim.methods import Batch
-from fedsim.methods.promptfl import PromptFL
+from fedsim.methods.promptfl import PromptFL, _Prompt
 from fedsim.registry import component
 from fedsim.search import Choice, Field, Linear
 
@@ -42,7 +42,7 @@ class KgCoOp(PromptFL):
         description="weight of 1 - the mean cosine of learnt and written class texts",
     )
 
-    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, module: _Prompt, batch: Batch) -> Tensor:
         x, y, classes = batch
         texts = module.texts(module.tokens, classes)
         # Over the active classes alone: a client need not know the names of others.

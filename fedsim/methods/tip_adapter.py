@@ -52,7 +52,7 @@ class TipAdapter(Method):
     def build(self, backbone: Backbone) -> nn.Module:
         return _Keyed(backbone, self.alpha * self.shots, self.beta)
 
-    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, module: "_Keyed", batch: Batch) -> Tensor:
         x, y, classes = batch
         if self.objective == "cross_entropy":
             return cross_entropy(module(x, classes), y)
@@ -62,6 +62,8 @@ class TipAdapter(Method):
 
 
 class _Keyed(nn.Module):
+    text: Tensor
+
     def __init__(self, backbone: Backbone, strength: float, beta: float) -> None:
         super().__init__()
         self.keys = nn.Parameter(backbone.prototypes.clone())

@@ -19,6 +19,8 @@ class ZeroShot(Method):
 
 
 class _Nearest(nn.Module):
+    text: Tensor
+
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.register_buffer("text", backbone.prototypes, persistent=False)
