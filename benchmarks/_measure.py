@@ -23,7 +23,7 @@ class Watch(threading.Thread):
 
     Attributes:
         peaks: MiB of PSS (a page that k processes share counts 1/k in each): of all together under `all`, of `root`
-            under `root`, and of the largest process of each title that Ray gives, such as `ray::_Driver`.
+            under `root`, and of the largest process of each title that Ray gives, such as `ray::DriverActor`.
     """
 
     def __init__(self, root: int) -> None:
@@ -155,7 +155,7 @@ def _title(pid: int) -> str:
         title = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "ended"
-    named = re.match(r"ray::\w+", title)  # `ray::_Driver.run`, then zeros
+    named = re.match(r"ray::\w+", title)  # `ray::DriverActor.run`, then zeros
     return named[0] if named else "other"
 
 

@@ -35,7 +35,7 @@ from _runs import parsed, parser_of
 from fedsim.clients import Population
 from fedsim.clip import Clip, Frozen
 from fedsim.cluster.placement import Sizing
-from fedsim.cluster.worker import _keep_memory
+from fedsim.cluster.worker import keep_freed_memory
 from fedsim.config import read_yaml
 from fedsim.datasets import TRAIN, Features
 from fedsim.datasets.glyphs import Glyphs
@@ -166,7 +166,7 @@ def counted(variant: Variant, folder: Path, clip: Clip) -> dict[str, float]:
 def measured(variant: Variant, folder: Path) -> dict[str, float]:
     """CPU and wall seconds of a step, and MiB that the process took at its most."""
     torch.set_num_threads(1)
-    _keep_memory()  # as in fedsim's actors
+    keep_freed_memory()  # as in fedsim's actors
     idle = peak()
     client = Client(variant, folder)
     loaded = peak()

@@ -119,7 +119,7 @@ def first(run: dict) -> float:
 
 
 def driver_memory(run: dict) -> float:
-    return run["peaks"]["ray::_Driver"]
+    return run["peaks"]["ray::DriverActor"]
 
 
 def command_memory(run: dict) -> float:

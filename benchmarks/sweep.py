@@ -18,7 +18,7 @@ from _runs import add_data, data_of, parsed, parser_of
 
 from fedsim import Config
 from fedsim.cluster.pool import open_pool
-from fedsim.simulate import encoded, rounds, sizing_of, staff
+from fedsim.simulate import encoded, rounds, sizing_of
 from fedsim.sweep.config import Sweep
 from fedsim.sweep.prepare import prepare_sweep
 from fedsim.sweep.results import SweepResult
@@ -44,7 +44,7 @@ def by_loop(sweep: Sweep, found: SweepResult, folder: Path) -> float:
     prepared = prepare_sweep(sweep.model_copy(update={"out": folder}))
     base = encoded(prepared.base, sizing_of(sweep.config), lambda event: None)
     seconds = []
-    with open_pool(sizing_of(sweep.config), 1, *staff(base)) as pool:
+    with open_pool(sizing_of(sweep.config), 1) as pool:
         for number, lr in enumerate(found.trials["fedclip.lr"]):
             began = time.perf_counter()
             (experiment,) = experiments_of(base, {"method": {"lr": lr}}, sweep.tuning_seeds, folder, number)

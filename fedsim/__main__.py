@@ -11,7 +11,7 @@ from fedsim.cli.flags import DETACH, Parser, parse_run
 from fedsim.cli.launch import launch
 from fedsim.cli.progress import plain_console, progress_bars, show_on
 from fedsim.cli.show import rich_table, show_run
-from fedsim.cluster.signals import heard
+from fedsim.cluster.signals import signals_as_interrupts
 
 # What imports torch is imported in functions: it takes seconds, in which `main` already handles Ctrl-C, and some
 # commands do not need it.
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal of another encoding shows a name in escapes
             stream.reconfigure(errors="backslashreplace")
-    with outlets() as (stdout, _), heard():
+    with outlets() as (stdout, _), signals_as_interrupts():
         try:
             return _command(sys.argv[1:] if argv is None else argv) or _check_printed(stdout)
         except (InputError, Stopped, KeyboardInterrupt) as error:

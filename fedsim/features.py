@@ -189,8 +189,8 @@ def _keep(images: Images, weights: Weights, file: Path, level: str, augment: int
     files = {(view, block): file.with_suffix(f".{level}-{view}-{block:06d}.npy") for view, block in wanted}
     parts = _Parts(file, len(images) * (1 + augment), files, f"keeping {level}", progress)
     if parts.todo:
-        with open_pool(sizing, len(parts.todo), Encoder, images, weights) as pool:
-            parts.write(pool.map("keep", parts.todo, level))
+        with open_pool(sizing, len(parts.todo)) as pool:
+            parts.write(pool.workers(Encoder, images, weights).map("keep", parts.todo, level))
     _join(parts, images, weights)
 
 
@@ -202,10 +202,11 @@ def _encode(images: Images, weights: Weights, prompt: str, file: Path, sizing: S
     files = {block: file.with_suffix(f".{block:06d}.npy") for block in blocks}
     parts = _Parts(file, len(images), files, "encoding images", progress)
     if parts.todo or texts is None:
-        with open_pool(sizing, len(parts.todo), Encoder, images, weights) as pool:
-            parts.write(pool.map("encode", parts.todo))
+        with open_pool(sizing, len(parts.todo)) as pool:
+            encoders = pool.workers(Encoder, images, weights)
+            parts.write(encoders.map("encode", parts.todo))
             if texts is None:
-                texts = next(pool.map("prototypes", [prompts]))
+                texts = next(encoders.map("prototypes", [prompts]))
                 write_array(texts_at, 1, [texts])
     if x is None:
         _join(parts, images, weights)

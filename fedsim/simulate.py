@@ -19,10 +19,11 @@ from fedsim.cache import check_writable
 from fedsim.checkpoint import Checkpoints
 from fedsim.clients import Population, held_out_ids, make_clients, sample_cohort
 from fedsim.clip import Clip, Frozen, check_texts
-from fedsim.cluster.driver import drive
+from fedsim.cluster.driver import run_in_driver_actor
 from fedsim.cluster.placement import Sizing
-from fedsim.cluster.pool import Pool, open_pool
+from fedsim.cluster.pool import open_pool
 from fedsim.cluster.session import check_reachable
+from fedsim.cluster.workers import Pool, Workers
 from fedsim.config import EXECUTION, Config
 from fedsim.counts import SPLITS, Counts, merge
 from fedsim.datasets import Features, Images, Labelled
@@ -86,7 +87,7 @@ def run(config: Config, progress: Progress = lambda event: None) -> Report:
     progress(Event("begun", 0, 0))  # nothing is refused any more
     if config.actors == 0:
         return simulate(experiment, progress)
-    return drive(simulate, (experiment,), config.address, progress)
+    return run_in_driver_actor(simulate, (experiment,), config.address, progress)
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def simulate(experiment: Experiment, progress: Progress) -> Report:
     try:
         with alone_in(folder, "run"):
             experiment = encoded(experiment, sizing, progress)
-            with open_pool(sizing, len(experiment.clients), *staff(experiment)) as pool:
+            with open_pool(sizing, len(experiment.clients)) as pool:
                 progress(Event("workers", 0, 0, pool.sizes))
                 for report in rounds(experiment, pool):
                     if len(report.rounds):
@@ -187,11 +188,6 @@ def encoded(experiment: Experiment, sizing: Sizing, progress: Progress, methods:
     return replace(experiment, source=source, frozen=frozen)
 
 
-def staff(experiment: Experiment) -> tuple:
-    """Who works on an encoded experiment, for `Pool.employ`."""
-    return ClientWorker, experiment.source, experiment.clients, experiment.frozen
-
-
 def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     """The report of an encoded experiment after each round, once that is in a checkpoint.
 
@@ -203,14 +199,14 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     checkpoints = Checkpoints(folder, experiment.identity())
     state, report = _resume(experiment, checkpoints) or _begin(experiment, task)
     if len(state.private):
-        pool.check_sees(folder)
+        pool.check_shared_folder(folder)
     remove_parts(folder, FILES)
     # Not before: a folder would else be held by an experiment that the method or the rule has refused.
     write_sealed(folder / CONFIG, to_yaml(config.plain()))
     if state.round < config.rounds:
         (folder / PAGE).unlink(missing_ok=True)  # that of fewer rounds would pass for this run's
-    pool.employ(*staff(experiment))
-    federation = _Federation(config, task, features, clients, pool, state.params, experiment.splits)
+    workers = pool.workers(ClientWorker, features, clients, experiment.frozen)
+    federation = _Federation(config, task, features, clients, workers, state.params, experiment.splits)
     if not report.counts:
         report.add_zero_shot(federation.zero_shot())
         report.add_scores(0, federation.evaluate(state))
@@ -222,7 +218,6 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     report.conclude(state)
     yield report
     for turn in federation.turns(state.round):
-        pool.employ(*staff(experiment))  # meanwhile, somebody else may have had the pool
         began = time.perf_counter()
         state, notes = federation.train(state, turn)
         flops = _flops(report, notes, config.method)
@@ -239,7 +234,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
 
 
 class _Federation:
-    """The pool, and who is asked for what."""
+    """The workers, and the clients that they train and evaluate."""
 
     def __init__(
         self,
@@ -247,11 +242,11 @@ class _Federation:
         task: Task,
         features: Features,
         clients: Population,
-        pool: Pool,
+        workers: Workers,
         params: Params,
         splits: Sequence[str],
     ) -> None:
-        self.config, self.task, self.clients, self.pool, self.splits = config, task, clients, pool, splits
+        self.config, self.task, self.clients, self.workers, self.splits = config, task, clients, workers, splits
         self.away = list(range(clients.trainers, len(clients))) if "test" in splits else []
         self.domains = held_out_ids(features, config.held_out)
         self.sent = list(task.of(params, "shared", "server"))
@@ -279,7 +274,7 @@ class _Federation:
         past = state.past | {state.round: {}}
         sent = {version: flatten(state.params | (past[version] if self.sent else {})) for version, _ in chunks}
         what = self.task, turn.round, sent, flatten(self.told(state.slots)), self.payload
-        total = sum_chunks(self.pool.map("train", chunks, *what), self.clients.trainers)
+        total = sum_chunks(self.workers.map("train", chunks, *what), self.clients.trainers)
         if not np.isfinite(total.delta).all():
             raise InputError(
                 f"training diverged: in round {turn.round} an update is not finite; try a smaller --method.lr"
@@ -304,7 +299,7 @@ class _Federation:
 
     def _judged(self, chunks: list, task: Task, params: Params, also: list[int]) -> Counts:
         what = task, flatten(params), also, self.domains, self.splits
-        return merge(self.pool.map("evaluate", chunks, *what))
+        return merge(self.workers.map("evaluate", chunks, *what))
 
     def _train_rows(self, clients: Sequence[int]) -> np.ndarray:
         for client in clients:

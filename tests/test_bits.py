@@ -41,7 +41,7 @@ def descendants(pid: int) -> dict[int, str]:
     return {child: names[child] for child in below - {pid}}
 
 
-def workers(name: str = "ray::_Worker") -> list[int]:
+def workers(name: str = "ray::WorkerActor") -> list[int]:
     return sorted(pid for pid, line in descendants(os.getpid()).items() if line.startswith(name))
 
 
@@ -88,7 +88,7 @@ def test_a_killed_driver_stops_the_run_and_loses_no_round(alone, tmp_path):
 
     def kill_driver(event):
         if event.stage == "training" and event.done >= 5:
-            for pid in workers("ray::_Driver"):
+            for pid in workers("ray::DriverActor"):
                 os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(Stopped, match="the driver actor has died; the same command goes on"):
@@ -169,14 +169,15 @@ def cluster():
 
 def test_a_pool_gives_results_in_order_past_deaths_and_stops_at_a_deadly_item(cluster, tmp_path):
     (tmp_path / "deaths-3").write_text("2")
-    with open_pool(Sizing(actors=2, gpus_per_actor=0), 20, Doubler, tmp_path) as pool:
-        assert list(pool.map("double", range(20))) == list(range(0, 40, 2))
+    with open_pool(Sizing(actors=2, gpus_per_actor=0), 20) as pool:
+        workers = pool.workers(Doubler, tmp_path)
+        assert list(workers.map("double", range(20))) == list(range(0, 40, 2))
         assert (tmp_path / "deaths-3").read_text() == "0"
         (tmp_path / "deaths-7").write_text("99")
         with pytest.raises(Stopped, match="double of item 7 ended 4 actors"):
-            list(pool.map("double", range(20)))
-    with open_pool(Sizing(gpus_per_actor=0.5), 4, Doubler, tmp_path) as pool:  # two logical GPUs, two actors on each
-        assert list(pool.map("double", range(3))) == [0, 2, 4]
+            list(workers.map("double", range(20)))
+    with open_pool(Sizing(gpus_per_actor=0.5), 4) as pool:  # two logical GPUs, two actors on each
+        assert list(pool.workers(Doubler, tmp_path).map("double", range(3))) == [0, 2, 4]
         assert pool.sizes == "4 actors of 0.5 GPU on 1 node"
 
 
@@ -216,7 +217,7 @@ def test_a_gpu_has_as_many_actors_as_fit_in_its_memory_and_no_actor_is_without_o
     [
         (Sizing(gpus_per_actor=0.5), [Node("a", 8.0)], "0.5 on a cluster without a GPU"),
         (Sizing(actors=5, gpus_per_actor=0.5), [Node("a", 8.0, 2)], "the cluster's GPUs have room for 4"),
-        (Sizing(actors=33), [Node("a", 2.0)], "--actors 33, but 2 CPUs are good for 32 at most"),
+        (Sizing(actors=33), [Node("a", 2.0)], "--actors 33, but 2 CPUs are enough for 32 at most"),
         (Sizing(), [Node("a", 0.0)], "no node of the cluster has room for an actor"),
         (Sizing(gpu_gb_per_actor=40), [Node("a", 8.0, 1, gpu_gb=16.0)], "no node .* has room"),
     ],

@@ -276,7 +276,7 @@ def test_clients_that_keep_something_want_a_disk_that_all_machines_share(up, lap
     process = laptop(f"uv run ray exec cluster.local.yaml {shlex.quote(run)}", up.start)
     told, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode
-    assert f"fedsim: /{HOME}/runs/kept is not seen by w1; clients keep something to themselves" in told
+    assert f"fedsim: /{HOME}/runs/kept is not seen by w1; clients have private state here" in told
 
 
 @pytest.mark.hosts

@@ -49,7 +49,7 @@ BAD = {
     ),
     "a GPU": (["run", "--gpus-per-actor", "0.5"], "--gpus-per-actor 0.5, but torch finds no GPU on this machine"),
     "an address": (["run", "--address", "127.0.0.1:9"], "no cluster answers at 127.0.0.1:9"),
-    "a form of address": (["run", "--address", "nowhere"], "--address wants host:port or auto, not 'nowhere'"),
+    "a form of address": (["run", "--address", "nowhere"], "--address needs host:port or auto, got 'nowhere'"),
     "a backbone": (
         ["run", "--backbone", "ViT-B-33", "--pretrained", "openai"],
         "no backbone 'ViT-B-33' in open_clip; there are: ViT-B-32",

@@ -105,7 +105,7 @@ def raylet(node) -> int:
 
 
 def actors_of(node) -> list[int]:
-    return [pid for pid, name in descendants(raylet(node)).items() if name.startswith("ray::_Worker")]
+    return [pid for pid, name in descendants(raylet(node)).items() if name.startswith("ray::WorkerActor")]
 
 
 def lose(cluster, node) -> list[int]:
@@ -117,87 +117,106 @@ def lose(cluster, node) -> list[int]:
     return actors
 
 
-def squares(pool) -> list[int]:
-    return list(pool.map("square", ITEMS))
+def squares(workers) -> list[int]:
+    return list(workers.map("square", ITEMS))
 
 
-def homes(pool, count: int, lost: set[int] = frozenset()) -> dict[int, int]:
+def homes(workers, count: int, lost: set[int] = frozenset()) -> dict[int, int]:
     """The raylet above each actor that answers, by process; asks until there are `count` of them."""
     found = {}
     while len(found) < count:
-        found |= {pid: home for home, pid in pool.map("home", ITEMS) if pid not in lost}
+        found |= {pid: home for home, pid in workers.map("home", ITEMS) if pid not in lost}
     return found
 
 
 def test_the_calls_of_a_stopped_actor_are_done_by_another(joined, folder):
     (folder / "stop-5").write_text("1")
-    with open_pool(Sizing(actors=2, call_timeout_s=SOON), 2, Squarer, folder) as pool:
-        assert squares(pool) == SQUARES
+    with open_pool(Sizing(actors=2, call_timeout_s=SOON), 2) as pool:
+        workers = pool.workers(Squarer, folder)
+        assert squares(workers) == SQUARES
         assert (folder / "stop-5").read_text() == "0"
-        assert squares(pool) == SQUARES  # without the one that is stopped, or is being restarted
+        assert squares(workers) == SQUARES  # without the one that is stopped, or is being restarted
 
 
 def test_a_single_stopped_actor_is_restarted(joined, folder):
     (folder / "stop-5").write_text("1")
-    with open_pool(Sizing(actors=1, call_timeout_s=SOON), 2, Squarer, folder) as pool:
-        assert squares(pool) == SQUARES
+    with open_pool(Sizing(actors=1, call_timeout_s=SOON), 2) as pool:
+        workers = pool.workers(Squarer, folder)
+        assert squares(workers) == SQUARES
 
 
 def test_the_first_answer_counts_and_that_of_a_slow_actor_is_dropped(joined, folder):
     (folder / "meet-5").write_text("1")
-    with open_pool(Sizing(actors=2, call_timeout_s=SOON), 2, Squarer, folder) as pool:
+    with open_pool(Sizing(actors=2, call_timeout_s=SOON), 2) as pool:
+        workers = pool.workers(Squarer, folder)
         meeting = Thread(target=(folder / "here").read_text)
         meeting.start()
-        answers = pool.map("square", ITEMS)
+        answers = workers.map("square", ITEMS)
         assert [next(answers) for _ in ITEMS[:6]] == SQUARES[:6]
         meeting.join()
         # In vain, and then for ever, where it has been restarted by now.
         Thread(target=(folder / "go").write_text, args=["on"], daemon=True).start()
         assert list(answers) == SQUARES[6:]
-        assert squares(pool) == SQUARES
+        assert squares(workers) == SQUARES
 
 
 def test_a_call_that_outruns_every_actor_stops_the_run(joined, folder):
     (folder / "meet-5").write_text("99")  # and nobody comes
     with (
-        open_pool(Sizing(actors=4, call_timeout_s=SOON / 4), 4, Squarer, folder) as pool,
+        open_pool(Sizing(actors=4, call_timeout_s=SOON / 4), 4) as pool,
         pytest.raises(Stopped, match="square of item 5 was late 4 times, the last by 2 s"),
     ):
-        squares(pool)
+        squares(pool.workers(Squarer, folder))
 
 
 def test_a_call_whose_actor_is_killed_is_done_again(joined, folder):
     (folder / "meet-5").write_text("1")
-    with open_pool(Sizing(actors=2), 2, Squarer, folder) as pool:
+    with open_pool(Sizing(actors=2), 2) as pool:
+        workers = pool.workers(Squarer, folder)
         kill = Thread(target=lambda: os.kill(int((folder / "here").read_text()), signal.SIGKILL))
         kill.start()
-        assert squares(pool) == SQUARES
+        assert squares(workers) == SQUARES
         kill.join()
     assert (folder / "meet-5").read_text() == "0"
 
 
 def test_a_pool_closes_over_a_stopped_actor(joined, folder):
     (folder / "meet-11").write_text("1")
-    with open_pool(Sizing(actors=2), 2, Squarer, folder) as pool:
-        answers = pool.map("square", ITEMS)
+    with open_pool(Sizing(actors=2), 2) as pool:
+        workers = pool.workers(Squarer, folder)
+        answers = workers.map("square", ITEMS)
         assert [next(answers) for _ in ITEMS[:-1]] == SQUARES[:-1]
         os.kill(int((folder / "here").read_text()), signal.SIGSTOP)
-    with open_pool(Sizing(actors=1), 1, Squarer, folder) as pool:
-        assert squares(pool) == SQUARES
+    with open_pool(Sizing(actors=1), 1) as pool:
+        workers = pool.workers(Squarer, folder)
+        assert squares(workers) == SQUARES
 
 
-def test_actors_change_what_they_do_and_stay_the_same_processes_even_after_one_was_killed(joined, folder):
-    with open_pool(Sizing(actors=2), 2, Squarer, folder) as pool:
-        before = homes(pool, 2)
-        pool.employ(Tripler)
-        assert squares(pool) == [3 * item for item in ITEMS]
-        assert homes(pool, 2) == before
+TRIPLES = [3 * item for item in ITEMS]
+
+
+@pytest.mark.parametrize("actors", [0, 2])
+def test_each_call_is_answered_by_the_workers_that_it_names_in_any_order(joined, folder, actors):
+    with open_pool(Sizing(actors=actors), 2) as pool:
+        squarers, triplers = pool.workers(Squarer, folder), pool.workers(Tripler)
+        for _ in range(2):
+            assert squares(squarers) == SQUARES
+            assert squares(triplers) == TRIPLES
+        assert pool.workers(Tripler) is triplers  # what a worker has loaded is used again
+        assert pool.workers(Squarer, folder) is not triplers
+
+
+def test_actors_stay_the_same_processes_whatever_workers_they_run_even_after_one_was_killed(joined, folder):
+    with open_pool(Sizing(actors=2), 2) as pool:
+        squarers, triplers = pool.workers(Squarer, folder), pool.workers(Tripler)
+        before = homes(squarers, 2)
+        assert squares(triplers) == TRIPLES
+        assert homes(triplers, 2) == before
         lost = min(before)
-        os.kill(lost, signal.SIGKILL)  # the one that takes its place has never heard of a change
-        assert squares(pool) == [3 * item for item in ITEMS]
-        assert len(homes(pool, 2, {lost})) == 2
-        pool.employ(Squarer, folder)
-        assert squares(pool) == SQUARES
+        os.kill(lost, signal.SIGKILL)  # the one that takes its place knows neither of them
+        assert squares(triplers) == TRIPLES
+        assert len(homes(triplers, 2, {lost})) == 2
+        assert squares(squarers) == SQUARES
 
 
 class Unready:
@@ -213,20 +232,20 @@ class Unready:
 
 
 @pytest.mark.parametrize("actors", [0, 2])
-def test_a_pool_whose_actors_could_not_be_given_other_work_does_not_go_on_with_the_old(joined, folder, actors):
+def test_workers_that_could_not_be_made_are_tried_again_and_never_answered_for_by_others(joined, folder, actors):
     refused = Unready()
-    made = partial(Refusing, refused) if actors == 0 else Tripler
-    with open_pool(Sizing(actors=actors), 2, Squarer, folder) as pool:
-        assert squares(pool) == SQUARES
+    made = (partial(Refusing, refused),) if actors == 0 else (Tripler, refused)
+    with open_pool(Sizing(actors=actors), 2) as pool:
+        squarers = pool.workers(Squarer, folder)
+        assert squares(squarers) == SQUARES
         with pytest.raises(OSError, match="no room"):
-            pool.employ(made, *([refused] if actors else []))
+            squares(pool.workers(*made))
         if actors == 0:
-            pool.employ(made)
-            assert squares(pool) == [3 * item for item in ITEMS]
+            assert squares(pool.workers(*made)) == TRIPLES
         else:
             with pytest.raises(TypeError):  # it came: a second argument is one too many for this worker
-                pool.employ(made, refused)
-                squares(pool)
+                squares(pool.workers(*made))
+        assert squares(squarers) == SQUARES
 
 
 class Refusing(Tripler):
@@ -242,9 +261,10 @@ def test_a_pool_in_a_placement_group_takes_the_bundles_after_the_first(joined, f
 
     @ray.remote(num_cpus=0.5)
     def inside():
-        with open_pool(Sizing(grouped=True), 99, Squarer, folder) as pool:
-            answers = squares(pool)
-            return pool.sizes, answers, ray.available_resources()["CPU"], len(homes(pool, 2))
+        with open_pool(Sizing(grouped=True), 99) as pool:
+            workers = pool.workers(Squarer, folder)
+            answers = squares(workers)
+            return pool.sizes, answers, ray.available_resources()["CPU"], len(homes(workers, 2))
 
     where = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
     sizes, answers, free, actors = ray.get(inside.options(scheduling_strategy=where).remote())
@@ -264,7 +284,7 @@ def test_another_ray_on_the_cluster_is_said_in_one_sentence(cluster, features_di
     assert done.returncode == 2
     assert done.stderr == (
         f"fedsim: the cluster at {cluster.address} runs {there}, this process Ray 2.0.1 on Python "
-        f"{platform.python_version()}; Ray wants the same on both\n"
+        f"{platform.python_version()}; Ray needs the same on both\n"
     )
     assert not (tmp_path / "run").exists()
 
@@ -277,21 +297,22 @@ def ray_version() -> str:
 
 def test_a_folder_on_a_disk_that_all_machines_have_is_seen_by_all(joined, tmp_path):
     node = joined.add_node(num_cpus=1)  # tests/test_cluster.py has machines that do not share a disk
-    with open_pool(Sizing(actors=1), 1, Tripler) as pool:
-        assert pool.spans
-        pool.check_sees(tmp_path)
+    with open_pool(Sizing(actors=1), 1) as pool:
+        assert pool.spans_nodes
+        pool.check_shared_folder(tmp_path)
     joined.remove_node(node)
 
 
 def test_an_actor_of_a_lost_machine_comes_back_on_another(joined, folder):
     node = joined.add_node(num_cpus=4)
-    with open_pool(Sizing(actors=2), 2, Squarer, folder) as pool:
+    with open_pool(Sizing(actors=2), 2) as pool:
+        workers = pool.workers(Squarer, folder)
         assert pool.sizes == "2 actors of 1 CPU on 2 nodes"
-        before = homes(pool, 2)
+        before = homes(workers, 2)
         lost = {pid for pid, home in before.items() if home == raylet(node)}
         assert len(lost) == 1
         lose(joined, node)
-        after = homes(pool, 2, lost)
+        after = homes(workers, 2, lost)
         assert set(before) - lost < set(after)
         assert set(after.values()) == {raylet(joined.head_node)}
 

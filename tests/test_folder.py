@@ -21,7 +21,7 @@ from fedsim.compare import compare
 from fedsim.config import Config
 from fedsim.files import write_text
 from fedsim.folder import CONFIG, GENERATOR, MARK, claim, safe_name, write_sealed
-from fedsim.simulate import encoded, prepare, rounds, sizing_of, staff
+from fedsim.simulate import encoded, prepare, rounds, sizing_of
 from fedsim.training.client_store import PrivateStore
 
 SLOW = {"name": "lognormal", "availability": 0.8, "dropout": 0.1}
@@ -424,7 +424,7 @@ def test_a_round_writes_calls_and_keeps_no_more_after_two_thousand_rounds(config
     claim(experiment.folder, "run")
     history, checkpoint = experiment.folder / HISTORY, experiment.folder / NAME
     written, calls, kept = {}, {}, {}
-    with open_pool(sizing_of(config_), 2, *staff(experiment)) as pool:
+    with open_pool(sizing_of(config_), 2) as pool:
         steps = rounds(experiment, pool)
         for report in steps:
             done = len(report.rounds)

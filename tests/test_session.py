@@ -141,7 +141,7 @@ def test_a_cluster_whose_head_dies_ends_the_run_in_one_sentence(flags, short, tm
     next(one for one in family if one.name() == "gcs_server").kill()
     printed, said = process.communicate(timeout=90)
     assert process.returncode == 1
-    assert "Ray: a private cluster; RAY_ADDRESS=elsewhere:6379 counts with --address auto alone" in " ".join(
+    assert "Ray: a private cluster; RAY_ADDRESS=elsewhere:6379 is used only with --address auto" in " ".join(
         printed.split()
     )
     assert said.startswith("fedsim: Ray's head at ") and said.endswith(

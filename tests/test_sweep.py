@@ -28,7 +28,7 @@ from fedsim.folder import claim
 from fedsim.methods.probe import Probe
 from fedsim.registry import name_of
 from fedsim.search import Field, Log
-from fedsim.simulate import prepare, staff
+from fedsim.simulate import prepare
 from fedsim.sweep.command import parse_sweep
 from fedsim.sweep.config import Sweep
 from fedsim.sweep.prepare import prepare_sweep
@@ -153,7 +153,7 @@ def done(ray, base, tmp_path_factory):
     def look(event):
         if event.stage == "trials" and event.done:
             names = descendants(os.getpid())
-            actors.append({pid for pid, name in names.items() if name.startswith("ray::_Worker")})
+            actors.append({pid for pid, name in names.items() if name.startswith("ray::WorkerActor")})
 
     sweep = sweep_of(
         base(actors=1), folder, trials=8, grace=1, tuning_seeds=(1000, 1001), report_seeds=(0, 1), loggers="tensorboard"
@@ -529,7 +529,7 @@ def test_clients_without_validation_rows_are_no_judges(tmp_path):
 
 def test_a_trial_whose_partition_leaves_no_validation_rows_is_refused(base, tmp_path):
     experiment = prepare(base(out=tmp_path / "base"))
-    with open_pool(Sizing(actors=0), 1, *staff(experiment)) as pool:
+    with open_pool(Sizing(actors=0), 1) as pool:
         trial = Trial(experiments_of(experiment, {"train_share": 0.99}, (1,), tmp_path, 0), pool)
         with pytest.raises(InputError, match="no client has validation rows, on which trials are evaluated"):
             trial.advance()

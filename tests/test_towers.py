@@ -239,14 +239,16 @@ def test_the_towers_of_vits_and_of_resnets_are_trained_through(tower, method, sm
 
 def test_what_is_too_large_for_an_actors_share_of_a_gpu_is_said_in_one_sentence():
     # torch raises the same error on a GPU; no device is needed to see what becomes of it.
-    from fedsim.cluster.worker import _Worker
+    from fedsim.cluster.worker import WorkerSlot
 
-    worker = _Worker(1, 0.25)
-    worker.worker = _Greedy()
+    slot = WorkerSlot(0.25)
     with pytest.raises(InputError, match=r"does not fit into the 0\.25 of a GPU that an actor has; take a larger"):
-        worker.call((0, []), "take")
+        slot.call(1, lambda: (_Greedy,), "take")
 
 
 class _Greedy:
+    def __init__(self, device):
+        pass
+
     def take(self):
         raise torch.OutOfMemoryError

@@ -20,15 +20,16 @@ from job import finish
 
 from fedsim import Config, run
 from fedsim.checkpoint import load_checkpoint
-from fedsim.cluster.pool import Pool
-from fedsim.cluster.worker import _keep_memory
+from fedsim.cluster.worker import keep_freed_memory
+from fedsim.cluster.workers import Pool
 from fedsim.datasets.synthetic import Synthetic
 from fedsim.events import Event
 from fedsim.params import Params, flatten
 from fedsim.rng import torch_rng
-from fedsim.simulate import Experiment, _Federation, prepare, staff
+from fedsim.simulate import Experiment, _Federation, prepare
 from fedsim.state import ServerState
 from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.worker import ClientWorker
 
 ROWS, ALL_ROWS, WIDTH = 64, 80, 512  # train rows of a client, two local steps; and with those that it is judged on
 CHUNK = 50  # clients of a call: the same at all sizes, so that what is compared is the number of clients alone
@@ -77,8 +78,8 @@ def on_processes(args: Namespace, out: str) -> tuple[list[float], list[float], P
     task, state = _begin(experiment)
     ends, seconds = [], []
     with _Processes(args.processes, Path(out)) as pool:
-        pool.employ(*staff(experiment))
-        whole = experiment.source, experiment.clients, pool, state.params, experiment.splits
+        workers = pool.workers(ClientWorker, experiment.source, experiment.clients, experiment.frozen)
+        whole = experiment.source, experiment.clients, workers, state.params, experiment.splits
         federation = _Federation(experiment.config, task, *whole)
         for turn in federation.turns(0):
             began = time.perf_counter()
@@ -149,30 +150,32 @@ class _Processes(Pool):
     def __init__(self, count: int, scratch: Path) -> None:
         scratch.mkdir(parents=True, exist_ok=True)
         self.count, self.scratch, self.maps = count, scratch, 0
-        self.processes = None
+        self.processes, self.loaded = None, 0
 
-    def _renew(self, staff, before):
-        self.close()
-        self.processes = get_context("spawn").Pool(self.count, _start, staff)
-
-    def check_sees(self, folder):
+    def check_shared_folder(self, folder):
         pass  # all are on this machine
 
-    def map(self, name, items, *shared):
+    def map(self, workers, method, items, *shared):
+        if workers.number != self.loaded:
+            self.close()
+            self.processes, self.loaded = get_context("spawn").Pool(self.count, _start, workers.spec), workers.number
         self.maps += 1
         file = self.scratch / f"{self.maps}.pickle"  # once for all calls
         file.write_bytes(pickle.dumps(shared))
-        yield from self.processes.imap(_call, [(file, name, item) for item in items])
+        yield from self.processes.imap(_call, [(file, method, item) for item in items])
 
     def close(self):
         if self.processes:
             self.processes.terminate()
 
+    def _ship(self, part):
+        return part
+
 
 def _start(factory, *args) -> None:
     global worker
     torch.set_num_threads(1)
-    _keep_memory()  # as in fedsim's actors
+    keep_freed_memory()  # as in fedsim's actors
     worker = factory(*args, "cpu")
 
 

@@ -1,106 +1,107 @@
-"""Workers on Ray actors.
+"""A pool of Ray actors.
 
-A worker is an object whose methods are pure: the same call gives the same result in any process. So an actor
-that dies or does not answer costs the calls it held, done again elsewhere, to the same bits.
+The methods of a worker are pure, so an actor that dies or does not answer costs only the calls it held: they are
+repeated on another actor, to the same bits.
 """
 
 import time
 from math import inf
+from typing import Any
 
-from fedsim.cluster.calls import QUEUED, TRIES, UNKNOWN_S, _Seat, _Work
-from fedsim.cluster.nodes import blind, nodes_of
-from fedsim.cluster.placement import Sizing, bundles, plan, sizes_of
-from fedsim.cluster.worker import _Worker
+from fedsim.cluster.calls import QUEUED, TRIES, UNKNOWN_S, ActorSlot, CallQueue, Deadlines
+from fedsim.cluster.nodes import nodes_of, nodes_without_access
+from fedsim.cluster.placement import Placement, Sizing, bundles, plan, sizes_of
+from fedsim.cluster.worker import WorkerActor
 from fedsim.cluster.workers import Pool
 from fedsim.errors import InputError, Stopped, listing
 
 PLACEMENT_S = 120  # for the first actor of a pool to answer
+RESULTS_AHEAD = 4 * QUEUED  # results kept for each actor while an earlier one is awaited
+SHORTEST_WAIT_S = 0.5  # an answer that came in while the driver was busy needs time to be fetched
 
 
-class _Actors(Pool):
-    """Workers on Ray actors, which come and go."""
+class ActorPool(Pool):
+    """Workers on Ray actors, which come and go.
+
+    Attributes:
+        spans_nodes: its cluster has several machines, which are taken to share no files.
+        placed: an actor has answered, so there was room for at least one.
+    """
 
     def __init__(self, sizing: Sizing, jobs: int) -> None:
         import ray
 
-        # How a call tells of its actor or node: it has ended, its answer with it, or there was no memory left.
-        self.lost = ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.OutOfMemoryError
         self.ray = ray
-        self.timeout_s = sizing.call_timeout_s
-        self.longest: dict[str, float] = {}  # seconds from the start of a call to its answer, by name
+        self.deadlines = Deadlines(sizing.call_timeout_s)
         nodes = nodes_of(ray, sizing)
-        self.spans = len(nodes) > 1  # several machines: they share no files, unless somebody says so
+        self.spans_nodes = len(nodes) > 1
         placements = bundles(ray) if sizing.grouped else plan(sizing, jobs, nodes)
         self.sizes = sizes_of(placements, sizing.threads_per_actor)
-        self.post = 0, []
-        # No task events: Ray's head would keep 14 kB of every round.
-        actor = ray.remote(max_restarts=-1, max_task_retries=0, enable_task_events=False)(_Worker)
-        self.seats = []
-        for place in placements:
-            where = {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus, "scheduling_strategy": place.strategy()}
-            self.seats.append(_Seat(actor.options(**where).remote(sizing.threads_per_actor, place.num_gpus)))
-            self.seats[-1].bench(inf)  # Ray starts it when it has room; many take minutes
+        self.slots = _started_actors(ray, placements, sizing.threads_per_actor)
         self.placed = False
 
-    def _renew(self, staff, before):
-        # By reference with every call: an actor that has restarted knows nothing of earlier ones. On another machine
-        # an argument has what it carries with it, once for all actors there.
-        number, refs = self.post
-        there = {id(arg): ref for arg, ref in zip(before, refs, strict=False)}
-        self.post = number + 1, [there.get(id(arg)) or self._sent(arg) for arg in staff]
-        self.longest.clear()
+    def map(self, workers, method, items, *shared):
+        # Once for all actors: passed by value, every call would store its own copy.
+        stored = [self.ray.put(value) for value in shared]
+        queue = CallQueue(self.ray, self.slots, self.deadlines, workers, method, items, stored)
+        window = RESULTS_AHEAD * len(self.slots)
+        try:
+            for index in range(len(items)):
+                queue.hand_out(index + window)
+                while index not in queue.results:
+                    self._wait(queue)
+                    queue.hand_out(index + window)
+                yield queue.results.pop(index)
+        finally:
+            queue.abandon()
 
-    def _sent(self, arg):
-        return self.ray.put(arg.carried() if self.spans and hasattr(arg, "carried") else arg)
-
-    def check_sees(self, folder):
-        if self.spans and (names := blind(self.ray, folder)):
+    def check_shared_folder(self, folder):
+        if self.spans_nodes and (names := nodes_without_access(self.ray, folder)):
             raise InputError(
-                f"{folder} is not seen by {listing(names)}; clients keep something to themselves here, which wants a "
-                "--out on a file system that all machines of the cluster share"
+                f"{folder} is not seen by {listing(names)}; clients have private state here, which needs an --out on a "
+                "file system that all machines of the cluster share"
             )
 
-    def map(self, name, items, *shared):
-        work = _Work(self, name, items, [self.ray.put(value) for value in shared])  # once for all calls
-        window = 4 * QUEUED * len(self.seats)  # results kept while an earlier one is awaited
-        try:
-            for given in range(len(items)):
-                work.hand_out(given + window)
-                while given not in work.results:
-                    self._turn(work)
-                    work.hand_out(given + window)
-                yield work.results.pop(given)
-        finally:
-            for seat in self.seats:  # that does a call which nobody waits for any more
-                if seat.calls:
-                    seat.bench(self.deadline(name))
-
     def close(self):
-        for seat in self.seats:
-            self.ray.kill(seat.actor)  # at once; Ray itself sees to those that do not listen
+        for slot in self.slots:
+            self.ray.kill(slot.actor)  # at once; Ray ends those that do not listen
 
-    def idle(self, weight: int) -> _Seat | None:
-        seat = min(self.seats, key=_Seat.load)
-        return seat if seat.load() + weight <= QUEUED else None
+    def _ship(self, part):
+        # Passed by reference with every call: an actor that has restarted does not know earlier ones. To another
+        # machine an argument takes its files along, once for all actors there.
+        return self.ray.put(part.carried() if self.spans_nodes and hasattr(part, "carried") else part)
 
-    def deadline(self, name: str, lates: int = 0) -> float:
-        """Seconds that a call may run, doubled with every deadline it has missed: a guess may be too short."""
-        known = max(60.0, 20 * self.longest[name]) if name in self.longest else UNKNOWN_S
-        return (self.timeout_s or known) * 2**lates
-
-    def _turn(self, work: "_Work") -> None:
-        """Waits for one answer, to a call or a ping, or for a deadline."""
-        pings = {seat.ping: seat for seat in self.seats if seat.ping}
-        # Not less, or an answer that came in while nobody looked would have no time to be fetched.
-        soonest = max(0.5, min(seat.due for seat in self.seats) - time.monotonic()) if self.placed else PLACEMENT_S
-        done, _ = self.ray.wait([*work.running, *pings], timeout=None if soonest == inf else soonest)
-        for ref in done:
+    def _wait(self, queue: CallQueue) -> None:
+        """Waits for an answer to a call or a ping, or for a deadline."""
+        pings = {slot.ping: slot for slot in self.slots if slot.ping}
+        due = min(slot.due for slot in self.slots)
+        patience_s = max(SHORTEST_WAIT_S, due - time.monotonic()) if self.placed else PLACEMENT_S
+        answered, _ = self.ray.wait([*queue.running, *pings], timeout=None if patience_s == inf else patience_s)
+        for ref in answered:
             if ref in pings:
-                self._welcome(pings[ref])
+                self._on_ready(pings[ref])
             else:
-                work.take(ref)
-        if done:
-            return
+                queue.take(ref)
+        if not answered:
+            self._on_deadline(queue)
+
+    def _on_ready(self, slot: ActorSlot) -> None:
+        """Puts a slot whose ping was answered back to use; or pings again, while its actor restarts."""
+        try:
+            self.ray.get(slot.ping)
+        except self.ray.exceptions.ActorUnavailableError:  # it restarts; Ray takes 2 s to say so, so this does not spin
+            slot.ping = slot.actor.ping.remote()
+        except self.ray.exceptions.OutOfMemoryError:  # Ray's memory monitor has ended it; it restarts, too
+            self._count_restart(slot, f"Ray ended all of {self.sizes} since memory is short; take fewer --actors")
+            slot.ping = slot.actor.ping.remote()
+        except self.ray.exceptions.RayActorError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise Stopped(f"an actor could not start: {reason}") from None
+        else:
+            slot.ping, slot.due, slot.restarts, self.placed = None, inf, 0, True
+
+    def _on_deadline(self, queue: CallQueue) -> None:
+        """Gives late calls to other actors, and restarts the actors that missed the deadline of a ping as well."""
         if not self.placed:
             free = self.ray.available_resources()
             raise InputError(
@@ -108,37 +109,36 @@ class _Actors(Pool):
                 f"{free.get('CPU', 0):g} CPU, {free.get('GPU', 0):g} GPU free; take fewer --actors"
             )
         now = time.monotonic()
-        for seat in self.seats:
-            if seat.due <= now and seat.ping:
-                self._restart(seat)
-            elif seat.due <= now:
-                work.overdue(seat)
+        for slot in self.slots:
+            if slot.due <= now and slot.ping:
+                self._restart(slot)
+            elif slot.due <= now:
+                queue.reassign(slot)
 
-    def _restart(self, seat: _Seat) -> None:
-        """Ends the process of an actor that has let two deadlines pass: of a call, and of the ping after it.
+    def _restart(self, slot: ActorSlot) -> None:
+        """Ends the process of an actor that has missed two deadlines: of a call, and of the ping after it.
 
         One that was stopped, or that a network has forgotten, may never answer again; and with a single actor, or
-        when all of them hang, nobody else can take its calls. A slow one loses what it has done so far.
+        when all of them hang, no other can take its calls. A slow one loses what it has computed so far.
         """
-        seat.restarts += 1
-        if all(seat.restarts >= TRIES for seat in self.seats):
-            raise Stopped(f"none of {self.sizes} answers any more; is the cluster up? try `ray status`")
-        self.ray.kill(seat.actor, no_restart=False)  # of a process that does not listen, after 5 s
-        seat.due = time.monotonic() + UNKNOWN_S
+        self._count_restart(slot, f"none of {self.sizes} answers any more; is the cluster up? try `ray status`")
+        self.ray.kill(slot.actor, no_restart=False)  # a process that does not listen is ended after 5 s
+        slot.due = time.monotonic() + UNKNOWN_S
 
-    def _welcome(self, seat: _Seat) -> None:
-        try:
-            self.ray.get(seat.ping)
-        except self.ray.exceptions.ActorUnavailableError:  # it restarts; Ray takes 2 s to say so, nothing spins here
-            seat.ping = seat.actor.ping.remote()
-            return
-        except self.ray.exceptions.OutOfMemoryError:  # Ray's memory monitor has ended it; it restarts, too
-            seat.restarts += 1
-            if all(seat.restarts >= TRIES for seat in self.seats):
-                raise Stopped(f"Ray ended all of {self.sizes} since memory is short; take fewer --actors") from None
-            seat.ping = seat.actor.ping.remote()
-            return
-        except self.ray.exceptions.RayActorError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise Stopped(f"an actor could not start: {reason}") from None
-        seat.ping, seat.due, seat.restarts, self.placed = None, inf, 0, True
+    def _count_restart(self, slot: ActorSlot, problem: str) -> None:
+        """Raises Stopped with the problem once every actor has restarted TRIES times without an answer."""
+        slot.restarts += 1
+        if all(each.restarts >= TRIES for each in self.slots):
+            raise Stopped(problem) from None
+
+
+def _started_actors(ray: Any, placements: list[Placement], threads: int) -> list[ActorSlot]:
+    """A slot for every placement. Ray starts an actor when it has room; many take minutes."""
+    # No task events: Ray's head would keep those of every round, and grow without end.
+    actor = ray.remote(max_restarts=-1, max_task_retries=0, enable_task_events=False)(WorkerActor)
+    slots = []
+    for place in placements:
+        where = {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus, "scheduling_strategy": place.strategy()}
+        slots.append(ActorSlot(actor.options(**where).remote(threads, place.num_gpus)))
+        slots[-1].suspend(inf)
+    return slots

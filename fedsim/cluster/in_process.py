@@ -1,37 +1,30 @@
-"""One worker in this process."""
+"""A pool of one worker in this process: for a debugger, and where whole runs are side by side."""
 
 import torch
 
 from fedsim.cluster.placement import Sizing
-from fedsim.cluster.worker import _keep_memory, _within, device_of
+from fedsim.cluster.worker import WorkerSlot, keep_freed_memory
 from fedsim.cluster.workers import Pool
 
 
-class _InProcess(Pool):
-    """One worker, here: for a debugger, and where runs and not clients are side by side."""
-
+class InProcessPool(Pool):
     sizes = "in this process"
 
     def __init__(self, sizing: Sizing) -> None:
         self.threads = torch.get_num_threads()
         torch.set_num_threads(sizing.threads_per_actor)  # as in every actor: sums then come out the same to the bit
-        _keep_memory()
-        self.gpus = sizing.gpus_per_actor or 0.0
+        keep_freed_memory()
+        self.slot = WorkerSlot(sizing.gpus_per_actor or 0.0)
 
-    def _renew(self, staff, before):
-        factory, *args = staff
-        self.worker = None  # before the next one is made: memory may not hold both
-        with _within(self.gpus):
-            self.worker = factory(*args, device_of(self.gpus))
-
-    def check_sees(self, folder):
-        pass
-
-    def map(self, name, items, *shared):
+    def map(self, workers, method, items, *shared):
         for item in items:
-            with _within(self.gpus):
-                result = getattr(self.worker, name)(*shared, item)
-            yield result
+            yield self.slot.call(workers.number, lambda: workers.spec, method, *shared, item)
+
+    def check_shared_folder(self, folder):
+        pass
 
     def close(self):
         torch.set_num_threads(self.threads)
+
+    def _ship(self, part):
+        return part

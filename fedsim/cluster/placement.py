@@ -1,4 +1,4 @@
-"""Where the actors of a pool are to be, and what each of them has."""
+"""Where the actors of a pool run, and which share of a machine each of them has."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from typing import Any
 
 from fedsim.errors import InputError
 
-ACTOR_GB = 0.5  # memory of an actor's own, torch and all; measured: 0.33 to 0.47
+ACTOR_GB = 0.5  # memory of an actor before it loads any data; measured: 0.33 to 0.47
 PER_GPU = 2  # actors on a GPU of unknown memory: one computes while the other prepares its batch
 MOST_PER_GPU = 8  # each has a CUDA context of its own, and they take turns
-MOST_PER_CPU = 16  # more only take memory and turns; some tests and benchmarks have several on each
+MOST_PER_CPU = 16  # more would only take memory and turns; some tests and benchmarks have several on each
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Sizing:
     Attributes:
         actors: 0 is one worker in this process.
         gpus_per_actor: a share of one GPU, in [0, 1].
-        gpu_gb_per_actor: the memory of a GPU that an actor needs, to tell how many fit on one.
-        threads_per_actor: torch's; an actor takes as many CPUs. Another number may round sums in another way.
-        call_timeout_s: how long a call may run before it is given to another actor as well.
-        grouped: the pool has the bundles, after the first, of the placement group that this process is in.
+        gpu_gb_per_actor: GPU memory that an actor needs, which decides how many share a GPU.
+        threads_per_actor: threads of torch, and CPUs of an actor. Another number may round sums differently.
+        call_timeout_s: seconds that a call may run before it is given to another actor as well.
+        grouped: the pool takes the bundles, after the first, of the placement group that this process is in.
     """
 
     actors: int | None = None
@@ -36,7 +36,7 @@ class Sizing:
 
 @dataclass(frozen=True)
 class Node:
-    """What a machine of the cluster has; `gpu_gb` is the memory of its smallest GPU, None where nobody asked."""
+    """What a machine of the cluster has; `gpu_gb` is the memory of its smallest GPU, None where it is not known."""
 
     id: str
     cpus: float
@@ -47,16 +47,16 @@ class Node:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an actor is to be, on a node or in a bundle of this process's group; and its share of a CPU and a GPU."""
+    """Where an actor runs: the id of a node, or the index of a bundle of this process's group; and its share of it."""
 
     node: str | int
     num_cpus: float
     num_gpus: float
 
     def strategy(self) -> Any:
-        """Ray's word for it. When a node is lost, its actors start again elsewhere, if there is room."""
+        """Ray's scheduling strategy. When a node is lost, its actors restart on others that have room."""
         if isinstance(self.node, str):
-            return on(self.node)
+            return node_affinity(self.node)
         from ray.util import get_current_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -66,13 +66,13 @@ class Placement:
 def plan(sizing: Sizing, jobs: int, nodes: Sequence[Node]) -> list[Placement]:
     """One placement for every actor of a pool, node by node.
 
-    Where there is a GPU, all actors have a share of one: a CPU beside it would round sums in another way.
+    Where there is a GPU, all actors have a share of one: a CPU next to it would round sums differently.
 
     Args:
-        jobs: more actors than calls would only wait.
+        jobs: calls at a time; further actors would only wait.
 
     Raises:
-        InputError: they cannot all have what is asked for.
+        InputError: the cluster does not have room for the sizing.
     """
     use_gpus = sizing.gpus_per_actor != 0 and any(node.gpus for node in nodes)
     if sizing.gpus_per_actor and not use_gpus:
@@ -85,13 +85,13 @@ def plan(sizing: Sizing, jobs: int, nodes: Sequence[Node]) -> list[Placement]:
         raise InputError(f"--actors {sizing.actors} of {share} each, but the cluster's GPUs have room for {sum(room)}")
     most = MOST_PER_CPU * sum(ceil(node.cpus) for node in nodes)
     if not use_gpus and (sizing.actors or 0) > most:
-        raise InputError(f"--actors {sizing.actors}, but {most // MOST_PER_CPU} CPUs are good for {most} at most")
-    here = [0] * len(nodes)
+        raise InputError(f"--actors {sizing.actors}, but {most // MOST_PER_CPU} CPUs are enough for {most} at most")
+    counts = [0] * len(nodes)
     for _ in range(sizing.actors or max(1, min(sum(room), jobs))):
-        # To the node that is then filled least, so that all are filled in proportion.
-        here[min((k for k in range(len(nodes)) if room[k]), key=lambda k: (here[k] + 1) / room[k])] += 1
+        # On the node that is then filled least, so that all are filled in proportion.
+        counts[min((k for k in range(len(nodes)) if room[k]), key=lambda k: (counts[k] + 1) / room[k])] += 1
     placements = []
-    for node, count in zip(nodes, here, strict=True):
+    for node, count in zip(nodes, counts, strict=True):
         if count:
             # Only whole divisors of a GPU pack without stranding a part of one.
             gpu = sizing.gpus_per_actor or 1 / ceil(count / node.gpus) if use_gpus else 0.0
@@ -100,20 +100,20 @@ def plan(sizing: Sizing, jobs: int, nodes: Sequence[Node]) -> list[Placement]:
     return placements
 
 
-def bundles(ray) -> list[Placement]:
-    """One placement for every bundle after the first, which is this process's own, of the group that it is in."""
+def bundles(ray: Any) -> list[Placement]:
+    """One placement for every bundle of this process's placement group but the first, which this process takes."""
     specs = ray.util.get_current_placement_group().bundle_specs
     return [Placement(k, spec.get("CPU", 0.0), spec.get("GPU", 0.0)) for k, spec in enumerate(specs) if k]
 
 
 def _room(sizing: Sizing, node: Node, use_gpus: bool) -> int:
-    """How many actors a node is good for."""
+    """How many actors a node has room for."""
     if not use_gpus:
         most = max(int(node.cpus / sizing.threads_per_actor), node.cpus > 0)
     elif sizing.gpus_per_actor:
         most = node.gpus * int(1 / sizing.gpus_per_actor)
     elif sizing.gpu_gb_per_actor and node.gpu_gb:
-        # A tenth stays free: the CUDA context is not in anybody's estimate.
+        # A tenth stays free: users' estimates leave the CUDA context out.
         most = node.gpus * min(MOST_PER_GPU, int(0.9 * node.gpu_gb / sizing.gpu_gb_per_actor))
     else:
         most = node.gpus * PER_GPU
@@ -135,13 +135,8 @@ def sizes_of(placements: list[Placement], threads: int) -> str:
     return f"{actors} actor{'s' * (actors > 1)} of {share} {unit} {where}{each}"
 
 
-def here(ray) -> str:
-    """The node of this process."""
-    return ray.get_runtime_context().get_node_id()
-
-
-def on(node: str, soft: bool = True) -> Any:
-    """Ray's word for a place on a node; a soft one is left when the node is lost."""
+def node_affinity(node: str, soft: bool = True) -> Any:
+    """Ray's strategy that puts a task or an actor on a node; a soft one gives way when the node is lost."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(node, soft)

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from fedsim.cluster.private_folder import END_S, private_folder
-from fedsim.cluster.signals import kept
+from fedsim.cluster.signals import handlers_restored
 from fedsim.errors import Stopped, listing
 from fedsim.events import Event, Progress
 
@@ -23,12 +23,14 @@ START_S = 120  # for a private cluster to start, which takes 5 to 30; it may han
 
 @contextmanager
 def private_cluster(progress: Progress) -> Iterator[Any]:
+    """Starts a cluster that only this user can use, and ends it; yields Ray."""
     if elsewhere := os.environ.get("RAY_ADDRESS"):
-        progress(Event("Ray", 0, 0, f"a private cluster; RAY_ADDRESS={elsewhere} counts with --address auto alone"))
+        progress(
+            Event("Ray", 0, 0, f"a private cluster; RAY_ADDRESS={elsewhere} has an effect only with --address auto")
+        )
     if "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
-        # A cluster which nobody else can use (its figures for Prometheus excepted, which Ray shows to all) and which
-        # leaves no token in the home folder. Ray reads this once, when it is imported; where that has happened, its
-        # own choice stands.
+        # No other user can use this cluster (except for its figures for Prometheus, which Ray shows to all), and no
+        # token is left in the home folder. Ray reads this once, when it is imported; later it would have no effect.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
@@ -40,35 +42,35 @@ def private_cluster(progress: Progress) -> Iterator[Any]:
             _end(ray, folder)
 
 
-def _start(ray, folder: Path, progress: Progress) -> None:
-    """Starts Ray in a folder, at the second try where the first one fails.
+def _start(ray: Any, folder: Path, progress: Progress) -> None:
+    """Starts Ray in a folder; tries a second time if the first fails.
 
     Raises:
-        Stopped: it fails as well. The message names what is scarce on this machine.
+        Stopped: both failed. The message names what is scarce on this machine.
     """
     for again in (True, False):
         # Ray waits for ever for a raylet that has no memory left to start a process.
-        hung = Timer(START_S, lambda: _kill(_family(folder)))
+        hung = Timer(START_S, lambda: _kill(_processes_of(folder)))
         hung.daemon = True
         hung.start()
         try:
-            with kept():
-                # Said in so many words: without an address, Ray joins whatever cluster it finds on the machine.
+            with handlers_restored():
+                # Explicitly local: without an address, Ray joins any cluster it finds on the machine.
                 ray.init(address="local", include_dashboard=False, _temp_dir=str(folder / "r"), **QUIET)
             return
-        except Exception as error:  # whatever fails here is not of the user's config; Ray raises a bare Exception too
+        except Exception as error:  # no failure here comes from the user's config; Ray raises a bare Exception
             reason = str(error).strip().splitlines()[0].rstrip(".")
             if not again:
                 raise Stopped(f"Ray did not start, twice ({reason}); {_scarce()}") from error
-            progress(Event("Ray", 0, 0, f"did not start ({reason}); it is tried once more"))
-            _kill(_family(folder))
+            progress(Event("Ray", 0, 0, f"did not start ({reason}); trying once more"))
+            _kill(_processes_of(folder))
             ray.shutdown()
         finally:
             hung.cancel()
 
 
 def _scarce() -> str:
-    """What of this machine may be too little for Ray, in words."""
+    """Which resources of this machine may be too small for Ray, in words."""
     import resource  # not on Windows
 
     cpus, load, free = os.cpu_count() or 1, os.getloadavg()[0], psutil.virtual_memory().available
@@ -77,35 +79,35 @@ def _scarce() -> str:
         "-u": (resource.RLIMIT_NPROC, 1, 2048),
         "-v": (resource.RLIMIT_AS, 1024, 32 << 20),
     }
-    found = [f"a load of {load:.0f} on {cpus} CPUs"] if load > 2 * cpus else []
-    found += [f"{free / 2**30:.1f} GB of free memory"] if free < 2 << 30 else []
+    shortages = [f"a load of {load:.0f} on {cpus} CPUs"] if load > 2 * cpus else []
+    shortages += [f"{free / 2**30:.1f} GB of free memory"] if free < 2 << 30 else []
     for flag, (limit, unit, enough) in limits.items():
         soft = resource.getrlimit(limit)[0]
         if soft != resource.RLIM_INFINITY and soft / unit < enough:
-            found.append(f"`ulimit {flag}` of {soft // unit}")
-    return f"perhaps too little for it: {listing(found)}" if found else "--actors 0 does without it"
+            shortages.append(f"`ulimit {flag}` of {soft // unit}")
+    return f"perhaps too little for it: {listing(shortages)}" if shortages else "--actors 0 does without it"
 
 
-def _end(ray, folder: Path) -> None:
-    """Ends Ray, and the processes that it leaves behind: some live on for 20 s where its head has died."""
-    family = _family(folder)
+def _end(ray: Any, folder: Path) -> None:
+    """Ends Ray, and the processes that it leaves behind: without a head, some live on for 20 s."""
+    processes = _processes_of(folder)
     try:
         ray.shutdown()
     finally:
-        late = time.monotonic() + END_S
-        while not all(map(_gone, family)) and time.monotonic() < late:
+        deadline = time.monotonic() + END_S
+        while not all(map(_gone, processes)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        _kill(family)
+        _kill(processes)
 
 
-def _family(folder: Path) -> list[psutil.Process]:
-    """The processes of a private cluster: those that name its folder, and what they have started."""
-    found = []
+def _processes_of(folder: Path) -> list[psutil.Process]:
+    """The processes of a private cluster: those that name its folder, and their descendants."""
+    processes = []
     for child in psutil.Process().children():
         with suppress(psutil.Error):
             if str(folder) in " ".join(child.cmdline()):
-                found += [*child.children(recursive=True), child]
-    return found
+                processes += [*child.children(recursive=True), child]
+    return processes
 
 
 def _gone(process: psutil.Process) -> bool:
@@ -115,7 +117,7 @@ def _gone(process: psutil.Process) -> bool:
         return True
 
 
-def _kill(family: list[psutil.Process]) -> None:
-    for process in family:
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
         with suppress(psutil.Error):
             process.kill()

@@ -1,4 +1,4 @@
-"""The folder of a private Ray cluster: of this user alone, and removed at the end."""
+"""The folder of a private Ray cluster: only its user may enter it, and it is removed at the end."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from fedsim.errors import InputError
 from fedsim.events import Event, Progress
 
-PREFIX, LOCK = "fedsim-", ".ray-of-fedsim"  # of a folder's name; the file in it that its owner has locked
+PREFIX, LOCK = "fedsim-", ".ray-of-fedsim"  # how a folder's name begins; the file in it that its owner holds locked
 # The longest path of a socket below TMPDIR, and of any socket.
 BELOW = "/fedsim-12345678/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 PATH_BYTES = 107 if sys.platform == "linux" else 103
@@ -25,10 +25,10 @@ END_S = 10  # for Ray's processes to end
 
 @contextmanager
 def private_folder(progress: Progress) -> Iterator[Path]:
-    """A new folder of this user's alone, removed at the end.
+    """A new folder that only this user may enter, removed at the end.
 
-    Ray lets everyone write to the folder it is given, where it reads from a file which port the token is sent to; so
-    that folder has to be below this one.
+    Everyone may write to the folder that Ray makes, where it reads from a file which port the token is sent to; so
+    that folder must be inside this one.
     """
     folder, lock = _locked_folder(progress)
     try:
@@ -43,15 +43,15 @@ def private_folder(progress: Progress) -> Iterator[Path]:
 
 
 def _locked_folder(progress: Progress) -> tuple[Path, FileLock]:
-    """The folder, and the lock in it that says that its owner is alive."""
+    """The folder, and the lock in it by which others see that its owner is alive."""
     problems: list[str] = []
     named = [(name, os.environ[name]) for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)]
     for name, root in [*named, ("", "/tmp")]:
         try:
-            if problem := _unfit(root):
+            if problem := _problem_of(root):
                 raise OSError(None, problem)
-            _sweep(Path(root))
-            # Under another name until it is locked, or a sweep might take it for one whose owner has died.
+            _remove_abandoned(Path(root))
+            # Under another name until it is locked, or another process might remove it as one whose owner has died.
             fresh = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=root))
             lock = FileLock(fresh / LOCK)
             lock.acquire()
@@ -65,20 +65,20 @@ def _locked_folder(progress: Progress) -> tuple[Path, FileLock]:
     raise InputError(f"Ray needs a folder for its files: {'; '.join(problems)}; TMPDIR may name a short, writable one")
 
 
-def _unfit(root: str) -> str:
-    """Why Ray cannot have its sockets below a folder; empty where it can."""
+def _problem_of(root: str) -> str:
+    """Why Ray cannot have its sockets below a folder; empty if it can."""
     if not root.isascii() or re.search(r"\s", root):
         return "has blanks or letters that are not ASCII"
-    most = PATH_BYTES - len(BELOW)
-    return f"is longer than the {most} bytes that the paths of its sockets leave" if len(root) > most else ""
+    limit = PATH_BYTES - len(BELOW)
+    return f"is longer than the {limit} bytes that the paths of its sockets leave" if len(root) > limit else ""
 
 
-def _sweep(root: Path) -> None:
-    """Removes what killed processes of this user have left: folders that are locked by nobody."""
+def _remove_abandoned(root: Path) -> None:
+    """Removes what killed processes of this user have left: folders that no process holds locked."""
     for folder in root.glob(f"{PREFIX}*"):
         with suppress(OSError, Timeout, NotImplementedError):
-            about = folder.lstat()
-            mine = S_ISDIR(about.st_mode) and S_IMODE(about.st_mode) == 0o700 and about.st_uid == os.geteuid()
-            if mine and (folder / LOCK).is_file():
+            status = folder.lstat()
+            own = S_ISDIR(status.st_mode) and S_IMODE(status.st_mode) == 0o700 and status.st_uid == os.geteuid()
+            if own and (folder / LOCK).is_file():
                 with FileLock(folder / LOCK, timeout=0):
                     rmtree(folder, ignore_errors=True)

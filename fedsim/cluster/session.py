@@ -6,12 +6,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from fedsim.cluster.private_cluster import QUIET, private_cluster
-from fedsim.cluster.signals import heard, kept
+from fedsim.cluster.signals import handlers_restored, signals_as_interrupts
 from fedsim.errors import RESUMES, InputError, Stopped
 from fedsim.events import Progress
 
@@ -21,9 +21,9 @@ LOOK_S, LOST_S = 2, 20  # between two looks at the head of a cluster; without an
 
 @contextmanager
 def session(address: str | None, progress: Progress = lambda event: None) -> Iterator[Any]:
-    """Joins the cluster at an address, or starts a private one, for as long as it lasts; gives Ray.
+    """Joins the cluster at an address, or starts a private one, and leaves or ends it at the end; yields Ray.
 
-    Where this process has joined a cluster already, that is used, and is still joined at the end.
+    A cluster that this process has joined already is used, and still joined at the end.
 
     Raises:
         InputError: there is no such cluster, or this process has joined another one.
@@ -34,10 +34,10 @@ def session(address: str | None, progress: Progress = lambda event: None) -> Ite
         yield sys.modules["ray"]
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Under `uv run`, Ray would have uv install all of this again, in a copy of the working folder, for its actors;
-    # with --no-sync they would never start, and nobody would be told. Read, too, when Ray is imported.
+    # Under `uv run`, Ray would have uv install everything again for its actors, in a copy of the working folder; with
+    # --no-sync they would never start, without a message. Ray reads this, too, when it is imported.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    with heard(), private_cluster(progress) if address is None else _shared(address) as ray:
+    with signals_as_interrupts(), private_cluster(progress) if address is None else _shared(address) as ray:
         yield ray
 
 
@@ -47,50 +47,47 @@ def joined() -> bool:
 
 
 def check_reachable(address: str | None) -> None:
-    """Knocks at a cluster's door, since Ray itself would try for minutes.
+    """Connects to the head of a cluster once, since Ray itself would try for minutes.
 
     Raises:
-        InputError: nobody answers at host:port.
+        InputError: nothing answers at host:port, or this is not an address.
     """
     if address is None or address == "auto" or joined():
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise InputError(f"--address wants host:port or auto, not {address!r}")
+        raise InputError(f"--address needs host:port or auto, got {address!r}")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, OverflowError) as error:
         raise InputError(f"no cluster answers at {address} ({error}); is it up? try `ray status`") from None
 
 
-def pulse(ray) -> Callable[[], None]:
-    """A function to be called again and again: raises Stopped once the cluster's head has not answered for LOST_S.
+class HeadMonitor:
+    """Watches the head of a cluster. Ray does too, but then ends this process with a message of its own."""
 
-    Ray notices too, but then ends this process with words of its own.
-    """
-    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-    answered = looked = time.monotonic()
+    def __init__(self, ray: Any) -> None:
+        self.host, _, self.port = ray.get_runtime_context().gcs_address.rpartition(":")
+        self.answered = self.checked = time.monotonic()
 
-    def look() -> None:
-        nonlocal answered, looked
-        if time.monotonic() < looked + LOOK_S:
+    def check(self) -> None:
+        """Raises Stopped once the head has not answered for LOST_S. To be called often; looks every LOOK_S."""
+        if time.monotonic() < self.checked + LOOK_S:
             return
-        looked = time.monotonic()
+        self.checked = time.monotonic()
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_S).close()
-            answered = time.monotonic()
+            socket.create_connection((self.host.strip("[]"), int(self.port)), timeout=LOOK_S).close()
+            self.answered = time.monotonic()
         except OSError as error:
-            if time.monotonic() > answered + LOST_S:
-                raise Stopped(f"Ray's head at {host}:{port} has ended ({error}); {RESUMES}") from None
-
-    return look
+            if time.monotonic() > self.answered + LOST_S:
+                raise Stopped(f"Ray's head at {self.host}:{self.port} has ended ({error}); {RESUMES}") from None
 
 
 def _check_joined(address: str | None) -> None:
-    """Raises InputError where this process has joined another cluster than that at an address."""
-    there = sys.modules["ray"].get_runtime_context().gcs_address
-    if address not in (None, "auto", there):
-        raise InputError(f"this process has joined the cluster at {there} already, not {address}; try ray.shutdown()")
+    """Raises InputError where this process has joined a cluster at another address."""
+    current = sys.modules["ray"].get_runtime_context().gcs_address
+    if address not in (None, "auto", current):
+        raise InputError(f"this process has joined the cluster at {current} already, not {address}; try ray.shutdown()")
 
 
 @contextmanager
@@ -99,9 +96,9 @@ def _shared(address: str) -> Iterator[Any]:
     import ray
 
     try:
-        with kept():
+        with handlers_restored():
             ray.init(address=address, **QUIET)
-    except Exception as error:  # Ray raises a bare one, too
+    except Exception as error:  # Ray raises a bare Exception, too
         raise _refused(address, str(error)) from error
     try:
         yield ray
@@ -125,7 +122,7 @@ def _try_to_join(address: str) -> None:
 
 def _refused(address: str, reason: str) -> InputError:
     if versions := re.findall(r"Ray: (\S+)\s+Python: (\S+)", reason):
-        theirs, ours = (f"Ray {ray} on Python {python}" for ray, python in versions)
-        return InputError(f"the cluster at {address} runs {theirs}, this process {ours}; Ray wants the same on both")
-    hint = "if it asks for a token, RAY_AUTH_MODE=token and its ~/.ray/auth_token are wanted here"
+        cluster, here = (f"Ray {ray} on Python {python}" for ray, python in versions)
+        return InputError(f"the cluster at {address} runs {cluster}, this process {here}; Ray needs the same on both")
+    hint = "if it asks for a token, set RAY_AUTH_MODE=token and copy its ~/.ray/auth_token to this machine"
     return InputError(f"cannot join a cluster at {address}: {reason}; {hint}")

@@ -8,20 +8,20 @@ from threading import current_thread, main_thread
 from fedsim.errors import Interrupted
 
 ENDS = signal.SIGTERM, signal.SIGHUP
-_received: list[int] = []  # those that have been raised for
+_received: list[int] = []  # signals that Interrupted was raised for
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """Raises Interrupted for ENDS for as long as it lasts, except for those that are ignored or already handled."""
+def signals_as_interrupts() -> Iterator[None]:
+    """Raises Interrupted for a signal of ENDS within the context, unless it is ignored or already handled."""
     before = _handlers() if current_thread() is main_thread() else {}
-    defaults = [number for number in before if before[number] is signal.SIG_DFL and number in ENDS]
+    defaults = [number for number in ENDS if before.get(number) is signal.SIG_DFL]
     for number in defaults:
         signal.signal(number, _raise)
         _received.clear()
     try:
         yield
-    except KeyboardInterrupt as error:  # `ray.get` and `ray.wait` make this of whatever a handler raises
+    except KeyboardInterrupt as error:  # `ray.get` and `ray.wait` turn what a handler raises into this
         raise Interrupted(_received[-1]) if _received else error from None
     finally:
         for number in defaults:
@@ -29,8 +29,8 @@ def heard() -> Iterator[None]:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """Restores at its end the handlers that `ray.init` replaces: Ray's print a C++ stack and abort."""
+def handlers_restored() -> Iterator[None]:
+    """Restores at the end the handlers that `ray.init` replaces: Ray's print a C++ stack and abort."""
     before = _handlers() if current_thread() is main_thread() else {}
     try:
         yield
@@ -43,8 +43,8 @@ def kept() -> Iterator[None]:
 
 
 def _handlers() -> dict[int, object]:
-    found = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDS)}
-    return {number: handler for number, handler in found.items() if handler is not None}  # None: set by C code
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDS)}
+    return {number: handler for number, handler in handlers.items() if handler is not None}  # None: set by C code
 
 
 def _raise(number: int, frame: object) -> None:

@@ -1,7 +1,7 @@
 """What a worker runs in: its device, its memory, and the actor around it."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,34 +10,50 @@ import torch
 from fedsim.errors import InputError
 
 
-class _Worker:
-    """The actor around a worker."""
+class WorkerSlot:
+    """Where a process has its worker: one at a time, that of the handle which was called last.
+
+    Args:
+        gpus: the process's share of a GPU, in [0, 1].
+    """
+
+    def __init__(self, gpus: float) -> None:
+        self.gpus, self.number, self.worker = gpus, 0, None
+
+    def call(self, number: int, spec: Callable[[], Sequence[Any]], method: str, *args: Any) -> Any:
+        """`worker.method(*args)` of the handle with this number, which `spec` describes where it is not loaded yet."""
+        with _gpu_memory_errors(self.gpus):
+            if number != self.number:
+                self._load_worker(number, *spec())
+            return getattr(self.worker, method)(*args)
+
+    def _load_worker(self, number: int, factory: Callable[..., Any], *args: Any) -> None:
+        self.number, self.worker = 0, None  # before the next one is made: memory may not hold both
+        self.worker = factory(*args, device_of(self.gpus))
+        self.number = number
+
+
+class WorkerActor:
+    """The Ray actor around a worker."""
 
     def __init__(self, threads: int, gpus: float) -> None:
         torch.set_num_threads(threads)
-        _keep_memory()
-        self.gpus, self.number, self.worker = gpus, 0, None
+        keep_freed_memory()
+        self.slot = WorkerSlot(gpus)
 
     def ping(self) -> None:
         pass
 
-    def call(self, post: tuple[int, list], name: str, *args: Any) -> Any:
-        """Args: post: the number of the staff, and references to its factory and arguments."""
-        with _within(self.gpus):
-            if post[0] != self.number:
-                self._join(*post)
-            return getattr(self.worker, name)(*args)
-
-    def _join(self, number: int, refs: list) -> None:
+    def call(self, handle: tuple[int, Sequence[Any]], method: str, *args: Any) -> Any:
+        """Args: handle: its number, and references to its factory and arguments."""
         import ray
 
-        self.worker = None  # before the next one is made: memory may not hold both
-        factory, *args = ray.get(refs)
-        self.worker, self.number = factory(*args, device_of(self.gpus)), number
+        number, refs = handle
+        return self.slot.call(number, lambda: ray.get(list(refs)), method, *args)
 
 
 @contextmanager
-def _within(gpus: float) -> Iterator[None]:
+def _gpu_memory_errors(gpus: float) -> Iterator[None]:
     """Says in one sentence that a share of a GPU is too small."""
     try:
         yield
@@ -51,7 +67,7 @@ def _within(gpus: float) -> Iterator[None]:
 def device_of(gpus: float) -> str:
     """Where a worker with a share of a GPU computes.
 
-    Asked of torch and not of Ray: an actor without a GPU sees all of them, and one may be only logical.
+    Decided by torch and not by Ray: an actor without a GPU sees all of them, and a GPU may be only logical.
     """
     if not gpus or not torch.cuda.is_available():
         return "cpu"
@@ -61,10 +77,10 @@ def device_of(gpus: float) -> str:
     return "cuda"
 
 
-def _keep_memory() -> None:
-    """Has the C library keep what is freed: a stack's gradients would else be mapped anew at every step.
+def keep_freed_memory() -> None:
+    """Has the C library keep freed memory: a stack's gradients would otherwise be mapped again at every step.
 
-    Measured: a quarter of the time of a client with 525,312 parameters. glibc alone knows the call.
+    Measured: a quarter of the time of a client with 525,312 parameters. Only glibc has the call.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its most

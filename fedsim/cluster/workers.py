@@ -1,47 +1,72 @@
-"""The contract of a pool of workers."""
+"""The contract of a pool, and the handle by which its workers are called."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
-class Pool(ABC):
-    """Several workers of one kind behind one call.
+@dataclass(frozen=True, eq=False)
+class Workers:
+    """The workers of one kind in a pool.
+
+    Every process of the pool makes its own, `factory(*args, device)`, at the first call that names this handle, and
+    drops the worker of any other handle first. The methods of a worker are pure: any process gives the same result.
 
     Attributes:
-        sizes: what they have, such as "2 actors of 1 CPU on 1 node".
-        staff: the factory of the workers and what it is given.
+        number: identifies the handle within its pool, from 1.
+        spec: the factory and its arguments.
+        shipped: the same as they travel to the processes.
+    """
+
+    pool: "Pool"
+    number: int
+    spec: tuple
+    shipped: tuple
+
+    def map(self, method: str, items: Sequence[Any], *shared: Any) -> Iterator[Any]:
+        """Yields `worker.method(*shared, item)` for every item, in the order of the items."""
+        return self.pool.map(self, method, items, *shared)
+
+
+class Pool(ABC):
+    """Processes that stay, whatever workers they run: a new worker costs neither the start of Python nor of torch.
+
+    Attributes:
+        sizes: what the processes have, such as "2 actors of 1 CPU on 1 node".
     """
 
     sizes: str
-    staff: tuple = ()
+    _latest: Workers | None = None
 
-    def employ(self, factory: type, *args: Any) -> None:
-        """From here on `factory(*args, device)` answers; the workers that are there, where they are just that.
+    def workers(self, factory: type, *args: Any) -> Workers:
+        """The handle of workers made by `factory(*args, device)`.
 
-        Processes stay: a new worker costs its own making, not the start of Python and torch.
+        The same objects as in the latest call give the same handle: runs that share them share what a worker has
+        loaded. An object that the latest handle has, too, is not shipped again.
         """
-        staff = factory, *args
-        if len(staff) != len(self.staff) or any(a is not b for a, b in zip(staff, self.staff, strict=True)):
-            before, self.staff = self.staff, ()  # nobody's, if this fails
-            self._renew(staff, before)
-            self.staff = staff
+        spec, latest = (factory, *args), self._latest
+        shipped = dict(zip(map(id, latest.spec), latest.shipped, strict=True)) if latest else {}
+        if not latest or list(map(id, spec)) != list(map(id, latest.spec)):
+            parts = [shipped[id(part)] if id(part) in shipped else self._ship(part) for part in spec]
+            self._latest = Workers(self, latest.number + 1 if latest else 1, spec, tuple(parts))
+        return self._latest
 
     @abstractmethod
-    def _renew(self, staff: tuple, before: tuple) -> None:
-        """Has calls answered by another staff than before."""
+    def map(self, workers: Workers, method: str, items: Sequence[Any], *shared: Any) -> Iterator[Any]:
+        """What `Workers.map` gives."""
 
     @abstractmethod
-    def check_sees(self, folder: Path) -> None:
-        """Raises InputError where a worker's machine does not see a folder of this one's; names the machines."""
-
-    @abstractmethod
-    def map(self, name: str, items: Sequence[Any], *shared: Any) -> Iterator[Any]:
-        """Yields `worker.name(*shared, item)` for every item, in the order of the items."""
+    def check_shared_folder(self, folder: Path) -> None:
+        """Raises InputError where a machine of the pool does not see a folder of this machine; names the machines."""
 
     @abstractmethod
     def close(self) -> None: ...
+
+    @abstractmethod
+    def _ship(self, part: Any) -> Any:
+        """A factory or an argument, as it travels to the processes."""
 
     def __enter__(self) -> "Pool":
         return self

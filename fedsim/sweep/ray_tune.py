@@ -13,7 +13,7 @@ from fedsim.cluster.placement import Sizing
 from fedsim.cluster.pool import Pool, open_pool
 from fedsim.errors import InputError
 from fedsim.files import reason
-from fedsim.simulate import Experiment, staff
+from fedsim.simulate import Experiment
 from fedsim.sweep.trial import Trial, experiments_of
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class TrialActor(ray.tune.Trainable):
         self.refusal: dict[str, str] = {}
         try:
             experiments = experiments_of(self.base, config["fields"], self.seeds, self.folder, config["number"])
-            self.pool = self.pool or open_pool(self.sizing, len(experiments[0].clients), *staff(experiments[0]))
+            self.pool = self.pool or open_pool(self.sizing, len(experiments[0].clients))
             self.trial = Trial(experiments, self.pool)
         except (InputError, OSError) as error:  # reported at the first step: if raised here, Tune would try again
             self.refusal = _refusal(error)

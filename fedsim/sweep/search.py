@@ -11,7 +11,7 @@ from shutil import rmtree
 from typing import Any
 
 from fedsim.checkpoint import NAME as CHECKPOINT
-from fedsim.cluster.driver import drive
+from fedsim.cluster.driver import run_in_driver_actor
 from fedsim.errors import Stopped
 from fedsim.events import Event, Progress
 from fedsim.files import reason
@@ -38,7 +38,7 @@ def run_sweep(sweep: Sweep, progress: Progress = lambda event: None) -> SweepRes
     """
     prepared = prepare_sweep(sweep)
     progress(Event("begun", 0, 0))  # from here on nothing is refused
-    return drive(search, (prepared,), sweep.config.address, progress)
+    return run_in_driver_actor(search, (prepared,), sweep.config.address, progress)
 
 
 def search(prepared: Prepared, progress: Progress) -> SweepResult:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from fedsim.cluster.pool import Pool
+from fedsim.cluster.workers import Pool
 from fedsim.config import Config, merged
 from fedsim.counts import COLUMNS, SPLITS
 from fedsim.errors import InputError, Stopped
