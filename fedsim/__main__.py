@@ -15,7 +15,7 @@ from fedsim.cluster.signals import signals_as_interrupts
 
 # What imports torch is imported in functions: it takes seconds, in which `main` already handles Ctrl-C, and some
 # commands do not need it.
-from fedsim.errors import InputError, Stopped, code_of, listing, sentence_of
+from fedsim.errors import RESUMES, InputError, Stopped, code_of, listing, sentence_of
 from fedsim.streams import Outlet, outlets
 
 USAGE = """\
@@ -25,6 +25,12 @@ fedsim compare RUN RUN ... [--out D]  compare finished runs in a table and a pag
 fedsim watch FOLDER                   show the progress of a run or sweep in another process
 fedsim stop FOLDER                    interrupt it; the same command resumes it
 Every command has --help; fedsim --version"""
+# How things stand after Ctrl-C, for the commands that it does not make resumable.
+AFTER_INTERRUPT = {
+    "compare": "run the same command again",
+    "watch": "the run or sweep itself continues",
+    "stop": "the run or sweep may not have ended yet",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,11 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal of another encoding shows a name in escapes
             stream.reconfigure(errors="backslashreplace")
+    argv = sys.argv[1:] if argv is None else argv
     with outlets() as (stdout, _), signals_as_interrupts():
         try:
-            return _command(sys.argv[1:] if argv is None else argv) or _check_printed(stdout)
+            return _command(argv) or _check_printed(stdout)
         except (InputError, Stopped, KeyboardInterrupt) as error:
-            print(f"fedsim: {sentence_of(error)}", file=sys.stderr)
+            after_interrupt = AFTER_INTERRUPT.get("".join(argv[:1]), RESUMES)
+            print(f"fedsim: {sentence_of(error, after_interrupt)}", file=sys.stderr)
             return code_of(error)
 
 

@@ -31,12 +31,12 @@ def code_of(error: BaseException) -> int:
     return 2 if isinstance(error, InputError) else 1
 
 
-def sentence_of(error: BaseException) -> str:
-    """What a user is told of it."""
+def sentence_of(error: BaseException, after_interrupt: str = RESUMES) -> str:
+    """The message for a user; `after_interrupt` says how things stand after Ctrl-C."""
     if isinstance(error, InputError | Stopped):
         return " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
-        return f"{str(error) or 'interrupted'}; {RESUMES}"
+        return f"{str(error) or 'interrupted'}; {after_interrupt}"
     return f"{type(error).__name__}: {error}"
 
 

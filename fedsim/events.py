@@ -1,4 +1,4 @@
-"""What a run tells of its progress."""
+"""What a run reports while it goes on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +8,36 @@ Progress = Callable[["Event"], None]
 
 @dataclass(frozen=True)
 class Event:
-    """How far a stage of a run has come."""
+    """Something that a run or sweep reports.
+
+    Attributes:
+        stage: what it concerns, such as "training".
+    """
 
     stage: str
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """All checks have passed: from here on the run may stop or fail, but it is not refused."""
+
+
+@dataclass(frozen=True)
+class Step(Event):
+    """How far a stage has come; a bar shows it.
+
+    Attributes:
+        done: how much of `total`, such as rounds or images.
+        note: what was reached so far, such as the loss of the last round.
+    """
+
     done: int
     total: int
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """Something to know about a stage, printed once."""
+
+    text: str

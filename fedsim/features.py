@@ -19,7 +19,7 @@ from fedsim.cluster.placement import Sizing
 from fedsim.cluster.pool import open_pool
 from fedsim.datasets import Features, Images
 from fedsim.errors import InputError, Stopped
-from fedsim.events import Event, Progress
+from fedsim.events import Note, Progress, Step
 from fedsim.files import digest
 from fedsim.rng import seed_for
 from fedsim.weights import Weights
@@ -160,7 +160,7 @@ class _Parts:
         for done, (block, array) in enumerate(zip(self.todo, blocks, strict=True), 1):
             write_array(self.files[block], len(array), [array])
             ready = (len(self.files) - len(self.todo) + done) * BLOCK
-            self.progress(Event(self.stage, min(ready, self.rows), self.rows))
+            self.progress(Step(self.stage, min(ready, self.rows), self.rows))
 
     def join(self) -> None:
         write_array(self.whole, self.rows, map(self._written, self.files.values()))
@@ -238,4 +238,4 @@ def _with_labels(rows, file: Path, prototypes: np.ndarray, logit_scale: float, p
 
 
 def _damaged(progress: Progress, file: Path) -> None:
-    progress(Event(str(file), 0, 0, "damaged; it is computed again"))
+    progress(Note(str(file), "damaged; it is computed again"))

@@ -14,7 +14,7 @@ from fedsim.cluster.session import joined, session
 from fedsim.config import Config
 from fedsim.datasets import Features
 from fedsim.errors import InputError, Stopped, listing
-from fedsim.events import Event, Progress
+from fedsim.events import Progress, Step
 from fedsim.report import Report
 from fedsim.simulate import DATA, Experiment, encoded, prepare, simulate, sizing_of
 
@@ -76,7 +76,7 @@ def _run_all(
 ) -> Iterator[tuple[int, Report]]:
     todo = [place for place, experiment in enumerate(experiments) if not experiment.done]
     ended = len(experiments) - len(todo)
-    progress(Event("runs", ended, len(experiments)))
+    progress(Step("runs", ended, len(experiments)))
     yield from ((place, experiment.done) for place, experiment in enumerate(experiments) if experiment.done)
     if not todo:
         return
@@ -86,7 +86,7 @@ def _run_all(
         with closing(_outcomes(ray, calls, at_once or len(todo))) as outcomes:
             for index, outcome in outcomes:
                 place, ended = todo[index], ended + 1
-                progress(Event("runs", ended, len(experiments), experiments[place].folder.name))
+                progress(Step("runs", ended, len(experiments), experiments[place].folder.name))
                 if isinstance(outcome, Report):
                     yield place, outcome
                 else:

@@ -29,7 +29,7 @@ from fedsim.counts import SPLITS, Counts, merge
 from fedsim.datasets import Features, Images, Labelled
 from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError, Stopped, counted, listing
-from fedsim.events import Event, Progress
+from fedsim.events import Note, Progress, Started, Step
 from fedsim.features import encode, feature_file, keep, text_file
 from fedsim.files import reason, remove_parts, write_tensors
 from fedsim.folder import (
@@ -67,7 +67,7 @@ DEALT = "partition", "clients", "held_out", "partition_seed", "train_share", "sh
 BUILT = "method", "server", "cohort", "fleet", "deadline_s", "over_selection", *DEALT
 PAGE, ADAPTER = "report.html", "adapter.safetensors"
 FILES = CONFIG, CHECKPOINT, ADAPTER, *(f"{name}.parquet" for name in TABLES), PAGE  # of a finished run
-ALREADY = Event("run", 0, 0, "already finished; nothing was run")
+ALREADY = Note("run", "already finished; nothing was run")
 JUDGED = -1  # in the place of a round: who is judged is drawn once
 
 
@@ -84,7 +84,7 @@ def run(config: Config, progress: Progress = lambda event: None) -> Report:
     if experiment.done:
         progress(ALREADY)
         return experiment.done
-    progress(Event("begun", 0, 0))  # nothing is refused any more
+    progress(Started("run"))
     if config.actors == 0:
         return simulate(experiment, progress)
     return run_in_driver_actor(simulate, (experiment,), config.address, progress)
@@ -161,10 +161,10 @@ def simulate(experiment: Experiment, progress: Progress) -> Report:
         with alone_in(folder, "run"):
             experiment = encoded(experiment, sizing, progress)
             with open_pool(sizing, len(experiment.clients)) as pool:
-                progress(Event("workers", 0, 0, pool.sizes))
+                progress(Note("workers", pool.sizes))
                 for report in rounds(experiment, pool):
                     if len(report.rounds):
-                        progress(Event("training", len(report.rounds), config.rounds, _note(report)))
+                        progress(Step("training", len(report.rounds), config.rounds, _note(report)))
             _write(report, folder)
             return report
     except OSError as error:  # a disk is full, for example; here or in an actor
@@ -175,7 +175,7 @@ def encoded(experiment: Experiment, sizing: Sizing, progress: Progress, methods:
     """The same with features for images; and whatever else its method reads, or any of some more methods."""
     config, source = experiment.config, experiment.source
     if notes := _data_notes(experiment):
-        progress(Event("data", 0, 0, notes))
+        progress(Note("data", notes))
     reads = {method.reads for method in (config.server.fit(config.method), *methods)}
     if isinstance(source, Images):
         what = config.prompt, config.cache_dir, sizing, progress

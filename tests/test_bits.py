@@ -127,7 +127,7 @@ def test_a_finished_run_is_not_run_again(alone, tmp_path):
     first = run(config)
     events = []
     assert run(config, events.append).score_table().equals(first.score_table())
-    assert [event.note for event in events] == ["already finished; nothing was run"]
+    assert [event.text for event in events] == ["already finished; nothing was run"]
 
 
 def test_a_run_in_this_process_computes_with_its_own_number_of_threads(config):

@@ -21,6 +21,7 @@ from fedsim.cache import locked, read_array, write_array
 from fedsim.cluster.placement import Sizing
 from fedsim.datasets import Images
 from fedsim.errors import InputError, Stopped
+from fedsim.events import Note
 from fedsim.features import BLOCK, encode, feature_file, keep
 from fedsim.registry import parse
 from fedsim.weights import find_weights
@@ -144,7 +145,9 @@ def test_every_damaged_file_is_named_and_computed_again_to_the_same_bits(damage,
     assert feature_file(images, weights, cache, told.append) in files
     assert told == [index]
     told.clear()
-    again, scale_again = computed(lambda event: told.append(event.stage) if "damaged" in event.note else None)
+    again, scale_again = computed(
+        lambda event: told.append(event.stage) if isinstance(event, Note) and "damaged" in event.text else None
+    )
     assert sorted(told) == sorted(str(file) for file in files if file != index)
     assert all(np.array_equal(*pair) for pair in zip(arrays, again, strict=True)) and scale == scale_again
     assert {file: file.read_bytes() for file in cache.glob("*.npy")} == files
@@ -171,7 +174,7 @@ def test_a_damaged_block_of_an_interrupted_encoding_is_computed_again(damage, le
     first.write_bytes(damage(first.read_bytes(), tmp_path / "trap"))
     told = []
     again = at(cache, told.append)
-    assert [event.stage for event in told if "damaged" in event.note] == [str(first)]
+    assert [event.stage for event in told if isinstance(event, Note) and "damaged" in event.text] == [str(first)]
     for file in (right.file, *right.kept.values()):
         assert (cache / file.name).read_bytes() == file.read_bytes()
     assert again.file.name == right.file.name and not list(cache.glob("*00.npy"))

@@ -15,7 +15,7 @@ from fedsim.checkpoint import NAME
 from fedsim.cli.flags import parse_run, run_parser
 from fedsim.cli.progress import plain_console, progress_bars, show_on
 from fedsim.errors import listing
-from fedsim.events import Event
+from fedsim.events import Note
 from fedsim.registry import KINDS, available, find
 
 
@@ -205,7 +205,7 @@ def test_a_truncated_image_is_named_and_skipped_only_when_asked_for(pictures, co
     said = []
     report = run(config(**fields, clients=2, skip_unreadable=True), said.append)
     assert report.facts["skipped"] == ["ink/cat/3.png"] and report.facts["images"] == 23
-    assert Event("data", 0, 0, "left out 1 unreadable image: ink/cat/3.png") in said
+    assert Note("data", "left out 1 unreadable image: ink/cat/3.png") in said
 
 
 def test_what_is_left_out_of_a_data_set_is_told_and_kept_in_the_report(pictures, config):
@@ -214,13 +214,13 @@ def test_what_is_left_out_of_a_data_set_is_told_and_kept_in_the_report(pictures,
     fields = {"dataset": "folder", "data_dir": pictures, "held_out": ("oil",), "rounds": 0}
     report = run(config(**fields, partition="iid", clients=2), said.append)
     note = "left out 1 file not named like an image: 1 .heic"
-    assert Event("data", 0, 0, note) in said and report.facts["data_notes"] == note
+    assert Note("data", note) in said and report.facts["data_notes"] == note
 
 
 def test_a_file_name_in_brackets_is_shown_as_it_is():
     console = plain_console(record=True, width=80)
     with progress_bars(console) as bars:
-        show_on(bars)(Event("data", 0, 0, "left out 1 unreadable image: [red].png"))
+        show_on(bars)(Note("data", "left out 1 unreadable image: [red].png"))
     assert "image: [red].png" in console.export_text()
 
 

@@ -99,7 +99,7 @@ def test_a_tmpdir_that_ray_cannot_use_is_said_and_another_folder_taken(root, pro
     events = []
     with folder_of(events) as folder:
         assert folder.parent == Path("/tmp")
-    assert [event.note for event in events] == [f"its files are below /tmp, since TMPDIR {root} {problem}"]
+    assert [event.text for event in events] == [f"its files are below /tmp, since TMPDIR {root} {problem}"]
 
 
 def test_a_port_behind_which_is_no_ray_is_said_and_not_waited_for(monkeypatch):

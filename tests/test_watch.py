@@ -21,7 +21,7 @@ from fedsim.__main__ import main
 from fedsim.checkpoint import NAME as CHECKPOINT
 from fedsim.cli.background import LOCK, STATUS, StatusFile
 from fedsim.errors import InputError
-from fedsim.events import Event
+from fedsim.events import Step
 
 pytestmark = pytest.mark.ray
 
@@ -40,7 +40,7 @@ def status(folder: Path) -> dict:
 
 
 def rounds_done(folder: Path) -> int:
-    return max((event["done"] for event in status(folder)["events"] if event["stage"] == "training"), default=0)
+    return max((event["done"] for event in status(folder)["steps"] if event["stage"] == "training"), default=0)
 
 
 @pytest.fixture
@@ -108,8 +108,8 @@ def test_a_status_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", flushed.append)
     (tmp_path / "out").mkdir()
     with StatusFile(tmp_path / "out", lambda event: None) as status_file:
-        status_file.progress(Event("training", 1, 2))
-    assert json.loads((tmp_path / "out" / STATUS).read_text())["events"]
+        status_file.progress(Step("training", 1, 2))
+    assert json.loads((tmp_path / "out" / STATUS).read_text())["steps"]
     assert not flushed
 
 
@@ -138,11 +138,16 @@ def test_a_run_that_a_script_has_put_in_the_background_can_be_stopped(flags, tmp
     assert status(there)["ended"]["code"] == 130
 
 
+NOTE = {"stage": "workers", "text": "2 actors"}
+
+
 def held(folder: Path, **changes) -> FileLock:
     """A folder of a run that this process does, with other values in its status."""
     process = psutil.Process()
     about = {"pid": process.pid, "started": process.create_time() - psutil.boot_time(), "host": socket.gethostname()}
-    (folder / STATUS).write_text(json.dumps(about | {"began": 0.0, "events": [], "ended": None} | changes))
+    (folder / STATUS).write_text(
+        json.dumps(about | {"began": 0.0, "steps": [], "notes": [NOTE], "ended": None} | changes)
+    )
     lock = FileLock(folder / LOCK)
     lock.acquire()
     return lock
@@ -163,16 +168,31 @@ def test_stop_leaves_a_process_alone_that_has_the_pid_of_an_earlier_one(tmp_path
     assert f"names process {bystander.pid}, which does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_stops_watching_is_told_that_the_run_continues(number, code, tmp_path):
+    with held(tmp_path):
+        watcher = subprocess.Popen(
+            [*FEDSIM, "watch", tmp_path], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert "workers: 2 actors" in watcher.stdout.readline()
+        watcher.send_signal(number)
+        _, message = watcher.communicate(timeout=30)
+    assert watcher.returncode == code
+    which = "" if number == signal.SIGINT else " by SIGTERM"
+    assert message == f"fedsim: interrupted{which}; the run or sweep itself continues\n"
+
+
+FIELDS = '"pid": 12, "started": 1, "host": "h", "began": 1, "notes": []'
 SHAPES = {
     "[]": "",
     "{}": "pid: Field required",
     "{": "Invalid JSON",
     '{"pid": -1}': "pid: Input should be greater than or equal to 2",
     '{"pid": "12"}': "pid: Input should be a valid integer",
-    '{"pid": 12, "started": 1, "host": "h", "began": 1, "events": 3, "ended": null}': "events: Input should be",
-    '{"pid": 12, "started": 1, "host": "h", "began": 1, "events": [{}], "ended": null}': "events.0.stage",
-    '{"pid": 12, "started": 1, "host": "h", "began": 1, "events": [], "ended": []}': "ended: Input should be",
-    '{"pid": 12, "started": 1, "host": "h", "began": 1, "events": [], "ended": {"code": 0}}': "ended.message",
+    f'{{{FIELDS}, "steps": 3, "ended": null}}': "steps: Input should be",
+    f'{{{FIELDS}, "steps": [{{}}], "ended": null}}': "steps.0.stage",
+    f'{{{FIELDS}, "steps": [], "ended": []}}': "ended: Input should be",
+    f'{{{FIELDS}, "steps": [], "ended": {{"code": 0}}}}': "ended.message",
 }
 
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field, ValidationError
 
 from fedsim.errors import RESUMES, InputError, Stopped, code_of, listing, sentence_of
-from fedsim.events import Event, Progress
+from fedsim.events import Event, Note, Progress, Step
 from fedsim.files import reason, write_text
 from fedsim.folder import RUNNING as LOCK
 from fedsim.folder import Kind, claim
@@ -42,7 +42,8 @@ class Status(BaseModel):
         pid: of the process that runs the command; smaller numbers would be init or groups of processes.
         started: seconds from the boot of the machine to the start of the process: pids are reused.
         began: start of the command, in seconds since the epoch.
-        events: the last event of each stage.
+        steps: the last one of each stage.
+        notes: all of them, in order.
         ended: None while the command runs, and after it was killed.
     """
 
@@ -50,7 +51,8 @@ class Status(BaseModel):
     started: float
     host: str
     began: float
-    events: list[Event]
+    steps: list[Step]
+    notes: list[Note]
     ended: Ended | None
 
 
@@ -68,14 +70,18 @@ class StatusFile:
         self.folder, self.show, self.message = folder, show, ""
         self.kind: Kind = kind
         self.lock: FileLock | None = None
-        self.events: dict[str, Event] = {}
+        self.steps: dict[str, Step] = {}
+        self.notes: list[Note] = []
         process = psutil.Process()
         self.process = {"pid": process.pid, "started": _started(process), "host": socket.gethostname()}
         self.began = time.time()
 
     def progress(self, event: Event) -> None:
         self.show(event)
-        self.events[event.stage] = event
+        if isinstance(event, Step):
+            self.steps[event.stage] = event
+        elif isinstance(event, Note):
+            self.notes.append(event)
         self._write(None)
 
     def __enter__(self) -> "StatusFile":
@@ -93,7 +99,8 @@ class StatusFile:
     def _write(self, ended: Ended | None) -> None:
         with suppress(OSError):  # such as a full disk, on which the run itself fails with a message
             if self.folder.is_dir() and (self.lock or self._acquire()):
-                status = Status(**self.process, began=self.began, events=list(self.events.values()), ended=ended)
+                events = {"steps": list(self.steps.values()), "notes": self.notes}
+                status = Status(**self.process, **events, began=self.began, ended=ended)
                 write_text(self.folder / STATUS, status.model_dump_json(), lasting=False)  # at each event
 
     def _acquire(self) -> bool:
@@ -138,14 +145,14 @@ def watch(folder: Path, show: Progress) -> Ended:
         InputError: no command has run in the folder.
         Stopped: its process has died without writing how.
     """
-    shown: dict[str, Event] = {}
+    shown: set[Event] = set()
     while True:
         alive = _alive(folder)  # checked before reading the status: the run may end in between
         status = read_status(folder)
-        for event in status.events:
-            if shown.get(event.stage) != event:
-                shown[event.stage] = event
+        for event in [*status.notes, *status.steps]:
+            if event not in shown:
                 show(event)
+        shown = {*status.notes, *status.steps}
         if status.ended:
             return status.ended
         if not alive and status.host == socket.gethostname():

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from fedsim.events import Event, Progress
+from fedsim.events import Event, Note, Progress, Step
 
 
 def plain_console(**options: Any) -> Console:
@@ -44,13 +44,11 @@ def show_on(bars: Bars, heading: str = "") -> Progress:
     def show(event: Event) -> None:
         while headings:
             bars.console.print(headings.pop())
-        if not event.total and not event.note:
-            return
-        if not event.total:  # a note, not a stage
-            bars.console.print(f"{event.stage}: {event.note}")
-            return
-        if event.stage not in tasks:
-            tasks[event.stage] = bars.add_task(event.stage, total=event.total, note="")
-        bars.update(tasks[event.stage], completed=event.done, note=event.note)
+        if isinstance(event, Note):
+            bars.console.print(f"{event.stage}: {event.text}")
+        elif isinstance(event, Step):
+            if event.stage not in tasks:
+                tasks[event.stage] = bars.add_task(event.stage, total=event.total, note="")
+            bars.update(tasks[event.stage], completed=event.done, note=event.note)
 
     return show

@@ -15,7 +15,7 @@ import psutil
 from fedsim.cluster.private_folder import END_S, private_folder
 from fedsim.cluster.signals import handlers_restored
 from fedsim.errors import Stopped, listing
-from fedsim.events import Event, Progress
+from fedsim.events import Note, Progress
 
 QUIET = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "fedsim"}
 START_S = 120  # for a private cluster to start, which takes 5 to 30; it may hang for ever
@@ -25,9 +25,7 @@ START_S = 120  # for a private cluster to start, which takes 5 to 30; it may han
 def private_cluster(progress: Progress) -> Iterator[Any]:
     """Starts a cluster that only this user can use, and ends it; yields Ray."""
     if elsewhere := os.environ.get("RAY_ADDRESS"):
-        progress(
-            Event("Ray", 0, 0, f"a private cluster; RAY_ADDRESS={elsewhere} has an effect only with --address auto")
-        )
+        progress(Note("Ray", f"a private cluster; RAY_ADDRESS={elsewhere} is used only with --address auto"))
     if "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
         # No other user can use this cluster (except for its figures for Prometheus, which Ray shows to all), and no
         # token is left in the home folder. Ray reads this once, when it is imported; later it would have no effect.
@@ -62,7 +60,7 @@ def _start(ray: Any, folder: Path, progress: Progress) -> None:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             if not again:
                 raise Stopped(f"Ray did not start, twice ({reason}); {_scarce()}") from error
-            progress(Event("Ray", 0, 0, f"did not start ({reason}); trying once more"))
+            progress(Note("Ray", f"did not start ({reason}); trying once more"))
             _kill(_processes_of(folder))
             ray.shutdown()
         finally:

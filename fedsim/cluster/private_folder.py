@@ -14,7 +14,7 @@ from stat import S_IMODE, S_ISDIR
 from filelock import FileLock, Timeout
 
 from fedsim.errors import InputError
-from fedsim.events import Event, Progress
+from fedsim.events import Note, Progress
 
 PREFIX, LOCK = "fedsim-", ".ray-of-fedsim"  # how a folder's name begins; the file in it that its owner holds locked
 # The longest path of a socket below TMPDIR, and of any socket.
@@ -60,7 +60,7 @@ def _locked_folder(progress: Progress) -> tuple[Path, FileLock]:
             problems.append(f"{name} {root} ".lstrip() + str(getattr(error, "strerror", error)))
         else:
             if problems:
-                progress(Event("Ray", 0, 0, f"its files are below {root}, since {'; '.join(problems)}"))
+                progress(Note("Ray", f"its files are below {root}, since {'; '.join(problems)}"))
             return folder, lock
     raise InputError(f"Ray needs a folder for its files: {'; '.join(problems)}; TMPDIR may name a short, writable one")
 

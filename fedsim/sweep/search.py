@@ -13,7 +13,7 @@ from typing import Any
 from fedsim.checkpoint import NAME as CHECKPOINT
 from fedsim.cluster.driver import run_in_driver_actor
 from fedsim.errors import Stopped
-from fedsim.events import Event, Progress
+from fedsim.events import Note, Progress, Started, Step
 from fedsim.files import reason
 from fedsim.folder import alone_in, write_sealed
 from fedsim.formats import number, percent
@@ -37,7 +37,7 @@ def run_sweep(sweep: Sweep, progress: Progress = lambda event: None) -> SweepRes
         Stopped: some trials could not finish for a reason outside of them, such as a full disk.
     """
     prepared = prepare_sweep(sweep)
-    progress(Event("begun", 0, 0))  # from here on nothing is refused
+    progress(Started("sweep"))
     return run_in_driver_actor(search, (prepared,), sweep.config.address, progress)
 
 
@@ -77,8 +77,8 @@ def _run_trials(
 
     if resources.several_machines:
         base = replace(base, source=base.source.carried())
-    progress(Event("trials at once", 0, 0, resources.describe(remaining)))
-    progress(Event("trials", study.ended(), sweep.trials))
+    progress(Note("trials at once", resources.describe(remaining)))
+    progress(Step("trials", study.ended(), sweep.trials))
 
     def on_end(number: int) -> None:
         _delete_tensors(trial_folder(folder, number))
@@ -125,13 +125,13 @@ def _delete_tensors(folder: Path) -> None:
         rmtree(private_states)
 
 
-def _progress_of(study: Study, trials: int) -> Event:
+def _progress_of(study: Study, trials: int) -> Step:
     best, note = study.best(), ""
     if best:
         objective, value = study.rules.objectives[0], best.values[0]
         shown = f"{percent(value)}%" if objective in ACCURACIES else number(value)
         note = f"best {objective} {shown} (trial {best.number})"
-    return Event("trials", study.ended(), trials, note)
+    return Step("trials", study.ended(), trials, note)
 
 
 def _name(trial: Any) -> str:
