@@ -11,12 +11,12 @@ from fedsim.cli.flags import DETACH, Parser, parse_run
 from fedsim.cli.launch import launch
 from fedsim.cli.progress import plain_console, progress_bars, show_on
 from fedsim.cli.show import rich_table, show_run
+from fedsim.cli.streams import Outlet, outlets
 from fedsim.cluster.signals import signals_as_interrupts
 
 # What imports torch is imported in functions: it takes seconds, in which `main` already handles Ctrl-C, and some
 # commands do not need it.
 from fedsim.errors import RESUMES, InputError, Stopped, code_of, listing, sentence_of
-from fedsim.streams import Outlet, outlets
 
 USAGE = """\
 fedsim run [FLAGS]                    run one experiment

@@ -75,29 +75,38 @@ def plan(sizing: Sizing, jobs: int, nodes: Sequence[Node]) -> list[Placement]:
         InputError: the cluster does not have room for the sizing.
     """
     use_gpus = sizing.gpus_per_actor != 0 and any(node.gpus for node in nodes)
-    if sizing.gpus_per_actor and not use_gpus:
-        raise InputError(f"--gpus-per-actor {sizing.gpus_per_actor:g} on a cluster without a GPU")
     room = [_room(sizing, node, use_gpus) for node in nodes]
-    if not sum(room):
-        raise InputError("no node of the cluster has room for an actor; try `ray status`")
-    if use_gpus and sizing.gpus_per_actor and (sizing.actors or 0) > sum(room):
-        share = f"{sizing.gpus_per_actor:g} GPU"
-        raise InputError(f"--actors {sizing.actors} of {share} each, but the cluster's GPUs have room for {sum(room)}")
-    most = MOST_PER_CPU * sum(ceil(node.cpus) for node in nodes)
-    if not use_gpus and (sizing.actors or 0) > most:
-        raise InputError(f"--actors {sizing.actors}, but {most // MOST_PER_CPU} CPUs are enough for {most} at most")
-    counts = [0] * len(nodes)
-    for _ in range(sizing.actors or max(1, min(sum(room), jobs))):
-        # On the node that is then filled least, so that all are filled in proportion.
-        counts[min((k for k in range(len(nodes)) if room[k]), key=lambda k: (counts[k] + 1) / room[k])] += 1
+    _check_room(sizing, nodes, room, use_gpus)
     placements = []
-    for node, count in zip(nodes, counts, strict=True):
+    for node, count in zip(nodes, _spread(sizing.actors or max(1, min(sum(room), jobs)), room), strict=True):
         if count:
             # Only whole divisors of a GPU pack without stranding a part of one.
             gpu = sizing.gpus_per_actor or 1 / ceil(count / node.gpus) if use_gpus else 0.0
             cpu = min(float(sizing.threads_per_actor), node.cpus / count)
             placements += [Placement(node.id, _floor(cpu), _floor(gpu))] * count
     return placements
+
+
+def _check_room(sizing: Sizing, nodes: Sequence[Node], room: Sequence[int], use_gpus: bool) -> None:
+    actors, total = sizing.actors or 0, sum(room)
+    if sizing.gpus_per_actor and not use_gpus:
+        raise InputError(f"--gpus-per-actor {sizing.gpus_per_actor:g} on a cluster without a GPU")
+    if not total:
+        raise InputError("no node of the cluster has room for an actor; try `ray status`")
+    if use_gpus and sizing.gpus_per_actor and actors > total:
+        share = f"{sizing.gpus_per_actor:g} GPU"
+        raise InputError(f"--actors {actors} of {share} each, but the cluster's GPUs have room for {total}")
+    most = MOST_PER_CPU * sum(ceil(node.cpus) for node in nodes)
+    if not use_gpus and actors > most:
+        raise InputError(f"--actors {actors}, but {most // MOST_PER_CPU} CPUs are enough for {most} at most")
+
+
+def _spread(actors: int, room: Sequence[int]) -> list[int]:
+    """How many actors go to each node, so that all nodes are filled in proportion to their room."""
+    counts = [0] * len(room)
+    for _ in range(actors):
+        counts[min((k for k in range(len(room)) if room[k]), key=lambda k: (counts[k] + 1) / room[k])] += 1
+    return counts
 
 
 def bundles(ray: Any) -> list[Placement]:

@@ -1,4 +1,4 @@
-"""Standard output and error that may be closed, or on a full disk: what is printed there is not worth a run."""
+"""Standard output and error that may be closed, or on a full disk: a failed print does not end a run."""
 
 import os
 import sys
@@ -9,14 +9,14 @@ from typing import Any, TextIO
 
 
 class Outlet:
-    """A text stream whose first error is kept, and after which the rest of the text is dropped.
+    """A text stream that records its first error and drops all text after it.
 
     Attributes:
-        fault: why it could not be written to; None as long as it could.
+        fault: the first error; None if there was none.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream or StringIO()  # None: the shell has closed it, as `>&-` says
+        self.stream = stream or StringIO()  # None: the shell has closed it, by `>&-`
         self.fault: OSError | None = None
 
     def write(self, text: str) -> int:
@@ -34,13 +34,13 @@ class Outlet:
             action(*args)
         except OSError as error:
             self.fault = self.fault or error
-            # What is left in the buffer goes there too, or Python would fail with it once more when it exits.
+            # The rest of the buffer goes there too, or Python would fail again when it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 @contextmanager
 def outlets() -> Iterator[tuple[Outlet, Outlet]]:
-    """Standard output and error as outlets, for as long as it lasts."""
+    """Replaces standard output and error by outlets within the context."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = made = Outlet(sys.stdout), Outlet(sys.stderr)
     try:
