@@ -148,7 +148,7 @@ def test_a_cluster_whose_head_dies_ends_the_run_in_one_sentence(flags, short, tm
         "; the same command goes on from the last round\n"
     )
     assert said.count("\n") == 1
-    assert status(there)["ended"] == {"code": 1, "said": said.removeprefix("fedsim: ").strip()}
+    assert status(there)["ended"] == {"code": 1, "message": said.removeprefix("fedsim: ").strip()}
     assert not [one for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     assert not list(short.iterdir())
 
