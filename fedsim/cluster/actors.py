@@ -31,7 +31,7 @@ class ActorPool(Pool):
     def __init__(self, sizing: Sizing, jobs: int) -> None:
         import ray
 
-        self.ray = ray
+        self.ray: Any = ray
         self.deadlines = Deadlines(sizing.call_timeout_s)
         nodes = nodes_of(ray, sizing)
         self.spans_nodes = len(nodes) > 1

@@ -60,7 +60,9 @@ class Placement:
         from ray.util import get_current_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        return PlacementGroupSchedulingStrategy(get_current_placement_group(), self.node)
+        group = get_current_placement_group()
+        assert group, "only a process in a placement group plans with bundles"
+        return PlacementGroupSchedulingStrategy(group, self.node)
 
 
 def plan(sizing: Sizing, jobs: int, nodes: Sequence[Node]) -> list[Placement]:

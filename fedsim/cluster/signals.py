@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import current_thread, main_thread
+from typing import Any
 
 from fedsim.errors import Interrupted
 
@@ -42,7 +43,7 @@ def handlers_restored() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _handlers() -> dict[int, object]:
+def _handlers() -> dict[int, Any]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDS)}
     return {number: handler for number, handler in handlers.items() if handler is not None}  # None: set by C code
 

@@ -50,8 +50,8 @@ class Pool(ABC):
         shipped = dict(zip(map(id, latest.spec), latest.shipped, strict=True)) if latest else {}
         if not latest or list(map(id, spec)) != list(map(id, latest.spec)):
             parts = [shipped[id(part)] if id(part) in shipped else self._ship(part) for part in spec]
-            self._latest = Workers(self, latest.number + 1 if latest else 1, spec, tuple(parts))
-        return self._latest
+            latest = self._latest = Workers(self, latest.number + 1 if latest else 1, spec, tuple(parts))
+        return latest
 
     @abstractmethod
     def map(self, workers: Workers, method: str, items: Sequence[Any], *shared: Any) -> Iterator[Any]:
