@@ -9,6 +9,7 @@ from fedsim import Config, InputError, run
 from fedsim.__main__ import main
 from fedsim.clients import Population
 from fedsim.page import remarks
+from fedsim.report import ROUND_COLUMNS
 from fedsim.schedule import check_trained
 from fedsim.simulate import _check_judged, prepare
 
@@ -74,8 +75,9 @@ def test_the_first_words_of_a_result_say_what_it_lacks(config):
         "Round 1 is reported because it is the last: no client has validation rows.",
         "No client has test rows of its own.",
     ]
-    idle = report.rounds.copy()
-    idle[:, 10] = 0  # local steps
+    idle = [row.copy() for row in report.rounds]
+    for row in idle:
+        row[ROUND_COLUMNS.index("steps")] = 0
     first = remarks(replace(report, rounds=idle))[0]
     assert first == "No client took a local step in any round: the numbers are those of untrained parameters."
 
