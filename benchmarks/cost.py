@@ -111,7 +111,7 @@ class Client:
         x = self.x if self.tower is None else self.tower.encode(self.x)
         self.module.train()
         what = self.module, self.params, self.optimizer, self.shared, x, self.y, [len(x)], self.task.method
-        train_stack(*what, None, [torch_rng(DRAWN_BY, "batches")])
+        train_stack(*what, self.task.server, [torch_rng(DRAWN_BY, "batches")], [{}], {})
 
 
 def prepare(folder: Path, backbone: str, batch: int) -> dict:
@@ -146,8 +146,7 @@ def counted(variant: Variant, folder: Path, clip: Clip) -> dict[str, float]:
     task, features = client.task, client.features
     backbone = backbone_of(features, reads=task.method.reads, clip=clip)
     params = initial_params(task, backbone)
-    shared = task.of(params, "shared")
-    down, up = task.server.payload(shared, task.of(params, "server"), cohort=1)
+    down, up = task.payload(params, cohort=1)
     per_step, per_row = flops_of(task, backbone, features, client.rows)
     # torch counts nothing of the fused attention of frozen towers, which is a third of their work.
     torch.backends.mha.set_fastpath_enabled(False)

@@ -127,7 +127,7 @@ class Bench:
         task = Task(parse("method", "fedclip"), FedAvg(), seed=0)
         trainer = ClientWorker(features, clients, None, self.device)
         params = initial_params(task, backbone_of(features))
-        what = task, 1, {0: flatten(params)}, np.empty(0), (0, 0), (0, [(k, 0) for k in range(count)])
+        what = task, 1, {0: flatten(params)}, np.empty(0), (0, [(k, 0) for k in range(count)])
         few = self.sizes.loop_clients
         rounds = {
             "fedsim": lambda: trainer.train(*what),
@@ -162,7 +162,7 @@ class Bench:
                 task = Task(parse("method", {"name": method, "batch": batch, "local_epochs": 1}), FedAvg(), seed=0)
                 trainer = ClientWorker(features, clients, frozen, self.device)
                 params = trainer.module(task)[1]
-                what = task, 1, {0: flatten(params)}, np.empty(0), (0, 0), (0, [(k, 0) for k in range(count)])
+                what = task, 1, {0: flatten(params)}, np.empty(0), (0, [(k, 0) for k in range(count)])
                 train = partial(trainer.train, *what)
                 told = f"{says}: {name}, {self.sizes.classes} classes, batch {batch}, {count} clients"
                 yield Line("towers", told, count / self.timed(train), "steps/s")

@@ -3,18 +3,20 @@
 Source: the outer optimizer of DiLoCo (Douillard et al. 2023, arXiv 2311.08105); not checked against code.
 """
 
-from fedsim import Field, Linear, Server, apply_update, component, mean_delta
+from fedsim import Averaging, Field, Linear, apply_update, component, mean_delta
 
 
 @component
-class Nesterov(Server):
+class Nesterov(Averaging):
     """Steps along the new momentum and the mean delta."""
 
     beta: float = Field(0.9, ge=0, lt=1, search=Linear(0.0, 0.99), description="share of the momentum that is kept")
 
-    def step(self, params, slots, total):
+    def init(self, params):
+        return {"momentum": {name: 0 * value.double() for name, value in params.items()}}, {}
+
+    def step(self, params, slots, total, rng):
         delta = mean_delta(total, params)
-        past = slots.get("momentum", {name: 0 * value for name, value in delta.items()})
-        momentum = {name: self.beta * past[name] + value for name, value in delta.items()}
+        momentum = {name: self.beta * slots["momentum"][name] + value for name, value in delta.items()}
         step = {name: self.beta * momentum[name] + value for name, value in delta.items()}
         return apply_update(params, step), {"momentum": momentum}

@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from fedsim.registry import available, component
     from fedsim.report import Report
     from fedsim.search import Choice, Field, Linear, Log
-    from fedsim.servers import Server
+    from fedsim.servers import Averaging, ClientUpdate, Reply, Server
     from fedsim.simulate import run
     from fedsim.updates import RoundSum, apply_update, blocks, mean_delta, stepped
 
 __all__ = [
+    "Averaging",
     "Backbone",
     "Batch",
     "Choice",
+    "ClientUpdate",
     "Config",
     "Dataset",
     "Features",
@@ -36,6 +38,7 @@ __all__ = [
     "Log",
     "Method",
     "Partition",
+    "Reply",
     "Report",
     "RoundSum",
     "Server",
@@ -63,7 +66,7 @@ _MODULES = {
     "registry": ("available", "component"),
     "report": ("Report",),
     "search": ("Choice", "Field", "Linear", "Log"),
-    "servers": ("Server",),
+    "servers": ("Averaging", "ClientUpdate", "Reply", "Server"),
     "simulate": ("run",),
     "updates": ("RoundSum", "apply_update", "blocks", "mean_delta", "stepped"),
 }

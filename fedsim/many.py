@@ -116,7 +116,7 @@ def _calls(ray, experiments: list[Experiment], progress: Progress) -> list[_Call
         alike.setdefault(id(experiment.source), []).append(experiment)
     shared = {}
     for source, group in alike.items():
-        methods = [one.config.server.fit(one.config.method) for one in group]
+        methods = [experiment.method for experiment in group]
         whole = encoded(group[0], replace(_sizing(group[0]), actors=None), progress, methods)
         features = whole.source.carried() if len(nodes) > 1 else whole.source
         shared[source] = ray.put(features), ray.put(whole.frozen)

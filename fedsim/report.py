@@ -109,18 +109,18 @@ class Report:
         self.zero_shot = counts
 
     def add_round(
-        self, turn: Turn, clients: np.ndarray, payload: int, seconds: float, flops: float = float("nan")
+        self, turn: Turn, clients: np.ndarray, payload: tuple[int, int], seconds: float, flops: float = float("nan")
     ) -> None:
         """What one round of training cost, and its mean loss over clients.
 
         Args:
             clients: (n,) of `updates.CLIENT_STATS`, those whose work counted.
-            payload: bytes that a client was sent.
+            payload: bytes that a client receives, and that it sends.
             flops: floating-point operations, where somebody has counted them.
         """
         losses = clients["loss"][~np.isnan(clients["loss"])]
         counts = turn.round, turn.asked, len(clients), turn.dropped, turn.late
-        sent = clients["bytes_up"].sum(), turn.asked * payload
+        sent = len(clients) * payload[1], turn.asked * payload[0]
         loss = losses.mean() if len(losses) else np.nan
         row = *counts, *sent, seconds, turn.clock_s, loss, clients["steps"].sum(), flops
         self.rounds.append(np.array(row, np.float64))

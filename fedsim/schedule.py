@@ -18,6 +18,7 @@ import numpy as np
 from fedsim.clients import sample_cohort
 from fedsim.config import Config
 from fedsim.errors import InputError
+from fedsim.methods import Method
 from fedsim.registry import name_of
 from fedsim.rng import numpy_rng
 from fedsim.shares import decimal
@@ -59,7 +60,7 @@ def check(config: Config, population: int) -> None:
         InputError: a deadline, over-selection or an asynchronous rule does not go with the rest of the config.
     """
     server, fleet = name_of(config.server), name_of(config.fleet)
-    asynchronous = config.server.asynchronous
+    asynchronous = config.server.buffer is not None
     if config.fleet.timeless:
         for name, wanted in (
             ("deadline_s", config.deadline_s is not None),
@@ -87,10 +88,13 @@ def check(config: Config, population: int) -> None:
             )
 
 
-def check_trained(config: Config, population: int, rows_of: RowsOf, bytes_down: int, bytes_up: int) -> None:
+def check_trained(
+    config: Config, method: Method, population: int, rows_of: RowsOf, bytes_down: int, bytes_up: int
+) -> None:
     """Refuses a run in which no client trains, since its report would be that of untrained parameters.
 
     Args:
+        method: as the server rule has it trained.
         population, rows_of, bytes_down, bytes_up: as of `schedule`.
 
     Raises:
@@ -98,7 +102,7 @@ def check_trained(config: Config, population: int, rows_of: RowsOf, bytes_down: 
     """
     if not config.rounds:
         return
-    method, asked, dropped, late, received = config.server.fit(config.method), 0, 0, 0, 0
+    asked, dropped, late, received = 0, 0, 0, 0
     for turn in islice(schedule(config, population, rows_of, bytes_down, bytes_up), config.rounds):
         # One by one: the first client is nearly always enough, and rows may have to be drawn.
         if any(method.steps(int(rows_of([client])[0])) for client, _ in turn.trained):
@@ -141,7 +145,7 @@ def schedule(config: Config, population: int, rows_of: RowsOf, bytes_down: int, 
         row, down, up = costs[clients].T
         return rows * row + bytes_down * down + bytes_up * up
 
-    return (_buffers if config.server.asynchronous else _rounds)(config, population, seconds)
+    return (_buffers if config.server.buffer is not None else _rounds)(config, population, seconds)
 
 
 def _rounds(config: Config, population: int, seconds: Seconds) -> Iterator[Turn]:

@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby, islice, pairwise
 from math import ceil
 from operator import itemgetter
@@ -113,6 +113,11 @@ class Experiment:
     frozen: Frozen | None = None
     splits: tuple[str, ...] = SPLITS
 
+    @cached_property
+    def method(self) -> Method:
+        """As the server rule has it trained."""
+        return self.config.server.adapt(self.config.method)
+
     def identity(self) -> dict[str, Any]:
         """What decides the report, as plain values; judged by other rows it is another one."""
         return self.config.experiment() | ({} if self.splits == SPLITS else {"splits": list(self.splits)})
@@ -128,7 +133,7 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
     check_folder(folder, "run")
     _check_experiment(folder, config)
     check_reachable(config.address)
-    config.server.fit(config.method)  # refuses what the rule cannot train
+    config.server.adapt(config.method)  # refuses what the rule cannot train
     if config.gpus_per_actor and config.address is None and not torch.cuda.is_available():
         raise InputError(f"--gpus-per-actor {config.gpus_per_actor:g}, but torch finds no GPU on this machine")
     if like and not _agree(DATA, config, like.config):
@@ -176,7 +181,7 @@ def encoded(experiment: Experiment, sizing: Sizing, progress: Progress, methods:
     config, source = experiment.config, experiment.source
     if notes := _data_notes(experiment):
         progress(Note("data", notes))
-    reads = {method.reads for method in (config.server.fit(config.method), *methods)}
+    reads = {method.reads for method in (experiment.method, *methods)}
     if isinstance(source, Images):
         what = config.prompt, config.cache_dir, sizing, progress
         levels = sorted({one.image for one in reads})
@@ -195,7 +200,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     """
     config, folder, features, clients = experiment.config, experiment.folder, experiment.source, experiment.clients
     private = PrivateStore(folder / "private")
-    task = Task(config.server.fit(config.method), config.server, config.seed, config.dtype, private, config.chunk == 1)
+    task = Task(experiment.method, config.server, config.seed, config.dtype, private, config.chunk == 1)
     checkpoints = Checkpoints(folder, experiment.identity())
     state, report = _resume(experiment, checkpoints) or _begin(experiment, task)
     if len(state.private):
@@ -221,7 +226,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
         began = time.perf_counter()
         state, notes = federation.train(state, turn)
         flops = _flops(report, notes, config.method)
-        report.add_round(turn, notes, federation.down, time.perf_counter() - began, flops)
+        report.add_round(turn, notes, (federation.down, federation.up), time.perf_counter() - began, flops)
         if turn.round % config.evaluate_every == 0:
             report.judge(state, federation.evaluate(state))
         elif turn.round == config.rounds:
@@ -250,9 +255,7 @@ class _Federation:
         self.away = list(range(clients.trainers, len(clients))) if "test" in splits else []
         self.domains = held_out_ids(features, config.held_out)
         self.sent = list(task.of(params, "shared", "server"))
-        shared = task.of(params, "shared")
-        self.told = partial(task.server.sends, params=shared)
-        self.down, self.up = self.payload = _payload(task, params, config.cohort or clients.trainers)
+        self.down, self.up = task.payload(params, config.cohort or clients.trainers)
         self.personal = bool(task.of(params, "private"))
         self.rows = np.full(clients.trainers, -1, np.int64)  # train rows, once somebody has asked for them
 
@@ -273,7 +276,8 @@ class _Federation:
             )
         past = state.past | {state.round: {}}
         sent = {version: flatten(state.params | (past[version] if self.sent else {})) for version, _ in chunks}
-        what = self.task, turn.round, sent, flatten(self.told(state.slots)), self.payload
+        broadcast = self.task.server.broadcast(state.slots, self.task.of(state.params, "shared"))
+        what = self.task, turn.round, sent, flatten(broadcast)
         total = sum_chunks(self.workers.map("train", chunks, *what), self.clients.trainers)
         if not np.isfinite(total.delta).all():
             raise InputError(
@@ -283,7 +287,7 @@ class _Federation:
             private = state.private.copy()
             private[total.clients["client"]] = turn.round
             state = replace(state, private=private)
-        return advance(self.config.server, state, total, self.sent, turn.needed), total.clients
+        return advance(self.config.server, state, total, self.sent, turn.needed, self.task.seed), total.clients
 
     def evaluate(self, state: ServerState) -> Counts:
         """Counts of all clients: by the shared model, or each by its own where it has private tensors."""
@@ -351,7 +355,7 @@ def _check_reads(experiment: Experiment, config: Config) -> None:
     """What a method reads of images must be there to be read."""
     if experiment.weights:
         return
-    method = config.server.fit(config.method)
+    method = config.server.adapt(config.method)
     if method.reads.towers or method.reads.image != "features":
         raise InputError(
             f"method {name_of(config.method)} computes with CLIP itself ({_reading(method)}) and wants a data set of "
@@ -364,7 +368,7 @@ def _check_reads(experiment: Experiment, config: Config) -> None:
 def _try_out(experiment: Experiment) -> None:
     """Builds what is to be trained, on texts of no meaning: what does not fit is said before anything is computed."""
     config, weights, source = experiment.config, experiment.weights, experiment.source
-    method = config.server.fit(config.method)
+    method = experiment.method
     clip = _clip_of(experiment, method)
     if clip and method.reads.image == "tokens":
         clip.check_tokens()
@@ -373,17 +377,12 @@ def _try_out(experiment: Experiment) -> None:
     backbone = with_towers(texts, method.reads, clip)
     clients = experiment.clients
     task, cohort = Task(method, config.server, config.seed, config.dtype), config.cohort or clients.trainers
-    payload = _payload(task, initial_params(task, backbone, cohort), cohort)
-    check_trained(config, clients.trainers, partial(_train_rows, clients), *payload)
+    payload = task.payload(initial_params(task, backbone, cohort), cohort)
+    check_trained(config, method, clients.trainers, partial(_train_rows, clients), *payload)
 
 
 def _train_rows(clients: Population, ids: Sequence[int]) -> np.ndarray:
     return np.array([len(clients[client].train) for client in ids], np.int64)
-
-
-def _payload(task: Task, params: Params, cohort: int) -> tuple[int, int]:
-    """Bytes that a client is sent and sends."""
-    return task.server.payload(task.of(params, "shared"), task.of(params, "server"), cohort)
 
 
 def _clip_of(experiment: Experiment, method: Method) -> Clip | None:
@@ -536,7 +535,8 @@ def _begin(experiment: Experiment, task: Task) -> tuple[ServerState, Report]:
     sample = numpy_rng(task.seed, "flops").permutation(experiment.clients[0].train)[: task.method.batch]
     per_step, per_row = flops_of(task, backbone, features, sample)
     kept = experiment.clients.trainers if task.keeps(params) else 0
-    state = ServerState(0, params, private=np.zeros(kept, np.int64))
+    slots, _ = task.server.init(task.of(params, "shared"))
+    state = ServerState(0, params, slots, private=np.zeros(kept, np.int64))
     facts = {
         "images": f"{features.block} a client, made on demand" if features.block else len(features),
         "width": features.x.shape[1],

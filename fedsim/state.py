@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedsim.params import Params
+from fedsim.rng import torch_rng
 from fedsim.servers import Server, Slots
 from fedsim.updates import RoundSum
 
@@ -32,7 +33,7 @@ class ServerState:
 
 
 def advance(
-    server: Server, state: ServerState, total: RoundSum, shared: list[str], needed: frozenset[int]
+    server: Server, state: ServerState, total: RoundSum, shared: list[str], needed: frozenset[int], seed: int = 0
 ) -> ServerState:
     """The state one round later.
 
@@ -41,7 +42,7 @@ def advance(
         needed: versions of the parameters, by rounds done, that some client is still at work on.
     """
     sent = {name: state.params[name] for name in shared}
-    params, slots = server.step(sent, state.slots, total)
+    params, slots = server.step(sent, state.slots, total, torch_rng(seed, "server", state.round + 1))
     past = kept_past(state, shared, needed)
     return replace(state, round=state.round + 1, params=state.params | params, slots=slots, past=past)
 

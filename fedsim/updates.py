@@ -12,9 +12,7 @@ import numpy as np
 from fedsim.params import Params, unflatten
 
 # One row for each client of a round; the loss is the mean over its local steps in nats, nan when it took none.
-CLIENT_STATS = np.dtype(
-    [("client", "i8"), ("rows", "i8"), ("steps", "i8"), ("loss", "f8"), ("bytes_up", "i8"), ("bytes_down", "i8")]
-)
+CLIENT_STATS = np.dtype([("client", "i8"), ("rows", "i8"), ("steps", "i8"), ("loss", "f8"), ("weight", "f8")])
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ BAD = {
     ),
     "a rule for pairs": (
         ["run", "--server", "fedex_lora"],
-        "server fedex_lora wants the low-rank pairs of method lora",
+        "server fedex_lora needs the low-rank pairs of method lora",
     ),
     "few for krum": (["run", "--server", "krum"], "krum with f 1 wants 5 clients or more in a round, not 4"),
     "a head": (["run", "--server", "fedper"], "fedper keeps some of a method's shared tensors"),

@@ -13,6 +13,7 @@ from fedsim.datasets import TEST, UNSAID, Labelled
 from fedsim.methods import Batch, masked
 from fedsim.params import flatten, unflatten
 from fedsim.registry import parse
+from fedsim.servers import ClientUpdate
 from fedsim.training.task import Task, initial_params
 from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 from fedsim.weights import find_weights
@@ -27,9 +28,16 @@ def rows(count=240, domains=3, classes=4, split=UNSAID, **fields):
     return Labelled(**(labels | names | {"split": np.full(count, split, np.int8)} | fields))
 
 
+RNG = torch.Generator()
+
+
+def weight_of(server, rows):
+    return server.reply(ClientUpdate({}, {}, {}, {}, rows, 1, 0, parse("method", "probe"))).weight
+
+
 def an_update(weight, **delta):
     params = {name: torch.tensor(value, dtype=torch.float64) for name, value in delta.items()}
-    return RoundSum(weight * flatten(params), weight, np.array([(0, 1, 1, 0.0, 0, 0)], CLIENT_STATS))
+    return RoundSum(weight * flatten(params), weight, np.array([(0, 1, 1, 0.0, weight)], CLIENT_STATS))
 
 
 # Partitions -----------------------------------------------------------------------------------------------------
@@ -234,60 +242,66 @@ def test_the_probe_starts_as_zero_shot_clip(backbone):
 def test_every_server_leaves_its_arguments_alone_and_keeps_shapes_and_dtypes(name):
     params, server = {"w": torch.tensor([1.0, 2.0])}, parse("server", name)
     went = {"w": torch.tensor([3.0, 4.0])}
-    sent, kept = server.sends({}, params), server.keeps(params)
-    after, message = server.settle(kept, sent, params, {"w": params["w"] + went["w"]}, 2, 0.1)
-    assert after.keys() == kept.keys() and server.correction(after, sent).keys() <= params.keys()
-    weight = server.weight(8, steps=2)
+    start, kept = server.init(params)
+    sent, method = server.broadcast(start, params), parse("method", "probe")
+    update = ClientUpdate(params, {"w": params["w"] + went["w"]}, kept, sent, 8, 2, 0, method)
+    reply = server.reply(update)
+    weight, message = reply.weight, reply.message
+    assert reply.client_state.keys() == kept.keys()
+    pairs = {"shared.w": params["w"], "own.w": params["w"]} if name == "ditto" else params
+    received = {n: t for n, t in pairs.items() if n != "own.w"}
+    assert server.gradient(pairs, received, reply.client_state, sent).keys() <= pairs.keys()
     clients = 5  # as many as a rule may want that leaves one of them out
     total = RoundSum(
         np.zeros(0) if server.sees_each else clients * weight * flatten(went).astype(np.float64),
         clients * weight,
-        np.array([(client, 8, 2, 0.0, 0, 0) for client in range(clients)], CLIENT_STATS),
+        np.array([(client, 8, 2, 0.0, weight) for client in range(clients)], CLIENT_STATS),
         clients * weight * flatten(message).astype(np.float64),
         np.tile(flatten(went), (clients, 1)) if server.sees_each else None,
         population=10,
     )
     before = [np.copy(some) for some in (total.delta, total.message, total.each) if some is not None]
-    once, slots = server.step(params, {}, total)
+    once, slots = server.step(params, start, total, RNG)
+    assert slots.keys() == start.keys()
     held = {slot: {n: t.clone() for n, t in values.items()} for slot, values in slots.items()}
-    twice, _ = server.step(once, slots, total)
+    twice, _ = server.step(once, slots, total, RNG)
     assert params["w"].tolist() == [1.0, 2.0]
     assert all(map(np.array_equal, before, [s for s in (total.delta, total.message, total.each) if s is not None]))
     assert twice["w"].dtype == torch.float32 and twice["w"].shape == (2,)
     assert all(torch.equal(slots[slot][n], held[slot][n]) for slot in held for n in held[slot])
-    again = server.sends(slots, once)
+    again = server.broadcast(slots, once)
     assert [(n, t.shape, t.dtype) for n, t in again.items()] == [(n, t.shape, t.dtype) for n, t in sent.items()]
 
 
 def test_a_client_with_three_times_the_rows_counts_three_times():
     server = parse("server", {"name": "fedavg", "weighting": "rows"})
-    total = sum_chunks([an_update(server.weight(30), w=1.0), an_update(server.weight(10), w=5.0)])
-    assert server.step({"w": torch.tensor(0.0)}, {}, total)[0]["w"] == 2.0  # (30 * 1 + 10 * 5) / 40
+    total = sum_chunks([an_update(weight_of(server, 30), w=1.0), an_update(weight_of(server, 10), w=5.0)])
+    assert server.step({"w": torch.tensor(0.0)}, {}, total, RNG)[0]["w"] == 2.0  # (30 * 1 + 10 * 5) / 40
     uniform = parse("server", "fedavg")
-    total = sum_chunks([an_update(uniform.weight(30), w=1.0), an_update(uniform.weight(10), w=5.0)])
-    assert uniform.step({"w": torch.tensor(0.0)}, {}, total)[0]["w"] == 3.0  # (1 + 5) / 2
+    total = sum_chunks([an_update(weight_of(uniform, 30), w=1.0), an_update(weight_of(uniform, 10), w=5.0)])
+    assert uniform.step({"w": torch.tensor(0.0)}, {}, total, RNG)[0]["w"] == 3.0  # (1 + 5) / 2
 
 
 def test_fedavgm_keeps_its_momentum():
-    server, params, slots = parse("server", {"name": "fedavgm", "beta": 0.5}), {"w": torch.tensor(0.0)}, {}
+    server, params = parse("server", {"name": "fedavgm", "beta": 0.5}), {"w": torch.tensor(0.0)}
+    slots, _ = server.init(params)
     for expected in (1.0, 2.5, 4.25):  # steps of 1, then 0.5 * 1 + 1, then 0.5 * 1.5 + 1
-        params, slots = server.step(params, slots, an_update(1.0, w=1.0))
+        params, slots = server.step(params, slots, an_update(1.0, w=1.0), RNG)
         assert params["w"] == expected
 
 
 def test_fedadam_takes_the_steps_of_the_paper():
     fields = {"name": "fedadam", "lr": 1.0, "beta1": 0.5, "beta2": 0.75, "tau": 0.5}
-    params, _ = parse("server", fields).step({"w": torch.tensor(0.0)}, {}, an_update(1.0, w=2.0))
+    server, params = parse("server", fields), {"w": torch.tensor(0.0)}
+    params, _ = server.step(params, server.init(params)[0], an_update(1.0, w=2.0), RNG)
     # m = 0.5 * 2; v = 0.75 * 0.5**2 + 0.25 * 2**2 = 1.1875
     assert params["w"].item() == pytest.approx(1.0 / (1.1875**0.5 + 0.5))
 
 
-def test_fedprox_pulls_with_a_real_gradient():
+def test_fedprox_pulls_by_mu_times_the_distance():
     server = parse("server", {"name": "fedprox", "mu": 0.5})
-    live, received = {"w": torch.tensor([3.0, 1.0], requires_grad=True)}, {"w": torch.tensor([1.0, 1.0])}
-    term = server.local_term(live, received)
-    assert term.item() == 1.0  # 0.5 / 2 * (2**2 + 0**2)
-    assert torch.autograd.grad(term, live["w"])[0].tolist() == [1.0, 0.0]  # 0.5 * (3 - 1)
+    live, received = {"w": torch.tensor([3.0, 1.0])}, {"w": torch.tensor([1.0, 1.0])}
+    assert server.gradient(live, received, {}, {})["w"].tolist() == [1.0, 0.0]  # 0.5 * (3 - 1)
 
 
 def test_fedprox_with_mu_0_is_fedavg_and_with_mu_trains_elsewhere(config, tmp_path):

@@ -1,7 +1,5 @@
 """Low-rank pairs in CLIP's towers, and the server rules that combine them."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -9,9 +7,11 @@ from test_finetune import CLASSES, Y, embedded, inputs, other, whole, zero_shot
 
 from fedsim import Config, InputError, run
 from fedsim.methods import Batch, trained
+from fedsim.methods.lora import Lora
 from fedsim.params import flatten
-from fedsim.registry import parse
-from fedsim.rng import seed_for
+from fedsim.registry import component, parse
+from fedsim.rng import torch_rng
+from fedsim.servers import ClientUpdate
 from fedsim.training.stack import gradients
 from fedsim.training.task import Task, initial_params
 from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
@@ -46,7 +46,7 @@ def shaken(module, seed=0):
 # The method ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{}, {"modules": "mlp"}, {"towers": "both", "modules": "all", "merged": True}])
+@pytest.mark.parametrize("fields", [{}, {"modules": "mlp"}, {"towers": "both", "modules": "all"}])
 def test_it_starts_as_zero_shot_clip_whatever_down_is(fields, tiny):
     backbone, pixels, features = tiny
     method = lora(**fields)
@@ -80,8 +80,8 @@ def test_pairs_start_with_the_variance_of_their_rank(tiny):
 def test_logits_are_those_of_a_clip_whose_matrices_have_the_product_added(fields, tiny):
     """Against the tower with the changed weights written into it by hand."""
     backbone, pixels, features = tiny
-    method = lora(merged=True, **fields)
-    module = method.build(backbone).double()
+    method = lora(**fields)
+    module = parse("server", "fedex_lora").adapt(method).build(backbone).double()
     module.load_state_dict(shaken(module))
     side = {"text": backbone.text, "image": backbone.image}[method.towers]
     parts = module.state_dict()
@@ -158,7 +158,7 @@ class Federation:
 
     def __init__(self, rule, backbone, features, clients, weights=None):
         self.server = parse("server", rule)
-        self.method = self.server.fit(lora(rank=3, alpha=6.0))
+        self.method = self.server.adapt(lora(rank=3, alpha=6.0))
         torch.manual_seed(3)
         self.module = self.method.build(backbone).double()
         self.features, self.ys = features, [torch.tensor([k % 4, (k + 1) % 4, 2, 3]) for k in range(clients)]
@@ -175,19 +175,20 @@ class Federation:
         mine = [self.of(client, "private") for client in self.clients] or [{}] * len(self.ys)
         self.clients, self.rounds = [], self.rounds + 1
         for k, y in enumerate(self.ys):
-            ours = self.params | self.server.start(shared, seed_for(0, "start", self.rounds, k)) | mine[k]
+            ours = self.params | self.server.start(shared, torch_rng(0, "start", self.rounds, k)) | mine[k]
             learned = [name for name in trained(self.module) if self.scopes[name] in ("shared", "private")]
             for _ in range(steps):
                 given = {name: tensor.unsqueeze(0) for name, tensor in ours.items()}
                 _, grads = gradients(self.method, self.module, given, Batch(self.features.unsqueeze(0), y.unsqueeze(0)))
                 ours = ours | {name: ours[name] - lr * grads[name][0] for name in learned}
             self.clients.append(ours)
-            _, message = self.server.settle({}, {}, shared, self.of(ours, "shared"), steps, lr)
+            update = ClientUpdate(shared, self.of(ours, "shared"), {}, {}, 1, steps, 0, self.method)
+            message = self.server.reply(update).message
             delta = flatten({name: ours[name] - tensor for name, tensor in shared.items()})
             note, weight = np.zeros(1, CLIENT_STATS), self.weights[k]
             partials.append(RoundSum(weight * delta, weight, note, weight * flatten(message).astype(np.float64)))
         given = self.of(self.params, "shared", "server")
-        params, self.slots = self.server.step(given, self.slots, sum_chunks(partials))
+        params, self.slots = self.server.step(given, self.slots, sum_chunks(partials), torch.Generator())
         assert params.keys() == given.keys()
         assert all(params[name].dtype == torch.float64 and params[name].shape == given[name].shape for name in given)
         self.params = self.params | params
@@ -200,7 +201,7 @@ class Federation:
         ]
         merged = [tensor for name, tensor in sorted(params.items()) if name.startswith("merged.")]
         both = [a + b for a, b in zip(parts, merged, strict=True)] if merged else parts
-        return self.method.alpha / self.method.rank * torch.cat([part.flatten() for part in both])
+        return 6.0 / 3 * torch.cat([part.flatten() for part in both])
 
     def mean_added(self):
         shares = np.array(self.weights) / sum(self.weights)
@@ -237,7 +238,8 @@ def test_stacking_draws_the_start_of_a_pair_by_the_seed_alone(tiny):
     ours = Federation("lora_stacking", tiny[0], tiny[2], clients=1)
     shared = ours.of(ours.params, "shared")
     reverse = dict(reversed(shared.items()))
-    first, again, other = (ours.server.start(some, seed) for some, seed in ((shared, 1), (reverse, 1), (shared, 2)))
+    draws = (shared, 1), (reverse, 1), (shared, 2)
+    first, again, other = (ours.server.start(params, torch_rng(seed, "start")) for params, seed in draws)
     assert first.keys() == {name for name in shared if name.startswith("down.")}
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
@@ -324,7 +326,7 @@ def test_ffa_moves_no_down_and_fedsa_moves_no_up(tiny):
 def test_bytes_are_those_of_what_each_paper_sends(tiny):
     def payload(rule):
         ours = Federation(rule, tiny[0], tiny[2], clients=1)
-        return ours.server.payload(ours.of(ours.params, "shared"), ours.of(ours.params, "server"), 5)
+        return Task(ours.method, ours.server, seed=0).payload(ours.params, cohort=5)
 
     pair = 8 * 4 * 4 * 3 * 128  # float64; 4 blocks of 4 matrices, rank 3, either half
     assert payload("fedavg") == (2 * pair, 2 * pair)
@@ -335,19 +337,26 @@ def test_bytes_are_those_of_what_each_paper_sends(tiny):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_for_pairs_want_a_method_that_has_them(rule):
-    with pytest.raises(InputError, match=f"server {rule} wants the low-rank pairs of method lora, not probe"):
-        parse("server", rule).fit(parse("method", "probe"))
+    with pytest.raises(InputError, match=f"server {rule} needs the low-rank pairs of method lora, not probe"):
+        parse("server", rule).adapt(parse("method", "probe"))
 
 
 def test_rules_change_nothing_of_a_method_but_what_they_need():
     ours = lora(rank=5, lr=0.3)
-    assert parse("server", "fedex_lora").fit(ours) == replace(ours, merged=True) != ours
-    assert parse("server", "ffa_lora").fit(ours) is ours
+    adapted = parse("server", "fedex_lora").adapt(ours)
+    assert adapted.inner is ours and adapted.lr == 0.3 and adapted.reads == ours.reads
+    assert parse("server", "ffa_lora").adapt(ours) is ours
 
 
-def test_what_a_rule_does_not_move_is_refused_before_a_round(tiny):
-    task = Task(parse("method", {"name": "lora", "merged": True}), parse("server", "fedavg"), 0)
-    with pytest.raises(InputError, match="server fedavg does not move the tensors that a server alone changes, such"):
+@component
+class OfTheServer(Lora):
+    def scope(self, name):
+        return "server" if name.startswith("down.") else "shared"
+
+
+def test_only_a_rule_gives_tensors_to_the_server_and_stacking_refuses_moments(tiny):
+    task = Task(OfTheServer(), parse("server", "fedavg"), 0)
+    with pytest.raises(InputError, match=r"down\..* the scope server, which is a server rule's to give"):
         initial_params(task, tiny[0])
     with pytest.raises(InputError, match="lora_stacking starts every pair again each round; leave"):
-        parse("server", "lora_stacking").fit(parse("method", {"name": "lora", "keep_moments": True}))
+        parse("server", "lora_stacking").adapt(parse("method", {"name": "lora", "keep_moments": True}))

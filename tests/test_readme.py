@@ -46,7 +46,7 @@ def drawings(tmp_path_factory) -> list[str]:
 
 
 def reads_more_than_features(config) -> bool:
-    reads = config.server.fit(config.method).reads
+    reads = config.server.adapt(config.method).reads
     return bool(reads.towers or reads.image != "features" or config.augment)
 
 

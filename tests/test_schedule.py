@@ -13,6 +13,7 @@ from fedsim.fleets import Fleet
 from fedsim.registry import component, find
 from fedsim.rng import numpy_rng
 from fedsim.schedule import check, schedule
+from fedsim.servers import ClientUpdate
 from fedsim.updates import CLIENT_STATS, RoundSum
 
 UNEVEN = {"name": "lognormal", "speed_sigma": 1.0, "jitter_sigma": 0.5, "dropout": 0.1, "availability": 0.8}
@@ -206,14 +207,18 @@ def test_buffers_wait_for_a_round_in_which_somebody_can_be_asked():
     assert 0 < len(empty) < 40 and all(len(turn.trained) == 2 for turn in made if turn.trained)
 
 
+def weight_of(server, rows, staleness):
+    return server.reply(ClientUpdate({}, {}, {}, {}, rows, 1, staleness, find("method", "probe")())).weight
+
+
 def test_fedbuff_divides_by_the_number_of_updates_and_not_by_their_scales():
     server = find("server", "fedbuff")(buffer=2, lr=0.5)
-    fresh, stale = server.weight(30, 0), server.weight(10, 3)
+    fresh, stale = weight_of(server, 30, 0), weight_of(server, 10, 3)
     assert (fresh, stale) == (1.0, 0.5)  # 1/sqrt(1 + 3); rows do not matter
     total = RoundSum(np.array([fresh * 2.0 + stale * 8.0]), fresh + stale, np.zeros(2, CLIENT_STATS))
-    params, slots = server.step({"w": torch.tensor([1.0])}, {}, total)
+    params, slots = server.step({"w": torch.tensor([1.0])}, {}, total, torch.Generator())
     assert params["w"].tolist() == [2.5] and slots == {}  # 1 + 0.5 * (2 + 4) / 2
-    assert find("server", "fedbuff")(staleness="constant").weight(1, 8) == 1.0
+    assert weight_of(find("server", "fedbuff")(staleness="constant"), 1, 8) == 1.0
 
 
 # Both -----------------------------------------------------------------------------------------------------------

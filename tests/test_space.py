@@ -161,7 +161,7 @@ BAD = {
         "eps of fedclip declares no range; give method.eps=LOW:HIGH, or values separated by commas; fields",
     ),
     "a field of the config without a range": (["rounds"], "rounds declares no range; give rounds=LOW:HIGH"),
-    "a field of one value": (["server=krum,median", "server.weighting"], "weighting of krum, median declares no range"),
+    "a field of a rule without a range": (["server=fedavg,krum", "server.f"], "f of krum declares no range"),
     "a seed": (["seed=0,1"], "seed cannot be searched: --tuning-seeds are a sweep's seeds, and its partition is fixed"),
     "the partition's seed": (["partition_seed=0,1"], "partition_seed cannot be searched"),
     "what changes no result": (["actors=1,2"], "actors cannot be searched: it does not change the result"),
@@ -186,8 +186,8 @@ BAD = {
         "wants 'contrastive' or 'cross_entropy', not 'hinge'",
     ),
     "a value that only one candidate has": (
-        ["server=fedavg,krum", "server.weighting=uniform,rows"],
-        "krum: server.weighting wants 'uniform', not 'rows'",
+        ["method=fedclip,tip_adapter", "method.objective=cross_entropy,means"],
+        "fedclip: method.objective wants 'contrastive' or 'cross_entropy', not 'means'",
     ),
     "the data": (["held_out=ink,photo"], "held_out cannot be searched: all trials of a sweep use the same data"),
     "who judges": (["evaluate_every=1,5"], "evaluate_every cannot be searched: it changes how trials are evaluated"),
@@ -210,7 +210,7 @@ BAD = {
     ),
     "a rule for other methods": (
         ["server=fedavg,fedex_lora"],
-        "server fedex_lora wants the low-rank pairs of method lora, not fedclip",
+        "server fedex_lora needs the low-rank pairs of method lora, not fedclip",
     ),
 }
 

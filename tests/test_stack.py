@@ -47,15 +47,16 @@ def two_rounds(features, clients, folder, reference, **task):
     """Deltas and losses of two rounds, the second with what clients kept of the first; and what they keep after it."""
     private = PrivateStore(folder / str(reference))
     server = task["server"]
-    method = server.fit(task.pop("method"))
+    method = server.adapt(task.pop("method"))
     task = Task(method, **task, seed=0, private=private, reference=reference)
-    params, slots = initial_params(task, backbone_of(features)), {}
+    params = initial_params(task, backbone_of(features))
+    slots, _ = server.init(task.of(params, "shared"))
     trainer, everyone = ClientWorker(features, clients), range(len(clients))
     partials, written = [], 0
     for round in (1, 2):
         chunk = 0, [(client, written) for client in everyone]
-        told = flatten(server.sends(slots, task.of(params, "shared")))
-        partials.append(trainer.train(task, round, {0: flatten(params)}, told, (0, 0), chunk))
+        sent = flatten(server.broadcast(slots, task.of(params, "shared")))
+        partials.append(trainer.train(task, round, {0: flatten(params)}, sent, chunk))
         written = round * task.keeps(params)
     kept = [private.read(client, written) for client in everyone]
     return partials, kept

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import InputError, listing
-from fedsim.methods import Backbone, Batch, Method, Scope
+from fedsim.methods import Backbone, Batch, Method
 from fedsim.methods._through import Objective, Side, Sides, Through, blocks, held, objective, tower_of
 from fedsim.params import Params
 from fedsim.registry import component
@@ -58,7 +58,6 @@ class Lora(Method):
     modules: Modules = Field(
         "attention", description="matrices that get a pair: of attention, of the MLPs, or all but embeddings"
     )
-    merged: bool = Field(False, description="beside each pair a whole matrix, which server rules that want it move")
 
     min_batch: ClassVar[int] = 2  # one image against its own text has nothing to contrast
 
@@ -67,17 +66,17 @@ class Lora(Method):
         return blocks(self.towers)
 
     def build(self, backbone: Backbone) -> nn.Module:
-        return _Paired(self, backbone)
+        return Paired(self, backbone)
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         return objective(self.objective, module, batch)
 
-    def scope(self, name: str) -> Scope:
-        return "server" if name.startswith("merged.") else "shared"
 
+class Paired(Through):
+    """W' = W + alpha / rank * up @ down for each chosen W, under `up.` and `down.`.
 
-class _Paired(Through):
-    """W' = W + alpha / rank * (up @ down + merged), for each chosen W, under `up.`, `down.` and `merged.`."""
+    After `add_merged` it is W + alpha / rank * (up @ down + merged), with zeros under `merged.`.
+    """
 
     def __init__(self, method: Lora, backbone: Backbone) -> None:
         super().__init__(backbone, method.towers)
@@ -90,8 +89,10 @@ class _Paired(Through):
                 place = _place(side, name)
                 self.down[place] = nn.Parameter(drawn((*parts, method.rank, into)))
                 self.up[place] = nn.Parameter(torch.zeros(*parts, out, method.rank))
-                if method.merged:
-                    self.merged.register_buffer(place, torch.zeros(*parts, out, into))
+
+    def add_merged(self) -> None:
+        for place, up in self.up.items():
+            self.merged.register_buffer(place, torch.zeros(*up.shape[:-1], self.down[place].shape[-1]))
 
     def weights(self, side: Side) -> Params:
         return {name: weight + self._added(side, name).view_as(weight) for name, weight in self.frozen[side].items()}

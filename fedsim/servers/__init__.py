@@ -6,37 +6,70 @@ A rule is pure: parameters and slots in, parameters and slots out. A checkpoint 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from torch import Tensor
+import torch
 
 from fedsim.methods import Method, Scope
 from fedsim.params import Params, payload_bytes
 from fedsim.registry import component
 from fedsim.search import Field
-from fedsim.updates import RoundSum
+from fedsim.updates import RoundSum, apply_update, mean_delta
 
 Slots = dict[str, Params]
 
 
+@dataclass(frozen=True)
+class ClientUpdate:
+    """A client's share of a round, once it has trained.
+
+    Attributes:
+        received, trained: the shared tensors, as the server had them and as the client has trained them.
+        client_state: the client's memory for the rule, before this round.
+        sent: what `Server.broadcast` returned.
+        rows: its train rows.
+        steps: its local steps; 0 where it had too few rows for one.
+        staleness: rounds done since the parameters were sent.
+        method: as the rule has it trained.
+    """
+
+    received: Params
+    trained: Params
+    client_state: Params
+    sent: Params
+    rows: int
+    steps: int
+    staleness: int
+    method: Method
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client returns besides its delta.
+
+    Attributes:
+        weight: of its delta and of its message in their sums.
+        message: tensors that are summed by weight, into `RoundSum.message`.
+        client_state: its memory for its next round; it is not sent.
+    """
+
+    weight: float = 1.0
+    message: Params = field(default_factory=dict)
+    client_state: Params = field(default_factory=dict)
+
+
 @component
 class Server(ABC):
-    """A server rule, as hyperparameters. Subclasses are components."""
-
-    # Whether clients come and go, and a round is one full buffer; such a rule says `buffer` and `concurrency`.
-    asynchronous: ClassVar[bool] = False
-
-    weighting: Literal["uniform", "rows"] = Field(
-        "uniform",
-        description="weight of a client in the mean: 1 (FedCLIP's code), or its train rows (FedAvg)",
-    )
+    """A server rule, as hyperparameters. Subclasses are components, and leave their arguments unchanged."""
 
     # Whether `step` needs every client's delta (`RoundSum.each`), and not their sum alone.
     sees_each: ClassVar[bool] = False
-    # Whether `step` moves tensors of scope `server`; to other rules a method with such is refused.
-    moves_server: ClassVar[bool] = False
+    # Updates of a round, and clients at work at any time, of asynchronous rules; None: rounds are synchronous.
+    buffer: ClassVar[int | None] = None
+    concurrency: ClassVar[int | None] = None
 
-    def fit(self, method: Method) -> Method:
+    def adapt(self, method: Method) -> Method:
         """The method as this rule has it trained.
 
         Raises:
@@ -44,92 +77,91 @@ class Server(ABC):
         """
         return method
 
-    def check(self, params: Params, cohort: int) -> None:  # noqa: B027 - most rules take what comes
-        """Looks at what is to be trained, before the first round.
+    def check(self, params: Params, cohort: int) -> None:  # noqa: B027 - most rules accept anything
+        """Checks what is to be trained, before the first round.
 
         Args:
-            params: the module's tensors in round 0 that are shared by the method's own word.
+            params: the tensors that the method shares, in round 0.
             cohort: clients of a round.
 
         Raises:
-            InputError: the tensors are not of the kind that the rule speaks of, or the clients too few.
+            InputError: the tensors do not suit the rule, or the clients are too few.
         """
 
     def scope(self, name: str, scope: Scope) -> Scope:
-        """Who has the tensor of this name, for which the method says `scope`."""
+        """Who holds the tensor of this name, whose scope in the method is `scope`."""
         return scope
 
-    def weight(self, rows: int, staleness: int = 0, steps: int = 1) -> float:
-        """A client's weight in the mean.
+    def init(self, params: Params) -> tuple[Slots, Params]:
+        """The rule's memory, and a client's, before the first round; `params` are the shared tensors of round 0."""
+        return {}, {}
+
+    def broadcast(self, slots: Slots, params: Params) -> Params:
+        """What clients are sent besides the parameters; of the same names and shapes in every round.
 
         Args:
-            rows: its train rows.
-            staleness: rounds done since it was sent its parameters.
-            steps: local steps that it took.
-        """
-        return float(rows) if self.weighting == "rows" else 1.0
-
-    def local_term(self, params: Params, received: Params) -> Tensor | float:
-        """What the rule adds to every client's loss.
-
-        Args:
-            params: what the client trains, shared and private; these carry gradients.
-            received: the shared tensors among them as they came; constants.
-        """
-        return 0.0
-
-    def sends(self, slots: Slots, params: Params) -> Params:
-        """What each client is sent of the rule's memory; of the same names and shapes in every round.
-
-        Args:
-            slots: empty before the first step.
             params: the shared tensors.
         """
         return {}
 
-    def start(self, shared: Params, seed: int) -> Params:
-        """Those shared tensors from which a client starts its round, where they are not the ones that the server has.
+    def start(self, params: Params, rng: torch.Generator) -> Params:
+        """Those shared tensors from which a client starts its round, where they are not the ones that it received.
 
         Args:
-            shared: the shared tensors as the server has them, for their names and shapes.
-            seed: another one for every client of every round; follows from the run's.
+            params: the shared tensors as received, for their names and shapes.
+            rng: keyed by seed, round and client.
         """
         return {}
 
-    def keeps(self, params: Params) -> Params:
-        """What a client keeps for the rule before it has trained; `params` are the shared tensors."""
-        return {}
+    def gradient(self, params: Params, received: Params, client_state: Params, sent: Params) -> Params:
+        """What the rule adds to a client's gradients at a local step, by name of the parameter.
 
-    def correction(self, kept: Params, sent: Params) -> Params:
-        """Constants that are added to each of a client's gradients, by name of the parameter."""
-        return {}
-
-    def settle(
-        self, kept: Params, sent: Params, received: Params, trained: Params, steps: int, lr: float
-    ) -> tuple[Params, Params]:
-        """What a client keeps for the rule once it has trained, and its message, which is summed by weight.
+        It is called under vmap where clients are trained together, so it must not depend on values.
 
         Args:
-            kept, sent: of `keeps` (or of the last `settle`) and `sends`.
-            received, trained: the shared tensors, as the server has them and as the client has trained them.
-            steps: local steps that it took; 0 where it had too few rows.
+            params: what the client trains, shared and private.
+            received: the shared tensors among them, as received.
+            client_state, sent: of `init` or the last `reply`, and of `broadcast`.
         """
-        return kept, {}
+        return {}
 
-    def payload(self, shared: Params, server: Params, cohort: int) -> tuple[int, int]:
-        """Bytes that a client is sent and sends.
+    def reply(self, update: ClientUpdate) -> Reply:
+        """What a client returns besides its delta, and what it remembers."""
+        return Reply(client_state=update.client_state)
+
+    def payload(self, shared: Params, server: Params, sent: Params, message: Params, cohort: int) -> tuple[int, int]:
+        """Bytes that a client is sent and sends: those of the tensors that travel.
 
         Args:
             shared, server: the tensors of these scopes.
+            sent, message: of `broadcast` and `reply`.
             cohort: clients of the round.
         """
-        return payload_bytes(shared) + payload_bytes(server), payload_bytes(shared)
+        down, up = (shared, server, sent), (shared, message)
+        return sum(map(payload_bytes, down)), sum(map(payload_bytes, up))
 
     @abstractmethod
-    def step(self, params: Params, slots: Slots, total: RoundSum) -> tuple[Params, Slots]:
-        """The parameters of the next round, and the rule's memory; leaves its arguments alone.
+    def step(self, params: Params, slots: Slots, total: RoundSum, rng: torch.Generator) -> tuple[Params, Slots]:
+        """The parameters of the next round, and the rule's memory.
 
         Args:
-            params: the shared tensors, to which `total.delta` belongs; and, of a rule that moves them, those of scope
-                `server`.
+            params: the shared tensors, to which `total.delta` belongs, and those whose scope is `server`.
+            rng: keyed by seed and round.
         """
+
+
+@component
+class Averaging(Server):
+    """The weighted mean of the clients' deltas."""
+
+    weighting: Literal["uniform", "rows"] = Field(
+        "uniform",
+        description="weight of a client in the mean: 1 (FedCLIP's code), or its train rows (FedAvg)",
+    )
+
+    def reply(self, update: ClientUpdate) -> Reply:
+        weight = float(update.rows) if self.weighting == "rows" else 1.0
+        return Reply(weight, client_state=update.client_state)
+
+    def step(self, params: Params, slots: Slots, total: RoundSum, rng: torch.Generator) -> tuple[Params, Slots]:
+        return apply_update(params, mean_delta(total, params)), slots

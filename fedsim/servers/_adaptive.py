@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fedsim.registry import component
 from fedsim.search import Choice, Field, Linear, Log
-from fedsim.servers import Server
+from fedsim.servers import Averaging
 from fedsim.updates import apply_update, mean_delta
 
 
 @component
-class Adaptive(Server):
+class Adaptive(Averaging):
     """Steps of a size per parameter; `tau` bounds them where deltas are small."""
 
     # The authors tune lr and tau per task; their best for FedAdam and FedYogi are from 10**-2.5 to 1 and from 1e-5 to
@@ -48,11 +48,14 @@ class Adaptive(Server):
     def second(self, past: Tensor, delta: Tensor) -> Tensor:
         """The second moment after a delta."""
 
-    def step(self, params, slots, total):
+    def init(self, params):
+        first = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in params.items()}
+        second = {name: torch.full_like(value, self.tau**2) for name, value in first.items()}
+        return {"first": first, "second": second}, {}
+
+    def step(self, params, slots, total, rng):
         delta = mean_delta(total, params)
-        first = slots.get("first", {name: torch.zeros_like(value) for name, value in delta.items()})
-        second = slots.get("second", {name: torch.full_like(v, self.tau**2) for name, v in delta.items()})
-        first = {name: self.beta1 * first[name] + (1 - self.beta1) * delta[name] for name in params}
-        second = {name: self.second(second[name], delta[name]) for name in params}
+        first = {name: self.beta1 * slots["first"][name] + (1 - self.beta1) * delta[name] for name in params}
+        second = {name: self.second(slots["second"][name], delta[name]) for name in params}
         step = {name: self.lr * first[name] / (second[name].sqrt() + self.tau) for name in params}
         return apply_update(params, step), {"first": first, "second": second}

@@ -11,14 +11,13 @@ from fedsim.methods import Backbone, Batch, Method, masked
 from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search import Field, Log
-from fedsim.servers import Server
-from fedsim.updates import apply_update, mean_delta
+from fedsim.servers import Averaging
 
 HALVES = "shared", "own"
 
 
 @component
-class Ditto(Server):
+class Ditto(Averaging):
     """FedAvg of the shared models; clients are judged, on held-out domains too, by their own.
 
     As in the code (flearn/trainers_MTL/ditto.py), a client's two models step on the same batches, and the mean is
@@ -32,15 +31,12 @@ class Ditto(Server):
         1.0, ge=0, search=Log(0.01, 10.0), description="strength of the pull; the paper tunes it; 0 is training alone"
     )
 
-    def fit(self, method):
+    def adapt(self, method):
         return _Twins(inner=method, **{name: getattr(method, name) for name in Method.__pydantic_fields__})
 
-    def local_term(self, params, received):
-        pairs = [(params[f"own.{n.removeprefix('shared.')}"], received[n]) for n in received if n.startswith("shared.")]
-        return self.lam / 2 * sum((own - came).square().sum() for own, came in pairs)
-
-    def step(self, params, slots, total):
-        return apply_update(params, mean_delta(total, params)), slots
+    def gradient(self, params, received, client_state, sent):
+        pairs = {f"own.{name.removeprefix('shared.')}": tensor for name, tensor in received.items()}
+        return {name: self.lam * (params[name] - tensor) for name, tensor in pairs.items()}
 
 
 @component

@@ -4,13 +4,9 @@ Source: McMahan et al. 2017, arXiv 1602.05629, of which no code was found: not c
 """
 
 from fedsim.registry import component
-from fedsim.servers import Server
-from fedsim.updates import apply_update, mean_delta
+from fedsim.servers import Averaging
 
 
 @component
-class FedAvg(Server):
+class FedAvg(Averaging):
     """Uniform by default, as in FedCLIP's code; `weighting: rows` is the rule of the FedAvg paper."""
-
-    def step(self, params, slots, total):
-        return apply_update(params, mean_delta(total, params)), slots

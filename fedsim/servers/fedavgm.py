@@ -9,12 +9,12 @@ import torch
 
 from fedsim.registry import component
 from fedsim.search import Choice, Field, Log
-from fedsim.servers import Server
+from fedsim.servers import Averaging
 from fedsim.updates import apply_update, mean_delta
 
 
 @component
-class FedAvgM(Server):
+class FedAvgM(Averaging):
     """The momentum keeps past means; with beta 0 and lr 1 it is FedAvg. Uniform by default, as FedAvg here."""
 
     lr: float = Field(1.0, gt=0, search=Log(0.01, 10.0), description="step size of the server")
@@ -26,8 +26,10 @@ class FedAvgM(Server):
         description="share of the past momentum that is kept",
     )
 
-    def step(self, params, slots, total):
+    def init(self, params):
+        return {"momentum": {name: torch.zeros_like(value, dtype=torch.float64) for name, value in params.items()}}, {}
+
+    def step(self, params, slots, total, rng):
         delta = mean_delta(total, params)
-        past = slots.get("momentum", {name: torch.zeros_like(value) for name, value in delta.items()})
-        momentum = {name: self.beta * past[name] + delta[name] for name in params}
+        momentum = {name: self.beta * slots["momentum"][name] + delta[name] for name in params}
         return apply_update(params, {name: self.lr * momentum[name] for name in params}), {"momentum": momentum}

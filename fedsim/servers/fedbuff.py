@@ -16,7 +16,7 @@ from typing import Literal
 from fedsim.params import unflatten
 from fedsim.registry import component
 from fedsim.search import Field, Log
-from fedsim.servers import Server
+from fedsim.servers import Reply, Server
 from fedsim.updates import apply_update
 
 
@@ -24,9 +24,6 @@ from fedsim.updates import apply_update
 class FedBuff(Server):
     """A round is one full buffer. Wants a fleet with times; a client has one update in a buffer at most."""
 
-    asynchronous = True
-
-    weighting: Literal["uniform"] = Field("uniform", description="weight of an update before it is scaled: 1")
     buffer: int = Field(10, ge=1, description="updates of a step; the paper's K, which it sets to 10")
     concurrency: int = Field(100, ge=1, description="clients at work at any time, if there are as many")
     lr: float = Field(
@@ -36,8 +33,8 @@ class FedBuff(Server):
         "sqrt", description="scale of an update that is t rounds old: 1/sqrt(1 + t), as in the paper, or 1"
     )
 
-    def weight(self, rows, staleness=0, steps=1):
-        return (1 + staleness) ** -0.5 if self.staleness == "sqrt" else 1.0
+    def reply(self, update):
+        return Reply((1 + update.staleness) ** -0.5 if self.staleness == "sqrt" else 1.0)
 
-    def step(self, params, slots, total):
+    def step(self, params, slots, total, rng):
         return apply_update(params, unflatten(self.lr / len(total.clients) * total.delta, params)), slots

@@ -3,13 +3,11 @@
 Source: Acar et al. 2021, arXiv 2111.04263; alpha as in the authors' code, alpemreacar/FedDyn, commit 48a19fa.
 """
 
-from typing import Literal
-
 import torch
 
 from fedsim.registry import component
 from fedsim.search import Field, Log
-from fedsim.servers import Server
+from fedsim.servers import Reply, Server
 from fedsim.updates import apply_update, mean_delta
 
 OF = "gradient."  # before a parameter's name, in what a client keeps
@@ -25,7 +23,6 @@ class FedDyn(Server):
     The code judges plain means of the clients' models; here the model that clients are sent is judged.
     """
 
-    weighting: Literal["uniform"] = Field("uniform", description="weight of a client in the mean: 1, as in the paper")
     alpha: float = Field(
         0.01,
         gt=0,
@@ -33,24 +30,22 @@ class FedDyn(Server):
         description="strength of the pull to what was received; the paper tunes it, from 0.001 to 0.1",
     )
 
-    def local_term(self, params, received):
-        return self.alpha / 2 * sum((params[name] - received[name]).square().sum() for name in received)
+    def init(self, params):
+        drift = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in params.items()}
+        return {"drift": drift}, {OF + name: torch.zeros_like(value) for name, value in params.items()}
 
-    def keeps(self, params):
-        return {OF + name: torch.zeros_like(value) for name, value in params.items()}
+    def gradient(self, params, received, client_state, sent):
+        return {n: self.alpha * (params[n] - received[n]) - client_state[OF + n] for n in received}
 
-    def correction(self, kept, sent):
-        return {name.removeprefix(OF): -value for name, value in kept.items()}
+    def reply(self, update):
+        deltas = {OF + name: update.trained[name] - tensor for name, tensor in update.received.items()}
+        state = {name: value - self.alpha * deltas[name] for name, value in update.client_state.items()}
+        return Reply(client_state=state)
 
-    def settle(self, kept, sent, received, trained, steps, lr):
-        went = {OF + name: trained[name] - received[name] for name in received}
-        return {name: kept[name] - self.alpha * went[name] for name in kept}, {}
-
-    def step(self, params, slots, total):
+    def step(self, params, slots, total, rng):
         delta = mean_delta(total, params)
-        past = slots.get("drift", {name: torch.zeros_like(value) for name, value in delta.items()})
         # Over all clients, and not the cohort: this stays the mean of what all of them keep.
         share = self.alpha * total.weight / total.population
-        drift = {name: past[name] - share * delta[name] for name in params}
+        drift = {name: slots["drift"][name] - share * delta[name] for name in params}
         step = {name: delta[name] - drift[name] / self.alpha for name in params}
         return apply_update(params, step), {"drift": drift}

@@ -8,31 +8,35 @@ from dataclasses import replace
 
 from fedsim.params import unflatten
 from fedsim.registry import component
-from fedsim.servers import Server
-from fedsim.servers._lora import products, wants_lora
+from fedsim.servers import Averaging
+from fedsim.servers._lora import Merged, products, require_lora
 from fedsim.updates import apply_update, mean_delta
 
 
 @component
-class FedExLora(Server):
+class FedExLora(Averaging):
     """The weights of the next round are the mean of the clients' weights, exactly; the pairs go on from their means.
 
     A client sends its pairs. It is sent the mean pairs and the whole matrices of what they lack, summed over rounds,
     since one that was away would otherwise miss some. Products are made where clients train only to sum them there.
     """
 
-    moves_server = True
+    def adapt(self, method):
+        require_lora(self, method)
+        return Merged.of(method)
 
-    def fit(self, method):
-        wants_lora(self, method)
-        return replace(method, merged=True)
+    def scope(self, name, scope):
+        return "server" if name.startswith("merged.") else scope
 
-    def settle(self, kept, sent, received, trained, steps, lr):
-        return kept, products(trained)
+    def reply(self, update):
+        return replace(super().reply(update), message=products(update.trained))
 
-    def step(self, params, slots, total):
+    def payload(self, shared, server, sent, message, cohort):
+        return super().payload(shared, server, sent, {}, cohort)  # the server can make the products of the pairs
+
+    def step(self, params, slots, total, rng):
         merged = {name: tensor for name, tensor in params.items() if name.startswith("merged.")}
         shared = {name: tensor for name, tensor in params.items() if name not in merged}
         mean = apply_update(shared, mean_delta(total, shared))
-        of_products, of_means = unflatten(total.message / total.weight, merged), products(mean)
-        return mean | apply_update(merged, {name: of_products[name] - of_means[name] for name in merged}), slots
+        of_clients, of_mean = unflatten(total.message / total.weight, merged), products(mean)
+        return mean | apply_update(merged, {name: of_clients[name] - of_mean[name] for name in merged}), slots

@@ -6,12 +6,11 @@ Source: Arivazhagan et al. 2019, arXiv 1912.00818, of which no authors' code was
 from fedsim.errors import InputError, listing
 from fedsim.registry import component
 from fedsim.search import Field
-from fedsim.servers import Server
-from fedsim.updates import apply_update, mean_delta
+from fedsim.servers import Averaging
 
 
 @component
-class FedPer(Server):
+class FedPer(Averaging):
     """Uniform by default, as FedAvg here; `weighting: rows` is the paper's."""
 
     prefix: str = Field("head", min_length=1, description="a tensor whose name begins so stays with its client")
@@ -27,6 +26,3 @@ class FedPer(Server):
 
     def scope(self, name, scope):
         return "private" if scope == "shared" and name.startswith(self.prefix) else scope
-
-    def step(self, params, slots, total):
-        return apply_update(params, mean_delta(total, params)), slots

@@ -6,12 +6,11 @@ litian96/FedProx, commit d2a4501, with 0.5 among them, and says that no value su
 
 from fedsim.registry import component
 from fedsim.search import Field, Log
-from fedsim.servers import Server
-from fedsim.updates import apply_update, mean_delta
+from fedsim.servers import Averaging
 
 
 @component
-class FedProx(Server):
+class FedProx(Averaging):
     """Adds mu/2 times the squared distance to the received parameters to every client's loss.
 
     Differs: uniform is the default, as of all rules; the code weights clients by their rows. mu 0.01 is ours.
@@ -19,10 +18,5 @@ class FedProx(Server):
 
     mu: float = Field(0.01, ge=0, search=Log(1e-3, 1.0), description="strength of the pull; 0 is FedAvg")
 
-    def local_term(self, params, received):
-        # From the live parameters, never from a state_dict: its tensors are detached, and the term, though it
-        # shows in the printed loss, would have no gradient (a fault of several published codes).
-        return self.mu / 2 * sum((params[name] - received[name]).square().sum() for name in received)
-
-    def step(self, params, slots, total):
-        return apply_update(params, mean_delta(total, params)), slots
+    def gradient(self, params, received, client_state, sent):
+        return {name: self.mu * (params[name] - received[name]) for name in received}

@@ -5,25 +5,21 @@ fc276b5, federatedscope/llm/yamls/fedsa-lora.yaml.
 """
 
 from fedsim.registry import component
-from fedsim.servers import Server
-from fedsim.servers._lora import wants_lora
-from fedsim.updates import apply_update, mean_delta
+from fedsim.servers import Averaging
+from fedsim.servers._lora import require_lora
 
 
 @component
-class FedSALora(Server):
+class FedSALora(Averaging):
     """FedAvg of `down`. No hyperparameters of its own.
 
     Differs: uniform is the default, as of all rules; the code weights clients by their rows. A pair's rank, scale and
     training are those of method `lora`; the code trains language models, with rank 8, alpha 16 and dropout 0.05.
     """
 
-    def fit(self, method):
-        wants_lora(self, method)
+    def adapt(self, method):
+        require_lora(self, method)
         return method
 
     def scope(self, name, scope):
         return "private" if name.startswith("up.") else scope
-
-    def step(self, params, slots, total):
-        return apply_update(params, mean_delta(total, params)), slots

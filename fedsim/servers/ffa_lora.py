@@ -7,21 +7,17 @@ Pengxin-Guo/FedSA-LoRA, commit fc276b5 (`freeze_A`), and RaghavSinghal10/fedex-l
 """
 
 from fedsim.registry import component
-from fedsim.servers import Server
-from fedsim.servers._lora import wants_lora
-from fedsim.updates import apply_update, mean_delta
+from fedsim.servers import Averaging
+from fedsim.servers._lora import require_lora
 
 
 @component
-class FfaLora(Server):
+class FfaLora(Averaging):
     """FedAvg of `up`. No hyperparameters of its own."""
 
-    def fit(self, method):
-        wants_lora(self, method)
+    def adapt(self, method):
+        require_lora(self, method)
         return method
 
     def scope(self, name, scope):
         return "frozen" if name.startswith("down.") else scope
-
-    def step(self, params, slots, total):
-        return apply_update(params, mean_delta(total, params)), slots

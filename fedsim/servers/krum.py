@@ -4,8 +4,6 @@ Source: Blanchard et al. 2017, arXiv 1703.02757 (Krum and multi-Krum). Scores ar
 group, LPD-EPFL/AggregaThor, commit e885f92, aggregators/krum.py, which always takes multi-Krum with m = n - f - 2.
 """
 
-from typing import Literal
-
 import numpy as np
 
 from fedsim.errors import InputError
@@ -25,7 +23,6 @@ class Krum(Server):
 
     sees_each = True
 
-    weighting: Literal["uniform"] = Field("uniform", description="weight of a chosen client: 1, as in the paper")
     f: int = Field(1, ge=0, description="clients of a cohort that may send anything; it wants 2f + 3 clients or more")
     # As many as the least cohort that krum takes, of 5 with f 1, can give.
     m: int = Field(
@@ -41,7 +38,7 @@ class Krum(Server):
                 f"not of {self.m}; set --server.m"
             )
 
-    def step(self, params, slots, total):
+    def step(self, params, slots, total, rng):
         clients = len(stepped(total))
         if clients < max(2 * self.f + 3, self.m + self.f):  # too few have answered for any to be trusted
             return params, slots

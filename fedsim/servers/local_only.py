@@ -14,5 +14,5 @@ class LocalOnly(Server):
     def scope(self, name, scope):
         return "private" if scope == "shared" else scope
 
-    def step(self, params, slots, total):
+    def step(self, params, slots, total, rng):
         return params, slots

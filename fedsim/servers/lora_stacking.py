@@ -7,19 +7,17 @@ of Nguyen et al. 2024, for which see method `lora`.
 
 from dataclasses import replace
 
-import torch
-
 from fedsim.errors import InputError
 from fedsim.methods.lora import drawn
 from fedsim.params import payload_bytes, unflatten
 from fedsim.registry import component
-from fedsim.servers import Server
-from fedsim.servers._lora import products, wants_lora
+from fedsim.servers import Averaging
+from fedsim.servers._lora import Merged, products, require_lora
 from fedsim.updates import apply_update
 
 
 @component
-class LoraStacking(Server):
+class LoraStacking(Averaging):
     """A product of stacked pairs is the mean of the clients' products, which is how it is held here: summed.
 
     `down` follows from the run's seed, the round and the client. If all clients started from the same one, their stack
@@ -32,27 +30,27 @@ class LoraStacking(Server):
     A pair starts as those of method `lora` do, where the code has PEFT's uniform start. All clients have the same rank.
     """
 
-    moves_server = True
-
-    def fit(self, method):
-        wants_lora(self, method)
+    def adapt(self, method):
+        require_lora(self, method)
         if method.keep_moments:
             raise InputError("lora_stacking starts every pair again each round; leave --method.keep_moments out")
-        return replace(method, merged=True)
+        return Merged.of(method)
 
-    def start(self, shared, seed):
-        draw = torch.Generator().manual_seed(seed)
+    def start(self, params, rng):
         # In the order of their names, and not of the dict, so that a draw follows from the seed alone.
-        downs = sorted(name for name in shared if name.startswith("down."))
-        return {name: drawn(shared[name].shape, draw).to(shared[name]) for name in downs}
+        downs = sorted(name for name in params if name.startswith("down."))
+        return {name: drawn(params[name].shape, rng).to(params[name]) for name in downs}
 
-    def settle(self, kept, sent, received, trained, steps, lr):
-        return kept, products(trained)
+    def scope(self, name, scope):
+        return "server" if name.startswith("merged.") else scope
 
-    def payload(self, shared, server, cohort):
+    def reply(self, update):
+        return replace(super().reply(update), message=products(update.trained))
+
+    def payload(self, shared, server, sent, message, cohort):
         return cohort * payload_bytes(shared), payload_bytes(shared)
 
-    def step(self, params, slots, total):
+    def step(self, params, slots, total, rng):
         # The pairs stay as in round 0, with `up` zero: what clients have trained is in the products.
         merged = {name: tensor for name, tensor in params.items() if name.startswith("merged.")}
         return params | apply_update(merged, unflatten(total.message / total.weight, merged)), slots

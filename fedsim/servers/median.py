@@ -3,13 +3,10 @@
 Source: Yin et al. 2018, arXiv 1803.01498, of which no authors' code was found: not checked against code.
 """
 
-from typing import Literal
-
 import numpy as np
 
 from fedsim.params import unflatten
 from fedsim.registry import component
-from fedsim.search import Field
 from fedsim.servers import Server
 from fedsim.updates import apply_update, blocks, stepped
 
@@ -20,9 +17,7 @@ class Median(Server):
 
     sees_each = True
 
-    weighting: Literal["uniform"] = Field("uniform", description="weight of a client in the median: 1, as in the paper")
-
-    def step(self, params, slots, total):
+    def step(self, params, slots, total, rng):
         if not len(stepped(total)):
             return params, slots
         middle = np.empty(total.each.shape[1])

@@ -3,8 +3,6 @@
 Source: Yin et al. 2018, arXiv 1803.01498, of which no authors' code was found: not checked against code.
 """
 
-from typing import Literal
-
 import numpy as np
 
 from fedsim.errors import InputError
@@ -22,7 +20,6 @@ class TrimmedMean(Server):
 
     sees_each = True
 
-    weighting: Literal["uniform"] = Field("uniform", description="weight of a client in the mean: 1, as in the paper")
     share: float = Field(
         0.1,
         ge=0,
@@ -42,7 +39,7 @@ class TrimmedMean(Server):
                 f"set --server.share to {1 / cohort:.3g} or more, or to 0"
             )
 
-    def step(self, params, slots, total):
+    def step(self, params, slots, total, rng):
         clients, width = len(stepped(total)), total.each.shape[1]
         if not clients:
             return params, slots

@@ -296,7 +296,7 @@ class _Base:
             for method in self.candidates["method"]:
                 for name, server, trained in self.extreme_pairs(space, rule, method):
                     try:
-                        server.fit(trained)
+                        server.adapt(trained)
                     except InputError as error:
                         hint = f"--search: name the others, and leave {name} out: " if name else ""
                         raise InputError(f"{hint}{error}") from None

@@ -3,7 +3,7 @@
 The fast path of every method. What it computes for a client is what `train_client` computes, to rounding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,12 +13,12 @@ from torch.func import functional_call, grad_and_value, vmap
 from fedsim.errors import InputError
 from fedsim.methods import Batch, Method, trained
 from fedsim.params import Params
+from fedsim.servers import Server
 from fedsim.training.optimizer import Optimizer
 
 # What a stack's parameters, gradients and moments may take. On a CPU, what stays in cache: more clients at once
 # are slower there (benchmarks/README.md). A function of the device alone, since the sums are rounded by it.
 BUDGET_BYTES = {"cpu": 36 << 20, "cuda": 5 << 30}
-Term = Callable[[Params, Params], Tensor]
 
 
 def stack_size(params: Params, method: Method, device: str) -> int:
@@ -39,9 +39,10 @@ def train_stack(
     y: Tensor,
     sizes: Sequence[int],
     method: Method,
-    term: Term | None,
+    server: Server,
     rngs: Sequence[torch.Generator],
-    correction: Params | None = None,
+    states: Sequence[Params],
+    sent: Params,
     classes: Tensor | None = None,
 ) -> Tensor:
     """Trains M clients in place, each on its own rows.
@@ -54,10 +55,11 @@ def train_stack(
         x, y: (N, ...) inputs, or what gives them when it is indexed, and (N,) classes of all clients' train rows,
             client by client.
         sizes: rows of each client, descending.
-        term: what the server rule adds to the loss, if anything.
+        server: the rule, for what it adds to the gradients.
         rngs: draw the order of each client's rows, epoch by epoch.
-        correction: what the server rule adds to the gradients of some parameters, (M, *shape).
-        classes: (M, C) bool, the classes that compete in each client's loss; none given: all.
+        states: each client's memory for the server rule.
+        sent: what the rule sends besides the parameters.
+        classes: (M, C) bool, the classes that compete in each client's loss; None: all.
 
     Returns:
         (M,) mean loss over each client's local steps, in nats; nan where it took none.
@@ -66,6 +68,9 @@ def train_stack(
     learned = trained(module)
     received = {name: tensor for name, tensor in shared.items() if name in learned}
     dtype = next((tensor.dtype for tensor in params.values()), torch.float32)
+    # Asked of one client: a rule that adds nothing costs nothing at the steps.
+    adds = server.gradient({name: params[name][0] for name in learned}, received, states[0], sent)
+    memory = {name: torch.stack([state[name] for state in states]) for name in states[0]} if adds else {}
     losses = torch.zeros(len(sizes), dtype=dtype, device=y.device)
     steps = torch.zeros(len(sizes), dtype=torch.int64)
     for epoch in range(method.local_epochs if learned else 0):
@@ -77,12 +82,10 @@ def train_stack(
             # Until the first step all clients have the same parameters, and one large product serves them all.
             at = mine | (received if epoch == 0 and taken == 0 else {})
             loss, grads = gradients(method, module, at, batch)
-            if term:
-                extra, pull = _of_term(term, {name: mine[name] for name in learned}, received)
-                loss, grads = loss + extra, {name: grads[name] + pull[name] for name in learned}
-            for name in learned if correction else ():
-                if name in correction:
-                    grads[name] = grads[name] + correction[name][first:last]
+            if adds:
+                state = {name: tensor[first:last] for name, tensor in memory.items()}
+                extra = _added(server, {name: mine[name] for name in learned}, received, state, sent)
+                grads = {name: grads[name] + extra[name] if name in extra else grads[name] for name in learned}
             optimizer.step({name: grads[name] for name in learned}, first, last)
             losses[first:last] += loss
             steps[first:last] += 1
@@ -166,10 +169,9 @@ class _Objective(nn.Module):
         return self.method.loss(self.module, batch)
 
 
-def _of_term(term: Term, params: Params, received: Params) -> tuple[Tensor, Params]:
-    with _refused(term):
-        grads, values = vmap(grad_and_value(term), in_dims=(0, None))(params, received)
-    return values, grads
+def _added(server: Server, params: Params, received: Params, states: Params, sent: Params) -> Params:
+    with _refused(server):
+        return vmap(server.gradient, in_dims=(0, None, 0, None))(params, received, states, sent)
 
 
 @contextmanager

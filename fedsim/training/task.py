@@ -12,7 +12,7 @@ from fedsim.methods import Backbone, Method, Scope, masked
 from fedsim.params import Params
 from fedsim.registry import name_of
 from fedsim.rng import seed_for
-from fedsim.servers import Server
+from fedsim.servers import ClientUpdate, Server
 from fedsim.sites import Reads
 from fedsim.training.client_store import PrivateStore
 
@@ -24,7 +24,7 @@ class Task:
     """What is the same for all clients of a run. With a client, a round and parameters it says everything.
 
     Attributes:
-        method: as the server rule has it trained (`Server.fit`).
+        method: as the server rule has it trained (`Server.adapt`).
         private: where clients keep what does not travel.
         reference: train client by client, on the readable path.
     """
@@ -46,8 +46,16 @@ class Task:
 
     def keeps(self, params: Params) -> bool:
         """Whether clients keep anything from round to round."""
-        rule = self.server.keeps(self.of(params, "shared"))
-        return self.method.keep_moments or bool(rule) or bool(self.of(params, "private"))
+        client_state = self.server.init(self.of(params, "shared"))[1]
+        return self.method.keep_moments or bool(client_state) or bool(self.of(params, "private"))
+
+    def payload(self, params: Params, cohort: int) -> tuple[int, int]:
+        """Bytes that a client is sent and sends in a round of so many clients."""
+        shared = self.of(params, "shared")
+        slots, client_state = self.server.init(shared)
+        sent = self.server.broadcast(slots, shared)
+        message = self.server.reply(ClientUpdate(shared, shared, client_state, sent, 1, 1, 0, self.method)).message
+        return self.server.payload(shared, self.of(params, "server"), sent, message, cohort)
 
     def build(self, backbone: Backbone) -> nn.Module:
         """The module of round 0, the same in every process: PyTorch's default initialisation under the run's seed.
@@ -69,10 +77,10 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
     if whole := [name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()]:
         raise InputError(f"{name_of(task.method)} has tensors that are no numbers to average: {listing(whole)}")
     params = {name: tensor.detach().clone().to(dtype) for name, tensor in module.state_dict().items()}
-    if (of_server := task.of(params, "server")) and not task.server.moves_server:
+    if names := [name for name in params if task.method.scope(name) == "server"]:
         raise InputError(
-            f"server {name_of(task.server)} does not move the tensors that a server alone changes, such as "
-            f"{next(iter(of_server))}; of method lora leave --method.merged out"
+            f"{name_of(task.method)} gives {listing(names)} the scope server, which is a server rule's to give: only a "
+            "rule knows how to change what no client trains; say frozen"
         )
     task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
     return params

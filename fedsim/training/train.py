@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from fedsim.methods import Batch, Method
 from fedsim.params import Params
+from fedsim.servers import Server
 from fedsim.training.inputs import Inputs
 from fedsim.training.optimizer import Optimizer
-from fedsim.training.stack import Term
 
 
 def train_client(
@@ -18,10 +18,11 @@ def train_client(
     x: Tensor | Inputs,
     y: Tensor,
     method: Method,
-    term: Term,
+    server: Server,
     rng: torch.Generator,
     shared: Sequence[str] | None = None,
-    correction: Params | None = None,
+    client_state: Params | None = None,
+    sent: Params | None = None,
     classes: Tensor | None = None,
 ) -> float:
     """Trains the module in place on one client's rows: the readable path, which `stack.train_stack` must equal.
@@ -30,10 +31,10 @@ def train_client(
         optimizer: over the module's trained parameters.
         x: (n, ...) what is read of the client's train rows.
         y: (n,) their classes.
-        term: what the server rule adds to the loss, of the live parameters and of those that were received.
+        server: the rule, for what it adds to the gradients.
         rng: draws the order of the rows, epoch by epoch.
-        shared: names of the tensors that were received; none given: all.
-        correction: what the server rule adds to the gradients of some parameters.
+        shared: names of the tensors that were received; None: all.
+        client_state, sent: the client's memory for the rule, and what the rule sends besides the parameters.
         classes: (C,) bool, the classes that compete in the loss; None: all.
 
     Returns:
@@ -47,10 +48,11 @@ def train_client(
         for rows in order.split(method.batch):
             if len(rows) < method.min_batch:
                 continue
-            loss = method.loss(module, Batch(x[rows], y[rows], classes)) + term(params, received)
+            loss = method.loss(module, Batch(x[rows], y[rows], classes))
             grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
-            added = correction or {}
-            grads = {n: g + added[n] if n in added else g for n, g in zip(params, grads, strict=True)}
+            with torch.no_grad():
+                extra = server.gradient(params, received, client_state or {}, sent or {})
+                grads = {n: g + extra[n] if n in extra else g for n, g in zip(params, grads, strict=True)}
             optimizer.step({name: grad.unsqueeze(0) for name, grad in grads.items()})
             losses.append(loss.detach())
     return torch.stack(losses).mean().item() if losses else float("nan")

@@ -16,7 +16,7 @@ from fedsim.errors import InputError
 from fedsim.methods import trained
 from fedsim.params import Params, unflatten
 from fedsim.rng import numpy_rng, seed_for, torch_rng
-from fedsim.servers import Server
+from fedsim.servers import ClientUpdate
 from fedsim.training.accumulator import Accumulator
 from fedsim.training.inputs import Inputs
 from fedsim.training.judge import Space, judge
@@ -69,46 +69,47 @@ class ClientWorker:
         self.module = lru_cache(maxsize=4)(self._module)
         self.room = lru_cache(maxsize=4)(self._room)
         self.resident = lru_cache(maxsize=1)(self._resident)
+        self.rule = lru_cache(maxsize=4)(self._rule)
 
     def train(
         self,
         task: Task,
         round: int,
         sent: dict[int, np.ndarray],
-        told: np.ndarray,
-        payload: tuple[int, int],
+        broadcast: np.ndarray,
         chunk: tuple[int, Written],
     ) -> ChunkSum:
         """One round of a chunk of clients.
 
         Args:
             sent: (P,) all parameters, private ones as in round 0, as the server had them, by rounds done.
-            told: what the server rule sends beside them.
-            payload: bytes that a client is sent and sends.
+            broadcast: what the server rule sends besides them.
             chunk: which of the parameters the clients got, and who they are.
         """
         version, clients = chunk
         like = self.module(task)[1]
         received = _to(self.device, unflatten(sent[version], like))
         shared = task.of(received, "shared")
-        told = _to(self.device, unflatten(told, task.server.sends({}, task.of(like, "shared"))), task.dtype)
+        initial, names = self.rule(task)
+        told = _to(self.device, unflatten(broadcast, names), task.dtype)
         rows_of = {client: self.clients[client].train for client, _ in clients}
         sums = Accumulator(shared, self.device, task.server.sees_each)
-        keeps = task.keeps(like)
+        keeps = task.method.keep_moments or bool(initial) or bool(task.of(like, "private"))
         notes = []
         for fits in self._fits(task, round, received, told, clients, rows_of):
             weights, messages = [], []
             for place, client in enumerate(fits.clients):
                 rows = len(rows_of[client])
                 steps = task.method.steps(rows) * bool(fits.params)
-                weight = task.server.weight(rows, round - 1 - version, steps)
-                ours = {name: fits.params[name][place] for name in shared}
-                rule, message = task.server.settle(fits.rule[place], told, shared, ours, steps, task.method.lr)
+                after = {name: fits.params[name][place] for name in shared}
+                state, staleness = fits.rule[place], round - 1 - version
+                update = ClientUpdate(shared, after, state, told, rows, steps, staleness, task.method)
+                reply = task.server.reply(update)
                 if keeps:
-                    self._keep(task, round, client, fits, place, rule)
-                weights.append(weight)
-                messages.append(message)
-                notes.append((client, rows, steps, fits.losses[place], payload[1], payload[0]))
+                    self._keep(task, round, client, fits, place, reply.client_state)
+                weights.append(reply.weight)
+                messages.append(reply.message)
+                notes.append((client, rows, steps, fits.losses[place], reply.weight))
             sums.add(fits.clients, {name: fits.params[name] for name in shared}, messages, weights)
         return sums.sum(np.sort(np.array(notes, CLIENT_STATS), order="client"))
 
@@ -178,14 +179,15 @@ class ClientWorker:
         alike = dict(shared)  # what all clients start from
         for place, (client, written) in enumerate(clients):
             own, moments, kept = self._kept(task, client, written)
-            for name, tensor in task.server.start(shared, seed_for(task.seed, "start", round, client)).items():
+            rng = torch_rng(task.seed, "start", round, client)
+            for name, tensor in task.server.start(shared, rng).items():
                 params[name][place] = tensor
                 alike.pop(name, None)
             for name, tensor in own.items():
                 params[name][place] = tensor
             if moments:
                 optimizer.load(place, moments)
-            rule.append(kept or task.server.keeps(shared))
+            rule.append(kept or self.rule(task)[0])
         ids = [client for client, _ in clients]
         rows = np.concatenate([rows_of[client] for client in ids])
         x = self._inputs(task, rows, self._views(task, round, ids, rows_of))
@@ -193,25 +195,17 @@ class ClientWorker:
             x = x.whole()
         y = torch.from_numpy(self.features.y[rows]).to(self.device)
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
-        corrections = [task.server.correction(kept, told) for kept in rule]
-        correction = {name: torch.stack([one[name] for one in corrections]) for name in corrections[0]}
         classes = self._classes(task, ids)
         if task.reference:
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))  # of a module with dropout, say
-                correction = {name: tensor[0] for name, tensor in correction.items()}
-                how = {
-                    "shared": list(alike),
-                    "correction": correction,
-                    "classes": None if classes is None else classes[0],
-                }
-                losses = [train_client(module, optimizer, x, y, task.method, task.server.local_term, rngs[0], **how)]
+                own = None if classes is None else classes[0]
+                how = {"shared": list(alike), "client_state": rule[0], "sent": told, "classes": own}
+                losses = [train_client(module, optimizer, x, y, task.method, task.server, rngs[0], **how)]
         else:
             sizes = [len(rows_of[client]) for client in ids]
-            # A rule that adds nothing costs no second pass of autograd.
-            term = None if type(task.server).local_term is Server.local_term else task.server.local_term
-            how = {"correction": correction, "classes": classes}
-            losses = train_stack(module, params, optimizer, alike, x, y, sizes, task.method, term, rngs, **how).tolist()
+            how = task.method, task.server, rngs, rule, told, classes
+            losses = train_stack(module, params, optimizer, alike, x, y, sizes, *how).tolist()
         kept = range(len(ids)) if task.method.keep_moments else ()
         return Fits(ids, params, losses, [optimizer.moments(place) for place in kept], rule)
 
@@ -270,6 +264,12 @@ class ClientWorker:
         if self.device == "cpu" or self.features.block or x.nbytes > RESIDENT_BYTES:
             return None
         return torch.tensor(x, device=self.device)
+
+    def _rule(self, task: Task) -> tuple[Params, Params]:
+        """A client's memory for the server rule before its first round; names and shapes of what the rule sends."""
+        shared = task.of(self.module(task)[1], "shared")
+        slots, client_state = task.server.init(shared)
+        return _to(self.device, client_state), task.server.broadcast(slots, shared)
 
     def _room(self, task: Task, clients: int) -> tuple[Params, Optimizer]:
         """Room for a stack, used again and again, since fresh memory is slow; for one client, its module's own."""
