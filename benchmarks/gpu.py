@@ -159,7 +159,7 @@ class Bench:
         for method, says in {"promptfl": "PromptFL, 16 tokens", "lora": "LoRA of the text tower"}.items():
             for count in self.sizes.tower_clients:
                 features, clients = self.made(count, frozen.weights, batch)
-                task = Task(parse("method", {"name": method, "batch": batch, "local_epochs": 1}), FedAvg(), seed=0)
+                task = Task(parse("method", {"name": method, "batch_size": batch, "local_epochs": 1}), FedAvg(), seed=0)
                 trainer = ClientWorker(features, clients, frozen, self.device)
                 params = trainer.module(task)[1]
                 what = task, 1, {0: flatten(params)}, np.empty(0), (0, [(k, 0) for k in range(count)])

@@ -77,6 +77,14 @@ def alone_in(folder: Path, kind: Kind, patience_s: float = 0) -> Iterator[None]:
 
 def refuse_another(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raises InputError, naming the fields that differ, when a folder holds another experiment; plain values."""
+    for kind in sorted(theirs.keys() & ours.keys()):
+        old, new = theirs[kind], ours[kind]
+        alike = isinstance(old, dict) and isinstance(new, dict) and old.get("name") == new.get("name")
+        if alike and (fields := sorted(old.keys() ^ new.keys())):
+            raise InputError(
+                f"{folder} was written by another version of fedsim or of {kind} {new.get('name')}: only one of them "
+                f"has {listing(fields)}; give another --out"
+            )
     differ = [
         f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
         for name in sorted(theirs.keys() | ours.keys())

@@ -146,9 +146,9 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
     _check_asked(config, clients)
     _check_share(config, experiment.source)
     _check_judged(config, clients)
-    if config.method.batch < config.method.min_batch:
+    if config.method.batch_size < config.method.min_batch:
         least = config.method.min_batch
-        raise InputError(f"--method.batch wants {least} or more with this method, not {config.method.batch}")
+        raise InputError(f"--method.batch-size wants {least} or more with this method, not {config.method.batch_size}")
     experiment = replace(experiment, config=config, folder=folder, clients=clients, splits=splits)
     found = Checkpoints(folder, experiment.identity()).load()
     if not found and not (like and _agree(BUILT, config, like.config)):
@@ -532,7 +532,7 @@ def _begin(experiment: Experiment, task: Task) -> tuple[ServerState, Report]:
     features = experiment.source
     backbone = backbone_of(features, reads=task.method.reads, clip=_clip_of(experiment, task.method))
     params = initial_params(task, backbone, experiment.config.cohort or experiment.clients.trainers)
-    sample = numpy_rng(task.seed, "flops").permutation(experiment.clients[0].train)[: task.method.batch]
+    sample = numpy_rng(task.seed, "flops").permutation(experiment.clients[0].train)[: task.method.batch_size]
     per_step, per_row = flops_of(task, backbone, features, sample)
     kept = experiment.clients.trainers if task.keeps(params) else 0
     slots, _ = task.server.init(task.of(params, "shared"))

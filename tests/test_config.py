@@ -70,7 +70,7 @@ def test_text_and_numbers_survive_being_written_and_read(tmp_path):
         ("method:\n  lr: 1\n  lr: 2", "line 3, is not YAML: lr is given twice"),
         ("rounds: true", "rounds wants a number, not True"),
         ("train_share: true", "train_share wants a number, not True"),
-        ("method: {batch: true}", "method.batch wants a number, not True"),
+        ("method: {batch_size: true}", "method.batch_size wants a number, not True"),
         ("rounds: 1:30", "rounds wants an integer, not '1:30'"),
         ("partition: {name: dirichlet, alpha: .inf}", "partition.alpha wants a finite number, not inf"),
         ("method: {lr: .nan}", "method.lr wants a finite number, not nan"),

@@ -16,6 +16,7 @@ from fedsim.cli.flags import parse_run, run_parser
 from fedsim.cli.progress import plain_console, progress_bars, show_on
 from fedsim.errors import listing
 from fedsim.events import Note
+from fedsim.folder import refuse_another
 from fedsim.registry import KINDS, available, find
 
 
@@ -137,6 +138,14 @@ def test_a_folder_that_cannot_be_written_is_refused(config, tmp_path):
         run(config(out=tmp_path / "file" / "below"))
     with pytest.raises(InputError, match="cannot be written"):
         run(config(out="/proc/fedsim"))
+
+
+def test_a_folder_of_another_version_is_refused_by_the_fields_that_one_lacks(config, tmp_path):
+    theirs, ours = ({"method": {"name": "probe", field: 32}, "rounds": 1} for field in ("batch", "batch_size"))
+    with pytest.raises(
+        InputError, match=r"another version of fedsim or of method probe: only one of them has batch, batch_size; give"
+    ):
+        refuse_another(tmp_path, theirs, ours)
 
 
 def test_a_folder_of_another_experiment_is_refused_by_the_fields_that_differ(config):

@@ -299,7 +299,7 @@ LONGER = {
         "fleet": SLOW,
         "server": {"name": "fedbuff", "buffer": 2, "concurrency": 6},
     },
-    "moments": {"method": {"name": "probe", "keep_moments": True}, "clients": 4, "partition": "iid"},
+    "moments": {"method": {"name": "probe", "persist_optimizer": True}, "clients": 4, "partition": "iid"},
 }
 
 

@@ -262,7 +262,7 @@ def stacked(folder):
 
     def make(name, **fields):
         quick = {"dataset": "glyphs", "partition": "iid", "clients": 3, "shots": 1, "actors": 0, "eval_clients": 1}
-        method = {"name": "lora", "rank": 3, "lr": 3e-3, "batch": 8}
+        method = {"name": "lora", "rank": 3, "lr": 3e-3, "batch_size": 8}
         fields = quick | {"rounds": 2, "method": method, "server": "lora_stacking"} | fields
         return run(Config(**fields, out=folder / "stacked" / name)).adapter
 
@@ -359,4 +359,4 @@ def test_only_a_rule_gives_tensors_to_the_server_and_stacking_refuses_moments(ti
     with pytest.raises(InputError, match=r"down\..* the scope server, which is a server rule's to give"):
         initial_params(task, tiny[0])
     with pytest.raises(InputError, match="lora_stacking starts every pair again each round; leave"):
-        parse("server", "lora_stacking").adapt(parse("method", {"name": "lora", "keep_moments": True}))
+        parse("server", "lora_stacking").adapt(parse("method", {"name": "lora", "persist_optimizer": True}))

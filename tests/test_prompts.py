@@ -283,7 +283,7 @@ def test_fedtpg_does_not_see_inactive_classes(backbone):
 
 def test_fedtpg_goes_by_its_papers_settings():
     method = parse("method", "fedtpg")
-    assert (method.label_space, method.keep_moments, method.batch, method.lr) == ("client", True, 200, 3e-3)
+    assert (method.label_space, method.persist_optimizer, method.batch_size, method.lr) == ("client", True, 200, 3e-3)
     assert parse("method", "promptfl").label_space == "all"
 
 

@@ -16,7 +16,7 @@ from fedsim.search import Choice, Field, search_of
 class Mine(Probe):
     lr: float = 0.02
     eps = 1e-4
-    batch: "int" = Field(8, search=Choice((4, 8)))
+    batch_size: "int" = Field(8, search=Choice((4, 8)))
     optimizer: Literal["sgd"] = "sgd"
 
 
@@ -29,21 +29,21 @@ def test_a_plain_default_keeps_limits_search_range_and_description(field):
     assert ours.annotation is theirs.annotation is float
 
 
-@pytest.mark.parametrize(("field", "value"), [("lr", -1), ("eps", 0), ("batch", 0), ("optimizer", "adam")])
+@pytest.mark.parametrize(("field", "value"), [("lr", -1), ("eps", 0), ("batch_size", 0), ("optimizer", "adam")])
 def test_a_value_outside_of_inherited_limits_is_refused(field, value):
     with pytest.raises(InputError, match=f"method.{field} "):
         changed("method", Mine(), {field: value})
 
 
 def test_a_default_of_a_subclass_counts_with_and_without_an_annotation():
-    assert (Mine().lr, Mine().eps, Mine().batch, Mine().optimizer) == (0.02, 1e-4, 8, "sgd")
-    assert (Probe().lr, Probe().eps, Probe().batch, Probe().optimizer) == (1e-3, 1e-8, 32, "adam")
+    assert (Mine().lr, Mine().eps, Mine().batch_size, Mine().optimizer) == (0.02, 1e-4, 8, "sgd")
+    assert (Probe().lr, Probe().eps, Probe().batch_size, Probe().optimizer) == (1e-3, 1e-8, 32, "adam")
 
 
 def test_a_field_changes_what_it_states():
-    assert search_of(Mine, "batch") == Choice((4, 8))
-    assert Mine.__pydantic_fields__["batch"].description == "rows of a local step"
-    assert _range(Mine, "batch") == ", >= 1, searched 4,8"
+    assert search_of(Mine, "batch_size") == Choice((4, 8))
+    assert Mine.__pydantic_fields__["batch_size"].description == "rows of a local step"
+    assert _range(Mine, "batch_size") == ", >= 1, searched 4,8"
 
     @component
     class Narrow(Mine):
@@ -59,7 +59,7 @@ def test_a_field_changes_what_it_states():
         ({"lr": -1.0}, r"Bad\.lr .* greater than 0, not -1\.0"),
         ({"lr": Field(-1.0, ge=-2)}, r"Bad\.lr .* greater than 0, not -1\.0"),
         ({"lr": float("inf")}, r"Bad\.lr .* finite number, not inf"),
-        ({"batch": Field(8, le=64)}, r"Bad\.batch .* less than or equal to 64, not 128"),
+        ({"batch_size": Field(8, le=64)}, r"Bad\.batch_size .* less than or equal to 64, not 128"),
         ({"momentum": Field(0.5, search=Choice((0.5, 1.0)))}, r"Bad\.momentum .* less than 1, not 1\.0"),
         ({"optimizer": "adamax"}, r"Bad\.optimizer .* 'adam', 'adamw' or 'sgd', not 'adamax'"),
     ],

@@ -198,9 +198,9 @@ def test_fednova_knows_how_far_momentum_carries_a_steady_gradient(steps):
 
 def test_fednova_refuses_a_momentum_that_goes_on_from_round_to_round():
     server, sgd = parse("server", "fednova"), {"name": "probe", "optimizer": "sgd", "momentum": 0.5}
-    with pytest.raises(InputError, match=r"set --method\.keep-moments false"):
-        server.adapt(parse("method", sgd | {"keep_moments": True}))
-    adam = parse("method", {"name": "probe", "momentum": 0.5, "keep_moments": True})  # it never reads the momentum
+    with pytest.raises(InputError, match=r"set --method\.persist-optimizer false"):
+        server.adapt(parse("method", sgd | {"persist_optimizer": True}))
+    adam = parse("method", {"name": "probe", "momentum": 0.5, "persist_optimizer": True})  # it never reads the momentum
     assert server.adapt(adam) is adam
     assert replied(server, {}, {}, client=Bowl(1.0, [], steps=4), method=adam).weight == 1 / 4
 
@@ -445,7 +445,7 @@ def halves(state):
 @pytest.mark.parametrize("lam", [0.0, 2.0])
 @pytest.mark.parametrize("fields", [{"name": "probe"}, {"name": "fedclip", "optimizer": "sgd", "lr": 0.01}])
 def test_the_shared_half_of_ditto_is_fedavgs_and_with_lam_0_the_own_half_trains_alone(fields, lam):
-    method = parse("method", fields | {"batch": 4, "local_epochs": 2})
+    method = parse("method", fields | {"batch_size": 4, "local_epochs": 2})
     server = parse("server", {"name": "ditto", "lam": lam})
     twins = server.adapt(method)
     module, alone, elsewhere = built(twins), built(method), built(method)
@@ -462,7 +462,7 @@ def test_the_shared_half_of_ditto_is_fedavgs_and_with_lam_0_the_own_half_trains_
 
 
 def test_a_huge_lam_pulls_a_clients_own_model_to_what_it_received():
-    method = parse("method", {"name": "probe", "optimizer": "sgd", "lr": 1e-3, "batch": 4})
+    method = parse("method", {"name": "probe", "optimizer": "sgd", "lr": 1e-3, "batch_size": 4})
     server = parse("server", {"name": "ditto", "lam": 1000.0})  # times lr is 1: a step goes all the way
     twins = server.adapt(method)
     module = built(twins)
@@ -481,11 +481,11 @@ def test_dittos_pull_is_lam_times_the_distance_and_moves_the_own_half_alone():
 
 
 def test_of_ditto_the_shared_half_travels_and_hyperparameters_are_the_methods():
-    method = parse("method", {"name": "fedclip", "lr": 0.03, "batch": 7})
+    method = parse("method", {"name": "fedclip", "lr": 0.03, "batch_size": 7})
     twins = parse("server", "ditto").adapt(method)
     scopes = {name.partition(".")[0]: twins.scope(name) for name in built(twins).state_dict()}
     assert scopes == {"shared": "shared", "own": "private"}
-    assert (twins.lr, twins.batch, twins.beta2, twins.min_batch) == (0.03, 7, 0.98, 2)
+    assert (twins.lr, twins.batch_size, twins.beta2, twins.min_batch) == (0.03, 7, 0.98, 2)
     assert twins.steps(15) == method.steps(15) == 2 and twins.reads == method.reads
 
 
@@ -589,7 +589,7 @@ def test_both_halves_of_ditto_are_given_the_active_classes_and_no_tower_is_copie
 
 # In a run -------------------------------------------------------------------------------------------------------
 
-SGD = {"name": "probe", "optimizer": "sgd", "lr": 0.01, "batch": 8}
+SGD = {"name": "probe", "optimizer": "sgd", "lr": 0.01, "batch_size": 8}
 PER = {"name": "fedper", "prefix": "attention.2"}
 
 

@@ -13,33 +13,34 @@ SGD = {"optimizer": "sgd", "momentum": 0.9}
 PROGRAMS = {
     # readme.md: methods/fed_at_clip.py --iters 200 --wk_iters 1 --lr 5e-05
     "fedclip": {"optimizer": "adam", "lr": 5e-5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
-    | {"batch": 32, "local_epochs": 1, "keep_moments": False, "objective": "contrastive"},
+    | {"batch_size": 32, "local_epochs": 1, "persist_optimizer": False, "objective": "contrastive"},
     # scripts/main_pipeline.sh, configs/trainers/CoOp/vit_b16_ep50.yaml
-    "promptfl": SGD | {"lr": 1e-3, "weight_decay": 5e-4, "batch": 32, "local_epochs": 5, "length": 16},
+    "promptfl": SGD | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 5, "length": 16},
     # federated_main.py, over which configs/trainers/PromptFolio/vit_b16.yaml is laid
-    "promptfolio": SGD | {"lr": 2e-3, "weight_decay": 5e-4, "batch": 16, "local_epochs": 5, "length": 8, "theta": 0.4},
+    "promptfolio": SGD
+    | {"lr": 2e-3, "weight_decay": 5e-4, "batch_size": 16, "local_epochs": 5, "length": 8, "theta": 0.4},
     # scripts/fedotp_cifar100.sh, configs/trainers/GLP_OT/vit_b16.yaml
     "fedotp": SGD
-    | {"lr": 1e-3, "weight_decay": 5e-4, "batch": 32, "local_epochs": 1, "length": 4}
+    | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 4}
     | {"entropy": 0.1, "mass": 0.8, "tolerance": 1e-3, "iterations": 100},
     # federated_main.py, configs/trainers/PLOT/vit_b16.yaml
     "fedpgp": SGD
-    | {"lr": 1e-3, "weight_decay": 5e-4, "batch": 32, "local_epochs": 2, "length": 16}
+    | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 2, "length": 16}
     | {"rank": 4, "contrast": 1.0, "temperature": 0.5},
     # Launch_FL.py, config/defaults.py
     "fedtpg": SGD
-    | {"lr": 3e-3, "weight_decay": 1e-5, "batch": 200, "local_epochs": 1, "length": 4, "heads": 4}
-    | {"keep_moments": True, "label_space": "client"},
+    | {"lr": 3e-3, "weight_decay": 1e-5, "batch_size": 200, "local_epochs": 1, "length": 4, "heads": 4}
+    | {"persist_optimizer": True, "label_space": "client"},
     # Launch_FL.py --model_name coop --w 8
     "kgcoop": SGD
-    | {"lr": 3e-3, "weight_decay": 1e-5, "batch": 200, "local_epochs": 1, "length": 4, "pull": 8.0}
-    | {"keep_moments": True, "label_space": "client"},
+    | {"lr": 3e-3, "weight_decay": 1e-5, "batch_size": 200, "local_epochs": 1, "length": 4, "pull": 8.0}
+    | {"persist_optimizer": True, "label_space": "client"},
     # main_imagenet.py, configs/imagenet.yaml
-    "tip_adapter": {"optimizer": "adamw", "lr": 1e-3, "eps": 1e-4, "weight_decay": 0.01, "batch": 256}
+    "tip_adapter": {"optimizer": "adamw", "lr": 1e-3, "eps": 1e-4, "weight_decay": 0.01, "batch_size": 256}
     | {"alpha": 1.17, "beta": 1.0, "shots": 16},
     # system/main.py, the batch from scripts/p37/p37_gs_lorat_sd_all_pfl.sh
     "lora": {"optimizer": "adamw", "lr": 5e-5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-    | {"batch": 32, "local_epochs": 1, "rank": 2, "alpha": 16.0, "towers": "text", "objective": "contrastive"},
+    | {"batch_size": 32, "local_epochs": 1, "rank": 2, "alpha": 16.0, "towers": "text", "objective": "contrastive"},
     # clip_adapter.py
     "clip_adapter": {"reduction": 4, "ratio": 0.2},
 }

@@ -86,7 +86,7 @@ def test_a_bad_range_is_refused_where_it_is_declared(declare, sentence):
 def test_what_is_searched_unless_it_is_said_is_what_the_method_and_the_rule_declare():
     config = Config(server="fedprox", partition="dirichlet", clients=40)
     assert Space.parse((), config).plain() == [
-        "fedclip.batch=16,32,64,128",
+        "fedclip.batch_size=16,32,64,128",
         "fedclip.beta1=0.5:0.95:linear",
         "fedclip.beta2=0.9,0.98,0.99,0.999",
         "fedclip.local_epochs=1:5:linear",
@@ -105,13 +105,13 @@ def test_what_is_searched_unless_it_is_said_is_what_the_method_and_the_rule_decl
         (["method.lr=1e-4:1e-3:linear"], ["fedclip.lr=0.0001:0.001:linear"]),
         (["method.eps=1e-8:1e-4"], ["fedclip.eps=1e-08:0.0001:linear"]),
         (["method.eps=1e-8:1e-4:log"], ["fedclip.eps=1e-08:0.0001:log"]),
-        (["method.batch=16, 32,64"], ["fedclip.batch=16,32,64"]),
-        (["method.batch=8:64:log"], ["fedclip.batch=8:64:log"]),
+        (["method.batch_size=16, 32,64"], ["fedclip.batch_size=16,32,64"]),
+        (["method.batch_size=8:64:log"], ["fedclip.batch_size=8:64:log"]),
         (["method.weight-decay"], ["fedclip.weight_decay=1e-05:1.0:log"]),
         (["fedclip.lr"], ["fedclip.lr=1e-05:0.01:log"]),
         (["method.objective"], ["fedclip.objective=contrastive,cross_entropy"]),
         (["method.objective=cross_entropy,contrastive"], ["fedclip.objective=cross_entropy,contrastive"]),
-        (["method.keep_moments"], ["fedclip.keep_moments=false,true"]),
+        (["method.persist_optimizer"], ["fedclip.persist_optimizer=false,true"]),
         (["cohort=10:30"], ["cohort=10:30:log"]),
         (["cohort=none,10"], ["cohort=none,10"]),
         (["shots=1:16"], ["shots=1:16:linear"]),
@@ -174,13 +174,16 @@ BAD = {
     "too much of a range": (["method.lr=1:2:log:3"], "LOW:HIGH, LOW:HIGH:log or LOW:HIGH:linear, got 1:2:log:3"),
     "a range outside of the limits": (["method.beta1=0.5:1"], "method.beta1 wants less than 1, not 1.0"),
     "a range by logarithm from 0": (["method.weight_decay=0:1"], "above 0, not at 0.0; 0.0:1.0:linear may"),
-    "a broken number of rows": (["method.batch=1.5:8"], "method.batch wants an integer"),
-    "one value": (["method.batch=16"], "a choice wants two values or more, not 16"),
-    "no value": (["method.batch="], "a choice wants two values or more"),
-    "a value twice": (["method.batch=16,16"], "a choice wants each value once, not 16, 16"),
+    "a broken number of rows": (["method.batch_size=1.5:8"], "method.batch_size wants an integer"),
+    "one value": (["method.batch_size=16"], "a choice wants two values or more, not 16"),
+    "no value": (["method.batch_size="], "a choice wants two values or more"),
+    "a value twice": (["method.batch_size=16,16"], "a choice wants each value once, not 16, 16"),
     "a value twice in two spellings": (["method.lr=0.1,1e-1"], "a choice wants each value once, not 0.1, 0.1"),
-    "a value of another type": (["method.batch=16,many"], "method.batch wants an integer, not 'many'"),
-    "a value outside of the limits": (["method.batch=0,16"], "method.batch wants greater than or equal to 1, not '0'"),
+    "a value of another type": (["method.batch_size=16,many"], "method.batch_size wants an integer, not 'many'"),
+    "a value outside of the limits": (
+        ["method.batch_size=0,16"],
+        "method.batch_size wants greater than or equal to 1, not '0'",
+    ),
     "an unknown choice": (
         ["method.objective=contrastive,hinge"],
         "wants 'contrastive' or 'cross_entropy', not 'hinge'",
@@ -323,7 +326,7 @@ def test_the_base_config_can_be_the_first_trial():
 
 
 @pytest.mark.parametrize(
-    "texts", [["method.lr=1e-3:1e-2"], ["method=lora,probe"], ["cohort=2:4"], ["method.batch=8,16"]]
+    "texts", [["method.lr=1e-3:1e-2"], ["method=lora,probe"], ["cohort=2:4"], ["method.batch_size=8,16"]]
 )
 def test_a_base_config_outside_of_the_space_is_no_trial(texts):
     config = Config(clients=40)
@@ -332,8 +335,8 @@ def test_a_base_config_outside_of_the_space_is_no_trial(texts):
 
 def test_two_spaces_are_told_apart_parameter_by_parameter():
     config = Config(clients=40)
-    before = Space.parse(["method.lr", "method.batch", "method.local_epochs"], config).plain()
-    after = Space.parse(["method.lr=1e-4:1e-3", "method.batch", "cohort=10:20"], config)
+    before = Space.parse(["method.lr", "method.batch_size", "method.local_epochs"], config).plain()
+    after = Space.parse(["method.lr=1e-4:1e-3", "method.batch_size", "cohort=10:20"], config)
     assert after.changes(before) == [
         "cohort was not searched, and now is, over 10:20:log",
         "fedclip.local_epochs was searched over 1:5:linear, and now is not",

@@ -80,7 +80,7 @@ def agree(ours, theirs, rtol, atol):
 def test_stacked_clients_are_trained_as_one_by_one(name, server, features, clients, tmp_path):
     # In float64 to twelve digits, whatever the method; the first step of Adam is the sign of a gradient, so that
     # float32 would only tell how near to zero gradients come.
-    fields = {"name": name, "batch": 4, "local_epochs": 2, "lr": 1e-2}
+    fields = {"name": name, "batch_size": 4, "local_epochs": 2, "lr": 1e-2}
     server = {"name": server, "mu": 0.5} if server == "fedprox" else server
     task = {"method": parse("method", fields), "server": parse("server", server), "dtype": "float64"}
     stacked, single = (two_rounds(features, clients, tmp_path, reference, **task) for reference in (False, True))
@@ -91,9 +91,9 @@ def test_stacked_clients_are_trained_as_one_by_one(name, server, features, clien
 
 @pytest.mark.parametrize("optimizer", [{"optimizer": "sgd", "momentum": 0.9}, {"optimizer": "adamw"}, {}])
 def test_moments_that_are_kept_go_on_where_they_were(optimizer, features, clients, tmp_path):
-    fields = {"name": "probe", "batch": 4, "weight_decay": 0.1, **optimizer}
+    fields = {"name": "probe", "batch_size": 4, "weight_decay": 0.1, **optimizer}
     common = {"server": parse("server", "fedavg"), "dtype": "float64"}
-    kept = {"method": parse("method", fields | {"keep_moments": True}), **common}
+    kept = {"method": parse("method", fields | {"persist_optimizer": True}), **common}
     stacked, single = (
         two_rounds(features, clients, tmp_path / "kept", reference, **kept) for reference in (False, True)
     )
@@ -236,7 +236,7 @@ class Counter(Method):
 
 def test_buffers_that_change_in_training_change_in_a_stack_too(config, tmp_path):
     # 3 clients of 72, 72 and 96 train rows in batches of 8: 9, 9 and 12 steps in each of 2 rounds.
-    method = Counter(batch=8)
+    method = Counter(batch_size=8)
     fields = {"method": method, "rounds": 2, "held_out": ()}
     stacked, single = (run(config(**fields, chunk=k, out=tmp_path / str(k))) for k in (3, 1))
     assert single.adapter["passes"] > 0
@@ -245,7 +245,7 @@ def test_buffers_that_change_in_training_change_in_a_stack_too(config, tmp_path)
 
 @pytest.mark.parametrize("optimizer", [{"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.9}, {}])
 def test_a_run_keeps_moments_over_cohorts_actors_and_a_kill(optimizer, config, tmp_path):
-    method = {"name": "probe", "keep_moments": True, **optimizer}
+    method = {"name": "probe", "persist_optimizer": True, **optimizer}
     fields = {"method": method, "clients": 6, "partition": "iid", "cohort": 3, "rounds": 5}
     whole = run(config(**fields, out=tmp_path / "whole"))
 

@@ -246,7 +246,11 @@ def test_the_same_sweep_again_asks_for_no_trial(done):
     "fields, config, expected",
     [
         ({"search": ("method.lr=1e-6:2",)}, {}, "probe.lr was searched over 1e-06:1.0:log, and now is over 1e-06:2"),
-        ({"search": ("method.lr=1e-6:1", "method.batch=8,16")}, {}, "probe.batch was not searched, and now is"),
+        (
+            {"search": ("method.lr=1e-6:1", "method.batch_size=8,16")},
+            {},
+            "probe.batch_size was not searched, and now is",
+        ),
         ({"objective": "worst_tenth"}, {}, r"objective \['validation'\] there, \['worst_tenth'\] here"),
         ({"tuning_seeds": 7}, {}, r"tuning_seeds \[1000, 1001\] there, \[7\] here"),
         ({"pruner": "none"}, {}, "pruner 'asha' there, 'none' here"),
@@ -402,9 +406,9 @@ BAD = {
         "pruner median needs validation or worst_tenth as the only objective, got bytes",
     ),
     "traffic that is the same": (
-        {"objective": "validation,bytes", "search": ("method.lr", "method.batch")},
+        {"objective": "validation,bytes", "search": ("method.lr", "method.batch_size")},
         {},
-        r"objective bytes does not depend on what is searched \(probe.batch, probe.lr\); search cohort as well",
+        r"objective bytes does not depend on what is searched \(probe.batch_size, probe.lr\); search cohort as well",
     ),
     "compute that is the same": (
         {"objective": "validation,flops", "search": ("method.lr",)},

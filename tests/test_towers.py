@@ -84,7 +84,7 @@ def test_a_tower_that_is_not_declared_is_not_there(config):
 def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_kill(name, small, tmp_path):
     # `--chunk 1` is the readable path; it must agree to rounding, and a resumed run to the bit.
     slow = {"towers": "text"} if name == "finetune" else {}  # the image tower has a test of its own
-    fields = {"method": {"name": name, "batch": 8, "local_epochs": 1, **slow}}
+    fields = {"method": {"name": name, "batch_size": 8, "local_epochs": 1, **slow}}
     whole = run(small(**fields, out=tmp_path / "whole"))
 
     ours = small(**fields, out=tmp_path / "killed")
@@ -105,9 +105,9 @@ def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_
 @pytest.mark.parametrize(
     ("method", "server", "rounds"),  # enough of them for the kill to come while there is something to do
     [
-        ({"name": "finetune", "towers": "image", "batch": 8}, "fedavg", 4),
+        ({"name": "finetune", "towers": "image", "batch_size": 8}, "fedavg", 4),
         # Private prompts, and what every client keeps for the rule, in files.
-        ({"name": "promptfolio", "momentum": 0.0, "batch": 8, "local_epochs": 1}, "scaffold", 20),
+        ({"name": "promptfolio", "momentum": 0.0, "batch_size": 8, "local_epochs": 1}, "scaffold", 20),
     ],
 )
 @pytest.mark.ray

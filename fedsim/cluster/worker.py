@@ -60,7 +60,7 @@ def _gpu_memory_errors(gpus: float) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise InputError(
             f"this does not fit into the {gpus:g} of a GPU that an actor has; take a larger --gpus-per-actor, "
-            "a smaller --method.batch, or a smaller backbone"
+            "a smaller --method.batch-size, or a smaller backbone"
         ) from None
 
 

@@ -99,9 +99,9 @@ class Method(ABC):
         0.0, ge=0, search=Log(1e-6, 1e-1), description="coupled (L2) for adam and sgd, decoupled for adamw"
     )
     local_epochs: int = Field(1, ge=1, search=Linear(1, 5), description="passes over a client's train rows in a round")
-    batch: int = Field(32, ge=1, search=Choice((16, 32, 64, 128)), description="rows of a local step")
-    keep_moments: bool = Field(
-        False, description="a client's optimizer goes on where its last round ended, in place of starting afresh"
+    batch_size: int = Field(32, ge=1, search=Choice((16, 32, 64, 128)), description="rows of a local step")
+    persist_optimizer: bool = Field(
+        False, description="keep each client's optimizer state from round to round, instead of starting from zero"
     )
 
     min_batch: ClassVar[int] = 1  # a last batch of fewer rows is skipped
@@ -152,7 +152,7 @@ class Method(ABC):
 
     def steps(self, rows: int) -> int:
         """Local steps of a client with so many train rows in a round."""
-        return self.local_epochs * (rows // self.batch + (rows % self.batch >= max(1, self.min_batch)))
+        return self.local_epochs * (rows // self.batch_size + (rows % self.batch_size >= max(1, self.min_batch)))
 
     def scope(self, name: str) -> Scope:
         """Who has the tensor of this name; a server rule may decide otherwise."""

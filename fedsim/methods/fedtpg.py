@@ -32,8 +32,8 @@ class FedTPG(Method):
     lr: float = Field(3e-3, search=Log(1e-4, 1e-1))
     momentum: float = 0.9
     weight_decay: float = 1e-5
-    batch: int = Field(200, search=Choice((32, 64, 128, 200)))
-    keep_moments: bool = True
+    batch_size: int = Field(200, search=Choice((32, 64, 128, 200)))
+    persist_optimizer: bool = True
     label_space: Literal["all", "client"] = "client"
     length: int = Field(
         4,

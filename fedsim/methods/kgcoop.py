@@ -31,8 +31,8 @@ class KgCoOp(PromptFL):
     lr: float = 3e-3
     weight_decay: float = 1e-5
     local_epochs: int = 1
-    batch: int = Field(200, search=Choice((32, 64, 128, 200)))
-    keep_moments: bool = True
+    batch_size: int = Field(200, search=Choice((32, 64, 128, 200)))
+    persist_optimizer: bool = True
     label_space: Literal["all", "client"] = "client"
     length: int = 4
     pull: float = Field(

@@ -42,7 +42,7 @@ class Lora(Method):
 
     Differs: pairs are added to attention alone, as in Hu et al.; the scripts add them to the MLPs and the projection,
     too, here `modules: all`. They also choose a step size per data set, from 1e-6 to 5e-5.
-    Differs: the code cuts gradients to a norm of 1, and its AdamW goes on from round to round, here `keep_moments`.
+    Differs: the code cuts gradients to a norm of 1, and its AdamW persists over rounds, here `persist_optimizer`.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adamw"

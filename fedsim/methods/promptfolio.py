@@ -25,7 +25,7 @@ class PromptFolio(PromptMethod):
 
     lr: float = 2e-3
     local_epochs: int = 5
-    batch: int = 16
+    batch_size: int = 16
     length: int = 8
     theta: float = Field(
         0.4, ge=0, le=1, search=Linear(0.0, 1.0), description="share of a client's own text; 0 is PromptFL"

@@ -35,7 +35,7 @@ class TipAdapter(Method):
     lr: float = 1e-3
     eps: float = 1e-4
     weight_decay: float = 0.01
-    batch: int = Field(256, search=Choice((32, 64, 128, 256)))
+    batch_size: int = Field(256, search=Choice((32, 64, 128, 256)))
     # Both as far as the code searches them for ImageNet.
     alpha: float = Field(
         1.17, ge=0, search=Linear(0.1, 3.0), description="strength of an answer beside the zero-shot logits"

@@ -24,10 +24,10 @@ class FedNova(Averaging):
     """
 
     def adapt(self, method):
-        if method.optimizer == "sgd" and method.momentum and method.keep_moments:
+        if method.optimizer == "sgd" and method.momentum and method.persist_optimizer:
             raise InputError(
                 "fednova counts steps of a momentum that starts from zero in every round; "
-                "set --method.keep-moments false"
+                "set --method.persist-optimizer false"
             )
         return method
 

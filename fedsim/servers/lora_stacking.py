@@ -32,8 +32,8 @@ class LoraStacking(Averaging):
 
     def adapt(self, method):
         require_lora(self, method)
-        if method.keep_moments:
-            raise InputError("lora_stacking starts every pair again each round; leave --method.keep_moments out")
+        if method.persist_optimizer:
+            raise InputError("lora_stacking starts every pair again each round; leave --method.persist_optimizer out")
         return Merged.of(method)
 
     def start(self, params, rng):

@@ -27,7 +27,7 @@ declares. A sweep has its own seeds, so there is no --seed. --search takes:
   method.lr                 over the range that the chosen method declares for it
   method.* server.*         all ranges that they declare (the default)
   method.lr=1e-5:1e-2       over a custom range; log-uniform if the declared range is, or with :log or :linear
-  method.batch=16,32,64     over custom values
+  method.batch_size=16,32,64     over custom values
   method=fedclip,probe      over components; method.lr then stands for fedclip.lr and probe.lr
   cohort=10:100             over a field of the config itself
 """

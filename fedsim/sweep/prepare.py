@@ -24,8 +24,8 @@ FILE = "sweep.yaml"
 ACCURACIES = ("validation", "worst_tenth")
 # Hyperparameters of every method that change a local step, but neither its cost nor what is sent; and those that
 # change only what a round costs on the client.
-STEP_FIELDS = "optimizer", "lr", "momentum", "beta1", "beta2", "eps", "weight_decay", "keep_moments"
-PASS_FIELDS = "local_epochs", "batch", "label_space"
+STEP_FIELDS = "optimizer", "lr", "momentum", "beta1", "beta2", "eps", "weight_decay", "persist_optimizer"
+PASS_FIELDS = "local_epochs", "batch_size", "label_space"
 
 
 @dataclass(frozen=True)

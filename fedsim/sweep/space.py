@@ -3,7 +3,7 @@
     method.lr                 over the range that the chosen method declares for it (`fedsim run --help` shows them)
     method.*                  all ranges that it declares; a parameter that is also named itself is searched as named
     method.lr=1e-5:1e-2       over a custom range; log-uniform if the declared range is, or with :log or :linear
-    method.batch=16,32,64     over custom values
+    method.batch_size=16,32,64     over custom values
     method.objective          over all values of a field that has only a few
     method=fedclip,probe      over components; method.lr then stands for fedclip.lr and probe.lr
     fedclip.lr=1e-5:1e-3      a parameter of one of them

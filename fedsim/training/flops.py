@@ -36,7 +36,7 @@ def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarra
         return operations.total
 
     # Two at least, since some methods skip a batch of one; of images few, since each takes a tower's time.
-    few = 2 if task.method.reads.image == "pixels" else max(2, task.method.batch // 2)
+    few = 2 if task.method.reads.image == "pixels" else max(2, task.method.batch_size // 2)
     half, whole = count(few), count(2 * few)
     return float(half - (whole - half)), (whole - half) / few
 

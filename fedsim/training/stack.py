@@ -75,8 +75,8 @@ def train_stack(
     steps = torch.zeros(len(sizes), dtype=torch.int64)
     for epoch in range(method.local_epochs if learned else 0):
         orders = [starts[k] + torch.randperm(size, generator=rngs[k]) for k, size in enumerate(sizes)]
-        for taken, first, last in groups(sizes, method.batch, method.min_batch):
-            rows = torch.stack([order[taken : taken + method.batch] for order in orders[first:last]]).to(y.device)
+        for taken, first, last in groups(sizes, method.batch_size, method.min_batch):
+            rows = torch.stack([order[taken : taken + method.batch_size] for order in orders[first:last]]).to(y.device)
             batch = Batch(x[rows], y[rows], None if classes is None else classes[first:last])
             mine = {name: tensor[first:last] for name, tensor in params.items()}
             # Until the first step all clients have the same parameters, and one large product serves them all.

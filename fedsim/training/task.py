@@ -47,7 +47,7 @@ class Task:
     def keeps(self, params: Params) -> bool:
         """Whether clients keep anything from round to round."""
         client_state = self.server.init(self.of(params, "shared"))[1]
-        return self.method.keep_moments or bool(client_state) or bool(self.of(params, "private"))
+        return self.method.persist_optimizer or bool(client_state) or bool(self.of(params, "private"))
 
     def payload(self, params: Params, cohort: int) -> tuple[int, int]:
         """Bytes that a client is sent and sends in a round of so many clients."""

@@ -45,7 +45,7 @@ def train_client(
     losses = []
     for _ in range(method.local_epochs if params else 0):
         order = torch.randperm(len(y), generator=rng).to(y.device)
-        for rows in order.split(method.batch):
+        for rows in order.split(method.batch_size):
             if len(rows) < method.min_batch:
                 continue
             loss = method.loss(module, Batch(x[rows], y[rows], classes))

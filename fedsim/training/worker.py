@@ -94,7 +94,7 @@ class ClientWorker:
         told = _to(self.device, unflatten(broadcast, names), task.dtype)
         rows_of = {client: self.clients[client].train for client, _ in clients}
         sums = Accumulator(shared, self.device, task.server.sees_each)
-        keeps = task.method.keep_moments or bool(initial) or bool(task.of(like, "private"))
+        keeps = task.method.persist_optimizer or bool(initial) or bool(task.of(like, "private"))
         notes = []
         for fits in self._fits(task, round, received, told, clients, rows_of):
             weights, messages = [], []
@@ -206,7 +206,7 @@ class ClientWorker:
             sizes = [len(rows_of[client]) for client in ids]
             how = task.method, task.server, rngs, rule, told, classes
             losses = train_stack(module, params, optimizer, alike, x, y, sizes, *how).tolist()
-        kept = range(len(ids)) if task.method.keep_moments else ()
+        kept = range(len(ids)) if task.method.persist_optimizer else ()
         return Fits(ids, params, losses, [optimizer.moments(place) for place in kept], rule)
 
     def _classes(self, task: Task, clients: list[int]) -> Tensor | None:
@@ -232,11 +232,11 @@ class ClientWorker:
         """Writes down what a client has of its own after a round."""
         kept = {name: tensor[place] for name, tensor in task.of(fits.params, "private").items()}
         kept |= {RULE + name: tensor for name, tensor in rule.items()}
-        if task.method.keep_moments:
+        if task.method.persist_optimizer:
             kept |= {MOMENTS + name: tensor for name, tensor in fits.moments[place].items()}
         if not all(tensor.isfinite().all() for tensor in kept.values()):
             raise InputError(f"training diverged: in round {round} client {client} is not finite; try a smaller lr")
-        if kept or task.method.keep_moments:
+        if kept or task.method.persist_optimizer:
             task.private.write(client, round, {name: tensor.cpu().contiguous() for name, tensor in kept.items()})
 
     def _kept(self, task: Task, client: int, written: int) -> tuple[Params, Params, Params]:
