@@ -165,6 +165,10 @@ class Config(BaseModel):
     eval_clients: int | None = Field(
         None, ge=1, description="clients whose own rows are judged, drawn once; none given: all"
     )
+    engine: Literal["stacked", "reference"] = Field(
+        "stacked",
+        description="train clients in stacks, or one by one on the readable path (the same results, to rounding)",
+    )
     chunk: int | None = Field(
         None, ge=1, description="clients of one call; 1: one by one, unstacked; none given: a 16th of the cohort, or 64"
     )

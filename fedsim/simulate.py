@@ -200,7 +200,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     """
     config, folder, features, clients = experiment.config, experiment.folder, experiment.source, experiment.clients
     private = PrivateStore(folder / "private")
-    task = Task(experiment.method, config.server, config.seed, config.dtype, private, config.chunk == 1)
+    task = Task(experiment.method, config.server, config.seed, config.dtype, private, config.engine == "reference")
     checkpoints = Checkpoints(folder, experiment.identity())
     state, report = _resume(experiment, checkpoints) or _begin(experiment, task)
     if len(state.private):

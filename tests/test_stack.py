@@ -159,9 +159,11 @@ class Picky(Method):
 
 
 def test_a_method_that_cannot_be_stacked_says_so_and_runs_one_by_one(config, tmp_path):
-    with pytest.raises(InputError, match=r"Picky cannot be stacked \(.*vmap.*\); --chunk 1 trains client by client"):
+    with pytest.raises(
+        InputError, match=r"Picky cannot be stacked \(.*vmap.*\); --engine reference trains client by client"
+    ):
         run(config(method=Picky()))
-    assert run(config(method=Picky(), chunk=1, out=tmp_path / "one")).last_round == 3
+    assert run(config(method=Picky(), engine="reference", out=tmp_path / "one")).last_round == 3
 
 
 class Dropped(Linear):
@@ -180,7 +182,7 @@ class Forgetful(Method):
 def test_a_method_that_draws_random_numbers_is_refused_though_it_has_been_evaluated_before(config, tmp_path):
     with pytest.raises(InputError, match="Forgetful cannot be stacked"):
         run(config(method=Forgetful()))
-    one, again = (run(config(method=Forgetful(), chunk=1, out=tmp_path / str(k))) for k in (0, 1))
+    one, again = (run(config(method=Forgetful(), engine="reference", out=tmp_path / str(k))) for k in (0, 1))
     assert all(torch.equal(one.adapter[name], again.adapter[name]) for name in one.adapter)
 
 
@@ -205,10 +207,10 @@ class TurnedProbe(Method):
         return Turned(backbone)
 
 
-@pytest.mark.parametrize("chunk", [None, 1])
-def test_weights_that_lie_in_memory_the_other_way_round_are_trained_alike(chunk, config, tmp_path):
-    turned = run(config(method=TurnedProbe(lr=0.01), chunk=chunk, out=tmp_path / "turned"))
-    probe = run(config(method={"name": "probe", "lr": 0.01}, chunk=chunk, out=tmp_path / "probe"))
+@pytest.mark.parametrize("engine", ["stacked", "reference"])
+def test_weights_that_lie_in_memory_the_other_way_round_are_trained_alike(engine, config, tmp_path):
+    turned = run(config(method=TurnedProbe(lr=0.01), engine=engine, out=tmp_path / "turned"))
+    probe = run(config(method={"name": "probe", "lr": 0.01}, engine=engine, out=tmp_path / "probe"))
     torch.testing.assert_close(turned.adapter["weight"].T, probe.adapter["weight"], rtol=1e-4, atol=1e-5)
 
 
@@ -238,7 +240,7 @@ def test_buffers_that_change_in_training_change_in_a_stack_too(config, tmp_path)
     # 3 clients of 72, 72 and 96 train rows in batches of 8: 9, 9 and 12 steps in each of 2 rounds.
     method = Counter(batch_size=8)
     fields = {"method": method, "rounds": 2, "held_out": ()}
-    stacked, single = (run(config(**fields, chunk=k, out=tmp_path / str(k))) for k in (3, 1))
+    stacked, single = (run(config(**fields, chunk=3, engine=k, out=tmp_path / k)) for k in ("stacked", "reference"))
     assert single.adapter["passes"] > 0
     assert torch.equal(stacked.adapter["passes"], single.adapter["passes"])
 

@@ -82,7 +82,7 @@ def test_a_tower_that_is_not_declared_is_not_there(config):
 
 @pytest.mark.parametrize("name", [name for name in TOWERED if parse("method", name).reads.image != "tokens"])
 def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_kill(name, small, tmp_path):
-    # `--chunk 1` is the readable path; it must agree to rounding, and a resumed run to the bit.
+    # The readable path must agree to rounding, and a resumed run to the bit.
     slow = {"towers": "text"} if name == "finetune" else {}  # the image tower has a test of its own
     fields = {"method": {"name": name, "batch_size": 8, "local_epochs": 1, **slow}}
     whole = run(small(**fields, out=tmp_path / "whole"))
@@ -92,10 +92,10 @@ def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_
     again = run(ours)
     assert all(torch.equal(whole.adapter[tensor], again.adapter[tensor]) for tensor in whole.adapter)
     assert whole.scores.tolist() == again.scores.tolist()
-    single = run(small(**fields, chunk=1, out=tmp_path / "single"))
+    single = run(small(**fields, engine="reference", out=tmp_path / "single"))
     last = [
         load_checkpoint(tmp_path / run_, config.experiment())[0].params
-        for run_, config in {"whole": small(**fields), "single": small(**fields, chunk=1)}.items()
+        for run_, config in {"whole": small(**fields), "single": small(**fields, engine="reference")}.items()
     ]
     for tensor in last[0]:
         torch.testing.assert_close(last[0][tensor], last[1][tensor], rtol=1e-3, atol=1e-4)

@@ -10,7 +10,7 @@ from fedsim.search import Choice, Span
 # Fields of Config that cannot be searched, by the reason.
 SEEDS = ("seed", "partition_seed")
 EVALUATION = ("eval_clients", "evaluate_every")
-SAME_RESULT = (*EXECUTION, "chunk", "threads_per_actor")
+SAME_RESULT = (*EXECUTION, "chunk", "engine", "threads_per_actor")
 DATA = ("dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prompt", "held_out", "augment")
 
 

@@ -184,4 +184,4 @@ def _refused(what: object) -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[0]
         name = getattr(what, "__qualname__", type(what).__name__)
-        raise InputError(f"{name} cannot be stacked ({reason}); --chunk 1 trains client by client") from None
+        raise InputError(f"{name} cannot be stacked ({reason}); --engine reference trains client by client") from None
