@@ -33,10 +33,10 @@ from _runs import add_data, data_of, parsed, parser_of
 from fedsim import Config, InputError, Report, run_all
 from fedsim.datasets.synthetic import Synthetic
 from fedsim.files import write_text
-from fedsim.page import Section, render
 from fedsim.partitions import sizes
-from fedsim.plots import GREY, PALETTE, inline_svg
 from fedsim.registry import parse
+from fedsim.reporting.page import Section, render
+from fedsim.reporting.plots import GREY, PALETTE, inline_svg
 
 # FedCLIP's values are those of the README's table of features; all else is the methods' own default.
 METHODS = {

@@ -41,7 +41,7 @@ from fedsim.datasets import TRAIN, Features
 from fedsim.datasets.glyphs import Glyphs
 from fedsim.features import encode
 from fedsim.registry import parse
-from fedsim.report import accuracy_per_client, accuracy_per_domain
+from fedsim.reporting.report import accuracy_per_client, accuracy_per_domain
 from fedsim.rng import torch_rng
 from fedsim.servers.fedavg import FedAvg
 from fedsim.training.flops import flops_of

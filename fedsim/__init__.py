@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedsim.params import unflatten
     from fedsim.partitions import Partition
     from fedsim.registry import available, component
-    from fedsim.report import Report
+    from fedsim.reporting.report import Report
     from fedsim.search import Choice, Field, Linear, Log
     from fedsim.servers import Averaging, ClientUpdate, Reply, Server
     from fedsim.simulate import run
@@ -64,7 +64,7 @@ _MODULES = {
     "params": ("unflatten",),
     "partitions": ("Partition",),
     "registry": ("available", "component"),
-    "report": ("Report",),
+    "reporting.report": ("Report",),
     "search": ("Choice", "Field", "Linear", "Log"),
     "servers": ("Averaging", "ClientUpdate", "Reply", "Server"),
     "simulate": ("run",),

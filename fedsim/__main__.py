@@ -131,7 +131,7 @@ def compare_command(argv: list[str]) -> int:
         "--out", type=Path, default=Path(), metavar="DIR", help="folder for compare.html (default: current folder)"
     )
     args = parser.parse_args(argv)
-    from fedsim.compare import compare
+    from fedsim.reporting.compare import compare
 
     console = plain_console()
     table, page = compare(args.runs, args.out / "compare.html", console.print)

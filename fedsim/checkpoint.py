@@ -20,7 +20,7 @@ from fedsim.errors import InputError
 from fedsim.files import Damaged, pack, read_tensors, write_tensors
 from fedsim.folder import CHECKPOINT, intact, refuse_another, start_again
 from fedsim.params import Params
-from fedsim.report import Report
+from fedsim.reporting.report import Report
 from fedsim.state import ServerState
 
 NAME, HISTORY = CHECKPOINT, "history.bin"

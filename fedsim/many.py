@@ -15,7 +15,7 @@ from fedsim.config import Config
 from fedsim.datasets import Features
 from fedsim.errors import InputError, Stopped, listing
 from fedsim.events import Progress, Step
-from fedsim.report import Report
+from fedsim.reporting.report import Report
 from fedsim.simulate import DATA, Experiment, encoded, prepare, simulate, sizing_of
 
 ENDED_S = 10  # for interrupted runs to let go of their folders

@@ -45,11 +45,11 @@ from fedsim.folder import (
 from fedsim.formats import number, percent
 from fedsim.methods import Backbone, Method
 from fedsim.methods.zero_shot import ZeroShot
-from fedsim.page import write_page
 from fedsim.params import Params, flatten
 from fedsim.partitions import drawn
 from fedsim.registry import name_of
-from fedsim.report import ROUND_COLUMNS, TABLES, Report, environment, holdings, to_yaml, write_tables
+from fedsim.reporting.page import write_page
+from fedsim.reporting.report import ROUND_COLUMNS, TABLES, Report, environment, holdings, to_yaml, write_tables
 from fedsim.rng import numpy_rng
 from fedsim.schedule import Turn, check, check_trained, schedule
 from fedsim.servers.fedavg import FedAvg

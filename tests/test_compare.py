@@ -9,9 +9,9 @@ import yaml
 
 from fedsim import InputError, run
 from fedsim.__main__ import main
-from fedsim.compare import compare
 from fedsim.folder import write_sealed
 from fedsim.formats import percent
+from fedsim.reporting.compare import compare
 
 
 @pytest.fixture

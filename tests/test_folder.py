@@ -17,10 +17,10 @@ from fedsim import InputError, run
 from fedsim.__main__ import main
 from fedsim.checkpoint import HISTORY, NAME, load_checkpoint
 from fedsim.cluster.pool import open_pool
-from fedsim.compare import compare
 from fedsim.config import Config
 from fedsim.files import write_text
 from fedsim.folder import CONFIG, GENERATOR, MARK, claim, safe_name, write_sealed
+from fedsim.reporting.compare import compare
 from fedsim.simulate import encoded, prepare, rounds, sizing_of
 from fedsim.training.client_store import PrivateStore
 
@@ -240,7 +240,7 @@ def test_a_damaged_private_file_is_refused_and_so_is_that_of_another_client(tmp_
 def test_compare_refuses_what_is_damaged(name, config, tmp_path, monkeypatch):
     ours = config(rounds=1)
     run(ours)
-    monkeypatch.setattr("fedsim.compare._plots", lambda groups: [])  # of the same tables, and slow
+    monkeypatch.setattr("fedsim.reporting.compare._plots", lambda groups: [])  # of the same tables, and slow
     read = lambda: compare([ours.folder()], tmp_path / "page.html")[0].to_csv()  # noqa: E731
     assert refused_or_same(ours.folder() / name, read, 60) > 20
 

@@ -15,7 +15,7 @@ import fedsim
 ORDER = """
     errors events files cache formats shares search rng registry params datasets partitions sites
     towers methods updates servers state fleets clients weights clip cluster folder features counts
-    training config schedule report plots page checkpoint simulate many compare cli sweep __init__ __main__
+    training config schedule reporting checkpoint simulate many cli sweep __init__ __main__
 """.split()  # noqa: SIM905
 
 

@@ -8,8 +8,8 @@ import pytest
 from fedsim import Config, InputError, run
 from fedsim.__main__ import main
 from fedsim.clients import Population
-from fedsim.page import remarks
-from fedsim.report import ROUND_COLUMNS
+from fedsim.reporting.page import remarks
+from fedsim.reporting.report import ROUND_COLUMNS
 from fedsim.schedule import check_trained
 from fedsim.simulate import _check_judged, prepare
 

@@ -12,8 +12,8 @@ from fedsim import Config, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.counts import Counts
 from fedsim.formats import difference, percent
-from fedsim.page import curves, portable, write_page
-from fedsim.report import Report
+from fedsim.reporting.page import curves, portable, write_page
+from fedsim.reporting.report import Report
 
 
 class Page(HTMLParser):

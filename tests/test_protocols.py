@@ -12,7 +12,7 @@ from fedsim.clients import make_clients, new_of
 from fedsim.counts import BINS, COLUMNS, GROUPS, Counts, merge, tally
 from fedsim.datasets import TEST, UNSAID
 from fedsim.registry import parse
-from fedsim.report import calibration_error, harmonic_mean, macro_f1
+from fedsim.reporting.report import calibration_error, harmonic_mean, macro_f1
 
 DEALT = sorted(set(available("partition")) - {"natural"})
 
@@ -188,7 +188,7 @@ def calibration_error_of(right, confidence):
 
 
 def test_f1_and_calibration_error_are_those_of_the_rows_themselves():
-    from fedsim.report import Report
+    from fedsim.reporting.report import Report
 
     data, judged, guesses, own, confidence = drawn()
     report = Report({}, list(data.domains), list(data.classes), ["photo"], {})
@@ -213,7 +213,7 @@ def test_f1_and_calibration_error_are_those_of_the_rows_themselves():
 
 
 def test_a_class_that_is_guessed_and_never_there_has_an_f1_of_0():
-    from fedsim.report import Report
+    from fedsim.reporting.report import Report
 
     report = Report({}, ["ink", "oil", "photo"], list("abcd"), [], {})
     guesses = np.array([0, 1])  # of rows of classes 0 and 0
@@ -231,7 +231,7 @@ def test_harmonic_means_are_of_two_and_of_three():
 
 
 def test_local_is_a_mean_over_clients_and_base_one_over_rows():
-    from fedsim.report import Report
+    from fedsim.reporting.report import Report
 
     report = Report({"new_classes": 0.5}, ["ink"], list("abcd"), [], {})
     # client, domain, split, correct, total, correct_own: client 0 is right on 1 of 2 rows, client 1 on 2 of 6.

@@ -12,14 +12,14 @@ from fedsim.formats import number, percent
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedsim.report import Report
+    from fedsim.reporting.report import Report
 
 FILES = "report.html", "scores.parquet", "rounds.parquet", "adapter.safetensors", "config.yaml"
 
 
 def show_run(console: Console, report: "Report", folder: Path) -> None:
     """The accuracies of a run, next to those of zero-shot CLIP, and where its files are."""
-    from fedsim.page import remarks, rows_tested
+    from fedsim.reporting.page import remarks, rows_tested
 
     for remark in remarks(report):
         console.print(remark)

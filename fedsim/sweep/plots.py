@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.formats import in_unit, setting
-from fedsim.plots import GREY, PALETTE, inline_svg, legend, short
+from fedsim.reporting.plots import GREY, PALETTE, inline_svg, legend, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

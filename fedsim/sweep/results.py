@@ -11,7 +11,7 @@ from fedsim.config import Config
 from fedsim.errors import InputError, Stopped
 from fedsim.events import Progress
 from fedsim.files import write_text
-from fedsim.report import environment, to_yaml, write_table
+from fedsim.reporting.report import environment, to_yaml, write_table
 from fedsim.sweep.prepare import Prepared
 from fedsim.sweep.resources import TrialResources
 from fedsim.sweep.study import Study

@@ -14,7 +14,7 @@ from fedsim.config import Config, merged
 from fedsim.counts import COLUMNS, SPLITS
 from fedsim.errors import InputError, Stopped
 from fedsim.folder import LOCK, claim
-from fedsim.report import Report, accuracy_per_client, best_round, tail_mean
+from fedsim.reporting.report import Report, accuracy_per_client, best_round, tail_mean
 from fedsim.simulate import Experiment, prepare, rounds
 
 EVALUATED_ON = ("val",)  # trials do not even read test rows

@@ -14,8 +14,8 @@ import pandas as pd
 from fedsim.errors import listing
 from fedsim.files import write_text
 from fedsim.formats import difference, number, percent
-from fedsim.plots import Line, Panel, Plot, plot_bars, plot_heat, plot_lines
-from fedsim.report import (
+from fedsim.reporting.plots import Line, Panel, Plot, plot_bars, plot_heat, plot_lines
+from fedsim.reporting.report import (
     Report,
     accuracy_per_client,
     accuracy_per_domain,

@@ -15,9 +15,9 @@ from fedsim.errors import InputError, Stopped, listing
 from fedsim.files import FULL, reason, write_text
 from fedsim.folder import CONFIG, check_page, intact, read_sealed
 from fedsim.formats import number, percent, setting, spread
-from fedsim.page import NEVER, TRAVELLED, Section, curves, over, portable, render
-from fedsim.plots import Line, Panel, Plot, plot_lines
-from fedsim.report import (
+from fedsim.reporting.page import NEVER, TRAVELLED, Section, curves, over, portable, render
+from fedsim.reporting.plots import Line, Panel, Plot, plot_lines
+from fedsim.reporting.report import (
     CALIBRATION_COLUMNS,
     LABEL_COLUMNS,
     ROUND_COLUMNS,
