@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedsim.partitions import Partition
     from fedsim.registry import available, component
     from fedsim.reporting.report import Report
-    from fedsim.search import Choice, Field, Linear, Log
+    from fedsim.search_space import Choice, Field, Linear, Log
     from fedsim.servers import Averaging, ClientUpdate, Reply, Server
     from fedsim.simulate import run
     from fedsim.updates import RoundSum, apply_update, blocks, mean_delta, stepped
@@ -65,7 +65,7 @@ _MODULES = {
     "partitions": ("Partition",),
     "registry": ("available", "component"),
     "reporting.report": ("Report",),
-    "search": ("Choice", "Field", "Linear", "Log"),
+    "search_space": ("Choice", "Field", "Linear", "Log"),
     "servers": ("Averaging", "ClientUpdate", "Reply", "Server"),
     "simulate": ("run",),
     "updates": ("RoundSum", "apply_update", "blocks", "mean_delta", "stepped"),

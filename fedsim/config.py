@@ -29,7 +29,7 @@ from fedsim.folder import safe_name
 from fedsim.methods import Method
 from fedsim.partitions import Dealing
 from fedsim.registry import CHECKED, KINDS, changed, name_of, numbers_are_not_truths, parse, sentence
-from fedsim.search import Field, Log
+from fedsim.search_space import Field, Log
 from fedsim.servers import Server
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -161,7 +161,7 @@ class Config(BaseModel):
     )
     rounds: int = Field(200, ge=0, le=10**9, description="rounds of aggregation; FedCLIP's README runs 200")
     seed: int = Field(0, ge=0, description="draws everything but the partition")
-    evaluate_every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always judged")
+    eval_every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always judged")
     eval_clients: int | None = Field(
         None, ge=1, description="clients whose own rows are judged, drawn once; none given: all"
     )

@@ -40,6 +40,10 @@ def sentence_of(error: BaseException, after_interrupt: str = RESUMES) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+# What fields were called in earlier versions.
+RENAMED = {"evaluate_every": "eval_every", "batch": "batch_size", "keep_moments": "persist_optimizer"}
+
+
 def listing(names, limit: int = 12) -> str:
     """`a, b, c` of any names, cut where a sentence would stop being one."""
     names = [str(name) for name in names]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from fedsim.errors import InputError, Stopped, listing
+from fedsim.errors import RENAMED, InputError, Stopped, listing
 from fedsim.files import FULL, Damaged, digest, reason, write_text
 
 MARK, LOCK, RUNNING = ".fedsim", ".lock", ".running.lock"
@@ -77,14 +77,7 @@ def alone_in(folder: Path, kind: Kind, patience_s: float = 0) -> Iterator[None]:
 
 def refuse_another(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raises InputError, naming the fields that differ, when a folder holds another experiment; plain values."""
-    for kind in sorted(theirs.keys() & ours.keys()):
-        old, new = theirs[kind], ours[kind]
-        alike = isinstance(old, dict) and isinstance(new, dict) and old.get("name") == new.get("name")
-        if alike and (fields := sorted(old.keys() ^ new.keys())):
-            raise InputError(
-                f"{folder} was written by another version of fedsim or of {kind} {new.get('name')}: only one of them "
-                f"has {listing(fields)}; give another --out"
-            )
+    refuse_another_version(folder, theirs, ours)
     differ = [
         f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
         for name in sorted(theirs.keys() | ours.keys())
@@ -92,6 +85,23 @@ def refuse_another(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -
     ]
     if differ:
         raise InputError(f"{folder} holds another experiment ({listing(differ)}); give another --out")
+
+
+def refuse_another_version(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises InputError, naming the fields that only one of two experiments has; plain values."""
+    versions = {"fedsim": theirs.keys() ^ ours.keys()}
+    for kind in sorted(theirs.keys() & ours.keys()):
+        old, new = theirs[kind], ours[kind]
+        if isinstance(old, dict) and isinstance(new, dict) and old.get("name") == new.get("name"):
+            versions[f"fedsim or of {kind} {new.get('name')}"] = old.keys() ^ new.keys()
+    for version, fields in versions.items():
+        if fields:
+            current = {RENAMED[field] for field in fields if field in RENAMED}
+            names = [f"{field} (now {RENAMED[field]})" if field in RENAMED else field for field in fields - current]
+            raise InputError(
+                f"{folder} was written by another version of {version}: only one of them has "
+                f"{listing(sorted(names))}; give another --out"
+            )
 
 
 def check_page(file: Path) -> None:

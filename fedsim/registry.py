@@ -4,7 +4,7 @@ A component is a frozen dataclass of hyperparameters. Adding one edits no list: 
 YAML files, the help and the contract tests find it because the file is there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from importlib import import_module
 from inspect import get_annotations, isclass
 from pkgutil import iter_modules
@@ -18,8 +18,8 @@ from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import ValidationInfo
 from typing_extensions import dataclass_transform  # in typing from Python 3.11 on
 
-from fedsim.errors import InputError, listing
-from fedsim.search import search_of
+from fedsim.errors import RENAMED, InputError, listing
+from fedsim.search_space import search_of
 
 KINDS = ("dataset", "partition", "method", "server", "fleet")
 # Infinity and nan are no values of any field: what has no limit is None, and says so.
@@ -145,7 +145,7 @@ def changed(kind: str, thing: Any, fields: dict[str, Any]) -> Any:
         raise InputError(sentence(error, f"{kind}.", there)) from None
 
 
-def sentence(error: ValidationError, prefix: str, names: Iterable[str]) -> str:
+def sentence(error: ValidationError, prefix: str, names: Collection[str]) -> str:
     """The first of pydantic's complaints: what was wanted, what came, what there is."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
@@ -153,6 +153,8 @@ def sentence(error: ValidationError, prefix: str, names: Iterable[str]) -> str:
         return str(cause)
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        if (current := RENAMED.get(place)) in names:
+            return f"no field {place!r} in {error.title}; it is now called {current!r}"
         return f"no field {place!r} in {error.title}; there are: {listing(names, 60)}"
     wanted = first["msg"].partition(", unable")[0].removeprefix("Input should be ")
     wanted = wanted.replace("a valid integer", "an integer").replace("a valid", "a")

@@ -227,7 +227,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
         state, notes = federation.train(state, turn)
         flops = _flops(report, notes, config.method)
         report.add_round(turn, notes, (federation.down, federation.up), time.perf_counter() - began, flops)
-        if turn.round % config.evaluate_every == 0:
+        if turn.round % config.eval_every == 0:
             report.judge(state, federation.evaluate(state))
         elif turn.round == config.rounds:
             report.last = federation.evaluate(state)

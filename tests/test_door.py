@@ -1,6 +1,7 @@
 """Bad input: one sentence, exit code 2, nothing written, and Ray never started."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -142,10 +143,29 @@ def test_a_folder_that_cannot_be_written_is_refused(config, tmp_path):
 
 def test_a_folder_of_another_version_is_refused_by_the_fields_that_one_lacks(config, tmp_path):
     theirs, ours = ({"method": {"name": "probe", field: 32}, "rounds": 1} for field in ("batch", "batch_size"))
-    with pytest.raises(
-        InputError, match=r"another version of fedsim or of method probe: only one of them has batch, batch_size; give"
-    ):
+    sentence = "another version of fedsim or of method probe: only one of them has batch (now batch_size); give"
+    with pytest.raises(InputError, match=re.escape(sentence)):
         refuse_another(tmp_path, theirs, ours)
+    with pytest.raises(InputError, match=r"another version of fedsim: only one of them has lambda, mu; give"):
+        refuse_another(tmp_path, {"lambda": 1, "rounds": 1}, {"mu": 1, "rounds": 2})
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--evaluate-every", "2"], "no flag --evaluate-every; it is now called --eval-every"),
+        (["--method.keep-moments=1"], "no flag --method.keep-moments; it is now called --method.persist-optimizer"),
+        (["--config", "old.yaml"], "no field 'evaluate_every' in Config; it is now called 'eval_every'"),
+        (["--config", "batch.yaml"], "no field 'batch' in FedCLIP; it is now called 'batch_size'"),
+    ],
+)
+def test_a_name_of_an_earlier_version_is_answered_with_the_new_one(flags, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.yaml").write_text("evaluate_every: 2", encoding="utf-8")
+    (tmp_path / "batch.yaml").write_text("method: {batch: 2}", encoding="utf-8")
+    with pytest.raises(InputError) as refused:
+        parse_run(flags)
+    assert str(refused.value) == sentence
 
 
 def test_a_folder_of_another_experiment_is_refused_by_the_fields_that_differ(config):

@@ -315,7 +315,7 @@ def private_of(config, report) -> list[dict]:
 
 @pytest.mark.parametrize("name", LONGER)
 def test_a_run_prolonged_three_times_is_one_long_run(name, config, tmp_path, no_page):
-    fields = LONGER[name] | {"evaluate_every": 3}
+    fields = LONGER[name] | {"eval_every": 3}
     whole = config(**fields, rounds=8, out=tmp_path / "whole")
     expected = run(whole)
     for short in (2, 4, 7, 8):  # the last round of each but 8 is evaluated for being the last
@@ -334,7 +334,7 @@ def test_a_run_prolonged_three_times_is_one_long_run(name, config, tmp_path, no_
 
 
 def test_the_best_round_is_not_one_that_was_evaluated_only_for_being_the_last(config, tmp_path, no_page):
-    fields = {"method": {"name": "probe", "lr": 0.3}, "evaluate_every": 2, "clients": 6, "partition": "iid"}
+    fields = {"method": {"name": "probe", "lr": 0.3}, "eval_every": 2, "clients": 6, "partition": "iid"}
     for seed in range(12):
         short = config(**fields, seed=seed, rounds=1, out=tmp_path / str(seed))
         if run(short).chosen_round == 1:
@@ -348,7 +348,7 @@ def test_the_best_round_is_not_one_that_was_evaluated_only_for_being_the_last(co
 
 
 def test_an_interrupted_run_goes_on_with_more_rounds_or_ends_with_fewer(config, tmp_path, no_page):
-    fields = {"evaluate_every": 2, "server": "local_only", "clients": 4}
+    fields = {"eval_every": 2, "server": "local_only", "clients": 4}
     for rounds_ in (12, 5, 3):  # of 10, and interrupted in 3
         ours = config(**fields, rounds=10, out=tmp_path / str(rounds_))
         run_until(3, ours)

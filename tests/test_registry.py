@@ -9,7 +9,7 @@ from fedsim.cli.flags import _range
 from fedsim.methods import Method
 from fedsim.methods.probe import Probe
 from fedsim.registry import changed
-from fedsim.search import Choice, Field, search_of
+from fedsim.search_space import Choice, Field, search_of
 
 
 @component

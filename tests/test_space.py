@@ -7,7 +7,7 @@ from fedsim import Config, InputError
 from fedsim.config import merged
 from fedsim.errors import listing
 from fedsim.registry import KINDS, available, find, parse
-from fedsim.search import Choice, Field, Linear, Log, search_of
+from fedsim.search_space import Choice, Field, Linear, Log, search_of
 from fedsim.sweep.space import Space
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -193,7 +193,7 @@ BAD = {
         "fedclip: method.objective wants 'contrastive' or 'cross_entropy', not 'means'",
     ),
     "the data": (["held_out=ink,photo"], "held_out cannot be searched: all trials of a sweep use the same data"),
-    "who judges": (["evaluate_every=1,5"], "evaluate_every cannot be searched: it changes how trials are evaluated"),
+    "who judges": (["eval_every=1,5"], "eval_every cannot be searched: it changes how trials are evaluated"),
     "a field twice": (["method.lr", "method.lr=1e-4:1e-3"], "--search method.lr=1e-4:1e-3: fedclip.lr is given twice"),
     "a field twice under two names": (["method.lr", "fedclip.lr"], "--search fedclip.lr: fedclip.lr is given twice"),
     "a range for all": (["method.*=1:2"], "* stands for declared ranges and takes no range"),

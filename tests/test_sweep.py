@@ -27,7 +27,7 @@ from fedsim.fleets.ideal import Ideal
 from fedsim.folder import claim
 from fedsim.methods.probe import Probe
 from fedsim.registry import name_of
-from fedsim.search import Field, Log
+from fedsim.search_space import Field, Log
 from fedsim.simulate import prepare
 from fedsim.sweep.command import parse_sweep
 from fedsim.sweep.config import Sweep

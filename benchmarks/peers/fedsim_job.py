@@ -48,7 +48,7 @@ def config(args: Namespace, out: str) -> Config:
         train_share=ROWS / ALL_ROWS,
         rounds=args.rounds,
         actors=args.actors,
-        evaluate_every=args.rounds,
+        eval_every=args.rounds,
         eval_clients=1,
         cache_dir=args.folder.parent / "cache",
         out=out,

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 # What imports torch is imported in functions: it takes seconds, and some commands do not need it.
-from fedsim.errors import InputError, listing
+from fedsim.errors import RENAMED, InputError, listing
 from fedsim.registry import KINDS, available, find
-from fedsim.search import search_of
+from fedsim.search_space import search_of
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -131,6 +131,9 @@ def _parse_flags(argv: Sequence[str], command: str, other_flags: Iterable[str]) 
     args, unknown = parser.parse_known_args(with_dashes(argv))
     if unknown:
         name = unknown[0].partition("=")[0]
+        kind, _, field = name.removeprefix("--").replace("-", "_").rpartition(".")
+        if current := RENAMED.get(field):
+            raise InputError(f"no flag {name}; it is now called {flag(f'{kind}.{current}' if kind else current)}")
         close = get_close_matches(name, [*other_flags, *parser._option_string_actions], n=3)
         hint = f"did you mean {listing(close)}?" if close else f"fedsim {command} --help lists all"
         raise InputError(f"no flag {name}; {hint}")

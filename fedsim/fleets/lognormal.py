@@ -7,7 +7,7 @@ import numpy as np
 
 from fedsim.fleets import Fleet
 from fedsim.registry import component
-from fedsim.search import Field
+from fedsim.search_space import Field
 
 
 @component

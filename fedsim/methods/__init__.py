@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from fedsim.params import Params
 from fedsim.registry import component
-from fedsim.search import Choice, Field, Linear, Log
+from fedsim.search_space import Choice, Field, Linear, Log
 from fedsim.sites import Reads, Site, reads_of
 from fedsim.towers import ImageTower, TextTower
 

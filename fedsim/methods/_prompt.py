@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, Method
 from fedsim.registry import component
-from fedsim.search import Choice, Field, Log
+from fedsim.search_space import Choice, Field, Log
 from fedsim.sites import Site
 from fedsim.towers import TextTower
 

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from fedsim.methods import Backbone, Method
 from fedsim.registry import component
-from fedsim.search import Choice, Field, Linear
+from fedsim.search_space import Choice, Field, Linear
 
 
 @component

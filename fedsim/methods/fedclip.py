@@ -14,7 +14,7 @@ from fedsim.methods import Backbone, Batch, Method
 from fedsim.methods._contrast import Objective, contrastive
 from fedsim.params import Params
 from fedsim.registry import component
-from fedsim.search import Field, Log
+from fedsim.search_space import Field, Log
 
 
 @component

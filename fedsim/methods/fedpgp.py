@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from fedsim.methods import Backbone, Batch, Scope
 from fedsim.methods._prompt import Prompted, PromptMethod
 from fedsim.registry import component
-from fedsim.search import Choice, Field, Log
+from fedsim.search_space import Choice, Field, Log
 
 
 @component

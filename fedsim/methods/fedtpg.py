@@ -13,7 +13,7 @@ from fedsim.errors import InputError
 from fedsim.methods import Backbone, Method
 from fedsim.methods._prompt import Prompted
 from fedsim.registry import component
-from fedsim.search import Choice, Field, Log
+from fedsim.search_space import Choice, Field, Log
 from fedsim.sites import Site
 
 

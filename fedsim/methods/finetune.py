@@ -15,7 +15,7 @@ from fedsim.methods import Backbone, Batch, Method
 from fedsim.methods._through import Objective, Side, Sides, Through, blocks, held, objective, tower_of
 from fedsim.params import Params
 from fedsim.registry import component
-from fedsim.search import Field, Log
+from fedsim.search_space import Field, Log
 from fedsim.sites import Site
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from fedsim.methods import Batch
 from fedsim.methods.promptfl import PromptFL, _Prompt
 from fedsim.registry import component
-from fedsim.search import Choice, Field, Linear
+from fedsim.search_space import Choice, Field, Linear
 
 
 @component

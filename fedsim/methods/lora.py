@@ -18,7 +18,7 @@ from fedsim.methods import Backbone, Batch, Method
 from fedsim.methods._through import Objective, Side, Sides, Through, blocks, held, objective, tower_of
 from fedsim.params import Params
 from fedsim.registry import component
-from fedsim.search import Choice, Field, Log
+from fedsim.search_space import Choice, Field, Log
 from fedsim.sites import Site
 
 Modules = Literal["attention", "mlp", "all"]

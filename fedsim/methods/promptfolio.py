@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedsim.methods import Backbone, Scope
 from fedsim.methods._prompt import Prompted, PromptMethod
 from fedsim.registry import component
-from fedsim.search import Field, Linear
+from fedsim.search_space import Field, Linear
 
 
 @component

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from fedsim.methods import Backbone, Batch, Method
 from fedsim.registry import component
-from fedsim.search import Choice, Field, Linear
+from fedsim.search_space import Choice, Field, Linear
 
 
 @component

@@ -13,7 +13,7 @@ from fedsim.errors import InputError
 from fedsim.partitions import Dealing, Splits, cut, refuse_made, sizes
 from fedsim.registry import component
 from fedsim.rng import numpy_rng
-from fedsim.search import Field, Log
+from fedsim.search_space import Field, Log
 
 
 @component

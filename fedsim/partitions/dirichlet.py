@@ -7,7 +7,7 @@ import numpy as np
 
 from fedsim.partitions import Partition, deal_by_share, until_all_have, wanted
 from fedsim.registry import component
-from fedsim.search import Field, Log
+from fedsim.search_space import Field, Log
 
 
 @component

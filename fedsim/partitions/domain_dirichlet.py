@@ -9,7 +9,7 @@ from fedsim.errors import InputError
 from fedsim.partitions import Partition, wanted
 from fedsim.partitions.dirichlet import Dirichlet
 from fedsim.registry import component
-from fedsim.search import Field, Log
+from fedsim.search_space import Field, Log
 
 
 @component

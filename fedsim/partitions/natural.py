@@ -13,7 +13,7 @@ from fedsim.errors import InputError
 from fedsim.partitions import Dealing, Splits, sizes
 from fedsim.registry import component
 from fedsim.rng import numpy_rng
-from fedsim.search import Field, Linear
+from fedsim.search_space import Field, Linear
 from fedsim.shares import decimal, part
 
 AWAY = 16  # clients' worth of test rows stand for a domain that nobody trains on

@@ -8,7 +8,7 @@ import numpy as np
 from fedsim.errors import InputError
 from fedsim.partitions import Partition, wanted
 from fedsim.registry import component
-from fedsim.search import Field, Linear
+from fedsim.search_space import Field, Linear
 
 
 @component

@@ -14,7 +14,7 @@ import torch
 from fedsim.methods import Method, Scope
 from fedsim.params import Params, payload_bytes
 from fedsim.registry import component
-from fedsim.search import Field
+from fedsim.search_space import Field
 from fedsim.updates import RoundSum, apply_update, mean_delta
 
 Slots = dict[str, Params]

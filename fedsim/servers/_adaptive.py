@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim.registry import component
-from fedsim.search import Choice, Field, Linear, Log
+from fedsim.search_space import Choice, Field, Linear, Log
 from fedsim.servers import Averaging
 from fedsim.updates import apply_update, mean_delta
 

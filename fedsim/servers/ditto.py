@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedsim.methods import Backbone, Batch, Method, masked
 from fedsim.params import Params
 from fedsim.registry import component
-from fedsim.search import Field, Log
+from fedsim.search_space import Field, Log
 from fedsim.servers import Averaging
 
 HALVES = "shared", "own"

@@ -8,7 +8,7 @@ by Hsu et al. was found: otherwise not checked against code.
 import torch
 
 from fedsim.registry import component
-from fedsim.search import Choice, Field, Log
+from fedsim.search_space import Choice, Field, Log
 from fedsim.servers import Averaging
 from fedsim.updates import apply_update, mean_delta
 

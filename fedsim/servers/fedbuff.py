@@ -15,7 +15,7 @@ from typing import Literal
 
 from fedsim.params import unflatten
 from fedsim.registry import component
-from fedsim.search import Field, Log
+from fedsim.search_space import Field, Log
 from fedsim.servers import Reply, Server
 from fedsim.updates import apply_update
 

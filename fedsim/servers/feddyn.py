@@ -6,7 +6,7 @@ Source: Acar et al. 2021, arXiv 2111.04263; alpha as in the authors' code, alpem
 import torch
 
 from fedsim.registry import component
-from fedsim.search import Field, Log
+from fedsim.search_space import Field, Log
 from fedsim.servers import Reply, Server
 from fedsim.updates import apply_update, mean_delta
 

@@ -5,7 +5,7 @@ Source: Arivazhagan et al. 2019, arXiv 1912.00818, of which no authors' code was
 
 from fedsim.errors import InputError, listing
 from fedsim.registry import component
-from fedsim.search import Field
+from fedsim.search_space import Field
 from fedsim.servers import Averaging
 
 

@@ -5,7 +5,7 @@ litian96/FedProx, commit d2a4501, with 0.5 among them, and says that no value su
 """
 
 from fedsim.registry import component
-from fedsim.search import Field, Log
+from fedsim.search_space import Field, Log
 from fedsim.servers import Averaging
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from fedsim.errors import InputError
 from fedsim.params import unflatten
 from fedsim.registry import component
-from fedsim.search import Field, Linear
+from fedsim.search_space import Field, Linear
 from fedsim.servers import Server
 from fedsim.updates import RoundSum, apply_update, blocks, stepped
 

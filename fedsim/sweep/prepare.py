@@ -13,7 +13,7 @@ from fedsim.config import Config
 from fedsim.datasets import TEST
 from fedsim.errors import InputError, listing
 from fedsim.fleets import Fleet
-from fedsim.folder import check_folder, read_sealed
+from fedsim.folder import check_folder, read_sealed, refuse_another_version
 from fedsim.methods import Method
 from fedsim.simulate import DEALT, Experiment, judged, prepare
 from fedsim.sweep.config import LOGGERS, MAY_CHANGE, PRUNED_BY, Sweep
@@ -95,6 +95,7 @@ def refuse_another_sweep(folder: Path, settings: dict[str, Any], space: Space) -
     if unknown := sorted(set(before) ^ set(settings)):
         raise InputError(f"{file} is of another version of fedsim ({listing(unknown)}); give another --out")
     old, new = before.pop("config"), settings["config"]
+    refuse_another_version(folder, old, new)
     changes = [_change(name, old.get(name), new.get(name)) for name in sorted(old.keys() | new.keys())]
     changes += space.changes(before.pop("search"))
     changes += [_change(name, before[name], settings[name]) for name in before if name not in MAY_CHANGE]

@@ -21,7 +21,7 @@ import optuna
 from fedsim.config import Config
 from fedsim.errors import InputError, listing
 from fedsim.registry import KINDS, changed, find, name_of, parse
-from fedsim.search import Choice, Plain, Span, search_of
+from fedsim.search_space import Choice, Plain, Span, search_of
 from fedsim.sweep.syntax import all_values, check_searchable, parse_candidates, parse_range, with_values
 
 # What changes the problem (partition, clients, cohort) is searched only when it is named.

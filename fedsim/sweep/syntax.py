@@ -5,11 +5,11 @@ from typing import Any, Literal, get_args, get_origin
 from fedsim.config import EXECUTION, Config
 from fedsim.errors import InputError, listing
 from fedsim.registry import available, find
-from fedsim.search import Choice, Span
+from fedsim.search_space import Choice, Span
 
 # Fields of Config that cannot be searched, by the reason.
 SEEDS = ("seed", "partition_seed")
-EVALUATION = ("eval_clients", "evaluate_every")
+EVALUATION = ("eval_clients", "eval_every")
 SAME_RESULT = (*EXECUTION, "chunk", "engine", "threads_per_actor")
 DATA = ("dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prompt", "held_out", "augment")
 

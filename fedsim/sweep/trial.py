@@ -86,7 +86,7 @@ class Trial:
         Raises:
             InputError: training has diverged or cannot start, or no client has validation rows.
         """
-        self.round = min(self.round + self.config.evaluate_every, self.config.rounds)
+        self.round = min(self.round + self.config.eval_every, self.config.rounds)
         reports = [run.advance(self.round, self.done) for run in self.runs]
         means = pd.DataFrame([measures(report, self.round) for report in reports]).mean()
         chosen = {"chosen_round": round(means["chosen_round"]), "rounds": self.round}
