@@ -33,7 +33,8 @@ from _measure import median_and_range
 from _runs import parsed, parser_of
 
 from fedsim.clients import Population
-from fedsim.clip import Clip, Frozen
+from fedsim.clip.checkpoints import find_weights
+from fedsim.clip.model import Clip, Frozen
 from fedsim.cluster.placement import Sizing
 from fedsim.cluster.worker import keep_freed_memory
 from fedsim.config import read_yaml
@@ -48,7 +49,6 @@ from fedsim.training.flops import flops_of
 from fedsim.training.stack import train_stack
 from fedsim.training.task import Task, backbone_of, initial_params
 from fedsim.training.worker import ClientWorker
-from fedsim.weights import find_weights
 
 BACKBONE, BATCH = "ViT-B-32", 32
 PROMPT, DRAWN_BY = "a picture of a {}", 0

@@ -29,7 +29,8 @@ import job as plain
 
 from fedsim import Config, run
 from fedsim.clients import Population
-from fedsim.clip import Clip
+from fedsim.clip.checkpoints import EMBEDDED, find_weights, width_of
+from fedsim.clip.model import Clip
 from fedsim.cluster.worker import device_of
 from fedsim.datasets import TRAIN, Features, Images
 from fedsim.features import BLOCK, Encoder
@@ -40,7 +41,6 @@ from fedsim.servers.fedavg import FedAvg
 from fedsim.training.stack import stack_size
 from fedsim.training.task import Task, backbone_of, initial_params
 from fedsim.training.worker import ClientWorker
-from fedsim.weights import EMBEDDED, find_weights, width_of
 
 ROWS, WIDTH, CLASSES = 64, 512, 7  # of a client of the adapter's job: two local steps of 32 rows
 SAME = {True: "the same bits", False: "OTHER BITS"}

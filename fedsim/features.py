@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from fedsim.cache import Notice, locked, map_array, read_array, write_array
-from fedsim.clip import Clip
+from fedsim.clip.checkpoints import Weights
+from fedsim.clip.model import Clip
 from fedsim.cluster.placement import Sizing
 from fedsim.cluster.pool import open_pool
 from fedsim.datasets import Features, Images
@@ -22,7 +23,6 @@ from fedsim.errors import InputError, Stopped
 from fedsim.events import Note, Progress, Step
 from fedsim.files import digest
 from fedsim.rng import seed_for
-from fedsim.weights import Weights
 
 BLOCK = 64  # images of one call: fixed, since a tower's sums may follow the size of its batch
 
@@ -112,7 +112,7 @@ def encode(
     Args:
         prompt: with `{}` where the class name goes.
         cache: a folder of this machine.
-        level: of `sites.IMAGE_LEVELS`: what clients read of an image, kept beside its features.
+        level: of `clip.sites.IMAGE_LEVELS`: what clients read of an image, kept beside its features.
         augment: augmented views of each image that are kept at that level.
 
     Raises:

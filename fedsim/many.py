@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedsim.clip import Frozen
+from fedsim.clip.model import Frozen
 from fedsim.cluster.calls import TRIES
 from fedsim.cluster.nodes import nodes_of
 from fedsim.cluster.placement import Placement, Sizing, plan

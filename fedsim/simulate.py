@@ -18,7 +18,8 @@ import yaml
 from fedsim.cache import check_writable
 from fedsim.checkpoint import Checkpoints
 from fedsim.clients import Population, held_out_ids, make_clients, sample_cohort
-from fedsim.clip import Clip, Frozen, check_texts
+from fedsim.clip.checkpoints import EMBEDDED, Weights, find_weights, width_of
+from fedsim.clip.model import Clip, Frozen, check_texts
 from fedsim.cluster.driver import run_in_driver_actor
 from fedsim.cluster.placement import Sizing
 from fedsim.cluster.pool import open_pool
@@ -59,7 +60,6 @@ from fedsim.training.flops import flops_of
 from fedsim.training.task import Task, backbone_of, initial_params, with_towers
 from fedsim.training.worker import ClientWorker
 from fedsim.updates import CLIENT_STATS, sum_chunks
-from fedsim.weights import EMBEDDED, Weights, find_weights, width_of
 
 CHUNKS, LARGEST_CHUNK = 16, 64  # of a cohort; and clients: enough to outweigh a call, few enough to do again
 DATA = "dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prompt", "augment", "cache_dir"

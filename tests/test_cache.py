@@ -18,13 +18,13 @@ import fedsim.cache
 from fedsim import run
 from fedsim.__main__ import main
 from fedsim.cache import locked, read_array, write_array
+from fedsim.clip.checkpoints import find_weights
 from fedsim.cluster.placement import Sizing
 from fedsim.datasets import Images
 from fedsim.errors import InputError, Stopped
 from fedsim.events import Note
 from fedsim.features import BLOCK, encode, feature_file, keep
 from fedsim.registry import parse
-from fedsim.weights import find_weights
 
 N = BLOCK + 6  # two blocks
 
@@ -430,7 +430,7 @@ def test_large_photos_are_decoded_one_at_a_time(tmp_path):
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_cache import *
-from fedsim.weights import EMBEDDED
+from fedsim.clip.checkpoints import EMBEDDED
 from fedsim.features import Encoder
 for count in (2, 12):
     encoder = Encoder(images_of([Path({str(tmp_path / "photo.jpg")!r})] * count), find_weights(*EMBEDDED), "cpu")

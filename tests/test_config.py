@@ -15,10 +15,10 @@ import fedsim
 from fedsim import Config, InputError, run
 from fedsim.__main__ import main
 from fedsim.cli.flags import parse_run, run_parser
+from fedsim.clip.checkpoints import EMBEDDED, find_weights
 from fedsim.config import read_yaml
 from fedsim.registry import KINDS, available, find, parse
 from fedsim.sweep.config import Sweep
-from fedsim.weights import EMBEDDED, find_weights
 
 
 def read(tmp_path: Path, text: str) -> dict:

@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fedsim import run
-from fedsim.clip import Clip
+from fedsim.clip.checkpoints import EMBEDDED, find_weights
+from fedsim.clip.model import Clip
 from fedsim.cluster.placement import Sizing
 from fedsim.datasets import Images
 from fedsim.features import BLOCK, encode, feature_file
 from fedsim.registry import parse
-from fedsim.weights import EMBEDDED, find_weights
 
 
 def quiet(event):
@@ -92,7 +92,7 @@ def test_a_killed_encoding_goes_on_where_it_stopped(images, weights, features, t
     code = f"""
 import numpy as np
 from pathlib import Path
-from fedsim.weights import *
+from fedsim.clip.checkpoints import *
 from fedsim.features import *
 from fedsim.cluster.placement import Sizing
 from fedsim.registry import parse
@@ -179,8 +179,8 @@ def test_openai_weights_get_the_activation_they_were_trained_with(tmp_path):
 import sys, numpy as np
 from PIL import Image
 from safetensors.torch import save_file
-from fedsim.clip import Clip
-from fedsim.weights import find_weights
+from fedsim.clip.model import Clip
+from fedsim.clip.checkpoints import find_weights
 weights = find_weights("ViT-B-32", "openai")
 np.save(sys.argv[1], Clip(weights).encode_images([Image.linear_gradient("L").convert("RGB")]))
 """

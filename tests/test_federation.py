@@ -8,7 +8,8 @@ import torch
 
 from fedsim import Backbone, InputError, Partition, available, run
 from fedsim.clients import make_clients, sample_cohort
-from fedsim.clip import Clip
+from fedsim.clip.checkpoints import find_weights
+from fedsim.clip.model import Clip
 from fedsim.datasets import TEST, UNSAID, Labelled
 from fedsim.methods import Batch, masked
 from fedsim.params import flatten, unflatten
@@ -16,7 +17,6 @@ from fedsim.registry import parse
 from fedsim.servers import ClientUpdate
 from fedsim.training.task import Task, initial_params
 from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
-from fedsim.weights import find_weights
 
 rng = np.random.default_rng
 

@@ -8,12 +8,12 @@ import torch
 from torch.nn.functional import normalize
 
 from fedsim import Backbone, InputError
-from fedsim.clip import Clip
+from fedsim.clip.checkpoints import EMBEDDED, find_weights
+from fedsim.clip.model import Clip
+from fedsim.clip.towers import ImageTower, TextTower
 from fedsim.methods import Batch, trained
 from fedsim.registry import parse
-from fedsim.towers import ImageTower, TextTower
 from fedsim.training.stack import gradients
-from fedsim.weights import EMBEDDED, find_weights
 
 CLASSES = "cat", "dog", "owl", "pig"
 Y = torch.tensor([2, 0, 2, 3])  # a class twice, a class not at all

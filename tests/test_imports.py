@@ -13,8 +13,8 @@ import fedsim
 
 # A module may import those that stand before it; a package's files, their package and those before it.
 ORDER = """
-    errors events files cache formats shares search_space rng registry params datasets partitions sites
-    towers methods updates servers state fleets clients weights clip cluster folder features counts
+    errors events files cache formats shares search_space rng registry params datasets partitions clip
+    methods updates servers state fleets clients cluster folder features counts
     training config schedule reporting checkpoint simulate many cli sweep __init__ __main__
 """.split()  # noqa: SIM905
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from fedsim.clip import Clip
+from fedsim.clip.checkpoints import EMBEDDED, find_weights
+from fedsim.clip.model import Clip
 from fedsim.datasets import Images
 from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError
-from fedsim.weights import EMBEDDED, find_weights
 
 NOISE = np.random.default_rng(0).integers(0, 256, (100, 140, 3), np.uint8)
 PICTURE = Image.fromarray(NOISE).filter(ImageFilter.GaussianBlur(3)).point(lambda value: (value - 96) * 4)

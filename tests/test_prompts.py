@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from fedsim.clip import Clip
+from fedsim.clip.checkpoints import EMBEDDED, find_weights
+from fedsim.clip.model import Clip
+from fedsim.clip.towers import TextTower
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, Batch, trained
 from fedsim.methods.fedotp import plan
 from fedsim.registry import parse
-from fedsim.towers import TextTower
 from fedsim.training.stack import gradients
-from fedsim.weights import EMBEDDED, find_weights
 
 CLASSES = "cat", "hot air balloon", "owl", "flying saucer", "pig"
 WRITTEN = "a picture of a {}."

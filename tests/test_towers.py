@@ -13,11 +13,11 @@ from test_bits import workers
 
 from fedsim import Config, InputError, Method, available, component, run
 from fedsim.checkpoint import load_checkpoint
-from fedsim.clip import Clip
+from fedsim.clip.checkpoints import EMBEDDED, find_weights
+from fedsim.clip.model import Clip
+from fedsim.clip.sites import Reads, reads_of
 from fedsim.cluster.session import session
 from fedsim.registry import parse
-from fedsim.sites import Reads, reads_of
-from fedsim.weights import EMBEDDED, find_weights
 
 KINDS = "animal", "vehicle"
 TOWERED = [name for name in available("method") if parse("method", name).reads.towers]

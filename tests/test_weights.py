@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedsim import InputError
-from fedsim.clip import Clip
-from fedsim.weights import EMBEDDED, find_weights
+from fedsim.clip.checkpoints import EMBEDDED, find_weights
+from fedsim.clip.model import Clip
 
 TOWER = {
     "embed_dim": 8,

@@ -54,8 +54,8 @@ def parse_run(
 
 def _base(file: str | None, flags: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Fields and name of the config that flags override."""
+    from fedsim.clip.checkpoints import EMBEDDED
     from fedsim.config import read_yaml
-    from fedsim.weights import EMBEDDED
 
     if file:
         return read_yaml(file), f"config {file}"

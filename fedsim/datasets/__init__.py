@@ -107,7 +107,7 @@ class Features(Labelled):
         logit_scale: exp of CLIP's temperature parameter, about 100 for OpenAI's weights.
         prompt: the text of a class, `{}` where its name goes; of features of one's own nobody knows.
         augment: augmented views that are kept of each image.
-        kept: by level of `sites.IMAGE_LEVELS`, a file of what else is kept of the images, in (1 + augment) views:
+        kept: by level of `clip.sites.IMAGE_LEVELS`, a file of what else is kept of the images, in (1 + augment) views:
             (views * N, ...), all images of a view one after the other.
         aboard: by level, what is in these files.
     """

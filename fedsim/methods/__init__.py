@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fedsim.clip.sites import Reads, Site, reads_of
+from fedsim.clip.towers import ImageTower, TextTower
 from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search_space import Choice, Field, Linear, Log
-from fedsim.sites import Reads, Site, reads_of
-from fedsim.towers import ImageTower, TextTower
 
 # Who has a tensor: all clients the same one, trained by each and combined by the server; each client its own, which
 # never leaves it; the server, which alone changes it, and sends it; or nobody changes it and it never travels, because

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from fedsim.clip.sites import Site
+from fedsim.clip.towers import TextTower
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, Method
 from fedsim.registry import component
 from fedsim.search_space import Choice, Field, Log
-from fedsim.sites import Site
-from fedsim.towers import TextTower
 
 
 @component

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from fedsim.clip.sites import Site
+from fedsim.clip.towers import ImageTower, TextTower
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, Batch
 from fedsim.methods._contrast import Objective, contrastive
 from fedsim.params import Params
-from fedsim.sites import Site
-from fedsim.towers import ImageTower, TextTower
 
 Side = Literal["image", "text"]
 Sides = Literal["both", "image", "text"]

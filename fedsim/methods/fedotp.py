@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from fedsim.clip.sites import Site
 from fedsim.methods import Backbone, Scope
 from fedsim.methods._prompt import Prompted, PromptMethod
 from fedsim.registry import component
 from fedsim.search_space import Field, Linear, Log
-from fedsim.sites import Site
 
 MOST = 1 << 22  # similarities that are shared out at once: 32 MB in float64
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from fedsim.clip.sites import Site
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, Method
 from fedsim.methods._prompt import Prompted
 from fedsim.registry import component
 from fedsim.search_space import Choice, Field, Log
-from fedsim.sites import Site
 
 
 @component

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fedsim.clip.sites import Site
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, Batch, Method
 from fedsim.methods._through import Objective, Side, Sides, Through, blocks, held, objective, tower_of
 from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search_space import Field, Log
-from fedsim.sites import Site
 
 
 @component

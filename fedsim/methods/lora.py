@@ -13,13 +13,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fedsim.clip.sites import Site
 from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone, Batch, Method
 from fedsim.methods._through import Objective, Side, Sides, Through, blocks, held, objective, tower_of
 from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search_space import Choice, Field, Log
-from fedsim.sites import Site
 
 Modules = Literal["attention", "mlp", "all"]
 

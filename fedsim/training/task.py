@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fedsim.clip import Clip
+from fedsim.clip.model import Clip
+from fedsim.clip.sites import Reads
 from fedsim.datasets import Features
 from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone, Method, Scope, masked
@@ -13,7 +14,6 @@ from fedsim.params import Params
 from fedsim.registry import name_of
 from fedsim.rng import seed_for
 from fedsim.servers import ClientUpdate, Server
-from fedsim.sites import Reads
 from fedsim.training.client_store import PrivateStore
 
 FEATURES = Reads()

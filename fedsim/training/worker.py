@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.clients import Client, Population
-from fedsim.clip import Clip, Frozen
+from fedsim.clip.model import Clip, Frozen
 from fedsim.counts import Counts, tally
 from fedsim.datasets import Features
 from fedsim.errors import InputError

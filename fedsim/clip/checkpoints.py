@@ -26,7 +26,7 @@ from fedsim.errors import InputError, listing
 
 EMBEDDED = "tiny", "embedded"
 _serialization: Any = torch.utils.serialization.config  # a module that becomes an object when it is imported
-_ASSETS = Path(__file__).parent / "assets" / "tiny"
+_ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
 _PREPROCESSING = "mean", "std", "interpolation", "resize_mode"
 _CONSTANTS = "input_resolution", "context_length", "vocab_size"  # in OpenAI's archives, next to the weights
 _SUFFIXES = ".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt", ".pkl"

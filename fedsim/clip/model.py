@@ -11,9 +11,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fedsim.clip.checkpoints import (
+    Weights,
+    first_line,
+    import_open_clip,
+    is_torchscript,
+    load_torchscript,
+    tokenizer_of,
+)
+from fedsim.clip.towers import ImageTower, TextTower, tokenize
 from fedsim.errors import InputError
-from fedsim.towers import ImageTower, TextTower, tokenize
-from fedsim.weights import Weights, first_line, import_open_clip, is_torchscript, load_torchscript, tokenizer_of
 
 
 @dataclass(frozen=True)
