@@ -534,7 +534,7 @@ def _begin(experiment: Experiment, task: Task) -> tuple[ServerState, Report]:
     params = initial_params(task, backbone, experiment.config.cohort or experiment.clients.trainers)
     sample = numpy_rng(task.seed, "flops").permutation(experiment.clients[0].train)[: task.method.batch_size]
     per_step, per_row = flops_of(task, backbone, features, sample)
-    kept = experiment.clients.trainers if task.keeps(params) else 0
+    kept = experiment.clients.trainers if task.has_private_state(params) else 0
     slots, _ = task.server.init(task.of(params, "shared"))
     state = ServerState(0, params, slots, private=np.zeros(kept, np.int64))
     facts = {

@@ -13,6 +13,7 @@ from fedsim.datasets import Features
 from fedsim.methods import Batch
 from fedsim.params import flatten
 from fedsim.registry import parse
+from fedsim.servers import Reply
 from fedsim.training.accumulator import Accumulator
 from fedsim.training.client_store import PrivateStore
 from fedsim.training.optimizer import Optimizer
@@ -57,7 +58,7 @@ def two_rounds(features, clients, folder, reference, **task):
         chunk = 0, [(client, written) for client in everyone]
         sent = flatten(server.broadcast(slots, task.of(params, "shared")))
         partials.append(trainer.train(task, round, {0: flatten(params)}, sent, chunk))
-        written = round * task.keeps(params)
+        written = round * task.has_private_state(params)
     kept = [private.read(client, written) for client in everyone]
     return partials, kept
 
@@ -282,12 +283,12 @@ def test_clients_that_are_stepped_together_move_as_each_would_alone(fields):
 def test_a_sum_of_a_whole_stack_is_that_of_its_clients():
     """As on a GPU; a scalar, such as a temperature, is a tensor without dimensions."""
     shared = {"w": torch.ones(2, 3), "scale": torch.tensor(2.0)}
-    ours = {"w": torch.arange(12.0).view(2, 2, 3), "scale": torch.tensor([3.0, 5.0])}
-    for together in (True, False):
-        sums = Accumulator(shared, "cpu", each=False)
-        sums.together = together
-        sums.add([0, 1], ours, [{}, {}], [1.0, 3.0])
-        total = sums.sum(np.empty(0, CLIENT_STATS))
+    trained = {"w": torch.arange(12.0).view(2, 2, 3), "scale": torch.tensor([3.0, 5.0])}
+    for by_stack in (True, False):
+        accumulator = Accumulator(shared, "cpu", each=False)
+        accumulator.by_stack = by_stack
+        accumulator.add([0, 1], trained, [Reply(1.0), Reply(3.0)])
+        total = accumulator.sum(np.empty(0, CLIENT_STATS))
         assert total.weight == 4.0
         # scale: 1 * (3 - 2) + 3 * (5 - 2); w: 1 * (k - 1) + 3 * (k + 6 - 1)
         np.testing.assert_array_equal(total.delta, [10.0, *(4.0 * k + 14 for k in range(6))])

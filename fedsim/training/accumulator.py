@@ -1,54 +1,68 @@
-"""The sum of a chunk's updates, client by client or stack by stack."""
+"""The sum of a chunk's deltas, added stack by stack."""
 
 import numpy as np
 import torch
 
 from fedsim.errors import InputError
 from fedsim.params import Params, flatten, views
+from fedsim.servers import Reply
 from fedsim.updates import ChunkSum
 
 
 class Accumulator:
-    """What becomes of a chunk's clients, as they come."""
+    """Adds up what the clients of a chunk return, in float64.
+
+    On a CPU client by client, while a client's tensors are in cache; on a GPU a stack at a time, since a kernel per
+    client would take longer.
+    """
 
     def __init__(self, shared: Params, device: str, each: bool) -> None:
-        self.together = device != "cpu"  # one product for each tensor, where a kernel for each client would take longer
+        """
+        Args:
+            shared: the shared tensors as the clients received them.
+            each: keep every client's delta, in place of their sum.
+        """
+        self.by_stack = device != "cpu"
         size = sum(tensor.numel() for tensor in shared.values())
         self.shared, self.weight, self.message = shared, 0.0, np.zeros(0)
         self.delta = torch.zeros(0 if each else size, dtype=torch.float64, device=device)
         self.total = {} if each else views(self.delta, shared)
-        # Adding float32 to float64 as it comes makes a new tensor for every client.
-        room = torch.empty(max(map(torch.numel, shared.values()), default=0), dtype=torch.float64, device=device)
-        self.doubled = {name: room[: tensor.numel()].view_as(tensor) for name, tensor in shared.items()}
+        # To add float32 to float64 directly would make a new tensor for every client.
+        buffer = torch.empty(max(map(torch.numel, shared.values()), default=0), dtype=torch.float64, device=device)
+        self.doubled = {name: buffer[: tensor.numel()].view_as(tensor) for name, tensor in shared.items()}
         self.each: dict[int, np.ndarray] | None = {} if each else None
 
-    def add(self, clients: list[int], ours: Params, messages: list[Params], weights: list[float]) -> None:
+    def add(self, clients: list[int], trained: Params, replies: list[Reply]) -> None:
         """Adds a stack of M clients.
 
         Args:
-            ours: (M, *shape) each, their shared tensors after training.
+            trained: (M, *shape) each, their shared tensors after training.
         """
-        if self.together:
-            scale = torch.tensor(weights, dtype=torch.float64, device=self.delta.device)
+        if self.by_stack:
+            weights = torch.tensor([reply.weight for reply in replies], dtype=torch.float64, device=self.delta.device)
             for name, total in self.total.items():
-                total.view(-1).add_(scale @ ours[name].reshape(len(weights), -1).double())
-        for place, (client, message, weight) in enumerate(zip(clients, messages, weights, strict=True)):
-            mine = {name: tensor[place] for name, tensor in ours.items()}
-            self.weight += weight
-            for name, total in self.total.items() if not self.together else ():
-                total.add_(self.doubled[name].copy_(mine[name]), alpha=weight)
+                total.view(-1).add_(weights @ trained[name].reshape(len(weights), -1).double())
+        for k, (client, reply) in enumerate(zip(clients, replies, strict=True)):
+            self.weight += reply.weight
+            for name, total in self.total.items() if not self.by_stack else ():
+                total.add_(self.doubled[name].copy_(trained[name][k]), alpha=reply.weight)
             if self.each is not None:
-                self.each[client] = flatten({name: mine[name] - tensor for name, tensor in self.shared.items()})
-            if message:
-                said = weight * flatten(message).astype(np.float64)
-                self.message = self.message + said if len(self.message) else said
+                self.each[client] = flatten({name: trained[name][k] - old for name, old in self.shared.items()})
+            if reply.message:
+                message = reply.weight * flatten(reply.message).astype(np.float64)
+                self.message = self.message + message if len(self.message) else message
 
-    def sum(self, notes: np.ndarray) -> ChunkSum:
+    def sum(self, stats: np.ndarray) -> ChunkSum:
+        """The chunk's sum.
+
+        Args:
+            stats: (n,) of `CLIENT_STATS`, by ascending client.
+        """
         for name, total in self.total.items():
-            total.sub_(self.shared[name], alpha=self.weight)  # in float64 it does no harm to subtract last
+            total.sub_(self.shared[name], alpha=self.weight)  # in float64 nothing is lost by subtracting last
         each = None
         if self.each is not None:
-            each = np.stack([self.each[client] for client in notes["client"].tolist()])
+            each = np.stack([self.each[client] for client in stats["client"].tolist()])
             if not np.isfinite(each).all():
                 raise InputError("training diverged: an update is not finite; try a smaller --method.lr")
-        return ChunkSum(self.delta.cpu().numpy(), self.weight, notes, self.message, each)
+        return ChunkSum(self.delta.cpu().numpy(), self.weight, stats, self.message, each)

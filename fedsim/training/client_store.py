@@ -1,12 +1,12 @@
-"""What clients keep to themselves, in files beside the run: by client, and by the round that wrote it.
+"""The private state of clients, in files of the run's folder: one per client, named after the round that wrote it.
 
-Neither the driver nor any actor holds more of it than the clients at work. A file is whole or not there, and is
-written over by the same bits alone: a chunk that is done again, or a run that resumes, reads what the first one read.
+Neither the driver nor an actor holds more of it than that of the clients in training. A file is whole or absent, and is
+only ever replaced by the same bits: a chunk that is repeated, or a run that resumes, reads what the first attempt read.
 """
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +18,48 @@ from fedsim.files import Damaged, read_tensors, write_tensors
 from fedsim.folder import intact, start_again
 from fedsim.params import Params
 
-OURS = re.compile(r"(part-.*-)?client-\d+-round-\d+\.safetensors")  # a process that was killed leaves a part
+OURS = re.compile(r"(part-.*-)?client-\d+-round-\d+\.safetensors")  # a process that is killed may leave a part
+OPTIMIZER, RULE = "optimizer/", "rule/"  # prefixes of names in a file
+
+
+@dataclass(frozen=True)
+class PrivateState:
+    """What a client keeps from round to round and does not send.
+
+    Attributes:
+        params: its private parameters.
+        optimizer: the state of its optimizer, if the method keeps it.
+        rule: its memory for the server rule.
+    """
+
+    params: Params = field(default_factory=dict)
+    optimizer: Params = field(default_factory=dict)
+    rule: Params = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tensors: Params) -> "PrivateState":
+        """The inverse of `tensors`."""
+        optimizer, rule = (
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            for prefix in (OPTIMIZER, RULE)
+        )
+        params = {name: tensor for name, tensor in tensors.items() if not name.startswith((OPTIMIZER, RULE))}
+        return cls(params, optimizer, rule)
+
+    def tensors(self) -> Params:
+        """All of it, by names that tell the three apart."""
+        optimizer = {OPTIMIZER + name: tensor for name, tensor in self.optimizer.items()}
+        return self.params | optimizer | {RULE + name: tensor for name, tensor in self.rule.items()}
 
 
 @dataclass(frozen=True)
 class PrivateStore:
-    """A folder that every actor sees; safetensors inside, one file per client."""
+    """A folder that every actor sees, with one safetensors file per client and round."""
 
     folder: Path
 
     def read(self, client: int, written: int) -> Params:
-        """What the client kept in the round `written`; nothing when that is 0.
+        """The tensors that the client stored in the round `written`; none if that is 0.
 
         Raises:
             InputError: the file is missing or damaged.
@@ -41,7 +72,7 @@ class PrivateStore:
         with intact(file, start_again(self.folder.parent)):
             arrays, about = read_tensors(file)
             if about != {"client": client, "round": written}:
-                raise Damaged(f"it is of another client or round: {about}")
+                raise Damaged(f"it belongs to another client or round: {about}")
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def write(self, client: int, round: int, tensors: dict[str, Tensor]) -> None:
@@ -50,7 +81,7 @@ class PrivateStore:
         write_tensors(self._file(client, round), arrays, {"client": client, "round": round})
 
     def prune(self, kept: Iterable[np.ndarray]) -> None:
-        """Deletes the files that none of the (K,) arrays names: by client, the round that wrote it."""
+        """Deletes the files that no array of `kept` names; each is (K,), by client the round that wrote its file."""
         if not self.folder.exists():
             return
         names = {

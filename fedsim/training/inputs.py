@@ -1,4 +1,4 @@
-"""What a method reads of some rows, fetched when it is indexed."""
+"""The inputs of a method for some rows, read when they are indexed."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,13 @@ from fedsim.datasets import Features
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is kept of some rows, as a tensor that is read when it is indexed.
+    """The representation of some rows, like a tensor that is read when it is indexed.
 
     Attributes:
-        dtype: of all but pixels, which are bytes.
-        resident: (N, D) all features, where the device holds them.
+        level: what the method reads: features, tokens or pixels.
+        views: (n,) the augmented view of each row; None: the image itself.
+        dtype: that of the result, unless it is pixels, which are bytes.
+        resident: (N, D) all features, if the device holds them.
     """
 
     features: Features
@@ -29,11 +31,11 @@ class Inputs:
     def whole(self) -> Tensor:
         return self[torch.arange(len(self.rows))]
 
-    def __getitem__(self, places: Tensor) -> Tensor:
-        """(*I) places among the rows -> (*I, ...)."""
-        at = places.cpu().numpy()
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """(*I) positions among the rows -> (*I, ...)."""
+        at = index.cpu().numpy()
         if self.resident is not None:
             return self.resident[torch.from_numpy(self.rows[at]).to(self.device)].to(self.dtype)
-        taken = self.features.take(self.level, self.rows[at], None if self.views is None else self.views[at])
-        x = torch.from_numpy(taken).to(self.device)
+        array = self.features.take(self.level, self.rows[at], None if self.views is None else self.views[at])
+        x = torch.from_numpy(array).to(self.device)
         return x if x.dtype == torch.uint8 else x.to(self.dtype)

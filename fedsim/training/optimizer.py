@@ -1,7 +1,7 @@
-"""The optimizers of a stack of clients, stepping all of them at once, their state in the open.
+"""Optimizers that step all clients of a stack at once, with accessible state.
 
-torch's fused kernels are called as they are: making a torch.optim.Optimizer imports torch._dynamo, 4 CPU seconds per
-actor, and even the functional forms around the kernels take a tenth of the time of a step.
+They call torch's fused kernels directly: to construct a torch.optim.Optimizer imports torch._dynamo, which takes 4 CPU
+seconds per actor, and even the functional wrappers around the kernels take a tenth of the time of a step.
 """
 
 from itertools import chain
@@ -12,22 +12,25 @@ from torch import Tensor
 from fedsim.methods import Method
 from fedsim.params import Params
 
+# torch's stubs do not export the kernels.
+SGD, ADAM, ADAMW = (getattr(torch, name) for name in ("_fused_sgd_", "_fused_adam_", "_fused_adamw_"))
+
 
 class Optimizer:
     """Steps the parameters of M clients in place by their gradients.
 
     Attributes:
-        state: what it remembers, by kind and parameter, (M, *shape): `first`, `second` and `steps` (M,) of adam and
-            adamw, `momentum` of sgd with momentum.
-        together: whether clients are stepped in one call per parameter where their step counts are equal. A GPU needs
-            that; on a CPU client by client is faster, for one client's tensors stay in cache.
+        state: tensors by kind and parameter, (M, *shape): `first`, `second` and `steps` (M,) for adam and adamw,
+            `momentum` for sgd with momentum.
+        together: whether one call per parameter steps all clients whose step counts are equal. A GPU needs that; on a
+            CPU one client at a time is faster, because its tensors stay in cache.
     """
 
     def __init__(self, method: Method, params: Params, together: bool | None = None) -> None:
         """
         Args:
-            params: each (M, *shape) and contiguous, client by client.
-            together: (default: on a GPU)
+            params: (M, *shape) each, contiguous, client by client.
+            together: default: whether the parameters are on a GPU.
         """
         first = next(iter(params.values()), torch.empty(0))
         self.method, self.params, self.count = method, params, len(first)
@@ -40,25 +43,27 @@ class Optimizer:
             }
         elif method.momentum:
             self.state = {"momentum": {n: torch.zeros_like(v) for n, v in params.items()}}
-        self.taken: list[int | None] = [0] * self.count  # steps of each client; None where only the state knows
-        # Client by client, as the kernels are given them; made once, for a view costs as much as a small kernel.
+        self.taken: list[int | None] = [0] * self.count  # steps of each client; None: after `load`, see the state
+        # Client by client, as the kernels take them; made once, because a view costs as much as a small kernel.
         self.views = {kind: _by_client(tensors, self.count) for kind, tensors in (self.state | {"": params}).items()}
         for tensor in self.views[""]:
-            assert tensor.is_contiguous()  # the kernels for the CPU walk raw memory
+            assert tensor.is_contiguous()  # the CPU kernels walk raw memory
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Sets all state to zero."""
         self.taken = [0] * self.count
         for tensors in self.state.values():
             for tensor in tensors.values():
                 tensor.zero_()
 
     def moments(self, client: int) -> Params:
-        """What it remembers of the client at this place of the stack, as views."""
-        return {f"{kind}/{name}": tensor[client] for kind, some in self.state.items() for name, tensor in some.items()}
+        """The state of the stack's client at this index, as views, by `kind/parameter`."""
+        return {
+            f"{kind}/{name}": tensor[client] for kind, tensors in self.state.items() for name, tensor in tensors.items()
+        }
 
     def load(self, client: int, moments: Params) -> None:
-        """Goes on from what `moments` gave earlier."""
+        """Restores a state that `moments` returned."""
         self.taken[client] = None
         for name, tensor in self.moments(client).items():
             tensor.copy_(moments[name])
@@ -68,7 +73,7 @@ class Optimizer:
         """One step of the clients from `first` to before `last`.
 
         Args:
-            grads: of each parameter, (last - first, *shape).
+            grads: (last - first, *shape), by name of each parameter.
         """
         if not grads:
             return
@@ -77,28 +82,27 @@ class Optimizer:
         self.taken[first:last] = [count if count is None else count + 1 for count in self.taken[first:last]]
         for steps in self.state.get("steps", {}).values():
             steps[first:last] += 1
-        # A step count enters a step of adam as one number for each tensor of the call.
+        # adam's kernel takes one step count for each tensor of the call.
         if self.together and (self.method.optimizer == "sgd" or (len(counts) == 1 and None not in counts)):
-            slope = [grads[name].contiguous() for name in self.params]
-            views = {
-                kind: [v[first:last] for v in some.values()] for kind, some in (self.state | {"": self.params}).items()
-            }
+            flat = [grads[name].contiguous() for name in self.params]
+            tensors_by_kind = self.state | {"": self.params}
+            views = {kind: [v[first:last] for v in tensors.values()] for kind, tensors in tensors_by_kind.items()}
             views |= {"steps": [steps[first] for steps in self.state.get("steps", {}).values()]}
         else:
-            mine = slice(first * len(self.params), last * len(self.params))
-            slope = [grads[name][k].contiguous() for k in range(last - first) for name in self.params]
-            views = {kind: some[mine] for kind, some in self.views.items()}
-        self._kernel(views, slope)
+            chosen = slice(first * len(self.params), last * len(self.params))
+            flat = [grads[name][k].contiguous() for k in range(last - first) for name in self.params]
+            views = {kind: tensors[chosen] for kind, tensors in self.views.items()}
+        self._kernel(views, flat)
 
     def _kernel(self, views: dict[str, list[Tensor]], grads: list[Tensor]) -> None:
         method, params = self.method, views[""]
         common = {"lr": method.lr, "weight_decay": method.weight_decay, "maximize": False}
         if method.optimizer == "sgd":
-            # Momentum starts at zero, so that its first step is like any other.
-            how = {"momentum": method.momentum, "dampening": 0.0, "nesterov": False, "is_first_step": False}
-            torch._fused_sgd_(params, grads, views.get("momentum", []), **how, **common)
+            # Momentum starts at zero, so the first step needs no special case.
+            options = {"momentum": method.momentum, "dampening": 0.0, "nesterov": False, "is_first_step": False}
+            SGD(params, grads, views.get("momentum", []), **options, **common)
             return
-        kernel = torch._fused_adam_ if method.optimizer == "adam" else torch._fused_adamw_
+        kernel = ADAM if method.optimizer == "adam" else ADAMW
         betas = {"beta1": method.beta1, "beta2": method.beta2, "eps": method.eps, "amsgrad": False}
         kernel(params, grads, views["first"], views["second"], [], views["steps"], **betas, **common)
 

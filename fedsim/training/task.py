@@ -1,4 +1,4 @@
-"""What is the same for all clients of a run, and the parameters of round 0."""
+"""What all clients of a run have in common, and the parameters of round 0."""
 
 from dataclasses import dataclass, replace
 
@@ -21,11 +21,12 @@ FEATURES = Reads()
 
 @dataclass(frozen=True)
 class Task:
-    """What is the same for all clients of a run. With a client, a round and parameters it says everything.
+    """What all clients of a run have in common. With a client, a round and parameters, it determines a result.
 
     Attributes:
-        method: as the server rule has it trained (`Server.adapt`).
-        private: where clients keep what does not travel.
+        method: the method as the server rule adapts it (`Server.adapt`).
+        dtype: that of the parameters: float32 or float64.
+        private: where clients store their private state.
         reference: train client by client, on the readable path.
     """
 
@@ -37,20 +38,20 @@ class Task:
     reference: bool = False
 
     def scope(self, name: str) -> Scope:
-        """Who has the tensor of this name."""
+        """Who holds the tensor of this name."""
         return self.server.scope(name, self.method.scope(name))
 
     def of(self, params: Params, *scopes: Scope) -> Params:
-        """The tensors of some scopes."""
+        """The tensors of the given scopes."""
         return {name: tensor for name, tensor in params.items() if self.scope(name) in scopes}
 
-    def keeps(self, params: Params) -> bool:
-        """Whether clients keep anything from round to round."""
+    def has_private_state(self, params: Params) -> bool:
+        """Whether clients have a private state."""
         client_state = self.server.init(self.of(params, "shared"))[1]
         return self.method.persist_optimizer or bool(client_state) or bool(self.of(params, "private"))
 
     def payload(self, params: Params, cohort: int) -> tuple[int, int]:
-        """Bytes that a client is sent and sends in a round of so many clients."""
+        """Bytes that a client receives and sends in a round with `cohort` clients."""
         shared = self.of(params, "shared")
         slots, client_state = self.server.init(shared)
         sent = self.server.broadcast(slots, shared)
@@ -60,7 +61,7 @@ class Task:
     def build(self, backbone: Backbone) -> nn.Module:
         """The module of round 0, the same in every process: PyTorch's default initialisation under the run's seed.
 
-        Only what clients train carries gradients.
+        Only the tensors that clients train require gradients.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(self.seed, "init"))
@@ -74,13 +75,13 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
     """The parameters of round 0; `cohort` is the number of clients in a round."""
     module = task.build(backbone)
     dtype = getattr(torch, task.dtype)
-    if whole := [name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()]:
-        raise InputError(f"{name_of(task.method)} has tensors that are no numbers to average: {listing(whole)}")
+    if integers := [name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()]:
+        raise InputError(f"{name_of(task.method)} has tensors that cannot be averaged: {listing(integers)}")
     params = {name: tensor.detach().clone().to(dtype) for name, tensor in module.state_dict().items()}
     if names := [name for name in params if task.method.scope(name) == "server"]:
         raise InputError(
-            f"{name_of(task.method)} gives {listing(names)} the scope server, which is a server rule's to give: only a "
-            "rule knows how to change what no client trains; say frozen"
+            f"{name_of(task.method)} gives {listing(names)} the scope server, which only a server rule can give, "
+            "because it says how the server changes a tensor that clients do not train; use frozen"
         )
     task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
     return params
@@ -96,7 +97,7 @@ def backbone_of(
 
 
 def with_towers(backbone: Backbone, reads: Reads, clip: Clip | None) -> Backbone:
-    """The same with the towers that are read."""
+    """The backbone with the towers that a method reads."""
     text = clip.text_tower(reads.text == "blocks") if clip and reads.text != "prototypes" else None
     image = clip.image_tower() if clip and reads.image == "pixels" else None
     return replace(backbone, text_tower=text, image_tower=image)

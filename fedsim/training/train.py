@@ -1,4 +1,4 @@
-"""One client's local training, the readable path."""
+"""The readable path: the local training of one client."""
 
 from collections.abc import Sequence
 
@@ -25,22 +25,22 @@ def train_client(
     sent: Params | None = None,
     classes: Tensor | None = None,
 ) -> float:
-    """Trains the module in place on one client's rows: the readable path, which `stack.train_stack` must equal.
+    """Trains the module in place on one client's rows. `stack.train_stack` must give the same results.
 
     Args:
         optimizer: over the module's trained parameters.
-        x: (n, ...) what is read of the client's train rows.
+        x: (n, ...) inputs of the client's train rows.
         y: (n,) their classes.
         server: the rule, for what it adds to the gradients.
-        rng: draws the order of the rows, epoch by epoch.
-        shared: names of the tensors that were received; None: all.
+        rng: draws the order of the rows in every epoch.
+        shared: names of the tensors that the client received; None: all.
         client_state, sent: the client's memory for the rule, and what the rule sends besides the parameters.
         classes: (C,) bool, the classes that compete in the loss; None: all.
 
     Returns:
-        The mean loss over local steps, in nats; nan when there was no step.
+        The mean loss over local steps, in nats; nan if there was no step.
     """
-    params = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
+    params: Params = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
     received = {name: params[name].detach().clone() for name in params if shared is None or name in shared}
     losses = []
     for _ in range(method.local_epochs if params else 0):

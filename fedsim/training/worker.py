@@ -18,35 +18,35 @@ from fedsim.params import Params, unflatten
 from fedsim.rng import numpy_rng, seed_for, torch_rng
 from fedsim.servers import ClientUpdate
 from fedsim.training.accumulator import Accumulator
+from fedsim.training.client_store import PrivateState
 from fedsim.training.inputs import Inputs
-from fedsim.training.judge import Space, judge
+from fedsim.training.judge import Spaces, judge
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.stack import stack_size, train_stack
 from fedsim.training.task import Task, backbone_of
 from fedsim.training.train import train_client
 from fedsim.updates import CLIENT_STATS, ChunkSum
 
-Written = list[tuple[int, int]]  # ids of clients, each with the round that wrote what it keeps, or 0
+Stored = list[tuple[int, int]]  # ids of clients, each with the round that last wrote its private state, or 0
 Rows = dict[int, np.ndarray]  # train rows by client
-MOMENTS, RULE = "optimizer/", "rule/"  # before the names of what a client keeps beside its private parameters
-RESIDENT_BYTES = 1 << 30  # of features that a worker holds on its GPU
+RESIDENT_BYTES = 1 << 30  # the features that a worker holds on its GPU take at most this
 
 
 @dataclass(frozen=True)
-class Fits:
-    """Some clients after their share of a round; the tensors are lent until the next ones are trained.
+class TrainedStack:
+    """The clients of a stack after their local training. The tensors are reused for the next stack.
 
     Attributes:
-        params: what each has of its own or sends, (M, *shape).
-        losses: (M,) mean over each client's local steps, in nats; nan when it took none.
-        moments: what each client's optimizer remembers, by name; of methods that keep it.
-        rule: what each kept for the server rule, as it came.
+        params: their shared and private tensors, (M, *shape).
+        losses: (M,) mean over each client's local steps, in nats; nan if it took none.
+        optimizer: each client's optimizer state by name, if the method keeps it from round to round.
+        rule: each client's memory for the server rule, before this round.
     """
 
     clients: list[int]
     params: Params
     losses: list[float]
-    moments: list[Params]
+    optimizer: list[Params]
     rule: list[Params]
 
 
@@ -59,6 +59,7 @@ class ClientWorker:
         """
         Args:
             frozen: CLIP, for methods that train through its towers.
+            device: cpu or cuda.
         """
         self.features = features
         self.clients = clients
@@ -75,139 +76,139 @@ class ClientWorker:
         self,
         task: Task,
         round: int,
-        sent: dict[int, np.ndarray],
+        versions: dict[int, np.ndarray],
         broadcast: np.ndarray,
-        chunk: tuple[int, Written],
+        chunk: tuple[int, Stored],
     ) -> ChunkSum:
         """One round of a chunk of clients.
 
         Args:
-            sent: (P,) all parameters, private ones as in round 0, as the server had them, by rounds done.
-            broadcast: what the server rule sends besides them.
-            chunk: which of the parameters the clients got, and who they are.
+            versions: (P,) all parameters as the server had them, by the number of rounds done; private ones are those
+                of round 0.
+            broadcast: what the server rule sends besides the parameters, flat.
+            chunk: the version that the clients received, and the clients.
         """
         version, clients = chunk
         like = self.module(task)[1]
-        received = _to(self.device, unflatten(sent[version], like))
+        received = _to(self.device, unflatten(versions[version], like))
         shared = task.of(received, "shared")
-        initial, names = self.rule(task)
-        told = _to(self.device, unflatten(broadcast, names), task.dtype)
+        client_state, names = self.rule(task)
+        sent = _to(self.device, unflatten(broadcast, names), task.dtype)
         rows_of = {client: self.clients[client].train for client, _ in clients}
-        sums = Accumulator(shared, self.device, task.server.sees_each)
-        keeps = task.method.persist_optimizer or bool(initial) or bool(task.of(like, "private"))
-        notes = []
-        for fits in self._fits(task, round, received, told, clients, rows_of):
-            weights, messages = [], []
-            for place, client in enumerate(fits.clients):
+        total = Accumulator(shared, self.device, task.server.sees_each)
+        stores = task.method.persist_optimizer or bool(client_state) or bool(task.of(like, "private"))
+        stats = []
+        for stack in self._train_stacks(task, round, received, sent, clients, rows_of):
+            replies = []
+            for k, client in enumerate(stack.clients):
                 rows = len(rows_of[client])
-                steps = task.method.steps(rows) * bool(fits.params)
-                after = {name: fits.params[name][place] for name in shared}
-                state, staleness = fits.rule[place], round - 1 - version
-                update = ClientUpdate(shared, after, state, told, rows, steps, staleness, task.method)
+                steps = task.method.steps(rows) * bool(stack.params)
+                trained = {name: stack.params[name][k] for name in shared}
+                staleness = round - 1 - version
+                update = ClientUpdate(shared, trained, stack.rule[k], sent, rows, steps, staleness, task.method)
                 reply = task.server.reply(update)
-                if keeps:
-                    self._keep(task, round, client, fits, place, reply.client_state)
-                weights.append(reply.weight)
-                messages.append(reply.message)
-                notes.append((client, rows, steps, fits.losses[place], reply.weight))
-            sums.add(fits.clients, {name: fits.params[name] for name in shared}, messages, weights)
-        return sums.sum(np.sort(np.array(notes, CLIENT_STATS), order="client"))
+                if stores:
+                    self._write_private(task, round, stack, k, reply.client_state)
+                replies.append(reply)
+                stats.append((client, rows, steps, stack.losses[k], reply.weight))
+            total.add(stack.clients, {name: stack.params[name] for name in shared}, replies)
+        return total.sum(np.sort(np.array(stats, CLIENT_STATS), order="client"))
 
     def evaluate(
         self,
         task: Task,
-        sent: np.ndarray,
-        also: Sequence[int],
+        params: np.ndarray,
+        shared_rows: Sequence[int],
         held_out: Sequence[int],
         splits: Sequence[str],
-        chunk: Written,
+        chunk: Stored,
     ) -> Counts:
         """Counts of a chunk of clients on their own validation and test rows.
 
         Args:
-            also: ids of clients that train nothing, on whose rows every client of the chunk is judged as well.
+            params: (P,) all parameters as the server has them.
+            shared_rows: ids of clients that do not train; every client of the chunk is evaluated on their rows too.
             held_out: indices of the held-out domains.
-            splits: of `counts.SPLITS`; rows of others are not read.
+            splits: those of `counts.SPLITS` that are evaluated; rows of the others are not read.
         """
         module, like = self.module(task)
-        received = _to(self.device, unflatten(sent, like))
+        received = _to(self.device, unflatten(params, like))
         module.eval().load_state_dict(received)
         entries, answers = [], []
         reads, joint = task.method.reads.image, task.method.joint_classes
-        ask = partial(judge, module, partial(self._read, task), reads, joint, device=self.device)
-        others = [self.clients[k] for k in also]
+        predict = partial(judge, module, partial(self._read, task), reads, joint, device=self.device)
+        others = [self.clients[k] for k in shared_rows]
         for k, written in chunk:
             client = self.clients[k]
-            own = [("val", client.val, client), (client.split, client.test, client)]
-            parts = own + [(one.split, one.test, one) for one in others]
-            entries += [((k, split, rows), self._space(whose)) for split, rows, whose in parts if split in splits]
+            parts = [("val", client.val, client), (client.split, client.test, client)]
+            parts += [(other.split, other.test, other) for other in others]
+            entries += [((k, split, rows), self._spaces(owner)) for split, rows, owner in parts if split in splits]
             if task.of(like, "private"):
-                module.load_state_dict(received | self._kept(task, k, written)[0])
-                answers += ask(entries[len(answers) :])
-        answers += ask(entries[len(answers) :])  # by the shared model, all at once
-        guesses, owns, confidence = (
-            np.concatenate([np.empty(0, np.int64), *some]) for some in zip(*answers, strict=True)
+                module.load_state_dict(received | self._read_private(task, k, written).params)
+                answers += predict(entries[len(answers) :])
+        answers += predict(entries[len(answers) :])  # without private parameters: one model, all rows at once
+        predicted, predicted_own, confidence = (
+            np.concatenate([np.empty(0, np.int64), *parts]) for parts in zip(*answers, strict=True)
         )
-        return tally([entry for entry, _ in entries], guesses, owns, confidence, self.features, held_out)
+        return tally([entry for entry, _ in entries], predicted, predicted_own, confidence, self.features, held_out)
 
-    def _space(self, client: Client) -> Space:
+    def _spaces(self, client: Client) -> Spaces:
         own = self.clients.classes_of(client, self.features)
-        everyone = own if client.split == "new" else self.trained_classes
-        return torch.from_numpy(everyone), torch.from_numpy(own)
+        protocol = own if client.split == "new" else self.trained_classes
+        return torch.from_numpy(protocol), torch.from_numpy(own)
 
-    def _fits(
-        self, task: Task, round: int, received: Params, told: Params, clients: Written, rows_of: Rows
-    ) -> Iterator[Fits]:
-        # Clients of like size together, so that their batches have one size for as many steps as can be.
+    def _train_stacks(
+        self, task: Task, round: int, received: Params, sent: Params, clients: Stored, rows_of: Rows
+    ) -> Iterator[TrainedStack]:
+        # Clients with similar numbers of rows share a stack, so that most of their batches have equal sizes.
         ordered = sorted(clients, key=lambda pair: (-len(rows_of[pair[0]]), pair[0]))
         size = 1 if task.reference else stack_size(task.of(received, "shared", "private"), task.method, self.device)
         for first in range(0, len(ordered), size):
-            yield self._fit(task, round, received, told, ordered[first : first + size], rows_of)
+            yield self._train_stack(task, round, received, sent, ordered[first : first + size], rows_of)
 
     @torch.no_grad()
-    def _fit(self, task: Task, round: int, received: Params, told: Params, clients: Written, rows_of: Rows) -> Fits:
+    def _train_stack(
+        self, task: Task, round: int, received: Params, sent: Params, clients: Stored, rows_of: Rows
+    ) -> TrainedStack:
         module, _ = self.module(task)
-        module.train()  # evaluation leaves it otherwise, and which process has evaluated is chance
+        module.train()  # evaluation switches it off, and whether this process has evaluated is chance
         if constants := task.of(received, "server", "frozen"):
             module.load_state_dict(constants, strict=False)
         params, optimizer = self.room(task, len(clients))
         optimizer.reset()
-        shared = task.of(received, "shared")
         for name in params:
             params[name].copy_(received[name])
-        rule = []
-        alike = dict(shared)  # what all clients start from
-        for place, (client, written) in enumerate(clients):
-            own, moments, kept = self._kept(task, client, written)
-            rng = torch_rng(task.seed, "start", round, client)
-            for name, tensor in task.server.start(shared, rng).items():
-                params[name][place] = tensor
-                alike.pop(name, None)
-            for name, tensor in own.items():
-                params[name][place] = tensor
-            if moments:
-                optimizer.load(place, moments)
-            rule.append(kept or self.rule(task)[0])
+        common = task.of(received, "shared")  # the tensors with which all clients of the stack start alike
+        states = []
+        for k, (client, written) in enumerate(clients):
+            private = self._read_private(task, client, written)
+            started = task.server.start(task.of(received, "shared"), torch_rng(task.seed, "start", round, client))
+            for name, tensor in (started | private.params).items():
+                params[name][k] = tensor
+                common.pop(name, None)
+            if private.optimizer:
+                optimizer.load(k, private.optimizer)
+            states.append(private.rule or self.rule(task)[0])
         ids = [client for client, _ in clients]
         rows = np.concatenate([rows_of[client] for client in ids])
         x = self._inputs(task, rows, self._views(task, round, ids, rows_of))
-        if x.level == "features":  # few bytes, asked for again and again; images may not fit into memory
+        if x.level == "features":  # small, and read in every epoch; images may not fit into memory
             x = x.whole()
         y = torch.from_numpy(self.features.y[rows]).to(self.device)
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
         classes = self._classes(task, ids)
         if task.reference:
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))  # of a module with dropout, say
+                torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))  # for modules with dropout, say
                 own = None if classes is None else classes[0]
-                how = {"shared": list(alike), "client_state": rule[0], "sent": told, "classes": own}
-                losses = [train_client(module, optimizer, x, y, task.method, task.server, rngs[0], **how)]
+                options = {"shared": list(common), "client_state": states[0], "sent": sent, "classes": own}
+                losses = [train_client(module, optimizer, x, y, task.method, task.server, rngs[0], **options)]
         else:
             sizes = [len(rows_of[client]) for client in ids]
-            how = task.method, task.server, rngs, rule, told, classes
-            losses = train_stack(module, params, optimizer, alike, x, y, sizes, *how).tolist()
-        kept = range(len(ids)) if task.method.persist_optimizer else ()
-        return Fits(ids, params, losses, [optimizer.moments(place) for place in kept], rule)
+            options = task.method, task.server, rngs, states, sent, classes
+            losses = train_stack(module, params, optimizer, common, x, y, sizes, *options).tolist()
+        stored = range(len(ids)) if task.method.persist_optimizer else ()
+        return TrainedStack(ids, params, losses, [optimizer.moments(k) for k in stored], states)
 
     def _classes(self, task: Task, clients: list[int]) -> Tensor | None:
         """(M, C) bool, the classes that compete in each client's loss; None where all do."""
@@ -217,38 +218,38 @@ class ClientWorker:
         masks = np.tile(self.trained_classes, (len(clients), 1))
         for mask, k in zip(masks, clients if own else (), strict=False):
             mask[:] = False
-            mask[self.features.y[self.clients[k].train]] = True  # what only its test rows show is not for training
+            mask[self.features.y[self.clients[k].train]] = True  # not the classes that only its test rows show
         return torch.from_numpy(masks).to(self.device)
 
     def _views(self, task: Task, round: int, clients: list[int], rows_of: Rows) -> np.ndarray | None:
-        """Which augmented view each train row shows in a round; None where there is but the image itself."""
-        most = self.features.augment + 1
-        if most == 1:
+        """The augmented view of each train row in a round; None without augmentation."""
+        count = self.features.augment + 1
+        if count == 1:
             return None
-        drawn = [numpy_rng(task.seed, "views", round, k).integers(1, most, len(rows_of[k])) for k in clients]
-        return np.concatenate(drawn)
+        views = [numpy_rng(task.seed, "views", round, k).integers(1, count, len(rows_of[k])) for k in clients]
+        return np.concatenate(views)
 
-    def _keep(self, task: Task, round: int, client: int, fits: Fits, place: int, rule: Params) -> None:
-        """Writes down what a client has of its own after a round."""
-        kept = {name: tensor[place] for name, tensor in task.of(fits.params, "private").items()}
-        kept |= {RULE + name: tensor for name, tensor in rule.items()}
-        if task.method.persist_optimizer:
-            kept |= {MOMENTS + name: tensor for name, tensor in fits.moments[place].items()}
-        if not all(tensor.isfinite().all() for tensor in kept.values()):
-            raise InputError(f"training diverged: in round {round} client {client} is not finite; try a smaller lr")
-        if kept or task.method.persist_optimizer:
-            task.private.write(client, round, {name: tensor.cpu().contiguous() for name, tensor in kept.items()})
-
-    def _kept(self, task: Task, client: int, written: int) -> tuple[Params, Params, Params]:
-        """A client's private parameters, what its optimizer remembers, and what it keeps for the server rule; none of
-        them before its first round.
-        """
-        kept = _to(self.device, task.private.read(client, written)) if written else {}
-        moments, rule = (
-            {name.removeprefix(prefix): tensor for name, tensor in kept.items() if name.startswith(prefix)}
-            for prefix in (MOMENTS, RULE)
+    def _write_private(self, task: Task, round: int, stack: TrainedStack, k: int, rule: Params) -> None:
+        """Stores the private state of the stack's k-th client after a round."""
+        client = stack.clients[k]
+        private = PrivateState(
+            params={name: tensor[k] for name, tensor in task.of(stack.params, "private").items()},
+            optimizer=stack.optimizer[k] if task.method.persist_optimizer else {},
+            rule=rule,
         )
-        return {name: v for name, v in kept.items() if not name.startswith((MOMENTS, RULE))}, moments, rule
+        tensors = private.tensors()
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise InputError(f"training diverged: in round {round} client {client} is not finite; try a smaller lr")
+        if tensors or task.method.persist_optimizer:
+            assert task.private is not None
+            task.private.write(client, round, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+
+    def _read_private(self, task: Task, client: int, written: int) -> PrivateState:
+        """A client's private state; empty before its first round."""
+        if not written:
+            return PrivateState()
+        assert task.private is not None
+        return PrivateState.of(_to(self.device, task.private.read(client, written)))
 
     def _read(self, task: Task, rows: np.ndarray) -> Tensor:
         return self._inputs(task, rows).whole()
@@ -259,20 +260,20 @@ class ClientWorker:
         return Inputs(self.features, level, rows, views, self.device, dtype, held)
 
     def _resident(self) -> Tensor | None:
-        """All features on a GPU, if they are few: rows are then not copied there again for each round."""
+        """All features on a GPU if they fit, so that rows are not copied there in every round."""
         x = self.features.x
         if self.device == "cpu" or self.features.block or x.nbytes > RESIDENT_BYTES:
             return None
         return torch.tensor(x, device=self.device)
 
     def _rule(self, task: Task) -> tuple[Params, Params]:
-        """A client's memory for the server rule before its first round; names and shapes of what the rule sends."""
+        """A client's first memory for the server rule; and what the rule sends, for its names and shapes."""
         shared = task.of(self.module(task)[1], "shared")
         slots, client_state = task.server.init(shared)
         return _to(self.device, client_state), task.server.broadcast(slots, shared)
 
     def _room(self, task: Task, clients: int) -> tuple[Params, Optimizer]:
-        """Room for a stack, used again and again, since fresh memory is slow; for one client, its module's own."""
+        """The tensors of a stack, reused because fresh memory is slow; on the readable path those of the module."""
         module, _ = self.module(task)
         params = task.of(module.state_dict(), "shared", "private")
         params = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
@@ -293,6 +294,7 @@ class ClientWorker:
         return module, like
 
     def _clip(self, dtype: str) -> Clip:
+        assert self.frozen is not None
         clip = self.frozen.open(self.device)
         clip.model.to(getattr(torch, dtype))
         return clip
