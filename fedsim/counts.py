@@ -14,22 +14,21 @@ SPLITS = ("val", "test", "new")
 COLUMNS = ("client", "domain", "split", "correct", "total", "correct_own")
 GROUPS = ("own", "held_out", "new")  # test rows of training clients' domains, of held-out domains, of new classes
 BINS = 15  # of confidence, as in Guo et al. 2017, arXiv 1706.04599
-Judged = Sequence[tuple[int, str, np.ndarray]]
+Entries = Sequence[tuple[int, str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What was found of some clients on some rows. Validation rows are in `scores` alone.
+    """Counts of some clients on some rows. Validation rows are in `scores` alone.
 
-    A guess is the most probable of all trained classes, or of the new ones where the row is of a new class; an own
-    guess is the most probable of the client's own classes.
+    The prediction is the most probable of all trained classes, or of the new ones where the row is of a new class. For
+    `correct_own` it is the most probable of the client's own classes.
 
     Attributes:
-        scores: (cells, 6) int32, by client, domain and split: client, domain, index into `SPLITS`, right guesses, rows,
-            right own guesses.
-        labels: (3, C, 3) int64, by group (`GROUPS`) and class: right guesses, rows that it was guessed for, its rows.
-        bins: (3, 15, 2) int64, by group and confidence in equal widths: right guesses, rows.
-        confidence: (3, 15) float64, sum over the rows of a bin of the guess's probability.
+        scores: (cells, 6) int32, by client, domain and split, as in `COLUMNS`: domain and split are indices.
+        labels: (3, C, 3) int64, by group (`GROUPS`) and class: correct predictions, all predictions of it, its rows.
+        bins: (3, 15, 2) int64, by group and confidence in equal widths: correct predictions, rows.
+        confidence: (3, 15) float64, sum over the rows of a bin of the prediction's probability.
     """
 
     scores: np.ndarray = field(default_factory=lambda: np.zeros((0, len(COLUMNS)), np.int32))
@@ -54,9 +53,9 @@ class Counts:
 
 
 def tally(
-    judged: Judged,
-    guesses: np.ndarray,
-    own_guesses: np.ndarray,
+    entries: Entries,
+    predictions: np.ndarray,
+    own_predictions: np.ndarray,
     confidence: np.ndarray,
     rows: Labelled,
     held_out: Collection[int] = (),
@@ -64,42 +63,41 @@ def tally(
     """Counts of some clients on some rows.
 
     Args:
-        judged: for each client and split the rows on which it was judged, (n,) int64.
-        guesses, own_guesses: (sum of n,) classes, in the same order.
-        confidence: (sum of n,) float32, the probability of each guess.
+        entries: client, split and the rows on which it is evaluated, (n,) int64.
+        predictions, own_predictions: (sum of n,) classes, in the order of the entries.
+        confidence: (sum of n,) float32, the probability of each prediction.
         held_out: indices of the held-out domains.
     """
-    mine = np.concatenate([np.empty(0, np.int64), *(index for _, _, index in judged)])
-    entry = np.repeat(np.arange(len(judged)), [len(index) for _, _, index in judged])
     width, classes = len(rows.domains), len(rows.classes)
-    domain, truth = rows.domain[mine], rows.y[mine]
-    right = guesses == truth
-    cells, place = np.unique(entry * width + domain, return_inverse=True)
-    found, found_own = (np.bincount(place, some, len(cells)) for some in (right, own_guesses == truth))
-    total = np.bincount(place, minlength=len(cells))
-    who = np.array([(client, SPLITS.index(split)) for client, split, _ in judged], np.int64).reshape(-1, 2)
-    client, split = who[cells // width].T
-    scores = np.column_stack([client, cells % width, split, found, total, found_own]).astype(np.int32)
+    indices = np.concatenate([np.empty(0, np.int64), *(index for _, _, index in entries)])
+    entry = np.repeat(np.arange(len(entries)), [len(index) for _, _, index in entries])
+    domain, label = rows.domain[indices], rows.y[indices]
+    correct, correct_own = predictions == label, own_predictions == label
+    cells, cell = np.unique(entry * width + domain, return_inverse=True)
+    by_cell = [np.bincount(cell, weights, len(cells)) for weights in (correct, None, correct_own)]
+    keys = np.array([(client, SPLITS.index(split)) for client, split, _ in entries], np.int64).reshape(-1, 2)
+    client, split = keys[cells // width].T
+    scores = np.column_stack([client, cells % width, split, *by_cell]).astype(np.int32)
 
-    split = who[entry, 1]
+    split = keys[entry, 1]
     group = np.where(split == SPLITS.index("new"), GROUPS.index("new"), np.isin(domain, list(held_out)))
-    said = split != SPLITS.index("val")
-    group, truth, guesses, right = group[said], truth[said], guesses[said], right[said]
-    sure = confidence[said].astype(np.float64)
+    test = split != SPLITS.index("val")
+    group, label, predictions, correct = group[test], label[test], predictions[test], correct[test]
+    confidence = confidence[test].astype(np.float64)
     size = len(GROUPS) * classes
     labels = [
-        np.bincount(group * classes + guesses, right, size),
-        np.bincount(group * classes + guesses, minlength=size),
-        np.bincount(group * classes + truth, minlength=size),
+        np.bincount(group * classes + predictions, correct, size),
+        np.bincount(group * classes + predictions, minlength=size),
+        np.bincount(group * classes + label, minlength=size),
     ]
     size = len(GROUPS) * BINS
-    bin = group * BINS + np.minimum((sure * BINS).astype(np.int64), BINS - 1)
-    bins = [np.bincount(bin, right, size), np.bincount(bin, minlength=size)]
+    bin = group * BINS + np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    bins = [np.bincount(bin, correct, size), np.bincount(bin, minlength=size)]
     return Counts(
         scores,
         np.stack(labels, axis=-1).astype(np.int64).reshape(len(GROUPS), classes, 3),
         np.stack(bins, axis=-1).astype(np.int64).reshape(len(GROUPS), BINS, 2),
-        np.bincount(bin, sure, size).reshape(len(GROUPS), BINS),
+        np.bincount(bin, confidence, size).reshape(len(GROUPS), BINS),
     )
 
 

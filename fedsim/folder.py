@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,9 @@ CONFIG, CHECKPOINT = "config.yaml", "checkpoint.safetensors"
 # What tells of each kind: the file that says what it is, and the one that says how far it has come.
 HOLDS = {"run": (CONFIG, CHECKPOINT), "sweep": ("sweep.yaml", "study.db")}
 GENERATOR = b'<meta name="generator" content="fedsim">'  # as in page.html.j2
-SEAL = "# Written by fedsim; digest {}\n"
+FORMAT = 2  # of a folder's files; raised when an earlier version's can no longer be read
+SEAL = "# Written by fedsim, format {}; digest {}\n"
+SEALED = re.compile(r"# Written by fedsim(?:, format (\d+))?; digest \w+\n")  # format 1 does not name itself
 Kind = Literal["run", "sweep"]
 
 
@@ -122,19 +125,24 @@ def check_page(file: Path) -> None:
 
 def write_sealed(file: Path, text: str) -> None:
     """Writes a text file whose first line, a comment of YAML, holds a digest of the rest."""
-    write_text(file, SEAL.format(digest(text)) + text)
+    write_text(file, SEAL.format(FORMAT, digest(text)) + text)
 
 
 def read_sealed(file: Path, remedy: str) -> str:
     """The text that `write_sealed` wrote.
 
     Raises:
-        InputError: the file is missing or damaged.
+        InputError: the file is missing, damaged or of another format.
     """
     with intact(file, remedy):
         text = file.read_bytes().decode()
         first, rest = text[: (end := text.find("\n") + 1)], text[end:]
-        if first != SEAL.format(digest(rest)):
+        if (seal := SEALED.fullmatch(first)) and (number := int(seal[1] or 1)) != FORMAT:
+            raise InputError(
+                f"{file} was written by another version of fedsim: it has format {number}, and fedsim "
+                f"{metadata.version('fedsim')} reads format {FORMAT}; {remedy}"
+            )
+        if first != SEAL.format(FORMAT, digest(rest)):
             raise Damaged("its content is not what its digest was taken of")
         return rest
 

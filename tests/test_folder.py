@@ -13,13 +13,13 @@ from conftest import run_until
 from PIL import Image
 from test_bits import result
 
-from fedsim import InputError, run
+from fedsim import InputError, __version__, run
 from fedsim.__main__ import main
 from fedsim.checkpoint import HISTORY, NAME, load_checkpoint
 from fedsim.cluster.pool import open_pool
 from fedsim.config import Config
 from fedsim.files import write_text
-from fedsim.folder import CONFIG, GENERATOR, MARK, claim, safe_name, write_sealed
+from fedsim.folder import CONFIG, FORMAT, GENERATOR, MARK, claim, safe_name, write_sealed
 from fedsim.reporting.compare import compare
 from fedsim.simulate import encoded, prepare, rounds, sizing_of
 from fedsim.training.client_store import PrivateStore
@@ -234,6 +234,23 @@ def test_a_damaged_private_file_is_refused_and_so_is_that_of_another_client(tmp_
     file.write_bytes(other.read_bytes())
     with pytest.raises(InputError, match=rf"{file} is damaged \(.*; delete the run's folder {tmp_path} to start again"):
         store.read(3, 7)
+
+
+def test_the_folder_of_an_earlier_format_is_refused_and_the_version_named(config, tmp_path, no_page):
+    ours = config(rounds=1)
+    run(ours)
+    file = ours.folder() / CONFIG
+    file.write_text(file.read_text().replace(f"by fedsim, format {FORMAT};", "by fedsim;"))  # as format 1 was written
+    before = content(ours.folder())
+    says = f"{file} was written by another version of fedsim: it has format 1, and fedsim {__version__} reads format 2"
+    with pytest.raises(InputError) as refused:
+        run(ours)
+    remedy = f"delete the run's folder {ours.folder()} to start again, or give another --out"
+    assert str(refused.value) == f"{says}; {remedy}"
+    with pytest.raises(InputError) as refused:
+        compare([ours.folder()], tmp_path / "page.html")
+    assert str(refused.value) == f"{says}; leave {ours.folder()} out, or run its experiment in another folder"
+    assert content(ours.folder()) == before
 
 
 @pytest.mark.parametrize("name", [CONFIG, "scores.parquet", "rounds.parquet", "labels.parquet"])

@@ -127,8 +127,8 @@ def test_four_rows_are_counted_by_hand():
     ]
     counts = tally(
         judged,
-        guesses=np.array([0, 1, 1, 0, 2]),
-        own_guesses=np.array([0, 1, 2, 3, 3]),
+        predictions=np.array([0, 1, 1, 0, 2]),
+        own_predictions=np.array([0, 1, 2, 3, 3]),
         confidence=np.array([0.9, 0.95, 0.5, 1.0, 0.25], np.float32),
         rows=data,
         held_out=[1],
@@ -136,7 +136,7 @@ def test_four_rows_are_counted_by_hand():
     assert COLUMNS == ("client", "domain", "split", "correct", "total", "correct_own")
     assert counts.scores.tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 2, 2], [1, 1, 1, 1, 1, 0], [2, 0, 2, 0, 1, 1]]
     assert counts.scores.dtype == np.int32 and counts.labels.dtype == counts.bins.dtype == np.int64
-    # Class by class: right, guessed, there. The validation row is in none of them.
+    # Class by class: correct, predicted, support. The validation row is in none of them.
     assert GROUPS == ("own", "held_out", "new")
     assert counts.labels.tolist() == [
         [[0, 0, 0], [1, 2, 1], [0, 0, 1], [0, 0, 0]],
@@ -212,7 +212,7 @@ def test_f1_and_calibration_error_are_those_of_the_rows_themselves():
     assert np.isnan(macro_f1(labels[:0])) and np.isnan(calibration_error(bins[:0]))
 
 
-def test_a_class_that_is_guessed_and_never_there_has_an_f1_of_0():
+def test_a_class_that_is_predicted_and_has_no_rows_has_an_f1_of_0():
     from fedsim.reporting.report import Report
 
     report = Report({}, ["ink", "oil", "photo"], list("abcd"), [], {})
@@ -265,8 +265,10 @@ def test_a_base_to_new_run_tells_new_rows_apart_and_all_of_it_is_restored(config
     assert (held[held.split == "train"].rows == 4).all()
     labels = report.label_table()
     for group, names in (("own", {"cat", "dog"}), ("held_out", {"cat", "dog"}), ("new", {"owl", "pig"})):
-        assert set(labels[labels.group == group].label) == names  # neither there nor guessed
-    assert labels[(labels.group == "new") & (labels["round"] == 0)].there.sum() == 120
+        assert (
+            set(labels[labels.group == group].label) == names
+        )  # those of other groups have no rows and are never predicted
+    assert labels[(labels.group == "new") & (labels["round"] == 0)].support.sum() == 120
     restored = load_checkpoint(ours.folder(), ours.experiment())[1]
     assert restored.counts.keys() == report.counts.keys()
     for one, other in (

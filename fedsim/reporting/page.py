@@ -211,7 +211,7 @@ def _by_group(report: Report) -> dict[str, pd.DataFrame]:
         if not len(sides[1][0]):
             continue
         found = {
-            "accuracy": [labels.right.sum() / labels.there.sum() for labels, _ in sides],
+            "accuracy": [labels.correct.sum() / labels.support.sum() for labels, _ in sides],
             "macro-F1": [macro_f1(labels) for labels, _ in sides],
             "calibration error": [calibration_error(bins) for _, bins in sides],
         }

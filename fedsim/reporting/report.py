@@ -31,7 +31,7 @@ from fedsim.state import ServerState
 COUNTS = ("round", "asked", "clients", "dropped", "late", "bytes_up", "bytes_down")
 ROUND_COLUMNS = (*COUNTS, "seconds", "clock_s", "loss", "steps", "flops")
 HOLDING_COLUMNS = ("client", "domain", "label", "split", "rows")
-LABEL_COLUMNS = ("round", "group", "label", "right", "guessed", "there")
+LABEL_COLUMNS = ("round", "group", "label", "correct", "predicted", "support")
 TABLES = (
     "scores",
     "zero_shot",
@@ -42,7 +42,7 @@ TABLES = (
     "rounds",
     "partition",
 )
-CALIBRATION_COLUMNS = ("round", "group", "bin", "rows", "right", "confidence")
+CALIBRATION_COLUMNS = ("round", "group", "bin", "rows", "correct", "confidence")
 
 
 @dataclass
@@ -158,7 +158,7 @@ class Report:
         return self._named(_with_round(0, self.zero_shot))
 
     def label_table(self) -> pd.DataFrame:
-        """round, group, label, right, guessed, there: one row per round, group of rows (`GROUPS`) and class."""
+        """round, group, label, correct, predicted, support: one row per round, group of rows (`GROUPS`) and class."""
         return self._by_label(self.counts)
 
     def zero_shot_label_table(self) -> pd.DataFrame:
@@ -166,7 +166,7 @@ class Report:
         return self._by_label({0: self.zero_shot})
 
     def calibration_table(self) -> pd.DataFrame:
-        """round, group, bin, rows, right, confidence: one row per round, group of rows and bin of confidence."""
+        """round, group, bin, rows, correct, confidence: one row per round, group of rows and bin of confidence."""
         return _by_bin(self.counts)
 
     def zero_shot_calibration_table(self) -> pd.DataFrame:
@@ -291,9 +291,9 @@ def tail_mean(accuracy: pd.Series, share: float = 0.1) -> float:
 
 
 def macro_f1(labels: pd.DataFrame) -> float:
-    """F1 in [0, 1] of some rows, mean over the classes that are there or guessed; columns as in `LABEL_COLUMNS`."""
-    counts = labels.groupby("label")[["right", "guessed", "there"]].sum()
-    return float((2 * counts.right / (counts.guessed + counts.there)).mean())
+    """F1 in [0, 1] of some rows, mean over classes with rows or predictions; columns as in `LABEL_COLUMNS`."""
+    counts = labels.groupby("label")[["correct", "predicted", "support"]].sum()
+    return float((2 * counts.correct / (counts.predicted + counts.support)).mean())
 
 
 def calibration_error(bins: pd.DataFrame) -> float:
@@ -301,8 +301,8 @@ def calibration_error(bins: pd.DataFrame) -> float:
 
     Source: the expected calibration error of Guo et al. 2017, arXiv 1706.04599.
     """
-    counts = bins.groupby("bin")[["rows", "right", "confidence"]].sum()
-    return float((counts.right - counts.confidence).abs().sum() / counts.rows.sum()) if len(counts) else float("nan")
+    counts = bins.groupby("bin")[["rows", "correct", "confidence"]].sum()
+    return float((counts.correct - counts.confidence).abs().sum() / counts.rows.sum()) if len(counts) else float("nan")
 
 
 def pooled_accuracy(scores: pd.DataFrame) -> float:
