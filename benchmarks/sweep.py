@@ -18,7 +18,8 @@ from _runs import add_data, data_of, parsed, parser_of
 
 from fedsim import Config
 from fedsim.cluster.pool import open_pool
-from fedsim.simulate import encoded, rounds, sizing_of
+from fedsim.prepare import sizing_of
+from fedsim.simulate import encoded, rounds
 from fedsim.sweep.config import Sweep
 from fedsim.sweep.prepare import prepare_sweep
 from fedsim.sweep.results import SweepResult

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from fedsim.datasets import Dataset, Features, Images
     from fedsim.errors import InputError
     from fedsim.fleets import Fleet
-    from fedsim.many import run_all
     from fedsim.methods import Backbone, Batch, Method
+    from fedsim.parallel_runs import run_all
     from fedsim.params import unflatten
     from fedsim.partitions import Partition
     from fedsim.registry import available, component
@@ -59,7 +59,7 @@ _MODULES = {
     "datasets": ("Dataset", "Features", "Images"),
     "errors": ("InputError",),
     "fleets": ("Fleet",),
-    "many": ("run_all",),
+    "parallel_runs": ("run_all",),
     "methods": ("Backbone", "Batch", "Method"),
     "params": ("unflatten",),
     "partitions": ("Partition",),

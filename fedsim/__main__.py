@@ -82,7 +82,8 @@ def _check_printed(outlet: Outlet) -> int:
 def run_command(argv: list[str]) -> int:
     """fedsim run: one experiment."""
     config, origin = parse_run([word for word in argv if word != DETACH])
-    from fedsim.simulate import prepare, run
+    from fedsim.prepare import prepare
+    from fedsim.simulate import run
 
     folder = config.folder()
     show = partial(show_run, folder=folder)

@@ -20,8 +20,9 @@ from fedsim.cluster.pool import open_pool
 from fedsim.config import Config
 from fedsim.files import write_text
 from fedsim.folder import CONFIG, FORMAT, GENERATOR, MARK, claim, safe_name, write_sealed
+from fedsim.prepare import prepare, sizing_of
 from fedsim.reporting.compare import compare
-from fedsim.simulate import encoded, prepare, rounds, sizing_of
+from fedsim.simulate import encoded, rounds
 from fedsim.training.client_store import PrivateStore
 
 SLOW = {"name": "lognormal", "availability": 0.8, "dropout": 0.1}

@@ -6,7 +6,7 @@ import torch
 
 from fedsim import Config, InputError, available, run
 from fedsim.params import flatten
-from fedsim.simulate import prepare
+from fedsim.prepare import prepare
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
 

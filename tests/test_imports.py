@@ -15,7 +15,7 @@ import fedsim
 ORDER = """
     errors events files cache formats shares search_space rng registry params datasets partitions clip
     methods updates servers state fleets clients cluster folder features counts
-    training config schedule reporting checkpoint simulate many cli sweep __init__ __main__
+    training config schedule reporting checkpoint prepare federation simulate parallel_runs cli sweep __init__ __main__
 """.split()  # noqa: SIM905
 
 

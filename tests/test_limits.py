@@ -3,8 +3,8 @@
 import pytest
 
 from fedsim import Config, InputError
+from fedsim.prepare import prepare
 from fedsim.registry import KINDS, available, find, parse
-from fedsim.simulate import prepare
 
 
 def integers(owner: type) -> list[str]:

@@ -8,10 +8,10 @@ import pytest
 from fedsim import Config, InputError, run
 from fedsim.__main__ import main
 from fedsim.clients import Population
+from fedsim.prepare import _check_judged, prepare
 from fedsim.reporting.page import remarks
 from fedsim.reporting.report import ROUND_COLUMNS
 from fedsim.schedule import check_trained
-from fedsim.simulate import _check_judged, prepare
 
 ROW = np.arange(1)
 SLOW = {"name": "lognormal", "rows_per_s": 1.0}

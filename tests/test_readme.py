@@ -10,7 +10,7 @@ from shown import MOST, PACS, PROJECT, commands_in, smaller, write_drawings
 from fedsim.__main__ import main
 from fedsim.cli.flags import parse_run
 from fedsim.config import EXPERIMENTS
-from fedsim.simulate import prepare
+from fedsim.prepare import prepare
 from fedsim.sweep.command import EPILOG, parse_sweep
 from fedsim.sweep.prepare import prepare_sweep
 

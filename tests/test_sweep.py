@@ -26,9 +26,9 @@ from fedsim.errors import Stopped
 from fedsim.fleets.ideal import Ideal
 from fedsim.folder import claim
 from fedsim.methods.probe import Probe
+from fedsim.prepare import prepare
 from fedsim.registry import name_of
 from fedsim.search_space import Field, Log
-from fedsim.simulate import prepare
 from fedsim.sweep.command import parse_sweep
 from fedsim.sweep.config import Sweep
 from fedsim.sweep.prepare import prepare_sweep

@@ -24,9 +24,10 @@ from fedsim.cluster.worker import keep_freed_memory
 from fedsim.cluster.workers import Pool
 from fedsim.datasets.synthetic import Synthetic
 from fedsim.events import Event
+from fedsim.federation import Federation
 from fedsim.params import Params, flatten
+from fedsim.prepare import Experiment, prepare
 from fedsim.rng import torch_rng
-from fedsim.simulate import Experiment, _Federation, prepare
 from fedsim.state import ServerState
 from fedsim.training.task import Task, backbone_of, initial_params
 from fedsim.training.worker import ClientWorker
@@ -80,7 +81,7 @@ def on_processes(args: Namespace, out: str) -> tuple[list[float], list[float], P
     with _Processes(args.processes, Path(out)) as pool:
         workers = pool.workers(ClientWorker, experiment.source, experiment.clients, experiment.frozen)
         whole = experiment.source, experiment.clients, workers, state.params, experiment.splits
-        federation = _Federation(experiment.config, task, *whole)
+        federation = Federation(experiment.config, task, *whole)
         for turn in federation.turns(0):
             began = time.perf_counter()
             state, _ = federation.train(state, turn)

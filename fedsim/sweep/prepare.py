@@ -15,7 +15,7 @@ from fedsim.errors import InputError, listing
 from fedsim.fleets import Fleet
 from fedsim.folder import check_folder, read_sealed, refuse_another_version
 from fedsim.methods import Method
-from fedsim.simulate import DEALT, Experiment, judged, prepare
+from fedsim.prepare import DEALT, Experiment, judged, prepare
 from fedsim.sweep.config import LOGGERS, MAY_CHANGE, PRUNED_BY, Sweep
 from fedsim.sweep.space import Space
 from fedsim.sweep.trial import EVALUATED_ON, config_of

@@ -13,7 +13,7 @@ from fedsim.cluster.placement import Sizing
 from fedsim.cluster.pool import Pool, open_pool
 from fedsim.errors import InputError
 from fedsim.files import reason
-from fedsim.simulate import Experiment
+from fedsim.prepare import Experiment
 from fedsim.sweep.trial import Trial, experiments_of
 
 if TYPE_CHECKING:

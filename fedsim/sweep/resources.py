@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from fedsim.cluster.nodes import nodes_of
 from fedsim.cluster.placement import Sizing, plan
 from fedsim.errors import InputError
-from fedsim.simulate import sizing_of
+from fedsim.prepare import sizing_of
 from fedsim.sweep.config import Sweep
 
 MANY = 1_000_000  # more workers than any cluster has room for

@@ -81,7 +81,7 @@ def _run_on_reporting_seeds(
     prepared: Prepared, best: "optuna.trial.FrozenTrial", resources: TrialResources, progress: Progress
 ) -> tuple[pd.DataFrame, Exception | None]:
     """One row per finished run of the best and of the base config, and the error of one that failed."""
-    from fedsim.many import run_all
+    from fedsim.parallel_runs import run_all
 
     config, folder = prepared.sweep.config, prepared.folder / "reporting"
     execution = {"gpus_per_actor": resources.bundles[-1].get("GPU")}

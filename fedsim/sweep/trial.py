@@ -14,8 +14,9 @@ from fedsim.config import Config, merged
 from fedsim.counts import COLUMNS, SPLITS
 from fedsim.errors import InputError, Stopped
 from fedsim.folder import LOCK, claim
+from fedsim.prepare import Experiment, prepare
 from fedsim.reporting.report import Report, accuracy_per_client, best_round, tail_mean
-from fedsim.simulate import Experiment, prepare, rounds
+from fedsim.simulate import rounds
 
 EVALUATED_ON = ("val",)  # trials do not even read test rows
 WAIT_S = 60  # for a killed process to release a trial's folder

@@ -15,8 +15,9 @@ from fedsim.config import Config
 from fedsim.datasets import Features
 from fedsim.errors import InputError, Stopped, listing
 from fedsim.events import Progress, Step
+from fedsim.prepare import DATA, Experiment, prepare, sizing_of
 from fedsim.reporting.report import Report
-from fedsim.simulate import DATA, Experiment, encoded, prepare, simulate, sizing_of
+from fedsim.simulate import encoded, simulate
 
 ENDED_S = 10  # for interrupted runs to let go of their folders
 # How a task tells of its process or machine: it has ended, its answer with it, or there was no memory left.
