@@ -179,7 +179,7 @@ def made(folder: Path) -> Path:
         }
         folder.mkdir(parents=True, exist_ok=True)
         write_parquet(pd.DataFrame(table), folder / "features.parquet")
-        classes = {"class": features.classes, "prototype": list(features.prototypes)}
+        classes = {"class": features.classes, "prototype": list(features.class_embeddings)}
         write_parquet(pd.DataFrame(classes), folder / "classes.parquet")
     return folder
 

@@ -269,7 +269,7 @@ class Bench:
             classes=tuple(f"thing number {k}" for k in range(classes)),
             domains=("noise",),
             split=np.full(total, TRAIN, np.int8),
-            prototypes=text / np.linalg.norm(text, axis=1, keepdims=True),
+            class_embeddings=text / np.linalg.norm(text, axis=1, keepdims=True),
             logit_scale=100.0,
             prompt="a picture of a {}",
         )
@@ -281,7 +281,11 @@ class Bench:
         """One client after the other, as anybody would write it; the rows are on the GPU before it starts."""
         if not hasattr(self, "_rows"):
             x, y = torch.from_numpy(features.x).float(), torch.from_numpy(features.y)
-            self._rows = x.to(self.device), y.to(self.device), torch.from_numpy(features.prototypes).to(self.device)
+            self._rows = (
+                x.to(self.device),
+                y.to(self.device),
+                torch.from_numpy(features.class_embeddings).to(self.device),
+            )
         x, y, text = self._rows
         server, worker = (plain.Adapter(WIDTH).to(self.device) for _ in range(2))
         received = server.state_dict()

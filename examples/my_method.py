@@ -25,8 +25,8 @@ class _Biased(nn.Module):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(len(backbone.prototypes)))  # trained, sent and averaged
-        self.register_buffer("text", backbone.prototypes, persistent=False)  # (C, D), never sent
+        self.bias = nn.Parameter(torch.zeros(len(backbone.class_embeddings)))  # trained, sent and averaged
+        self.register_buffer("text", backbone.class_embeddings, persistent=False)  # (C, D), never sent
         self.scale = backbone.logit_scale
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D), (C,) active -> (B, C)

@@ -56,13 +56,13 @@ class Encoder:
         encode = self.clip.encode_tokens if level == "tokens" else self.clip.encode_pixels
         return self._finite(encode(pixels), rows)
 
-    def prototypes(self, prompts: list[str]) -> np.ndarray:
+    def class_embeddings(self, prompts: list[str]) -> np.ndarray:
         """(1,) of a record: `prototypes`, (C, D) float32 unit rows, and `scale`, the logit scale."""
-        prototypes = self.clip.encode_texts(prompts)
-        if not np.isfinite(prototypes).all():
+        class_embeddings = self.clip.encode_texts(prompts)
+        if not np.isfinite(class_embeddings).all():
             raise InputError(f"{self._name} gives text features that are NaN or infinite; try other weights")
-        kind = np.dtype([("prototypes", prototypes.dtype, prototypes.shape), ("scale", np.float64)])
-        return np.array([(prototypes, self.clip.logit_scale)], kind)
+        kind = np.dtype([("prototypes", class_embeddings.dtype, class_embeddings.shape), ("scale", np.float64)])
+        return np.array([(class_embeddings, self.clip.logit_scale)], kind)
 
     @property
     def _name(self) -> str:
@@ -107,7 +107,7 @@ def encode(
     level: str = "features",
     augment: int = 0,
 ) -> Features:
-    """Features of all images and prototypes of all classes, from the cache where they are there and undamaged.
+    """Features of all images and embeddings of all classes, from the cache where they are there and undamaged.
 
     Args:
         prompt: with `{}` where the class name goes.
@@ -140,7 +140,7 @@ def keep(features: Features, cache: Path, notice: Notice) -> Features:
     with locked(file):
         if read_array(file, notice) is None:
             write_array(file, len(x), [x])
-    return _with_labels(features, file, features.prototypes, features.logit_scale)
+    return _with_labels(features, file, features.class_embeddings, features.logit_scale)
 
 
 class _Parts:
@@ -206,7 +206,7 @@ def _encode(images: Images, weights: Weights, prompt: str, file: Path, sizing: S
             encoders = pool.workers(Encoder, images, weights)
             parts.write(encoders.map("encode", parts.todo))
             if texts is None:
-                texts = next(encoders.map("prototypes", [prompts]))
+                texts = next(encoders.map("class_embeddings", [prompts]))
                 write_array(texts_at, 1, [texts])
     if x is None:
         _join(parts, images, weights)
@@ -220,7 +220,7 @@ def _join(parts: _Parts, images: Images, weights: Weights) -> None:
     parts.join()
 
 
-def _with_labels(rows, file: Path, prototypes: np.ndarray, logit_scale: float, prompt: str = "{}") -> Features:
+def _with_labels(rows, file: Path, class_embeddings: np.ndarray, logit_scale: float, prompt: str = "{}") -> Features:
     return Features(
         y=rows.y,
         domain=rows.domain,
@@ -231,7 +231,7 @@ def _with_labels(rows, file: Path, prototypes: np.ndarray, logit_scale: float, p
         notes=rows.notes,
         file=file,
         x=map_array(file),
-        prototypes=prototypes,
+        class_embeddings=class_embeddings,
         logit_scale=logit_scale,
         prompt=prompt,
     )

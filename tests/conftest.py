@@ -25,19 +25,23 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def features_dir(tmp_path_factory) -> Path:
-    """Features of 3 domains x 4 classes, 30 rows each: prototypes, a shift per domain, and noise."""
+    """Features of 3 domains x 4 classes, 30 rows each: class embeddings, a shift per domain, and noise."""
     rng = np.random.default_rng(7)
-    prototypes = rng.standard_normal((len(CLASSES), WIDTH))
+    class_embeddings = rng.standard_normal((len(CLASSES), WIDTH))
     shifts = rng.standard_normal((len(DOMAINS), WIDTH))
     rows = [
-        {"feature": prototypes[c] + shifts[d] + 1.5 * rng.standard_normal(WIDTH), "label": CLASSES[c], "domain": name}
+        {
+            "feature": class_embeddings[c] + shifts[d] + 1.5 * rng.standard_normal(WIDTH),
+            "label": CLASSES[c],
+            "domain": name,
+        }
         for d, name in enumerate(DOMAINS)
         for c in range(len(CLASSES))
         for _ in range(30)
     ]
     folder = tmp_path_factory.mktemp("features")
     pd.DataFrame(rows).to_parquet(folder / "features.parquet")
-    pd.DataFrame({"class": CLASSES, "prototype": list(prototypes)}).to_parquet(folder / "classes.parquet")
+    pd.DataFrame({"class": CLASSES, "prototype": list(class_embeddings)}).to_parquet(folder / "classes.parquet")
     return folder
 
 

@@ -53,9 +53,9 @@ def write_drawings(folder: Path, domains: tuple[str, ...]) -> Path:
 def write_features(folder: Path, domains: tuple[str, ...], classes: int = 4, rows: int = 20, width: int = 16) -> Path:
     """Features of every domain and class: `rows` that scatter around the prototype."""
     rng = np.random.default_rng(0)
-    prototypes = rng.standard_normal((classes, width))
+    class_embeddings = rng.standard_normal((classes, width))
     table = [
-        {"feature": prototypes[label] + rng.standard_normal(width), "label": f"c{label}", "domain": domain}
+        {"feature": class_embeddings[label] + rng.standard_normal(width), "label": f"c{label}", "domain": domain}
         for domain in domains
         for label in range(classes)
         for _ in range(rows)
@@ -63,5 +63,5 @@ def write_features(folder: Path, domains: tuple[str, ...], classes: int = 4, row
     folder.mkdir(parents=True)
     pd.DataFrame(table).to_parquet(folder / "features.parquet")
     names = [f"c{label}" for label in range(classes)]
-    pd.DataFrame({"class": names, "prototype": list(prototypes)}).to_parquet(folder / "classes.parquet")
+    pd.DataFrame({"class": names, "prototype": list(class_embeddings)}).to_parquet(folder / "classes.parquet")
     return folder

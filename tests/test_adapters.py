@@ -42,14 +42,14 @@ def test_a_clip_adapter_mixes_the_normalised_feature_with_its_bottleneck(backbon
     for i in range(ROWS):
         f = X[i] / X[i].norm()
         mixed = 0.3 * (up @ (down @ f).clamp(min=0)).clamp(min=0) + 0.7 * f
-        expected = SCALE * backbone.prototypes @ mixed / mixed.norm()
+        expected = SCALE * backbone.class_embeddings @ mixed / mixed.norm()
         torch.testing.assert_close(logits[i], expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(module(9 * X), logits)
 
 
 def test_a_clip_adapter_of_ratio_0_is_zero_shot_clip_and_of_little_width_is_whole(backbone):
     _, module = build(backbone, "clip_adapter", ratio=0.0)
-    torch.testing.assert_close(module(X), SCALE * normalize(X, dim=1) @ backbone.prototypes.T)
+    torch.testing.assert_close(module(X), SCALE * normalize(X, dim=1) @ backbone.class_embeddings.T)
     _, narrow = build(Backbone(torch.eye(3, dtype=torch.float64), 1.0), "clip_adapter")
     assert narrow(X[:, :3]).shape == (ROWS, 3) and narrow.adapter[0].weight.shape == (1, 3)
 
@@ -62,13 +62,13 @@ def test_a_tip_adapter_adds_the_answers_of_its_keys(backbone):
     for i in range(ROWS):
         f = X[i] / X[i].norm()
         for c in range(CLASSES):
-            expected = SCALE * f @ backbone.prototypes[c] + 1.5 * torch.exp(-2.0 * (1 - f @ keys[c]))
+            expected = SCALE * f @ backbone.class_embeddings[c] + 1.5 * torch.exp(-2.0 * (1 - f @ keys[c]))
             assert logits[i, c].item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_a_tip_adapter_starts_with_the_ranking_of_zero_shot_clip(backbone):
     _, module = build(backbone, "tip_adapter", alpha=50.0)
-    plain = SCALE * normalize(X, dim=1) @ backbone.prototypes.T
+    plain = SCALE * normalize(X, dim=1) @ backbone.class_embeddings.T
     assert torch.equal(module(X).argsort(dim=1), plain.argsort(dim=1))
     assert (module(X) > plain).all()
     assert list(module.state_dict()) == ["keys"]
@@ -88,7 +88,7 @@ def test_one_step_to_the_class_means_is_the_training_free_cache(backbone):
     keys = (module.keys - method.lr * slope).detach()
     unit = X / X.norm(dim=1, keepdim=True)
     for c in range(CLASSES):
-        expected = unit[c == Y].mean(dim=0) if (c == Y).any() else backbone.prototypes[c]
+        expected = unit[c == Y].mean(dim=0) if (c == Y).any() else backbone.class_embeddings[c]
         torch.testing.assert_close(keys[c], expected)
 
 

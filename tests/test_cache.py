@@ -130,7 +130,7 @@ def test_every_damaged_file_is_named_and_computed_again_to_the_same_bits(damage,
         ]
         rows = np.arange(N)
         tokens, pixels = found[0].take("tokens", rows), found[1].take("pixels", rows, rows % 2)
-        return [found[0].x, found[0].prototypes, tokens, pixels], found[0].logit_scale
+        return [found[0].x, found[0].class_embeddings, tokens, pixels], found[0].logit_scale
 
     arrays, scale = computed(silent)
     arrays = [array.copy() for array in arrays]

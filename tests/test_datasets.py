@@ -562,14 +562,14 @@ def test_features_come_as_halves_or_floats_in_every_usual_column(tmp_path, colum
     assert features.file is None
 
 
-def test_features_have_labels_domains_and_unit_prototypes(tmp_path):
+def test_features_have_labels_domains_and_unit_class_embeddings(tmp_path):
     features = load("features", parquet(tmp_path))
     assert features.classes == ("cat", "dog") and features.y.tolist() == [0, 1, 0]
     assert features.domains == ("a", "b") and features.domain.tolist() == [1, 0, 1]
     assert features.y.dtype == features.domain.dtype == np.int64
     assert (features.split == UNSAID).all()
-    assert features.prototypes.dtype == np.float64
-    assert features.prototypes == pytest.approx(np.array([[0.6, 0.8], [0.0, 1.0]]))
+    assert features.class_embeddings.dtype == np.float64
+    assert features.class_embeddings == pytest.approx(np.array([[0.6, 0.8], [0.0, 1.0]]))
 
 
 def test_features_take_label_numbers_and_dictionaries_too(tmp_path):
@@ -817,7 +817,7 @@ def test_every_data_set_keeps_the_contract(name, a_root, request):
     assert set(data.split.tolist()) <= {TRAIN, VAL, TEST, UNSAID}
     assert isinstance(data.classes, tuple) and isinstance(data.domains, tuple)
     if isinstance(data, Features):
-        assert data.x.shape == (n, data.prototypes.shape[1])
+        assert data.x.shape == (n, data.class_embeddings.shape[1])
     else:
         assert len(data.files) == len(data.names) == len(set(data.names)) == n
         assert data.open(n - 1).convert("RGB").size
@@ -849,9 +849,9 @@ def test_real_pacs_pictures_are_whole(shared):
     assert unreadable(images) == []
 
 
-def test_real_features_are_told_apart_by_their_prototypes(shared):
+def test_real_features_are_told_apart_by_their_class_embeddings(shared):
     features = load("features", shared / "pacs_conse")
     assert features.x.shape == (9991, 384) and features.x.dtype == np.float16
-    assert features.prototypes.shape == (7, 384)
-    right = (features.x.astype(np.float32) @ features.prototypes.T).argmax(1) == features.y
+    assert features.class_embeddings.shape == (7, 384)
+    right = (features.x.astype(np.float32) @ features.class_embeddings.T).argmax(1) == features.y
     assert right.mean() > 2 / 7  # twice what guessing gives

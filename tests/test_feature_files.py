@@ -53,7 +53,7 @@ def test_numbers_that_classes_are_called_by_are_names_in_whatever_order_they_com
     classes = {"class": [kind(number) for number in order], "prototype": [PROTOTYPES[number] for number in order]}
     features = load(save(tmp_path, classes=classes, label=[0, 1, 2, 1]))
     assert named(features) == ["0", "1", "2", "1"]
-    assert features.prototypes[features.y[0]] == pytest.approx([0.6, 0.8])
+    assert features.class_embeddings[features.y[0]] == pytest.approx([0.6, 0.8])
     assert load(save(tmp_path, classes=classes, label=["0", "1", "2", "1"])).y.tolist() == features.y.tolist()
 
 
@@ -175,9 +175,11 @@ def test_many_batches_are_read_in_order_and_rows_are_counted_over_all_of_them(tm
 
 
 def test_prototypes_keep_the_precision_that_float64_needs_and_are_the_same_in_float32(tmp_path):
-    prototypes = np.array(PROTOTYPES, np.float32) * np.float32(1.1)
-    found = load(save(tmp_path, classes={"prototype": list(prototypes)})).prototypes
-    expected = prototypes.astype(np.float64) / np.linalg.norm(prototypes.astype(np.float64), axis=1, keepdims=True)
+    class_embeddings = np.array(PROTOTYPES, np.float32) * np.float32(1.1)
+    found = load(save(tmp_path, classes={"prototype": list(class_embeddings)})).class_embeddings
+    expected = class_embeddings.astype(np.float64) / np.linalg.norm(
+        class_embeddings.astype(np.float64), axis=1, keepdims=True
+    )
     assert found.dtype == np.float64 and np.array_equal(found, expected)
     assert abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-15
 

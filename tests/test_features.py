@@ -54,7 +54,7 @@ def test_features_are_what_open_clip_itself_says(images, weights, features):
             torch.from_numpy(features.x[:8]).float(), model.encode_image(pixels), rtol=2e-3, atol=2e-3
         )
         torch.testing.assert_close(
-            torch.from_numpy(features.prototypes), model.encode_text(tokens, normalize=True), rtol=1e-4, atol=1e-5
+            torch.from_numpy(features.class_embeddings), model.encode_text(tokens, normalize=True), rtol=1e-4, atol=1e-5
         )
     assert features.logit_scale == pytest.approx(model.logit_scale.exp().item())
 
@@ -120,7 +120,7 @@ def test_encoded_images_are_not_encoded_again_and_another_prompt_only_asks_the_t
     assert encode(images, weights, "a picture of a {}", cache, Sizing(actors=0), seen.append).file == features.file
     other = encode(images, weights, "{}", cache, Sizing(actors=0), seen.append)
     assert seen == [] and other.file == features.file
-    assert not np.allclose(other.prototypes, features.prototypes)
+    assert not np.allclose(other.class_embeddings, features.class_embeddings)
 
 
 def test_the_key_is_of_the_bytes_of_images_and_weights_and_not_of_places_and_times(tmp_path, weights):

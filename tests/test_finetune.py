@@ -57,7 +57,7 @@ def whole(model, tokenizer):
 
 
 def zero_shot(backbone, features):
-    return backbone.logit_scale * normalize(features, dim=1) @ backbone.prototypes.T
+    return backbone.logit_scale * normalize(features, dim=1) @ backbone.class_embeddings.T
 
 
 def inputs(method, pixels, features):
@@ -73,9 +73,9 @@ def tiny():
     ("fields", "reads"),
     [
         ({}, ("pixels", "blocks")),
-        ({"towers": "image"}, ("pixels", "prototypes")),
+        ({"towers": "image"}, ("pixels", "features")),
         ({"towers": "text"}, ("features", "blocks")),
-        ({"towers": "image", "head": True}, ("pixels", "prototypes")),
+        ({"towers": "image", "head": True}, ("pixels", "features")),
     ],
 )
 def test_it_starts_as_zero_shot_clip_and_owns_what_it_trains(fields, reads, tiny):
@@ -193,7 +193,7 @@ def test_class_weights_go_with_the_image_tower_alone():
 
 def test_without_names_there_are_no_texts_to_train_through(tiny):
     backbone, *_ = tiny
-    nameless = Backbone(backbone.prototypes, backbone.logit_scale, text_tower=backbone.text)
+    nameless = Backbone(backbone.class_embeddings, backbone.logit_scale, text_tower=backbone.text)
     with pytest.raises(InputError, match="the names of the classes are wanted"):
         parse("method", {"name": "finetune", "towers": "text"}).build(nameless)
 
@@ -201,4 +201,6 @@ def test_without_names_there_are_no_texts_to_train_through(tiny):
 def test_a_method_without_a_tower_says_which_site_it_forgot(tiny):
     backbone, *_ = tiny
     with pytest.raises(TypeError, match="image_blocks"):
-        parse("method", {"name": "finetune", "towers": "image"}).build(Backbone(backbone.prototypes, 1.0, CLASSES))
+        parse("method", {"name": "finetune", "towers": "image"}).build(
+            Backbone(backbone.class_embeddings, 1.0, CLASSES)
+        )

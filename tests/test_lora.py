@@ -95,7 +95,7 @@ def test_logits_are_those_of_a_clip_whose_matrices_have_the_product_added(fields
         else:
             product = parts[f"up.{name}"] @ parts[f"down.{name}"] + parts[f"merged.{name}"]
         changed[place] = weight + method.alpha / method.rank * product.reshape(weight.shape)
-    image, texts = features, backbone.prototypes
+    image, texts = features, backbone.class_embeddings
     if method.towers == "image":
         image = backbone.image.encode(pixels, changed)
     else:

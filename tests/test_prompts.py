@@ -27,8 +27,8 @@ def a_backbone(dtype):
     clip = Clip(find_weights(*EMBEDDED))
     clip.model.to(dtype)
     tower = TextTower(clip.model, clip.tokenizer)
-    prototypes = torch.from_numpy(clip.encode_texts([f"a photo of a {name}" for name in CLASSES])).to(dtype)
-    return clip, Backbone(prototypes, clip.logit_scale, CLASSES, "a photo of a {}", text_tower=tower)
+    class_embeddings = torch.from_numpy(clip.encode_texts([f"a photo of a {name}" for name in CLASSES])).to(dtype)
+    return clip, Backbone(class_embeddings, clip.logit_scale, CLASSES, "a photo of a {}", text_tower=tower)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def backbone(double):
 def made(name, backbone, seed=0, **fields):
     torch.manual_seed(seed)
     method = parse("method", {"name": name, **fields})
-    return method, method.build(backbone).to(backbone.prototypes.dtype)
+    return method, method.build(backbone).to(backbone.class_embeddings.dtype)
 
 
 def by_open_clip(clip, template):
@@ -60,7 +60,7 @@ def tokens_of(backbone, text):
 def a_batch(backbone, name="promptfl", rows=6, classes=CLASSES):
     draw = torch.Generator().manual_seed(3)
     shape = (rows, 9, backbone.width) if name == "fedotp" else (rows, backbone.width)
-    x = torch.randn(shape, generator=draw, dtype=torch.float64).to(backbone.prototypes.dtype)
+    x = torch.randn(shape, generator=draw, dtype=torch.float64).to(backbone.class_embeddings.dtype)
     return x, torch.randint(len(classes), (rows,), generator=draw)
 
 
@@ -169,12 +169,12 @@ def test_kgcoop_adds_eight_times_the_distance_to_the_written_prompt(double):
     method, module = made("kgcoop", backbone, init="one small drawing with")
     x, y = a_batch(backbone)
     texts = by_open_clip(clip, "one small drawing with {}.")
-    away = 1 - np.mean([float(t @ p) for t, p in zip(texts, backbone.prototypes, strict=True)])
+    away = 1 - np.mean([float(t @ p) for t, p in zip(texts, backbone.class_embeddings, strict=True)])
     assert away > 1e-3
     expected = crossed(cosines(x, texts, clip.logit_scale), y) + 8 * away
-    assert method.loss(module, Batch(x, y)).item() == pytest.approx(expected, rel=1e-7)  # prototypes were float32
+    assert method.loss(module, Batch(x, y)).item() == pytest.approx(expected, rel=1e-7)  # class embeddings were float32
     classes = torch.tensor([True, True, False, False, False])
-    away = 1 - np.mean([float(t @ p) for t, p in zip(texts[:2], backbone.prototypes[:2], strict=True)])
+    away = 1 - np.mean([float(t @ p) for t, p in zip(texts[:2], backbone.class_embeddings[:2], strict=True)])
     expected = crossed(cosines(x, texts[:2], clip.logit_scale), y % 2) + 8 * away
     assert method.loss(module, Batch(x, y % 2, classes)).item() == pytest.approx(expected, rel=1e-7)
     plain, _ = made("promptfl", backbone)
@@ -259,7 +259,9 @@ def test_fedtpg_writes_its_tokens_by_attention_to_the_class_texts(backbone):
     with torch.no_grad():
         for parameter in module.parameters():  # biases and scales that start as 0 and 1 are to count as well
             parameter += 0.05 * torch.randn_like(parameter)
-        torch.testing.assert_close(module.tokens(), written(module, backbone.prototypes, 4), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(
+            module.tokens(), written(module, backbone.class_embeddings, 4), rtol=1e-9, atol=1e-11
+        )
         x, _ = a_batch(backbone)
         expected = cosines(x, module.texts(module.tokens()), backbone.logit_scale)
         torch.testing.assert_close(module(x), expected, rtol=1e-10, atol=1e-10)
@@ -272,12 +274,12 @@ def test_fedtpg_does_not_see_inactive_classes(backbone):
     classes = torch.tensor([True, True, False, False, True])
     own = module(x, classes)
     assert not torch.allclose(own[:, 0], everyone[:, 0], rtol=1e-6)
-    expected = written(module, backbone.prototypes[[0, 1, 4]], 4)
+    expected = written(module, backbone.class_embeddings[[0, 1, 4]], 4)
     torch.testing.assert_close(module.tokens(classes).detach(), expected, rtol=1e-9, atol=1e-11)
-    module.prototypes = module.prototypes.clone()
-    module.prototypes[2:4] = normalize(torch.randn(2, backbone.width).double())
+    module.class_embeddings = module.class_embeddings.clone()
+    module.class_embeddings[2:4] = normalize(torch.randn(2, backbone.width).double())
     assert torch.equal(module(x, classes), own)
-    module.prototypes[1] = module.prototypes[2]
+    module.class_embeddings[1] = module.class_embeddings[2]
     assert not torch.allclose(module(x, classes)[:, 0], own[:, 0], rtol=1e-6)
 
 
@@ -401,9 +403,9 @@ def test_what_does_not_fit_the_backbone_is_said(backbone):
     with pytest.raises(InputError, match=r"--method\.heads wants a divisor of 128, the text tower's width, not 3"):
         made("fedtpg", backbone, heads=3)
     with pytest.raises(InputError, match="names of the classes; there are none"):
-        made("promptfl", Backbone(backbone.prototypes, 1.0, text_tower=backbone.text))
+        made("promptfl", Backbone(backbone.class_embeddings, 1.0, text_tower=backbone.text))
     with pytest.raises(TypeError, match="text_tokens"):
-        made("promptfl", Backbone(backbone.prototypes, 1.0, CLASSES))
+        made("promptfl", Backbone(backbone.class_embeddings, 1.0, CLASSES))
     with pytest.raises(InputError, match=r"method\.length wants"):
         parse("method", {"name": "promptfl", "length": 0})
 
@@ -414,7 +416,10 @@ def test_a_few_steps_lower_the_loss(name, backbone):
     draw = torch.Generator().manual_seed(5)
     y = torch.arange(20) % len(CLASSES)
     shape = (20, 9, backbone.width) if name == "fedotp" else (20, backbone.width)
-    x = backbone.prototypes[y].view(20, *[1] * (len(shape) - 2), -1) + 0.3 * torch.randn(shape, generator=draw).double()
+    x = (
+        backbone.class_embeddings[y].view(20, *[1] * (len(shape) - 2), -1)
+        + 0.3 * torch.randn(shape, generator=draw).double()
+    )
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=method.momentum)
     losses = []
     for _ in range(10):

@@ -16,7 +16,7 @@ ROUNDS, SEED = 4, 3
 def reference(features, clients, objective):
     """What the authors' code does, rule by rule; only the data and the random numbers come from fedsim."""
     images, labels = torch.tensor(features.x).double(), torch.tensor(features.y)
-    text = torch.tensor(features.prototypes).double()
+    text = torch.tensor(features.class_embeddings).double()
     width = text.shape[1]
     torch.manual_seed(seed_for(SEED, "init"))
     server = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Softmax(dim=1)).double()

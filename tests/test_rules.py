@@ -539,7 +539,7 @@ class Asked(nn.Module):
     def __init__(self, backbone):
         super().__init__()
         self.tower = backbone.text
-        self.weight = nn.Parameter(torch.randn(len(backbone.prototypes), backbone.width))
+        self.weight = nn.Parameter(torch.randn(len(backbone.class_embeddings), backbone.width))
 
     def forward(self, x, classes):
         logits = x.new_full((len(x), len(self.weight)), -torch.inf)

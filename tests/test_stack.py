@@ -31,10 +31,10 @@ SERVERS = "fedavg", "fedprox", "local_only"  # nothing added, a term added, ever
 def features():
     rng = np.random.default_rng(3)
     y = rng.integers(0, CLASSES, sum(SIZES))
-    prototypes = normalize(torch.tensor(rng.standard_normal((CLASSES, WIDTH)))).float().numpy()
-    x = (prototypes[y] + 0.4 * rng.standard_normal((len(y), WIDTH))).astype(np.float32)
+    class_embeddings = normalize(torch.tensor(rng.standard_normal((CLASSES, WIDTH)))).float().numpy()
+    x = (class_embeddings[y] + 0.4 * rng.standard_normal((len(y), WIDTH))).astype(np.float32)
     names = {"classes": tuple("abcde"), "domains": ("ink",), "split": np.full(len(y), -1, np.int8)}
-    scale = {"prototypes": prototypes, "logit_scale": 20.0}
+    scale = {"class_embeddings": class_embeddings, "logit_scale": 20.0}
     return Features(file=None, x=x, y=y, domain=np.zeros(len(y), np.int64), **names, **scale)
 
 
@@ -152,7 +152,7 @@ class Picky(Method):
     """Counts on the values of its batch, as vmap cannot."""
 
     def build(self, backbone):
-        return Linear(backbone.width, len(backbone.prototypes))
+        return Linear(backbone.width, len(backbone.class_embeddings))
 
     def loss(self, module, batch):
         loss = super().loss(module, batch)
@@ -177,7 +177,7 @@ class Forgetful(Method):
     """Drops out, at random and in training only."""
 
     def build(self, backbone):
-        return Dropped(backbone.width, len(backbone.prototypes))
+        return Dropped(backbone.width, len(backbone.class_embeddings))
 
 
 def test_a_method_that_draws_random_numbers_is_refused_though_it_has_been_evaluated_before(config, tmp_path):
@@ -192,7 +192,7 @@ class Turned(nn.Module):
 
     def __init__(self, backbone):
         super().__init__()
-        self.weight = nn.Parameter(backbone.prototypes.T.clone())
+        self.weight = nn.Parameter(backbone.class_embeddings.T.clone())
         self.scale = backbone.logit_scale
 
     def forward(self, x, classes=None):
@@ -220,7 +220,7 @@ class Counting(nn.Module):
 
     def __init__(self, backbone):
         super().__init__()
-        self.weight = nn.Parameter(backbone.prototypes.clone())
+        self.weight = nn.Parameter(backbone.class_embeddings.clone())
         self.register_buffer("passes", torch.zeros(()))
 
     def forward(self, x, classes=None):

@@ -50,8 +50,8 @@ def small(pictures, tmp_path):
 
 
 def test_what_is_read_follows_from_where_parameters_attach():
-    assert reads_of([]) == Reads("features", "prototypes")
-    assert reads_of(["image_feature", "head"]) == Reads("features", "prototypes")
+    assert reads_of([]) == Reads("features", "features")
+    assert reads_of(["image_feature", "head"]) == Reads("features", "features")
     assert reads_of(["text_tokens"]) == Reads("features", "embeddings")
     assert reads_of(["text_tokens", "patch_tokens"]) == Reads("tokens", "embeddings")
     assert reads_of(["text_blocks", "text_tokens", "image_blocks"]) == Reads("pixels", "blocks")
@@ -62,7 +62,7 @@ def test_every_method_says_where_it_attaches_and_reads_no_more():
     reads = {name: parse("method", name).reads for name in available("method")}
     through_the_image = {name for name in reads if "image_blocks" in parse("method", name).sites}
     assert {name for name, read in reads.items() if read.image == "pixels"} == through_the_image
-    assert reads["fedclip"] == reads["probe"] == Reads("features", "prototypes")
+    assert reads["fedclip"] == reads["probe"] == Reads("features", "features")
     assert reads["promptfl"] == Reads("features", "embeddings") and reads["lora"] == Reads("features", "blocks")
     assert parse("method", {"name": "lora", "towers": "both"}).reads == Reads("pixels", "blocks")
 
@@ -192,7 +192,7 @@ def test_augmented_views_train_and_never_judge(small, tmp_path):
     assert augmented.parts[0].tolist() == plain.parts[0].tolist()  # before training: the same rows, as they are
     assert not torch.equal(plain.adapter["weight"], augmented.adapter["weight"])
     pixels = run(small(method={"name": "finetune", "towers": "image"}, augment=1, rounds=1, out=tmp_path / "pixels"))
-    assert pixels.facts["reads"] == "image pixels, text prototypes"
+    assert pixels.facts["reads"] == "image pixels, text features"
 
 
 def test_bytes_are_those_of_the_tensors_that_travel(small):

@@ -99,7 +99,7 @@ def export(args: Namespace, out: str) -> None:
     x, y = _train_rows(experiment)
     np.save(part / "x.npy", x)
     np.save(part / "y.npy", y)
-    np.save(part / "text.npy", experiment.source.prototypes.astype(np.float32))  # as a run in float32 rounds them
+    np.save(part / "text.npy", experiment.source.class_embeddings.astype(np.float32))  # as a run in float32 rounds them
     np.save(part / "start.npy", flatten(state.params))
     draws = [
         torch.randperm(ROWS, generator=torch_rng(task.seed, "batches", round, client))
@@ -139,7 +139,7 @@ def _rows(scratch: Path, clients: int) -> Path:
         [names[k] for k in index[rows]] for names, index in ((made.classes, made.y), (made.domains, made.domain))
     )
     pq.write_table(pa.table({"feature": feature, "label": label, "domain": domain}), part / "features.parquet")
-    classes = {"class": list(made.classes), "prototype": made.prototypes.tolist()}
+    classes = {"class": list(made.classes), "prototype": made.class_embeddings.tolist()}
     pq.write_table(pa.table(classes), part / "classes.parquet")
     part.rename(folder)
     return folder

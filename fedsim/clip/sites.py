@@ -12,13 +12,13 @@ from typing import Literal
 Site = Literal["image_feature", "head", "patch_tokens", "image_blocks", "text_tokens", "text_blocks"]
 
 ImageLevel = Literal["features", "tokens", "pixels"]
-TextLevel = Literal["prototypes", "embeddings", "blocks"]
+TextLevel = Literal["features", "embeddings", "blocks"]
 IMAGE_LEVELS: tuple[ImageLevel, ...] = (
     "features",
     "tokens",
     "pixels",
 )  # each holds what is left to be computed of the one before
-TEXT_LEVELS: tuple[TextLevel, ...] = "prototypes", "embeddings", "blocks"
+TEXT_LEVELS: tuple[TextLevel, ...] = "features", "embeddings", "blocks"
 
 # What a site wants of an image and of a class; a site that is not named wants the least.
 IMAGE_OF: dict[Site, ImageLevel] = {"patch_tokens": "tokens", "image_blocks": "pixels"}
@@ -32,22 +32,22 @@ class Reads:
     Attributes:
         image: of an image `features` (D,), projected and not normalised; patch `tokens` (T, D) of the frozen tower,
             projected; or its `pixels` (3, H, W) in bytes, because the image tower itself is trained through.
-        text: of a class its `prototypes` row (D,); token `embeddings`, which are trained through the frozen text tower;
-            or the same with the tower's `blocks` trained too.
+        text: of a class its text `features` (D,), the class embedding; token `embeddings`, which are trained through
+            the frozen text tower; or the same with the tower's `blocks` trained too.
     """
 
     image: ImageLevel = "features"
-    text: TextLevel = "prototypes"
+    text: TextLevel = "features"
 
     @property
     def towers(self) -> bool:
         """Whether a client computes with a tower at all."""
-        return self.image == "pixels" or self.text != "prototypes"
+        return self.image == "pixels" or self.text != "features"
 
 
 def reads_of(sites: Iterable[Site]) -> Reads:
     """The most that any of the sites wants."""
     sites = list(sites)
     images: list[ImageLevel] = ["features", *(IMAGE_OF[site] for site in sites if site in IMAGE_OF)]
-    texts: list[TextLevel] = ["prototypes", *(TEXT_OF[site] for site in sites if site in TEXT_OF)]
+    texts: list[TextLevel] = ["features", *(TEXT_OF[site] for site in sites if site in TEXT_OF)]
     return Reads(max(images, key=IMAGE_LEVELS.index), max(texts, key=TEXT_LEVELS.index))

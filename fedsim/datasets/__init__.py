@@ -103,7 +103,7 @@ class Features(Labelled):
     Attributes:
         file: file of the cache that holds `x`; None while the rows are only in memory, or made on demand.
         x: (N, D) float16 or float32, read-only; rows need not have unit length.
-        prototypes: (C, D) float32 or float64, unit rows: the text feature of each class.
+        class_embeddings: (C, D) float32 or float64, unit rows: the text feature of each class.
         logit_scale: exp of CLIP's temperature parameter, about 100 for OpenAI's weights.
         prompt: the text of a class, `{}` where its name goes; of features of one's own nobody knows.
         augment: augmented views that are kept of each image.
@@ -114,7 +114,7 @@ class Features(Labelled):
 
     file: Path | None
     x: np.ndarray
-    prototypes: np.ndarray
+    class_embeddings: np.ndarray
     logit_scale: float
     prompt: str = "{}"
     augment: int = 0

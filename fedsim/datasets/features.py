@@ -49,8 +49,8 @@ class FeatureFiles(Dataset):
         classes_file, features_file = root / "classes.parquet", root / "features.parquet"
         table = _open(classes_file, ["class", "prototype"])
         classes = _class_names(_column(table, classes_file, "class"))
-        prototypes = _matrix(table, classes_file, "prototype").astype(np.float64)
-        length = np.linalg.norm(prototypes, axis=1, keepdims=True)
+        class_embeddings = _matrix(table, classes_file, "prototype").astype(np.float64)
+        length = np.linalg.norm(class_embeddings, axis=1, keepdims=True)
         if (length == 0).any():
             zero = listing(np.array(classes)[length[:, 0] == 0])
             raise InputError(f"classes.parquet: a prototype needs a length above 0, which these have not: {zero}")
@@ -58,7 +58,7 @@ class FeatureFiles(Dataset):
         rows = _open(features_file, ["feature", "label", "domain"])
         y = _labels(_column(rows, features_file, "label"), classes, _names_of_numbers(rows))
         domain, domains = _domains(_column(rows, features_file, "domain"))
-        x = _matrix(rows, features_file, "feature", prototypes.shape[1])
+        x = _matrix(rows, features_file, "feature", class_embeddings.shape[1])
         if (zero := np.flatnonzero(~x.any(axis=1))).size:
             raise InputError(f"features.parquet: feature needs a length above 0; it is all zeros in {_rows(zero)}")
         # In floats, as methods divide by it: of rows outside of these lengths, all that is left are zeros.
@@ -76,7 +76,7 @@ class FeatureFiles(Dataset):
             domains=domains,
             split=_splits(rows, features_file),
             notes=_notes(y, classes),
-            prototypes=prototypes / length,  # float64, which a run in float32 rounds once
+            class_embeddings=class_embeddings / length,  # float64, which a run in float32 rounds once
             logit_scale=self.logit_scale or _scale_of(table),
         )
 

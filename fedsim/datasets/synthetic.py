@@ -54,7 +54,7 @@ class Synthetic(Dataset):
             domains=tuple(f"domain {k}" for k in range(self.domains)),
             split=np.full(1, UNSAID, np.int8),
             block=self.rows,
-            prototypes=text,
+            class_embeddings=text,
             logit_scale=100.0,
         )
 

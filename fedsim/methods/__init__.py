@@ -30,14 +30,14 @@ class Backbone:
     """What a method sees of the frozen CLIP.
 
     Attributes:
-        prototypes: (C, D) unit rows, the text feature of each class.
+        class_embeddings: (C, D) unit rows, the text feature of each class.
         logit_scale: exp of CLIP's temperature parameter.
         classes: the C class names.
         prompt: the text of a class, `{}` where its name goes.
         text_tower, image_tower: the towers that the method's sites ask for, and no other.
     """
 
-    prototypes: Tensor
+    class_embeddings: Tensor
     logit_scale: float
     classes: tuple[str, ...] = ()
     prompt: str = "a picture of a {}"
@@ -47,7 +47,7 @@ class Backbone:
     @property
     def width(self) -> int:
         """D, the width of the shared embedding space."""
-        return self.prototypes.shape[1]
+        return self.class_embeddings.shape[1]
 
     @property
     def text(self) -> TextTower:

@@ -72,7 +72,7 @@ class Prompted(nn.Module):
 
     names: Tensor  # (C, T, W)
     ends: Tensor  # (C,)
-    prototypes: Tensor  # (C, D)
+    class_embeddings: Tensor  # (C, D)
 
     def __init__(self, backbone: Backbone, length: int, asked: str) -> None:
         """
@@ -84,7 +84,7 @@ class Prompted(nn.Module):
         """
         super().__init__()
         self.tower, self.scale = backbone.text, backbone.logit_scale
-        # Differs: CoOp's code writes a space for each underscore; here a class is called what the prototypes call it.
+        # Differs: CoOp's code replaces underscores by spaces; here class names are those of the class embeddings.
         names = [f"{name}." for name in backbone.classes]
         if not names:
             raise InputError("a prompt wants the names of the classes; there are none")
@@ -95,7 +95,7 @@ class Prompted(nn.Module):
                 f"{asked} leaves no room for {names[int(ends.argmax())]!r}: the model takes {context} tokens, start "
                 f"and end among them, so that {room} fit before it"
             )
-        constants = {"names": self.tower.embed(tokens), "ends": ends, "prototypes": backbone.prototypes}
+        constants = {"names": self.tower.embed(tokens), "ends": ends, "class_embeddings": backbone.class_embeddings}
         for name, tensor in constants.items():
             self.register_buffer(name, tensor, persistent=False)
 

@@ -43,7 +43,7 @@ class Through(nn.Module):
     """
 
     tokens: Tensor  # (C, T), if the text tower is trained
-    prototypes: Tensor  # (C, D), if it is not
+    class_embeddings: Tensor  # (C, D), if it is not
 
     def __init__(self, backbone: Backbone, towers: Sides) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Through(nn.Module):
             tokens = self.text_tower.tokenize([backbone.prompt.format(name) for name in backbone.classes])
             self.register_buffer("tokens", tokens, persistent=False)
         else:
-            self.register_buffer("prototypes", backbone.prototypes, persistent=False)
+            self.register_buffer("class_embeddings", backbone.class_embeddings, persistent=False)
 
     def weights(self, side: Side) -> Params:
         """What takes the place of a tower's frozen tensors, by the tower's names."""
@@ -70,7 +70,7 @@ class Through(nn.Module):
     def texts(self, indices: Tensor | slice) -> Tensor:
         """(n, D) rows of some classes."""
         if not self.text_tower:
-            return self.prototypes[indices]
+            return self.class_embeddings[indices]
         tokens = self.tokens[indices]
         return normalize(self.text_tower.encode(tokens, self.text_tower.ends(tokens), self.weights("text")), dim=-1)
 

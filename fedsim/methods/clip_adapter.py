@@ -40,7 +40,7 @@ class _Mixed(nn.Module):
         narrow = max(1, width // reduction)
         down, up = nn.Linear(width, narrow, bias=False), nn.Linear(narrow, width, bias=False)
         self.adapter = nn.Sequential(down, nn.ReLU(), up, nn.ReLU())  # without biases, as in the published code
-        self.register_buffer("text", backbone.prototypes, persistent=False)
+        self.register_buffer("text", backbone.class_embeddings, persistent=False)
         self.scale = backbone.logit_scale
         self.ratio = ratio
 

@@ -104,7 +104,7 @@ class _Gated(nn.Module):
         super().__init__()
         width = backbone.width
         self.attention = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Softmax(dim=-1))
-        self.register_buffer("text", backbone.prototypes, persistent=False)
+        self.register_buffer("text", backbone.class_embeddings, persistent=False)
         self.scale = backbone.logit_scale
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)

@@ -70,7 +70,7 @@ class _Written(Prompted):
 
     def tokens(self, classes: Tensor | None = None) -> Tensor:
         """(L, W), from the texts of the active classes alone."""
-        texts = self.norm_texts(self.prototypes[self.active(classes)])
+        texts = self.norm_texts(self.class_embeddings[self.active(classes)])
         # As in the code, the query is not added to what it finds.
         found, _ = self.attention(self.norm_query(self.query), texts, texts)
         value, gate = self.widen(self.norm(found)).chunk(2, dim=-1)

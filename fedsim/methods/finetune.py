@@ -67,8 +67,8 @@ class _Whole(Through):
             self.add_module(side, nn.ParameterDict(own))
         if self.text_tower:
             # CLIP's own parameter is the logarithm, too.
-            self.logit_scale = nn.Parameter(torch.tensor(log(backbone.logit_scale)).to(backbone.prototypes))
-        self.head = _copy(backbone.prototypes) if head else None
+            self.logit_scale = nn.Parameter(torch.tensor(log(backbone.logit_scale)).to(backbone.class_embeddings))
+        self.head = _copy(backbone.class_embeddings) if head else None
 
     def weights(self, side: Side) -> Params:
         own: Any = self.get_submodule(side)

@@ -46,5 +46,5 @@ class KgCoOp(PromptFL):
         x, y, classes = batch
         texts = module.texts(module.tokens, classes)
         # Over the active classes alone: a client need not know the names of others.
-        cosines = (texts * module.prototypes[module.active(classes)]).sum(dim=-1)
+        cosines = (texts * module.class_embeddings[module.active(classes)]).sum(dim=-1)
         return cross_entropy(module.logits(x, texts, classes), y) + self.pull * (1 - cosines.mean())

@@ -23,7 +23,7 @@ class Probe(Method):
 class _Head(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.weight = nn.Parameter(backbone.prototypes.clone())
+        self.weight = nn.Parameter(backbone.class_embeddings.clone())
         self.scale = backbone.logit_scale
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)

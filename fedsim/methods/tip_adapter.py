@@ -66,8 +66,8 @@ class _Keyed(nn.Module):
 
     def __init__(self, backbone: Backbone, strength: float, beta: float) -> None:
         super().__init__()
-        self.keys = nn.Parameter(backbone.prototypes.clone())
-        self.register_buffer("text", backbone.prototypes, persistent=False)
+        self.keys = nn.Parameter(backbone.class_embeddings.clone())
+        self.register_buffer("text", backbone.class_embeddings, persistent=False)
         self.scale = backbone.logit_scale
         self.strength, self.beta = strength, beta
 

@@ -23,7 +23,7 @@ class _Nearest(nn.Module):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.register_buffer("text", backbone.prototypes, persistent=False)
+        self.register_buffer("text", backbone.class_embeddings, persistent=False)
         self.scale = backbone.logit_scale
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)

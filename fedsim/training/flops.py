@@ -29,7 +29,7 @@ def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarra
 
     def count(size: int) -> int:
         batch = np.resize(rows, size)
-        x = Inputs(features, task.method.reads.image, batch, None, "cpu", backbone.prototypes.dtype).whole()
+        x = Inputs(features, task.method.reads.image, batch, None, "cpu", backbone.class_embeddings.dtype).whole()
         y = torch.from_numpy(features.y[batch])
         with Operations() as operations:
             task.method.loss(module.train(), Batch(x, y)).backward()

@@ -90,14 +90,14 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
 def backbone_of(
     features: Features, device: str = "cpu", dtype: str = "float32", reads: Reads = FEATURES, clip: Clip | None = None
 ) -> Backbone:
-    """What a method sees of the frozen CLIP: its prototypes, and those towers that are read."""
-    prototypes = torch.tensor(features.prototypes, dtype=getattr(torch, dtype), device=device)
-    texts = Backbone(prototypes, features.logit_scale, features.classes, features.prompt)
+    """What a method sees of the frozen CLIP: the class embeddings, and the towers that the method reads."""
+    class_embeddings = torch.tensor(features.class_embeddings, dtype=getattr(torch, dtype), device=device)
+    texts = Backbone(class_embeddings, features.logit_scale, features.classes, features.prompt)
     return with_towers(texts, reads, clip)
 
 
 def with_towers(backbone: Backbone, reads: Reads, clip: Clip | None) -> Backbone:
     """The backbone with the towers that a method reads."""
-    text = clip.text_tower(reads.text == "blocks") if clip and reads.text != "prototypes" else None
+    text = clip.text_tower(reads.text == "blocks") if clip and reads.text != "features" else None
     image = clip.image_tower() if clip and reads.image == "pixels" else None
     return replace(backbone, text_tower=text, image_tower=image)
