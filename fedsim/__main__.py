@@ -17,6 +17,7 @@ from fedsim.cluster.signals import signals_as_interrupts
 # What imports torch is imported in functions: it takes seconds, in which `main` already handles Ctrl-C, and some
 # commands do not need it.
 from fedsim.errors import RESUMES, InputError, Stopped, code_of, listing, sentence_of
+from fedsim.registry import KINDS
 
 USAGE = """\
 fedsim run [FLAGS]                    run one experiment
@@ -24,6 +25,8 @@ fedsim sweep [FLAGS]                  search over hyperparameters
 fedsim compare RUN RUN ... [--out D]  compare finished runs in a table and a page
 fedsim watch FOLDER                   show the progress of a run or sweep in another process
 fedsim stop FOLDER                    interrupt it; the same command resumes it
+fedsim list [KIND]                    list methods, servers, datasets, partitions or fleets
+fedsim help NAME                      describe a method, server, ... or command
 Every command has --help; fedsim --version"""
 # How things stand after Ctrl-C, for the commands that it does not make resumable.
 AFTER_INTERRUPT = {
@@ -58,8 +61,10 @@ def _command(argv: list[str]) -> int:
         "compare": compare_command,
         "watch": watch_command,
         "stop": stop_command,
+        "list": list_command,
+        "help": help_command,
     }
-    if argv[:1] == ["help"]:
+    if argv[:1] == ["help"] and (len(argv) == 1 or argv[1] in commands):
         argv = [*argv[1:2], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -113,6 +118,29 @@ def watch_command(argv: list[str]) -> int:
 def stop_command(argv: list[str]) -> int:
     """fedsim stop: interrupts a run or sweep of another process."""
     stop(_folder("stop", "Interrupt a run or sweep, as Ctrl-C does.", argv))
+    return 0
+
+
+def list_command(argv: list[str]) -> int:
+    """fedsim list: the names of components, and a line about each."""
+    parser = Parser(prog="fedsim list", description="List components by kind.", allow_abbrev=False)
+    kinds = [f"{kind}s" for kind in KINDS]
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{listing(kinds)} (default: all)")
+    args = parser.parse_args(argv)
+    from fedsim.cli.help import show_components
+
+    show_components(plain_console(), args.kinds)
+    return 0
+
+
+def help_command(argv: list[str]) -> int:
+    """fedsim help: one component in full."""
+    parser = Parser(prog="fedsim help", description="Describe a component and its fields.", allow_abbrev=False)
+    parser.add_argument("name", metavar="NAME", help="name of a component, as fedsim list prints it, or of a command")
+    args = parser.parse_args(argv)
+    from fedsim.cli.help import component_help
+
+    print(component_help(args.name), end="")
     return 0
 
 

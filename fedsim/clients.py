@@ -177,7 +177,7 @@ def held_out_ids(rows: Labelled, held_out: tuple[str, ...]) -> list[int]:
         if name not in rows.domains:
             there = [repr(domain) if "," in domain else domain for domain in rows.domains]
             hint = "" if there == list(rows.domains) else "; a name with a comma needs a list in YAML: held_out: [...]"
-            raise InputError(f"no domain {name!r} to hold out; there are: {listing(there)}{hint}")
+            raise InputError(f"no domain {name!r} to hold out; available: {listing(there)}{hint}")
     if len(set(held_out)) == len(rows.domains):
         raise InputError(f"all domains are held out; at least one of {listing(rows.domains)} must train")
     return [rows.domains.index(name) for name in dict.fromkeys(held_out)]

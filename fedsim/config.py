@@ -1,7 +1,7 @@
-"""The experiment as a value: checked where it is made, in Python, in YAML and on the command line alike.
+"""The experiment as a value, checked where it is made: in Python, in YAML and on the command line alike.
 
-pydantic checks types and ranges, of the components' hyperparameters too, so that there is one sentence for one
-mistake wherever it is made.
+pydantic checks types and ranges, also those of the components' hyperparameters, so a mistake gets the same sentence
+wherever it is made.
 """
 
 import os
@@ -33,21 +33,21 @@ from fedsim.search_space import Field, Log
 from fedsim.servers import Server
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
-# What may differ between two runs of one experiment: where, and with how many hands.
 DEFAULTS = {"dataset": "glyphs", "partition": "by_domain", "method": "fedclip", "server": "fedavg", "fleet": "ideal"}
+# Fields that do not change the result: where an experiment runs, and with how many actors.
 EXECUTION = ("out", "actors", "gpus_per_actor", "gpu_gb_per_actor", "call_timeout_s", "address", "cache_dir")
 
 
-def fields_of(thing: Any) -> dict[str, Any]:
+def fields_of(component: Any) -> dict[str, Any]:
     """A component as it is written in YAML."""
-    return {"name": name_of(thing)} | {name: getattr(thing, name) for name in thing.__pydantic_fields__}
+    return {"name": name_of(component)} | {name: getattr(component, name) for name in component.__pydantic_fields__}
 
 
 def _cache() -> Path:
     if named := os.environ.get("FEDSIM_CACHE_DIR"):
         return Path(named)
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if shared.is_absolute():  # the XDG specification: a relative path is to be ignored
+    if shared.is_absolute():  # the XDG specification says that relative paths are ignored
         return shared / "fedsim"
     try:
         return Path.home() / ".cache" / "fedsim"
@@ -63,7 +63,7 @@ _Fields = PlainSerializer(fields_of)
 
 
 def _prompt(value: str) -> str:
-    # Not by trying `format`: {:.3} would cut names, {!r} quote them, and {{}} is no place for one.
+    # Calling `format` would accept {:.3}, which cuts names, {!r}, which quotes them, and {{}}, which drops them.
     if value.count("{}") != 1 or set("{}") & set(value.replace("{}", "")):
         raise InputError(f"prompt needs {{}} once, where the class name goes, and no other braces, not {value!r}")
     if not value.isprintable():
@@ -79,23 +79,23 @@ def _expanded(value: Path | None) -> Path | None:
 
 
 def _absolute(value: Path | None) -> Path | None:
-    # Workers run in folders of their own, so a relative path would be another one there.
+    # Workers run in other folders, where a relative path would mean another file.
     return (path := _expanded(value)) and path.absolute()
 
 
 def _not_empty(value: Any) -> Any:
-    if value == "":  # to pathlib, the current folder; to a script, a variable that is not set
+    if value == "":  # pathlib takes it for the current folder; in a script it is a variable that is not set
         raise InputError("--out is empty; it expects a folder")
     return value
 
 
 def _names(value: Any) -> Any:
-    """Names separated by commas, or a sequence of names; each is kept once."""
+    """Names separated by commas, or a sequence of names; repeated ones are dropped."""
     if isinstance(value, str):
         value = [name.strip() for name in value.split(",")]
     elif not isinstance(value, list | tuple):
         value = [] if value is None else [value]
-    # In YAML a name such as 7 or true is no text.
+    # A YAML name such as 7 or true is not text.
     names = [str(name).lower() if isinstance(name, int) else name for name in value]
     return tuple(dict.fromkeys(name for name in names if name != ""))
 
@@ -104,92 +104,83 @@ Out = Annotated[Path | None, BeforeValidator(_not_empty), AfterValidator(_expand
 
 
 class Config(BaseModel):
-    """One experiment. Every component is an object, its name, or `{"name": ..., field: value}`."""
+    """One experiment. Each component is given as an object, as its name, or as `{"name": ..., field: value}`."""
 
     model_config = ConfigDict(CHECKED, frozen=True, validate_default=True)
     numbers_are_not_truths = numbers_are_not_truths
 
     dataset: Annotated[InstanceOf[Dataset], _read("dataset"), _Fields] = Field(
-        DEFAULTS["dataset"], description="where images or features come from"
+        DEFAULTS["dataset"], description="images or features"
     )
     data_dir: Annotated[Path | None, AfterValidator(_absolute)] = Field(
-        None, description="the data set's folder; glyphs needs none"
+        None, description="folder of the data set; glyphs needs none"
     )
-    skip_unreadable: bool = Field(False, description="leave corrupt images out, and count them")
-    backbone: str | None = Field(None, description="any open_clip model name; none given: tiny, the embedded one")
-    pretrained: str | None = Field(None, description="tag of open_clip, or a checkpoint file")
-    prompt: Annotated[str, AfterValidator(_prompt)] = Field(
-        "a picture of a {}", description="text of a class; {} is its name"
-    )
+    skip_unreadable: bool = Field(False, description="leave out corrupt images and count them")
+    backbone: str | None = Field(None, description="open_clip model name (default: tiny, embedded)")
+    pretrained: str | None = Field(None, description="open_clip tag, or checkpoint file")
+    prompt: Annotated[str, AfterValidator(_prompt)] = Field("a picture of a {}", description="text of class {}")
     held_out: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        (), description="domains that nobody trains on, separated by commas"
+        (), description="domains not trained on, comma-separated"
     )
     partition: Annotated[InstanceOf[Dealing], _read("partition"), _Fields] = Field(
         DEFAULTS["partition"], description="how rows go to clients"
     )
-    clients: int | None = Field(None, ge=1, le=10**8, description="number of clients; by_domain has one per domain")
-    partition_seed: int = Field(0, ge=0, description="draws the partition and each client's splits")
-    augment: int = Field(
-        0, ge=0, description="augmented views kept of each image, of which a train row shows another each round"
+    clients: int | None = Field(None, ge=1, le=10**8, description="number of clients; by_domain: one per domain")
+    partition_seed: int = Field(0, ge=0, description="seed of the partition and the splits")
+    # Training sees the cached views in turn, another one in each round.
+    augment: int = Field(0, ge=0, description="augmented views cached per image")
+    train_share: float = Field(
+        0.6,
+        gt=0,
+        lt=1,
+        description="fraction of each client's rows used for training; the rest is halved into validation and test",
     )
-    train_share: float = Field(0.6, gt=0, lt=1, description="of a client's rows; half of the rest validates")
-    shots: int | None = Field(None, ge=1, description="train rows of each class that a client keeps; none given: all")
-    new_classes: float = Field(
-        0.0, ge=0, lt=1, description="share of the classes, the last by name, that nobody trains on; 0.5 is base-to-new"
-    )
+    shots: int | None = Field(None, ge=1, description="train rows per client and class (default: all)")
+    # The last classes by name. With half of them new, this is the protocol base-to-new.
+    new_classes: float = Field(0.0, ge=0, lt=1, description="fraction of classes not trained on")
     method: Annotated[InstanceOf[Method], _read("method"), _Fields] = Field(
         DEFAULTS["method"], description="what is trained"
     )
     server: Annotated[InstanceOf[Server], _read("server"), _Fields] = Field(
         DEFAULTS["server"], description="how updates are combined"
     )
-    cohort: int | None = Field(
-        None, ge=1, search=Log(2, 100), description="clients that train in a round; none given: all"
-    )
+    cohort: int | None = Field(None, ge=1, search=Log(2, 100), description="clients per round (default: all)")
     fleet: Annotated[InstanceOf[Fleet], _read("fleet"), _Fields] = Field(
-        DEFAULTS["fleet"], description="devices of clients, in simulated time"
+        DEFAULTS["fleet"], description="clients' devices, in simulated time"
     )
     deadline_s: float | None = Field(
         None,
         gt=0,
-        description="simulated seconds that a client has to answer; who is late does not count",
+        description="simulated seconds; later answers do not count",
     )
-    over_selection: float = Field(
-        0.0,
-        ge=0,
-        description="share of the cohort that is asked on top; a round closes when as many as the cohort have answered",
-    )
-    rounds: int = Field(200, ge=0, le=10**9, description="rounds of aggregation; FedCLIP's README runs 200")
-    seed: int = Field(0, ge=0, description="draws everything but the partition")
-    eval_every: int = Field(1, ge=1, description="rounds between evaluations; the last round is always judged")
-    eval_clients: int | None = Field(
-        None, ge=1, description="clients whose own rows are judged, drawn once; none given: all"
-    )
+    # A round ends as soon as as many clients as the cohort has have answered.
+    over_selection: float = Field(0.0, ge=0, description="fraction of extra clients asked")
+    rounds: int = Field(200, ge=0, le=10**9, description="rounds of aggregation")  # 200: FedCLIP's README
+    seed: int = Field(0, ge=0, description="seed of everything but the partition")
+    eval_every: int = Field(1, ge=1, description="evaluate every N rounds, and the last")
+    eval_clients: int | None = Field(None, ge=1, description="clients evaluated, drawn once (default: all)")
     engine: Literal["stacked", "reference"] = Field(
         "stacked",
-        description="train clients in stacks, or one by one on the readable path (the same results, to rounding)",
+        description="many clients at once, or one by one; equal up to rounding",
     )
-    chunk: int | None = Field(
-        None, ge=1, description="clients of one call; 1: one by one, unstacked; none given: a 16th of the cohort, or 64"
-    )
-    dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and training")
-    threads_per_actor: int = Field(1, ge=1, description="torch's; more than one round sums in another way")
+    chunk: int | None = Field(None, ge=1, description="clients per call (default: cohort / 16, at most 64)")
+    dtype: Literal["float32", "float64"] = Field("float32", description="precision")
+    threads_per_actor: int = Field(1, ge=1, description="PyTorch threads; not 1: other rounding")
 
-    out: Out = Field(None, description="folder of the run; none given: runs/ and a name of its own")
-    actors: int | None = Field(None, ge=0, description="client actors; 0: in this process; none given: by the cluster")
-    gpus_per_actor: float | None = Field(None, ge=0, le=1, description="share of a GPU; none given: by the cluster")
+    out: Out = Field(None, description="folder of the run (default: a new one in runs/)")
+    actors: int | None = Field(None, ge=0, description="Ray actors; 0: this process (default: as many as fit)")
+    gpus_per_actor: float | None = Field(None, ge=0, le=1, description="fraction of a GPU (default: by its memory)")
     gpu_gb_per_actor: float | None = Field(
-        None, gt=0, description="memory of a GPU that an actor needs, to tell how many fit on one; none given: two do"
+        None, gt=0, description="GPU memory per actor, GB (default: two actors per GPU)"
     )
     call_timeout_s: float | None = Field(
-        None, gt=0, description="after which a chunk is given to another actor as well; none given: 20 of the longest"
-    )
-    address: str | None = Field(
         None,
-        description="join this Ray cluster (host:port, or auto: $RAY_ADDRESS counts); none given: a private one",
+        gt=0,
+        description="seconds before a call is also given to another actor (default: 20 x the longest call so far)",
     )
+    address: str | None = Field(None, description="Ray cluster, host:port or auto (default: a private one)")
     cache_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
-        default_factory=_cache, description="folder of encoded features; or $FEDSIM_CACHE_DIR"
+        default_factory=_cache, description="encoded features; or set $FEDSIM_CACHE_DIR"
     )
 
     def __init__(self, **values: Any) -> None:
@@ -199,7 +190,7 @@ class Config(BaseModel):
             raise InputError(sentence(error, "", type(self).model_fields)) from None
 
     def experiment(self) -> dict[str, Any]:
-        """What decides the result, as plain values."""
+        """The fields that determine the result, as plain values."""
         return {name: value for name, value in self.plain().items() if name not in EXECUTION}
 
     def plain(self) -> dict[str, Any]:
@@ -207,7 +198,7 @@ class Config(BaseModel):
         return self.model_dump(mode="json")
 
     def folder(self) -> Path:
-        """`out`, or a folder that this experiment has to itself."""
+        """`out`, or a folder that no other experiment has."""
         if self.out is not None:
             return self.out
         digest = blake2b(yaml.safe_dump(self.experiment()).encode(), digest_size=4).hexdigest()
@@ -216,11 +207,11 @@ class Config(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose values mean what they mean on the command line.
+    """YAML whose values mean the same as on the command line.
 
     YAML 1.1 reads `no` as false, 010 as eight and 1:30 as ninety. Here only true, false, null, and numbers in plain
-    decimal notation have a type; anything else is text, which the field then reads as if it came from a flag. A key
-    that is given twice is refused.
+    decimal notation have a type; anything else is text, which the field then reads as if it came from a flag. A
+    repeated key is refused.
     """
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
@@ -245,16 +236,16 @@ for _type, _form, _first in (
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """The fields in a YAML file, or in one of the experiments that come with fedsim, by its name.
+    """The fields in a YAML file, or in the embedded experiment of that name.
 
     Raises:
-        InputError: there is no such file, or it is no YAML mapping.
+        InputError: there is no such file, or it is not a YAML mapping.
     """
     path = Path(file)
     if not path.is_file():
         bundled = {path.stem: path for path in sorted(EXPERIMENTS.glob("*.yaml"))}
         if str(file) not in bundled:
-            raise InputError(f"no config file {str(file)!r}; there are the embedded ones: {listing(bundled)}")
+            raise InputError(f"no config file {str(file)!r}; embedded configs: {listing(bundled)}")
         path = bundled[str(file)]
     try:
         fields = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -264,23 +255,23 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(fields, dict):
-        raise InputError(f"{path} wants a mapping of fields to values, not {type(fields).__name__}")
+        raise InputError(f"{path} must be a mapping of fields to values, got {type(fields).__name__}")
     return fields
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `below` overridden by those of `above`; a component that changes its name starts afresh."""
+    """Fields of `below` overridden by those of `above`; a component of another name loses its earlier fields."""
     result = dict(below)
     for name, value in above.items():
         if name in KINDS:
-            there, new = result.get(name, {}), _as_fields(value)
-            old = _as_fields(there)
+            component, new = result.get(name, {}), _as_fields(value)
+            old = _as_fields(component)
             if new.get("name") not in (None, old.get("name", DEFAULTS[name])):
                 value = new
-            elif isinstance(there, str | dict):
+            elif isinstance(component, str | dict):
                 value = old | new
-            else:  # an object, which need not be one that can be made from a name
-                value = changed(name, there, {field: each for field, each in new.items() if field != "name"})
+            else:  # an object, whose class may have no name in the registry
+                value = changed(name, component, {field: each for field, each in new.items() if field != "name"})
         result[name] = value
     return result
 

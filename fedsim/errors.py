@@ -1,20 +1,20 @@
-"""What a user is told in one sentence, never in a traceback."""
+"""Errors that are shown to users as one sentence, without a traceback."""
 
 import signal
 
-RESUMES = "the same command goes on from the last round"
+RESUMES = "the same command resumes after the last completed round"
 
 
 class InputError(ValueError):
-    """What was handed over cannot be used: says what was wanted, what came, and what there is. Exit code 2."""
+    """Invalid input; the message says what was expected, what was given, and what exists. Exit code 2."""
 
 
 class Stopped(RuntimeError):
-    """The run ended for a reason outside of it; its checkpoint is whole, and the same command goes on. Exit code 1."""
+    """A run ended for an external reason; its checkpoint is intact, and the same command resumes it. Exit code 1."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal other than Ctrl-C's that asks the process to end; what cleans up after Ctrl-C then cleans up here."""
+    """A signal other than Ctrl-C's that asks the process to end; handlers of Ctrl-C handle it too."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -25,14 +25,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code of a command that ended so: 2 for bad input, 128 + the number of a signal, 1 for anything else."""
+    """The exit code of a command that raised this: 2 for bad input, 128 + the number of a signal, 1 otherwise."""
     if isinstance(error, KeyboardInterrupt):
         return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
     return 2 if isinstance(error, InputError) else 1
 
 
 def sentence_of(error: BaseException, after_interrupt: str = RESUMES) -> str:
-    """The message for a user; `after_interrupt` says how things stand after Ctrl-C."""
+    """The message for a user; `after_interrupt` says what state Ctrl-C leaves."""
     if isinstance(error, InputError | Stopped):
         return " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
@@ -45,14 +45,14 @@ RENAMED = {"evaluate_every": "eval_every", "batch": "batch_size", "keep_moments"
 
 
 def listing(names, limit: int = 12) -> str:
-    """`a, b, c` of any names, cut where a sentence would stop being one."""
+    """`a, b, c` of any names; the first `limit` of them, to keep a sentence readable."""
     names = [str(name) for name in names]
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def shortened(text: str, limit: int = 120) -> str:
-    """A text without its middle, where a sentence would stop being one."""
+    """A text of at most about `limit` characters; a longer one loses its middle."""
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 

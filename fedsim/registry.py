@@ -1,12 +1,13 @@
 """The folder is the registry: `methods/lora.py` *is* `lora`, and its one public component is `Lora`.
 
-A component is a frozen dataclass of hyperparameters. Adding one edits no list: the command line, the
-YAML files, the help and the contract tests find it because the file is there.
+A component is a frozen dataclass of hyperparameters. No list has to be edited to add one: the command line, YAML files,
+the help and the contract tests find its file.
 """
 
 from collections.abc import Collection
 from importlib import import_module
 from inspect import get_annotations, isclass
+from pathlib import Path
 from pkgutil import iter_modules
 from types import GenericAlias
 from typing import Annotated, Any, get_args
@@ -22,8 +23,17 @@ from fedsim.errors import RENAMED, InputError, listing
 from fedsim.search_space import search_of
 
 KINDS = ("dataset", "partition", "method", "server", "fleet")
-# Infinity and nan are no values of any field: what has no limit is None, and says so.
+# No field takes infinity or nan; where there may be no limit, the value is None.
 CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
+# What pydantic's messages say, and what ours say.
+PHRASES = {
+    "a valid integer": "an integer",
+    "a valid": "a",
+    "greater than or equal to": ">=",
+    "less than or equal to": "<=",
+    "greater than": ">",
+    "less than": "<",
+}
 
 
 @field_validator("*", mode="before", check_fields=False)
@@ -38,16 +48,15 @@ def numbers_are_not_truths(cls: type, value: Any, info: ValidationInfo) -> Any:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def component(cls: type) -> type:
-    """Makes a class a frozen dataclass whose values are checked wherever it is made.
+    """Makes a class a frozen dataclass whose values are checked by pydantic.
 
-    pydantic does the checking, so that `FedCLIP(lr=-1)` in a notebook and `--method.lr -1` on the
-    command line fail with the same sentence.
+    `FedCLIP(lr=-1)` in a notebook and `--method.lr -1` on the command line therefore fail with the same sentence.
 
-    A subclass that gives an inherited field another default, `lr: float = 0.1`, keeps the field's limits, search range
-    and description. With a `Field` it changes those that it states; limits become narrower, never wider.
+    A subclass that gives an inherited field another default, `lr: float = 0.1`, keeps its limits, search range and
+    description. With a `Field` it changes those that it states; limits can become narrower, never wider.
 
     Raises:
-        InputError: a default, or an end of a search range, is outside of the field's limits.
+        InputError: a default, or an end of a search range, is outside the field's limits.
     """
     cls.numbers_are_not_truths = numbers_are_not_truths
     cls.__annotations__ = _inherited(cls)
@@ -58,23 +67,23 @@ def component(cls: type) -> type:
 
 
 def _inherited(cls: type) -> dict[str, Any]:
-    """The annotations of a class; those of fields that it has from a base include what the base declares of them."""
+    """The annotations of a class; those of inherited fields include what the base class declares about them."""
     fields: dict[str, FieldInfo] = {}
     for base in reversed(cls.__mro__[1:]):
         fields |= vars(base).get("__pydantic_fields__", {})
     annotations = get_annotations(cls)
     for name, field in fields.items():
-        # `lr = 0.1` without an annotation is a new default too; a dataclass would ignore it without a word.
+        # `lr = 0.1` without an annotation is a new default too; a dataclass would silently ignore it.
         if name in annotations or name in vars(cls):
             annotations[name] = Annotated[annotations.get(name, field.annotation), field]
     return annotations
 
 
 def _check_values(cls: type, name: str) -> None:
-    """Refuses a default, and values to search, that the field does not take."""
+    """Refuses a default or values to search that the field does not accept."""
     field, search = cls.__pydantic_fields__[name], search_of(cls, name)
     default = [] if field.is_required() else [field.get_default(call_default_factory=True)]
-    # In a dict: errors then name the field, and pydantic takes no config for the bare type of a dataclass.
+    # In a dict: errors then name the field, and pydantic accepts no config for the bare type of a dataclass.
     annotation: Any = GenericAlias(dict, (str, field.rebuild_annotation()))
     values = TypeAdapter[Any](annotation, config=CHECKED)
     try:
@@ -86,33 +95,30 @@ def _check_values(cls: type, name: str) -> None:
 
 def available(kind: str) -> list[str]:
     """Names of all components of a kind (one of `KINDS`), in alphabetical order."""
-    package = import_module(f"fedsim.{kind}s")
-    return sorted(m.name for m in iter_modules(package.__path__) if not m.name.startswith("_"))
+    # By the files: importing the package would import torch, and lists of names do not need it.
+    modules = iter_modules([str(Path(__file__).parent / f"{kind}s")])
+    return sorted(module.name for module in modules if not module.name.startswith("_"))
 
 
 def find(kind: str, name: str) -> type:
     """The component class of that name.
 
     Raises:
-        InputError: there is no such file; the message lists those that there are.
+        InputError: there is no such file; the message lists the available names.
     """
     name = name.replace("-", "_")
     if name not in available(kind):
-        raise InputError(f"no {kind} {name!r}; there are: {listing(available(kind), 40)}")
+        raise InputError(f"no {kind} {name!r}; available: {listing(available(kind), 40)}")
     module = import_module(f"fedsim.{kind}s.{name}")
-    found = [
-        thing
-        for thing in vars(module).values()
-        if isclass(thing) and thing.__module__ == module.__name__ and hasattr(thing, "__pydantic_fields__")
-    ]
-    public = [thing for thing in found if not thing.__name__.startswith("_")]
+    classes = [value for value in vars(module).values() if isclass(value) and value.__module__ == module.__name__]
+    public = [cls for cls in classes if hasattr(cls, "__pydantic_fields__") and not cls.__name__.startswith("_")]
     if len(public) != 1:
         raise TypeError(f"{kind}s/{name}.py must hold one public component, not {len(public)}")
     return public[0]
 
 
 def parse(kind: str, value: Any, default: str | None = None) -> Any:
-    """A component from how it is written: an object, `"fedclip"`, or `{"name": "fedclip", "lr": 1e-3}`.
+    """The component that is written as an object, as `"fedclip"` or as `{"name": "fedclip", "lr": 1e-3}`.
 
     Raises:
         InputError: no such component or field, or a value of the wrong type or out of its range.
@@ -124,7 +130,7 @@ def parse(kind: str, value: Any, default: str | None = None) -> Any:
     fields = {"name": default} | value
     name = fields.pop("name")
     if not isinstance(name, str):
-        raise InputError(f"{kind} wants a name, not {name!r}; there are: {listing(available(kind), 40)}")
+        raise InputError(f"{kind} must be a name, got {name!r}; available: {listing(available(kind), 40)}")
     component = find(kind, name)
     try:
         return component(**fields)
@@ -133,36 +139,37 @@ def parse(kind: str, value: Any, default: str | None = None) -> Any:
 
 
 def changed(kind: str, thing: Any, fields: dict[str, Any]) -> Any:
-    """The same component, one of the user's own perhaps, with other values of some fields.
+    """A copy of a component, which may be a user's own, with other values of some fields.
 
     Raises:
         InputError: no such field, or a value of the wrong type or out of its range.
     """
-    there = type(thing).__pydantic_fields__
+    names = type(thing).__pydantic_fields__
     try:
-        return type(thing)(**{name: getattr(thing, name) for name in there} | fields)
+        return type(thing)(**{name: getattr(thing, name) for name in names} | fields)
     except ValidationError as error:
-        raise InputError(sentence(error, f"{kind}.", there)) from None
+        raise InputError(sentence(error, f"{kind}.", names)) from None
 
 
 def sentence(error: ValidationError, prefix: str, names: Collection[str]) -> str:
-    """The first of pydantic's complaints: what was wanted, what came, what there is."""
+    """The first of pydantic's errors in one sentence: what was expected, what was given, what exists."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
         return str(cause)
-    place = ".".join(str(part) for part in first["loc"])
+    field = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        if (current := RENAMED.get(place)) in names:
-            return f"no field {place!r} in {error.title}; it is now called {current!r}"
-        return f"no field {place!r} in {error.title}; there are: {listing(names, 60)}"
-    wanted = first["msg"].partition(", unable")[0].removeprefix("Input should be ")
-    wanted = wanted.replace("a valid integer", "an integer").replace("a valid", "a")
-    return f"{prefix}{place} wants {wanted}, not {first['input']!r}"
+        if (current := RENAMED.get(field)) in names:
+            return f"no field {field!r} in {error.title}; it is now called {current!r}"
+        return f"no field {field!r} in {error.title}; available: {listing(names, 60)}"
+    expected = first["msg"].partition(", unable")[0].removeprefix("Input should be ")
+    for words, shorter in PHRASES.items():
+        expected = expected.replace(words, shorter)
+    return f"{prefix}{field} must be {expected}, got {first['input']!r}"
 
 
 def name_of(thing: Any) -> str:
-    """How a component is called on the command line: the name of its file; one from elsewhere by its full name."""
+    """A component's name on the command line, which is its file's; the full name of a class from elsewhere."""
     cls = type(thing)
     package, _, file = cls.__module__.rpartition(".")
     return file if package in {f"fedsim.{kind}s" for kind in KINDS} else f"{cls.__module__}.{cls.__qualname__}"

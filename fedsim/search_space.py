@@ -1,7 +1,7 @@
-"""What is worth trying of a hyperparameter, declared beside its default and its limits.
+"""Search ranges, declared next to the default and the limits of a hyperparameter.
 
-Limits say what makes sense at all; a range says where good values are looked for. Nothing here searches: `fedsim.sweep`
-reads what is declared here.
+Limits say which values are valid; a range says where to search for good ones. Nothing here searches: `fedsim.sweep`
+reads these declarations.
 """
 
 import math
@@ -24,17 +24,17 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 
 Plain: TypeAlias = str | int | float | bool | None
 
-# (field, value, ...): a hyperparameter counts only while that other field of its component has one of the values, as
-# sgd's momentum does; () for always.
+# (field, value, ...): a hyperparameter has an effect only if that other field of its component has one of the values,
+# as momentum has only with sgd; (): always.
 When: TypeAlias = tuple[Plain, ...]
 
 
 @dataclass(frozen=True)
 class Span:
-    """The numbers from `low` to `high`, both included, drawn evenly, or evenly by their logarithm.
+    """The numbers from `low` to `high`, both included, drawn uniformly or log-uniformly.
 
     Raises:
-        InputError: no number lies between, or, by logarithm, a number that has none.
+        InputError: `low` is not below `high`, an end is not finite, or a log-uniform range includes 0.
     """
 
     low: int | float
@@ -44,10 +44,11 @@ class Span:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise InputError(f"a range wants two finite numbers, the lower one first, not {self.low}:{self.high}")
+            raise InputError(f"a range needs two finite numbers, the lower one first, got {self.low}:{self.high}")
         if self.log and self.low <= 0:
             raise InputError(
-                f"a range by logarithm wants to begin above 0, not at {self.low}; {self.low}:{self.high}:linear may"
+                f"a log-uniform range must begin above 0, got {self.low}:{self.high}; "
+                f"{self.low}:{self.high}:linear may begin anywhere"
             )
 
     @property
@@ -63,10 +64,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Choice:
-    """Some values, without an order among them.
+    """A set of values without an order.
 
     Raises:
-        InputError: fewer than two, or one twice.
+        InputError: fewer than two values, or a value is given twice.
     """
 
     values: tuple[Plain, ...]
@@ -74,9 +75,9 @@ class Choice:
 
     def __post_init__(self) -> None:
         if len(self.values) < 2:
-            raise InputError(f"a choice wants two values or more, not {listing(self.values) or 'none'}")
+            raise InputError(f"a choice needs two values or more, got {listing(self.values) or 'none'}")
         if len(set(self.values)) < len(self.values):
-            raise InputError(f"a choice wants each value once, not {listing(self.values)}")
+            raise InputError(f"a choice needs each value once, got {listing(self.values)}")
 
     @property
     def extremes(self) -> tuple[Plain, ...]:
@@ -86,7 +87,7 @@ class Choice:
         return value in self.values
 
     def __str__(self) -> str:
-        return ",".join(_said(value) for value in self.values)
+        return ",".join(_as_text(value) for value in self.values)
 
 
 def Linear(low: int | float, high: int | float, when: When = ()) -> Span:
@@ -98,29 +99,27 @@ def Log(low: int | float, high: int | float, when: When = ()) -> Span:
 
 
 def Field(default: Any = PydanticUndefined, *, search: Span | Choice | None = None, **about: Any) -> Any:
-    """pydantic's Field, and what is worth trying of it.
+    """pydantic's Field with a search range.
 
     Raises:
-        InputError: `search` leaves the field's own limits.
+        InputError: `search` exceeds the field's limits.
     """
     if search is None:
         return pydantic.Field(default, **about)
     for name, (sign, holds) in LIMITS.items():
         outside = [value for value in search.extremes if name in about and not holds(value, about[name])]
         if outside:
-            raise InputError(
-                f"{search} is to be searched, of a field that wants {sign} {about[name]}: {listing(outside)}"
-            )
+            raise InputError(f"search range {search} of a field that must be {sign} {about[name]}: {listing(outside)}")
     extra: Any = {"search": search}
     return pydantic.Field(default, json_schema_extra=extra, **about)
 
 
 def search_of(owner: type, field: str) -> Span | Choice | None:
-    """What a component, or Config, declares to be worth trying of a field."""
+    """The search range that a component or Config declares for a field."""
     extra: Any = owner.__pydantic_fields__[field].json_schema_extra
     return extra.get("search") if isinstance(extra, dict) else None
 
 
-def _said(value: Plain) -> str:
-    """As the command line takes it."""
+def _as_text(value: Plain) -> str:
+    """A value as it is written on the command line."""
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

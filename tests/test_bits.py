@@ -91,7 +91,7 @@ def test_a_killed_driver_stops_the_run_and_loses_no_round(alone, tmp_path):
             for pid in workers("ray::DriverActor"):
                 os.kill(pid, signal.SIGKILL)
 
-    with pytest.raises(Stopped, match="the driver actor has died; the same command goes on"):
+    with pytest.raises(Stopped, match="the driver actor has died; the same command resumes"):
         run(Config(**fields, actors=1, out=tmp_path), kill_driver)
     config = Config(**fields, actors=0, out=tmp_path)
     assert load_checkpoint(tmp_path, config.experiment())[0].round >= 5

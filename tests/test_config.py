@@ -68,13 +68,13 @@ def test_text_and_numbers_survive_being_written_and_read(tmp_path):
     [
         ("rounds: 3\nseed: 1\nrounds: 4", "line 3, is not YAML: rounds is given twice"),
         ("method:\n  lr: 1\n  lr: 2", "line 3, is not YAML: lr is given twice"),
-        ("rounds: true", "rounds wants a number, not True"),
-        ("train_share: true", "train_share wants a number, not True"),
-        ("method: {batch_size: true}", "method.batch_size wants a number, not True"),
-        ("rounds: 1:30", "rounds wants an integer, not '1:30'"),
-        ("partition: {name: dirichlet, alpha: .inf}", "partition.alpha wants a finite number, not inf"),
-        ("method: {lr: .nan}", "method.lr wants a finite number, not nan"),
-        ("call_timeout_s: .inf", "call_timeout_s wants a finite number, not inf"),
+        ("rounds: true", "rounds must be a number, got True"),
+        ("train_share: true", "train_share must be a number, got True"),
+        ("method: {batch_size: true}", "method.batch_size must be a number, got True"),
+        ("rounds: 1:30", "rounds must be an integer, got '1:30'"),
+        ("partition: {name: dirichlet, alpha: .inf}", "partition.alpha must be a finite number, got inf"),
+        ("method: {lr: .nan}", "method.lr must be a finite number, got nan"),
+        ("call_timeout_s: .inf", "call_timeout_s must be a finite number, got inf"),
     ],
 )
 def test_a_config_file_with_a_doubtful_value_is_refused(text, sentence, tmp_path):
@@ -103,9 +103,9 @@ def test_no_field_of_any_component_is_infinite(kind, name, field):
 def test_no_field_of_a_config_or_a_sweep_is_infinite_or_a_truth():
     for field, about in Config.model_fields.items():
         if "float" in str(about.annotation) and field != "dtype":
-            with pytest.raises(InputError, match=f"{field} wants a finite number"):
+            with pytest.raises(InputError, match=f"{field} must be a finite number"):
                 Config(**{field: "inf"})
-    with pytest.raises(InputError, match="trials wants a number, not True"):
+    with pytest.raises(InputError, match="trials must be a number, got True"):
         Sweep(config=Config(), trials=True)
 
 
@@ -225,8 +225,8 @@ def test_a_run_says_the_held_out_domains_of_its_config_once(config):
 
 def test_help_says_the_defaults_of_the_embedded_experiment_too():
     text = " ".join(run_parser().format_help().split())
-    assert "(default: 200; 50 on the embedded images, >= 0" in text
-    assert "other defaults apply: dataset glyphs, held_out ink, rounds 50, method fedclip," in text
+    assert "(default: 200; glyphs: 50)" in text and "comma-separated (glyphs: ink)" in text
+    assert "apply: those marked glyphs, method.objective contrastive, method.lr 0.0003, method.weight_decay" in text
     assert ": None" not in text and ": PydanticUndefined" not in text
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from io import StringIO
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fedsim import Config, InputError, run
 from fedsim.__main__ import main
 from fedsim.checkpoint import NAME
 from fedsim.cli.flags import parse_run, run_parser
+from fedsim.cli.help import show_components
 from fedsim.cli.progress import plain_console, progress_bars, show_on
 from fedsim.errors import listing
 from fedsim.events import Note
@@ -26,28 +28,32 @@ def names(kind: str) -> str:
 
 
 BAD = {
-    "a command": (["rum"], "no command 'rum'; available: run, sweep, compare, watch, stop"),
+    "a command": (["rum"], "no command 'rum'; available: run, sweep, compare, watch, stop, list, help"),
+    "a list": (["list", "x"], "no list 'x'; available: datasets, partitions, methods, servers, fleets"),
+    "a component": (["help", "fedklip"], "no component 'fedklip'; did you mean fedclip"),
+    "nothing like a component": (["help", "zzz"], "no component 'zzz'; available: domainnet, features"),
+    "help without end": (["help", "fedclip", "lora"], "unrecognized arguments: lora"),
     "a flag": (["run", "--roundz", "3"], "no flag --roundz; did you mean --rounds"),
     "a word": (["run", "glyphs"], "no flag glyphs"),
     "a flag without its value": (["run", "--rounds"], "argument --rounds: expected one argument"),
-    "a method": (["run", "--method", "fedklip"], f"no method 'fedklip'; there are: {names('method')}"),
-    "a server": (["run", "--server", "x"], f"no server 'x'; there are: {names('server')}"),
-    "a partition": (["run", "--partition", "x"], f"no partition 'x'; there are: {names('partition')}"),
-    "a data set": (["run", "--dataset", "x"], f"no dataset 'x'; there are: {names('dataset')}"),
+    "a method": (["run", "--method", "fedklip"], f"no method 'fedklip'; available: {names('method')}"),
+    "a server": (["run", "--server", "x"], f"no server 'x'; available: {names('server')}"),
+    "a partition": (["run", "--partition", "x"], f"no partition 'x'; available: {names('partition')}"),
+    "a data set": (["run", "--dataset", "x"], f"no dataset 'x'; available: {names('dataset')}"),
     "a field of another": (["run", "--method.gamma", "1"], "no flag --method.gamma"),
     "a field of a component": (
         ["run", "--method", "probe", "--method.objective", "contrastive"],
-        "no field 'objective' in Probe; there are: optimizer, lr",
+        "no field 'objective' in Probe; available: optimizer, lr",
     ),
-    "a type": (["run", "--rounds", "many"], "rounds wants an integer, not 'many'"),
-    "a range": (["run", "--method.lr", "-1"], "method.lr wants greater than 0, not '-1'"),
-    "a choice": (["run", "--dtype", "int8"], "dtype wants 'float32' or 'float64', not 'int8'"),
-    "a domain": (["run", "--held-out", "sketch"], "no domain 'sketch' to hold out; there are: clipart, ink, noto"),
+    "a type": (["run", "--rounds", "many"], "rounds must be an integer, got 'many'"),
+    "a range": (["run", "--method.lr", "-1"], "method.lr must be > 0, got '-1'"),
+    "a choice": (["run", "--dtype", "int8"], "dtype must be 'float32' or 'float64', got 'int8'"),
+    "a domain": (["run", "--held-out", "sketch"], "no domain 'sketch' to hold out; available: clipart, ink, noto"),
     "clients": (["run", "--partition", "iid", "--clients", "9999"], "9999 clients for"),
     "a cohort": (["run", "--cohort", "40"], "a cohort of 40 from 4 clients"),
     "a config": (
         ["run", "--config", "nowhere.yaml"],
-        "no config file 'nowhere.yaml'; there are the embedded ones: base_to_new, few_shot",
+        "no config file 'nowhere.yaml'; embedded configs: base_to_new, few_shot",
     ),
     "a GPU": (["run", "--gpus-per-actor", "0.5"], "--gpus-per-actor 0.5, but torch finds no GPU on this machine"),
     "an address": (["run", "--address", "127.0.0.1:9"], "no cluster answers at 127.0.0.1:9"),
@@ -118,10 +124,10 @@ def test_the_exit_code_reaches_the_shell_and_ray_is_not_imported(tmp_path):
     "text, expected",
     [
         ("rounds: [", "is not YAML"),
-        ("- rounds", "wants a mapping of fields to values, not list"),
-        ("roundz: 3", "no field 'roundz' in Config; there are: dataset, data_dir"),
-        ("server: {name: 7}", f"server wants a name, not 7; there are: {names('server')}"),
-        ("method: {name: fedclip, lr: high}", "method.lr wants a number, not 'high'"),
+        ("- rounds", "must be a mapping of fields to values, got list"),
+        ("roundz: 3", "no field 'roundz' in Config; available: dataset, data_dir"),
+        ("server: {name: 7}", f"server must be a name, got 7; available: {names('server')}"),
+        ("method: {name: fedclip, lr: high}", "method.lr must be a number, got 'high'"),
     ],
 )
 def test_a_bad_config_file_is_named_for_what_it_is(text, expected, tmp_path, capsys):
@@ -306,18 +312,52 @@ def test_without_flags_the_embedded_experiment_runs_and_with_other_data_the_pape
     assert parse_run(["--dataset", "features", "--data-dir", "x"])[0].method == find("method", "fedclip")()
 
 
-def test_help_lists_every_component_with_its_source_and_every_field():
+def test_the_help_of_a_run_lists_every_field_and_component_on_one_screen():
     text = run_parser().format_help()
-    for kind in KINDS:
-        for name in available(kind):
-            component = find(kind, name)
-            assert f"  {name}  " in text
-            doc = sys.modules[component.__module__].__doc__ or ""
-            assert "Source: " in doc, f"the docstring at the top of {kind}s/{name}.py needs a line `Source: ...`"
-            for field in component.__pydantic_fields__:
-                assert f"--{kind}.{field} " in text
-    assert "--method.beta2 0.98, >= 0, < 1, searched 0.9,0.98,0.99,0.999: of adam and adamw" in text
-    assert "--method.objective contrastive, one of contrastive | cross_entropy: " in text
+    assert text.count("\n") <= 60 and max(map(len, text.splitlines())) <= 80
+    for name in Config.model_fields:
+        assert f"  --{name.replace('_', '-')} " in text
+    components = {name for kind in KINDS for name in available(kind)}
+    assert components <= set(re.findall(r"\w+", text))
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in available(kind)])
+def test_help_lists_every_component_with_its_source_and_every_field(kind, name, capsys):
+    assert main(["help", name]) == 0
+    text = capsys.readouterr().out
+    component, doc = find(kind, name), sys.modules[find(kind, name).__module__].__doc__ or ""
+    assert text.startswith(f"--{kind} {name}\n") and max(map(len, text.splitlines())) <= 80
+    assert "Source: " in doc, f"the docstring at the top of {kind}s/{name}.py needs a line `Source: ...`"
+    words = " ".join(text.split())
+    assert all(" ".join(part.split()) in words for part in (doc, component.__doc__ or ""))
+    for field, about in component.__pydantic_fields__.items():
+        assert f"  --{kind}.{field.replace('_', '-')} " in text.replace("\n", " \n")
+        assert " ".join((about.description or "").partition(" (default")[0].split()) in words
+
+
+def test_help_gives_default_limits_choices_and_search_range_of_a_field(capsys):
+    assert main(["help", "fedclip"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "of adam and adamw (default: 0.98; >= 0; < 1; searched 0.9,0.98,0.99,0.999)" in text
+    assert "(contrastive | cross_entropy; default: contrastive)" in text
+    assert "Differs: while it trains, the code has all of CLIP in training mode." in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_list_has_the_name_and_the_first_line_of_every_component(kind, capsys):
+    assert main(["list", f"{kind}s"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == available(kind)
+    for line, name in zip(lines, available(kind), strict=True):
+        doc = sys.modules[find(kind, name).__module__].__doc__ or ""
+        assert line.split(maxsplit=1)[1] == doc.partition("\n")[0]
+
+
+def test_a_list_on_a_terminal_is_a_table_that_fits():
+    with StringIO() as text:
+        show_components(plain_console(file=text, force_terminal=True, width=80, color_system=None), ["methods"])
+        lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and "what it is" in "".join(lines) and "fedclip" in "".join(lines)
 
 
 def test_two_processes_do_not_run_in_one_folder(config):

@@ -355,7 +355,9 @@ def test_a_signal_ends_a_run_and_leaves_nothing_behind(number, to_all, code, fea
     _, told = process.communicate(timeout=60)
     assert process.returncode == code
     which = "" if number == signal.SIGINT else f" by {number.name}"
-    assert told.decode().strip() == f"fedsim: interrupted{which}; the same command goes on from the last round"
+    assert (
+        told.decode().strip() == f"fedsim: interrupted{which}; the same command resumes after the last completed round"
+    )
     assert len(started) > 3
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
     assert not list(Path("/tmp").glob(f"fedsim-*/r/session_*_{process.pid}"))

@@ -152,7 +152,7 @@ def test_a_sets_own_test_rows_are_never_trained_on_and_judge_held_out_domains():
 
 def test_the_door_names_domains_and_clients():
     partition = parse("partition", "by_domain")
-    with pytest.raises(InputError, match="no domain 'sketch' to hold out; there are: ink, oil, photo"):
+    with pytest.raises(InputError, match="no domain 'sketch' to hold out; available: ink, oil, photo"):
         make_clients(rows(), partition, None, ("sketch",), 0)
     with pytest.raises(InputError, match="all domains are held out"):
         make_clients(rows(), partition, None, ("ink", "oil", "photo"), 0)

@@ -109,10 +109,10 @@ def test_clients_that_are_drawn_have_the_share_of_train_rows_that_was_asked_for(
 
 
 def test_what_is_not_finite_or_not_read_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"partition\.alpha wants a finite number, not inf"):
+    with pytest.raises(InputError, match=r"partition\.alpha must be a finite number, got inf"):
         parse("partition", {"name": "bootstrap", "alpha": float("inf")})
     for name in ("noise", "shift"):
-        with pytest.raises(InputError, match=rf"dataset\.{name} wants a finite number, not inf"):
+        with pytest.raises(InputError, match=rf"dataset\.{name} must be a finite number, got inf"):
             parse("dataset", {"name": "synthetic", name: float("inf")})
     with pytest.raises(InputError, match="data set synthetic is made on demand and takes no --data-dir"):
         parse("dataset", "synthetic").load(tmp_path)

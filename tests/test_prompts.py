@@ -406,7 +406,7 @@ def test_what_does_not_fit_the_backbone_is_said(backbone):
         made("promptfl", Backbone(backbone.class_embeddings, 1.0, text_tower=backbone.text))
     with pytest.raises(TypeError, match="text_tokens"):
         made("promptfl", Backbone(backbone.class_embeddings, 1.0, CLASSES))
-    with pytest.raises(InputError, match=r"method\.length wants"):
+    with pytest.raises(InputError, match=r"method\.length must be"):
         parse("method", {"name": "promptfl", "length": 0})
 
 

@@ -279,7 +279,7 @@ def test_values_out_of_range_are_refused_where_they_are_made():
     for fields in ({"deadline_s": 0}, {"deadline_s": float("inf")}, {"over_selection": -0.1}):
         with pytest.raises(InputError, match=next(iter(fields))):
             Config(**fields)
-    with pytest.raises(InputError, match=r"fleet\.dropout wants"):
+    with pytest.raises(InputError, match=r"fleet\.dropout must be"):
         Config(fleet={"name": "lognormal", "dropout": 1})
-    with pytest.raises(InputError, match=r"no fleet 'phones'; there are: .*ideal.*lognormal"):
+    with pytest.raises(InputError, match=r"no fleet 'phones'; available: .*ideal.*lognormal"):
         Config(fleet="phones")

@@ -145,7 +145,7 @@ def test_a_cluster_whose_head_dies_ends_the_run_in_one_sentence(flags, short, tm
         printed.split()
     )
     assert said.startswith("fedsim: Ray's head at ") and said.endswith(
-        "; the same command goes on from the last round\n"
+        "; the same command resumes after the last completed round\n"
     )
     assert said.count("\n") == 1
     assert status(there)["ended"] == {"code": 1, "message": said.removeprefix("fedsim: ").strip()}

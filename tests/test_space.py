@@ -62,19 +62,22 @@ def test_no_two_components_have_one_name():
 @pytest.mark.parametrize(
     ("declare", "sentence"),
     [
-        (lambda: Linear(2, 1), "a range wants two finite numbers, the lower one first, not 2:1"),
-        (lambda: Linear(1, 1), "the lower one first, not 1:1"),
+        (lambda: Linear(2, 1), "a range needs two finite numbers, the lower one first, got 2:1"),
+        (lambda: Linear(1, 1), "the lower one first, got 1:1"),
         (lambda: Linear(0.0, float("inf")), "two finite numbers"),
-        (lambda: Log(0.0, 1.0), "by logarithm wants to begin above 0, not at 0.0; 0.0:1.0:linear may"),
-        (lambda: Choice((3,)), "a choice wants two values or more, not 3"),
-        (lambda: Choice((3, 4, 3)), "a choice wants each value once, not 3, 4, 3"),
+        (
+            lambda: Log(0.0, 1.0),
+            "a log-uniform range must begin above 0, got 0.0:1.0; 0.0:1.0:linear may begin anywhere",
+        ),
+        (lambda: Choice((3,)), "a choice needs two values or more, got 3"),
+        (lambda: Choice((3, 4, 3)), "a choice needs each value once, got 3, 4, 3"),
         (
             lambda: Field(0.5, gt=0, search=Linear(0.0, 1.0)),
-            "0.0:1.0:linear is to be searched, of a field that wants > 0",
+            "search range 0.0:1.0:linear of a field that must be > 0",
         ),
-        (lambda: Field(0.5, le=1, search=Linear(0.5, 2.0)), "of a field that wants <= 1: 2.0"),
-        (lambda: Field(0.5, lt=1, search=Choice((0.5, 1.0))), "of a field that wants < 1: 1.0"),
-        (lambda: Field(5, ge=2, search=Linear(1, 9)), "of a field that wants >= 2: 1"),
+        (lambda: Field(0.5, le=1, search=Linear(0.5, 2.0)), "of a field that must be <= 1: 2.0"),
+        (lambda: Field(0.5, lt=1, search=Choice((0.5, 1.0))), "of a field that must be < 1: 1.0"),
+        (lambda: Field(5, ge=2, search=Linear(1, 9)), "of a field that must be >= 2: 1"),
     ],
 )
 def test_a_bad_range_is_refused_where_it_is_declared(declare, sentence):
@@ -124,7 +127,7 @@ def test_what_is_searched_unless_it_is_said_is_what_the_method_and_the_rule_decl
 def test_a_space_is_what_is_written(texts, plain):
     config = Config(partition="dirichlet", clients=40)
     if plain is None:
-        with pytest.raises(InputError, match="greater than 0"):
+        with pytest.raises(InputError, match="must be > 0"):
             Space.parse(texts, config)
         return
     space = Space.parse(texts, config)
@@ -138,9 +141,9 @@ BAD = {
         "'metod' is neither a kind of component nor one of the chosen components: dataset (glyphs), ",
     ),
     "a component that is no candidate": (["probe.lr"], "'probe' is neither a kind of component nor one of the chosen"),
-    "a component": (["method=fedclip,fedklip"], f"no method 'fedklip'; there are: {METHODS}"),
-    "one component": (["method=fedclip"], "a choice wants two values or more, not fedclip"),
-    "a component twice": (["method=probe,fedclip,probe"], "a choice wants each value once, not probe, fedclip, probe"),
+    "a component": (["method=fedclip,fedklip"], f"no method 'fedklip'; available: {METHODS}"),
+    "one component": (["method=fedclip"], "a choice needs two values or more, got fedclip"),
+    "a component twice": (["method=probe,fedclip,probe"], "a choice needs each value once, got probe, fedclip, probe"),
     "components that are not said": (
         ["method"],
         f"method needs names to choose from, method=A,B; available: {METHODS}",
@@ -165,32 +168,35 @@ BAD = {
     "a seed": (["seed=0,1"], "seed cannot be searched: --tuning-seeds are a sweep's seeds, and its partition is fixed"),
     "the partition's seed": (["partition_seed=0,1"], "partition_seed cannot be searched"),
     "what changes no result": (["actors=1,2"], "actors cannot be searched: it does not change the result"),
-    "a range the wrong way round": (["method.lr=1e-2:1e-5"], "the lower one first, not 0.01:1e-05"),
-    "an empty range": (["method.lr=1e-2:1e-2"], "the lower one first, not 0.01:0.01"),
-    "a range without an end": (["method.lr=1e-5:inf"], "a range wants two finite numbers"),
+    "a range the wrong way round": (["method.lr=1e-2:1e-5"], "the lower one first, got 0.01:1e-05"),
+    "an empty range": (["method.lr=1e-2:1e-2"], "the lower one first, got 0.01:0.01"),
+    "a range without an end": (["method.lr=1e-5:inf"], "a range needs two finite numbers"),
     "half a range": (["method.lr=1e-5:"], "the ends of a range must be numbers, got 1e-5:"),
     "words for a range": (["method.lr=small:large"], "the ends of a range must be numbers, got small:large"),
     "a scale": (["method.lr=1e-5:1e-2:logg"], "LOW:HIGH, LOW:HIGH:log or LOW:HIGH:linear, got 1e-5:1e-2:logg"),
     "too much of a range": (["method.lr=1:2:log:3"], "LOW:HIGH, LOW:HIGH:log or LOW:HIGH:linear, got 1:2:log:3"),
-    "a range outside of the limits": (["method.beta1=0.5:1"], "method.beta1 wants less than 1, not 1.0"),
-    "a range by logarithm from 0": (["method.weight_decay=0:1"], "above 0, not at 0.0; 0.0:1.0:linear may"),
-    "a broken number of rows": (["method.batch_size=1.5:8"], "method.batch_size wants an integer"),
-    "one value": (["method.batch_size=16"], "a choice wants two values or more, not 16"),
-    "no value": (["method.batch_size="], "a choice wants two values or more"),
-    "a value twice": (["method.batch_size=16,16"], "a choice wants each value once, not 16, 16"),
-    "a value twice in two spellings": (["method.lr=0.1,1e-1"], "a choice wants each value once, not 0.1, 0.1"),
-    "a value of another type": (["method.batch_size=16,many"], "method.batch_size wants an integer, not 'many'"),
+    "a range outside of the limits": (["method.beta1=0.5:1"], "method.beta1 must be < 1, got 1.0"),
+    "a range by logarithm from 0": (
+        ["method.weight_decay=0:1"],
+        "got 0.0:1.0; 0.0:1.0:linear may begin anywhere",
+    ),
+    "a broken number of rows": (["method.batch_size=1.5:8"], "method.batch_size must be an integer"),
+    "one value": (["method.batch_size=16"], "a choice needs two values or more, got 16"),
+    "no value": (["method.batch_size="], "a choice needs two values or more"),
+    "a value twice": (["method.batch_size=16,16"], "a choice needs each value once, got 16, 16"),
+    "a value twice in two spellings": (["method.lr=0.1,1e-1"], "a choice needs each value once, got 0.1, 0.1"),
+    "a value of another type": (["method.batch_size=16,many"], "method.batch_size must be an integer, got 'many'"),
     "a value outside of the limits": (
         ["method.batch_size=0,16"],
-        "method.batch_size wants greater than or equal to 1, not '0'",
+        "method.batch_size must be >= 1, got '0'",
     ),
     "an unknown choice": (
         ["method.objective=contrastive,hinge"],
-        "wants 'contrastive' or 'cross_entropy', not 'hinge'",
+        "must be 'contrastive' or 'cross_entropy', got 'hinge'",
     ),
     "a value that only one candidate has": (
         ["method=fedclip,tip_adapter", "method.objective=cross_entropy,means"],
-        "fedclip: method.objective wants 'contrastive' or 'cross_entropy', not 'means'",
+        "fedclip: method.objective must be 'contrastive' or 'cross_entropy', got 'means'",
     ),
     "the data": (["held_out=ink,photo"], "held_out cannot be searched: all trials of a sweep use the same data"),
     "who judges": (["eval_every=1,5"], "eval_every cannot be searched: it changes how trials are evaluated"),

@@ -224,7 +224,7 @@ def test_a_method_of_ones_own_is_searched_around_its_own_values(base):
     assert space.defaults(mine) == {"test_sweep.Mine.lr": 0.5, "test_sweep.Mine.pull": 2.0}
     tried = config_of(mine, {"method": {"lr": 0.25}})
     assert (type(tried.method), tried.method.lr, tried.method.pull) == (Mine, 0.25, 2.0)
-    with pytest.raises(InputError, match=r"method\.pull wants greater than 0, not -1"):
+    with pytest.raises(InputError, match=r"method\.pull must be > 0, got -1"):
         config_of(mine, {"method": {"pull": -1}})
 
 
@@ -416,8 +416,8 @@ BAD = {
         "objective flops does not depend on what is searched",
     ),
     "a logger": ({"loggers": "tensorbord"}, {}, "no logger 'tensorbord'; available: tensorboard, mlflow, wandb"),
-    "trials": ({"trials": 0}, {}, "trials wants greater than or equal to 1, not 0"),
-    "a field": ({"trails": 3}, {}, "no field 'trails' in Sweep; there are: config, search, trials"),
+    "trials": ({"trials": 0}, {}, "trials must be >= 1, got 0"),
+    "a field": ({"trails": 3}, {}, "no field 'trails' in Sweep; available: config, search, trials"),
     "a space": ({"search": ("method.lr=1:2:3",)}, {}, "a range is LOW:HIGH"),
     "other data": ({"search": ("skip_unreadable=true,false",)}, {}, "all trials of a sweep use the same data"),
     "who judges": ({"search": ("eval_clients=1:3",)}, {}, "it changes how trials are evaluated"),
@@ -493,7 +493,7 @@ def test_a_config_of_a_run_is_the_base_of_a_sweep(tmp_path):
         ),
         ("config: [1]\n", r"config expects a mapping of fields to values, got \[1\]"),
         ("config: {roundz: 9}\n", "no field 'roundz'"),
-        ("search: [method.lr]\ntrials: many\n", "trials wants an integer, not 'many'"),
+        ("search: [method.lr]\ntrials: many\n", "trials must be an integer, got 'many'"),
     ],
 )
 def test_a_bad_file_of_a_sweep_is_one_sentence(text, expected, tmp_path):

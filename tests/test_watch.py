@@ -78,7 +78,7 @@ def test_a_detached_run_is_stopped_from_elsewhere_and_goes_on_with_the_same_comm
     said = fedsim(*command, code=2)
     assert "another process is running" in said and "->" not in said
     fedsim("stop", there)
-    assert "interrupted; the same command goes on" in fedsim("watch", there, code=130)
+    assert "interrupted; the same command resumes" in fedsim("watch", there, code=130)
     assert "no run is active in" in fedsim("stop", there, code=2)
     before = rounds_done(there)
     fedsim(*command)
@@ -91,7 +91,7 @@ def test_a_process_that_dies_without_a_word_is_told_from_one_that_runs(flags, tm
     there = tmp_path / "there"
     fedsim("run", *flags, "--rounds", 100_000, "--actors", 0, "--out", there, "--detach")
     os.kill(status(there)["pid"], signal.SIGKILL)
-    assert "has died; the same command goes on from the last round" in fedsim("watch", there, code=1)
+    assert "has died; the same command resumes after the last completed round" in fedsim("watch", there, code=1)
 
 
 def test_an_attached_run_can_be_watched_too_and_says_why_it_failed(config, tmp_path, capsys):
@@ -217,7 +217,7 @@ def test_a_signal_ends_a_run_with_one_sentence_and_its_own_exit_code(number, cod
     _, said = process.communicate(timeout=60)
     assert process.returncode == code
     which = "" if number == signal.SIGINT else f" by {number.name}"
-    assert said == f"fedsim: interrupted{which}; the same command goes on from the last round\n"
+    assert said == f"fedsim: interrupted{which}; the same command resumes after the last completed round\n"
     assert status(there)["ended"] == {"code": code, "message": said.removeprefix("fedsim: ").strip()}
     assert (there / CHECKPOINT).exists()
 
@@ -229,7 +229,10 @@ def test_ctrl_c_while_torch_is_imported_is_one_sentence(flags, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, "fedsim: interrupted; the same command goes on from the last round\n")
+    assert (process.returncode, said) == (
+        130,
+        "fedsim: interrupted; the same command resumes after the last completed round\n",
+    )
 
 
 def test_a_reader_that_goes_ends_no_run(flags, tmp_path):

@@ -6,17 +6,15 @@ of flags; tyro, which makes each component a subcommand.)
 """
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from pydantic.fields import FieldInfo
+from fedsim.cli.help import flag, run_help
 
 # What imports torch is imported in functions: it takes seconds, and some commands do not need it.
 from fedsim.errors import RENAMED, InputError, listing
 from fedsim.registry import KINDS, available, find
-from fedsim.search_space import search_of
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -69,51 +67,24 @@ def _base(file: str | None, flags: dict[str, Any]) -> tuple[dict[str, Any], str]
 
 def run_parser() -> argparse.ArgumentParser:
     """The parser of `fedsim run`."""
-    from fedsim.config import Config, flat, read_yaml
+    from fedsim.config import Config
 
-    embedded = flat(read_yaml("glyphs"))
-    parser = Parser(
-        prog="fedsim run",
-        description="Run one experiment; the same command again resumes it. Without --config, on the embedded images "
-        f"and model, other defaults apply: {', '.join(f'{name} {value}' for name, value in embedded.items())}.",
-        epilog=describe_components(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of these fields, or the name of an embedded one")
-    parser.add_argument(DETACH, action="store_true", help="run in the background; fedsim watch shows the progress")
+    parser = _RunParser(prog="fedsim run", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config")
+    parser.add_argument(DETACH, action="store_true")
     for name, field in Config.model_fields.items():
         switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-        glyphs = f"; {embedded[name]} on the embedded images" if name in embedded and name not in KINDS else ""
-        about = f"{field.description} (default: {_default(field)}{glyphs}{_range(Config, name)})"
-        parser.add_argument(flag(name), dest=name, metavar=_metavar(name), help=about.replace("%", "%%"), **switch)
+        parser.add_argument(flag(name), dest=name, **switch)
     for kind in KINDS:
         fields = {field for name in available(kind) for field in find(kind, name).__pydantic_fields__}
         for field in sorted(fields):
-            parser.add_argument(flag(f"{kind}.{field}"), dest=f"{kind}.{field}", help=argparse.SUPPRESS)
+            parser.add_argument(flag(f"{kind}.{field}"), dest=f"{kind}.{field}")
     return parser
 
 
-def describe_components() -> str:
-    """Every component with its source, and each of its hyperparameters with default and range."""
-    lines = []
-    for kind in KINDS:
-        lines.append(f"--{kind} NAME, one of:")
-        for name in available(kind):
-            component = find(kind, name)
-            source = (sys.modules[component.__module__].__doc__ or "").partition("Source: ")[2].split("\n\n")[0]
-            lines.append(f"  {name}  {(component.__doc__ or '').strip().splitlines()[0]}")
-            lines += [f"      source: {' '.join(source.split())}"] if source else []
-            for field, about in component.__pydantic_fields__.items():
-                line = f"      --{kind}.{field} {_default(about)}{_range(component, field)}"
-                lines.append(f"{line}: {about.description}" if about.description else line)
-        lines.append("")
-    return "\n".join(lines)
-
-
-def flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
+class _RunParser(Parser):
+    def format_help(self) -> str:
+        return run_help()
 
 
 def with_dashes(argv: Sequence[str]) -> list[str]:
@@ -154,33 +125,3 @@ def _may_be_none(field: str) -> bool:
     from fedsim.config import Config
 
     return field in Config.model_fields and type(None) in get_args(Config.model_fields[field].annotation)
-
-
-def _default(field: FieldInfo) -> str:
-    try:
-        value = field.get_default(call_default_factory=True)
-    except InputError:  # of the cache, for a user without a home folder
-        value = None
-    return "none" if value in (None, ()) else str(value)
-
-
-def _range(owner: type, name: str) -> str:
-    """The limits or choices of a field, and the range that a sweep searches: `, > 0, < 1, searched 0.1:0.9:linear`."""
-    field = owner.__pydantic_fields__[name]
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    limits = dict.fromkeys(  # a subclass may repeat a limit of its parent
-        f"{sign} {getattr(limit, name):g}"
-        for limit in field.metadata
-        for name, sign in signs.items()
-        if hasattr(limit, name)
-    )
-    choices = [f"one of {' | '.join(get_args(field.annotation))}"] if get_origin(field.annotation) is Literal else []
-    search = search_of(owner, name)
-    return "".join(f", {text}" for text in (*limits, *choices, *([f"searched {search}"] if search else [])))
-
-
-def _metavar(field: str) -> str:
-    metavars = {"out": "DIR", "data_dir": "DIR", "cache_dir": "DIR", "held_out": "DOMAIN", "address": "ADDR"}
-    metavars |= {"pretrained": "TAG_OR_FILE", "prompt": "TEXT"}
-    metavars |= dict.fromkeys((*KINDS, "backbone", "dtype"), "NAME")
-    return metavars.get(field, "N")

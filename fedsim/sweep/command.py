@@ -9,7 +9,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from fedsim.cli.flags import DETACH, Parser, flag, parse_run, with_dashes
+from fedsim.cli.flags import DETACH, Parser, parse_run, with_dashes
+from fedsim.cli.help import flag
 from fedsim.cli.launch import launch
 from fedsim.errors import InputError
 from fedsim.formats import percent, spread
@@ -21,14 +22,17 @@ from fedsim.sweep.search import run_sweep
 FIELDS = [*SWEEP_FIELDS, "out"]
 SEVERAL = "search", "objective", "tuning_seeds", "report_seeds", "loggers"
 EPILOG = """\
-All flags of `fedsim run` describe the base config; `fedsim run --help` lists them, with the range that a hyperparameter
-declares. A sweep has its own seeds, so there is no --seed. --search takes:
+All flags of `fedsim run` describe the base config; `fedsim help NAME` lists
+those of a method or server rule, with their search ranges. A sweep has its own
+seeds, so there is no --seed. --search takes:
 
   method.lr                 over the range that the chosen method declares for it
   method.* server.*         all ranges that they declare (the default)
-  method.lr=1e-5:1e-2       over a custom range; log-uniform if the declared range is, or with :log or :linear
-  method.batch_size=16,32,64     over custom values
-  method=fedclip,probe      over components; method.lr then stands for fedclip.lr and probe.lr
+  method.lr=1e-5:1e-2       over a custom range; log-uniform if the declared
+                            range is, or with :log or :linear
+  method.batch_size=16,32   over custom values
+  method=fedclip,probe      over components; method.lr then stands for
+                            fedclip.lr and probe.lr
   cohort=10:100             over a field of the config itself
 """
 

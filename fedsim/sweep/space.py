@@ -1,6 +1,6 @@
 """The search space: parsed from `--search`, and checked before anything starts.
 
-    method.lr                 over the range that the chosen method declares for it (`fedsim run --help` shows them)
+    method.lr                 over the range that the chosen method declares for it (`fedsim help NAME` shows it)
     method.*                  all ranges that it declares; a parameter that is also named itself is searched as named
     method.lr=1e-5:1e-2       over a custom range; log-uniform if the declared range is, or with :log or :linear
     method.batch_size=16,32,64     over custom values
