@@ -16,7 +16,7 @@ from fedsim.cluster.signals import signals_as_interrupts
 
 # What imports torch is imported in functions: it takes seconds, in which `main` already handles Ctrl-C, and some
 # commands do not need it.
-from fedsim.errors import RESUMES, InputError, Stopped, code_of, listing, sentence_of
+from fedsim.errors import EXPECTED, RESUMES, InputError, Stopped, code_of, listing, sentence_of
 from fedsim.registry import KINDS
 
 USAGE = """\
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     with outlets() as (stdout, _), signals_as_interrupts():
         try:
             return _command(argv) or _check_printed(stdout)
-        except (InputError, Stopped, KeyboardInterrupt) as error:
+        except (*EXPECTED, KeyboardInterrupt) as error:
             after_interrupt = AFTER_INTERRUPT.get("".join(argv[:1]), RESUMES)
             print(f"fedsim: {sentence_of(error, after_interrupt)}", file=sys.stderr)
             return code_of(error)

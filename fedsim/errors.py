@@ -13,6 +13,17 @@ class Stopped(RuntimeError):
     """A run ended for an external reason; its checkpoint is intact, and the same command resumes it. Exit code 1."""
 
 
+class Diverged(RuntimeError):
+    """Training gave NaN or infinite numbers: a failure of the run, not of its input. Exit code 1."""
+
+    @classmethod
+    def in_round(cls, round: int, what: str, remedy: str = "a smaller --method.lr") -> "Diverged":
+        return cls(f"training diverged: in round {round} {what} is not finite; try {remedy}")
+
+
+EXPECTED = InputError, Stopped, Diverged  # errors whose message is the one sentence that a user needs
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal other than Ctrl-C's that asks the process to end; handlers of Ctrl-C handle it too."""
 
@@ -33,7 +44,7 @@ def code_of(error: BaseException) -> int:
 
 def sentence_of(error: BaseException, after_interrupt: str = RESUMES) -> str:
     """The message for a user; `after_interrupt` says what state Ctrl-C leaves."""
-    if isinstance(error, InputError | Stopped):
+    if isinstance(error, EXPECTED):
         return " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return f"{str(error) or 'interrupted'}; {after_interrupt}"

@@ -14,7 +14,7 @@ from fedsim.cluster.workers import Workers
 from fedsim.config import Config
 from fedsim.counts import Counts, merge
 from fedsim.datasets import Features
-from fedsim.errors import InputError
+from fedsim.errors import Diverged
 from fedsim.methods.zero_shot import ZeroShot
 from fedsim.params import Params, flatten
 from fedsim.prepare import judged
@@ -22,7 +22,7 @@ from fedsim.schedule import Turn, schedule
 from fedsim.servers.fedavg import FedAvg
 from fedsim.state import ServerState, advance, kept_past
 from fedsim.training.task import Task
-from fedsim.updates import CLIENT_STATS, sum_chunks
+from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 
 CHUNKS, LARGEST_CHUNK = 16, 64  # of a cohort; and clients: enough to outweigh a call, few enough to do again
 
@@ -68,30 +68,31 @@ class Federation:
         broadcast = self.task.server.broadcast(state.slots, self.task.of(state.params, "shared"))
         what = self.task, turn.round, sent, flatten(broadcast)
         total = sum_chunks(self.workers.map("train", chunks, *what), self.clients.trainers)
-        if not np.isfinite(total.delta).all():
-            raise InputError(
-                f"training diverged: in round {turn.round} an update is not finite; try a smaller --method.lr"
-            )
+        _check_finite(total, turn.round)
         if len(state.private):
             private = state.private.copy()
             private[total.clients["client"]] = turn.round
             state = replace(state, private=private)
-        return advance(self.config.server, state, total, self.sent, turn.needed, self.task.seed), total.clients
+        state = advance(self.config.server, state, total, self.sent, turn.needed, self.task.seed)
+        if names := [name for name in self.sent if not state.params[name].isfinite().all()]:
+            remedy = "a smaller --method.lr" + " or --server.lr" * hasattr(self.config.server, "lr")
+            raise Diverged.in_round(turn.round, f"{names[0]} after the server's step", remedy)
+        return state, total.clients
 
     def evaluate(self, state: ServerState) -> Counts:
         """Counts of all clients: by the shared model, or each by its own where it has private tensors."""
         ids = [*judged(self.config, self.clients), *([] if self.personal else self.away)]
         chunks = self._chunks([(client, self._written(state, client) * self.personal) for client in ids])
         also = self.away if self.personal else []
-        return self._judged(chunks, self.task, state.params, also)
+        return self._judged(chunks, self.task, state.round, state.params, also)
 
     def zero_shot(self) -> Counts:
         plain = Task(ZeroShot(), FedAvg(), self.task.seed, self.task.dtype)
         chunks = self._chunks([(client, 0) for client in [*judged(self.config, self.clients), *self.away]])
-        return self._judged(chunks, plain, {}, [])
+        return self._judged(chunks, plain, 0, {}, [])
 
-    def _judged(self, chunks: list, task: Task, params: Params, also: list[int]) -> Counts:
-        what = task, flatten(params), also, self.domains, self.splits
+    def _judged(self, chunks: list, task: Task, round: int, params: Params, also: list[int]) -> Counts:
+        what = task, round, flatten(params), also, self.domains, self.splits
         return merge(self.workers.map("evaluate", chunks, *what))
 
     def _train_rows(self, clients: Sequence[int]) -> np.ndarray:
@@ -110,3 +111,12 @@ class Federation:
         count = max(min(CHUNKS, len(clients)), ceil(len(clients) / LARGEST_CHUNK))
         ends = [len(clients) * k // count for k in range(count + 1)]
         return [clients[first:last] for first, last in pairwise(ends)]  # as even as can be, for nobody to wait long
+
+
+def _check_finite(total: RoundSum, round: int) -> None:
+    """Raises Diverged where a sum of updates, or the loss of a client that took a step, is NaN or infinite."""
+    if not np.isfinite(total.delta).all():
+        raise Diverged.in_round(round, "an update")
+    losses = total.clients["loss"][total.clients["steps"] > 0]
+    if not np.isfinite(losses).all():
+        raise Diverged.in_round(round, "the loss of a client")

@@ -13,7 +13,7 @@ from fedsim.cluster.placement import Placement, Sizing, plan
 from fedsim.cluster.session import joined, session
 from fedsim.config import Config
 from fedsim.datasets import Features
-from fedsim.errors import InputError, Stopped, listing
+from fedsim.errors import EXPECTED, InputError, Stopped, listing
 from fedsim.events import Progress, Step
 from fedsim.prepare import DATA, Experiment, prepare, sizing_of
 from fedsim.reporting.report import Report
@@ -48,7 +48,7 @@ def run_all(
 
     Raises:
         InputError: whatever of any config cannot work, at once and before any run starts. After all others have
-            ended: of those that failed, what InputError, Stopped or any other error says of the first.
+            ended: of those that failed, what InputError, Stopped, Diverged or any other error says of the first.
     """
     if at_once is not None and at_once < 1:
         raise InputError(f"at_once wants 1 run or more, not {at_once}")
@@ -186,7 +186,7 @@ def _told(failed: list[tuple[Experiment, Exception]], total: int) -> Exception:
     if len(failed) > 1:
         others = listing(one.folder.name for one, _ in failed[1:])
         says = f"{len(failed)} of {total} runs failed; {says}; and {others}"
-    known = isinstance(error, InputError | Stopped)
+    known = isinstance(error, EXPECTED)
     told = (type(error) if known else RuntimeError)(says)
     told.__cause__ = None if known else error  # of what is no fault of the user, the place where it happened
     return told

@@ -17,10 +17,10 @@ from fedsim.checkpoint import NAME
 from fedsim.cli.flags import parse_run, run_parser
 from fedsim.cli.help import show_components
 from fedsim.cli.progress import plain_console, progress_bars, show_on
-from fedsim.errors import listing
+from fedsim.errors import Diverged, code_of, listing, sentence_of
 from fedsim.events import Note
 from fedsim.folder import refuse_another
-from fedsim.registry import KINDS, available, find
+from fedsim.registry import KINDS, available, component, find, parse
 
 
 def names(kind: str) -> str:
@@ -209,14 +209,54 @@ def test_weights_that_cannot_be_fetched_say_what_to_do(tmp_path):
 def test_what_goes_wrong_in_an_actor_is_one_sentence_too(features_dir, tmp_path, capsys):
     flags = ["--dataset=features", f"--data-dir={features_dir}", "--actors=1", f"--out={tmp_path / 'run'}"]
     diverging = ["--method=probe", "--method.optimizer=sgd", "--method.lr=1e38", "--method.weight_decay=1e3"]
-    assert main(["run", *flags, *diverging]) == 2
+    assert main(["run", *flags, *diverging]) == 1
     err = capsys.readouterr().err
     assert "fedsim: training diverged: in round 1 an update is not finite" in err and "Traceback" not in err
 
 
-def test_training_that_diverges_says_so(config):
-    with pytest.raises(InputError, match=r"training diverged: in round \d+ an update is not finite"):
-        run(config(method={"name": "probe", "optimizer": "sgd", "lr": 1e38, "weight_decay": 1e3}, rounds=5))
+FAR = {"name": "probe", "optimizer": "sgd", "lr": 1e38, "weight_decay": 1e3}
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"method": FAR}, "in round 1 an update is not finite; try a smaller --method.lr"),
+        ({"method": FAR, "server": "median"}, "in round 1 an update is not finite; try a smaller --method.lr"),
+        (
+            {"method": FAR, "server": "local_only"},
+            "in round 1 the private state of client 0 is not finite; try a smaller --method.lr",
+        ),
+        (
+            {"method": "probe", "server": {"name": "fedadam", "lr": 1e39}},
+            "in round 1 a prediction of the trained model is not finite; try a smaller --method.lr",
+        ),
+        (
+            {"method": "probe", "server": {"name": "fedadam", "lr": 1e300}},
+            "in round 1 weight after the server's step is not finite; try a smaller --method.lr or --server.lr",
+        ),
+    ],
+)
+def test_training_that_diverges_is_a_failure_of_the_run_that_names_its_round_and_a_remedy(fields, sentence, config):
+    with pytest.raises(Diverged) as failed:
+        run(config(**fields))
+    assert sentence_of(failed.value) == f"training diverged: {sentence}"
+    assert code_of(failed.value) == 1
+
+
+@component
+class Endless(type(parse("method", "probe"))):
+    """A linear probe whose loss overflows and whose gradients do not."""
+
+    def closed_form(self, module, params, batch):
+        return None
+
+    def loss(self, module, batch):
+        return super().loss(module, batch) + 1e38 * 1e38
+
+
+def test_a_loss_that_is_not_finite_has_diverged_although_the_parameters_are_finite(config):
+    with pytest.raises(Diverged, match="in round 1 the loss of a client is not finite"):
+        run(config(method=Endless()))
 
 
 @pytest.fixture

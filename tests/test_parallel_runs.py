@@ -11,7 +11,7 @@ from test_bits import descendants, result
 
 from fedsim import run, run_all
 from fedsim.checkpoint import NAME
-from fedsim.errors import InputError
+from fedsim.errors import Diverged, InputError
 
 pytestmark = pytest.mark.ray
 
@@ -69,9 +69,9 @@ def test_a_run_that_fails_is_named_when_all_others_have_ended(cluster, config, t
     far = {"name": "fedclip", "lr": 1e30, "optimizer": "sgd"}
     configs = [config(method=far, out=tmp_path / "far"), *(config(seed=k, out=tmp_path / str(k)) for k in range(2))]
     ended = []
-    with pytest.raises(InputError, match=rf"{tmp_path}/far: training diverged: in round \d"):
+    with pytest.raises(Diverged, match=rf"{tmp_path}/far: training diverged: in round \d"):
         ended += [place for place, _ in run_all(configs, at_once=1)]
-    with pytest.raises(InputError, match=r"2 of 4 runs failed; \S+/far: training diverged: .*; and other"):
+    with pytest.raises(Diverged, match=r"2 of 4 runs failed; \S+/far: training diverged: .*; and other"):
         ended += [place for place, _ in run_all([config(method=far, seed=9, out=tmp_path / "other"), *configs][::-1])]
     assert (tmp_path / "0" / "report.html").exists() and (tmp_path / "1" / "report.html").exists()
 

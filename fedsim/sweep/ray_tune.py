@@ -11,7 +11,7 @@ from ray.tune.search import Searcher
 
 from fedsim.cluster.placement import Sizing
 from fedsim.cluster.pool import Pool, open_pool
-from fedsim.errors import InputError
+from fedsim.errors import Diverged, InputError
 from fedsim.files import reason
 from fedsim.prepare import Experiment
 from fedsim.sweep.trial import Trial, experiments_of
@@ -119,7 +119,11 @@ class TrialActor(ray.tune.Trainable):
         try:
             if self.trial and not self.refusal:
                 return self.trial.advance() | {"done": self.trial.done}
-        except (InputError, OSError) as error:  # such as divergence or a full disk: a retry would end the same way
+        except (
+            InputError,
+            Diverged,
+            OSError,
+        ) as error:  # such as a full disk: a retry would end the same way
             self.refusal = _refusal(error)
         return self.refusal | {"done": True}
 
@@ -138,9 +142,9 @@ def measures_of(result: dict[str, Any]) -> dict[str, float]:
     return {name: result[name] for name in MEASURES if name in result}
 
 
-def _refusal(error: InputError | OSError) -> dict[str, str]:
+def _refusal(error: InputError | Diverged | OSError) -> dict[str, str]:
     """The cause, by whether the trial has failed by its parameters, or is blocked by its machine."""
-    if isinstance(error, InputError):
+    if isinstance(error, InputError | Diverged):
         return {"failed": str(error)}
     return {"blocked": reason(error)}
 

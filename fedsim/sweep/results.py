@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from fedsim.config import Config
-from fedsim.errors import InputError, Stopped
+from fedsim.errors import EXPECTED, InputError
 from fedsim.events import Progress
 from fedsim.files import write_text
 from fedsim.reporting.report import environment, to_yaml, write_table
@@ -103,7 +103,7 @@ def _run_on_reporting_seeds(
             measures = report.summary() | {"bytes": int(costs.bytes_up.sum() + costs.bytes_down.sum())}
             for name, seed in keys[folders[index]]:
                 rows[name, seed] = {"config": name, "seed": seed, "round": report.chosen_round} | measures
-    except (InputError, Stopped) as error:  # raised for one run after all others have ended
+    except EXPECTED as error:  # raised for one run after all others have ended
         problem = error
     return pd.DataFrame([rows[key] for key in sorted(rows)], columns=None if rows else ["config", "seed"]), problem
 

@@ -85,7 +85,8 @@ class Trial:
             `measures` at that round, mean over seeds, and `rounds`, the number of rounds done.
 
         Raises:
-            InputError: training has diverged or cannot start, or no client has validation rows.
+            Diverged: training has diverged.
+            InputError: training cannot start, or no client has validation rows.
         """
         self.round = min(self.round + self.config.eval_every, self.config.rounds)
         reports = [run.advance(self.round, self.done) for run in self.runs]

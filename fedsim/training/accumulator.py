@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fedsim.errors import InputError
+from fedsim.errors import Diverged
 from fedsim.params import Params, flatten, views
 from fedsim.servers import Reply
 from fedsim.updates import ChunkSum
@@ -52,11 +52,15 @@ class Accumulator:
                 message = reply.weight * flatten(reply.message).astype(np.float64)
                 self.message = self.message + message if len(self.message) else message
 
-    def sum(self, stats: np.ndarray) -> ChunkSum:
+    def sum(self, stats: np.ndarray, round: int) -> ChunkSum:
         """The chunk's sum.
 
         Args:
             stats: (n,) of `CLIENT_STATS`, by ascending client.
+            round: for the message of an error.
+
+        Raises:
+            Diverged: a delta is not finite, of rules that see each client; the sum is checked once for the whole round.
         """
         for name, total in self.total.items():
             total.sub_(self.shared[name], alpha=self.weight)  # in float64 nothing is lost by subtracting last
@@ -64,5 +68,5 @@ class Accumulator:
         if self.each is not None:
             each = np.stack([self.each[client] for client in stats["client"].tolist()])
             if not np.isfinite(each).all():
-                raise InputError("training diverged: an update is not finite; try a smaller --method.lr")
+                raise Diverged.in_round(round, "an update")
         return ChunkSum(self.delta.cpu().numpy(), self.weight, stats, self.message, each)

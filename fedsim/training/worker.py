@@ -12,9 +12,10 @@ from fedsim.clients import Client, Population
 from fedsim.clip.model import Clip, Frozen
 from fedsim.counts import Counts, tally
 from fedsim.datasets import Features
-from fedsim.errors import InputError
+from fedsim.errors import Diverged, InputError
 from fedsim.methods import trained
 from fedsim.params import Params, unflatten
+from fedsim.registry import name_of
 from fedsim.rng import numpy_rng, seed_for, torch_rng
 from fedsim.servers import ClientUpdate
 from fedsim.training.accumulator import Accumulator
@@ -112,11 +113,12 @@ class ClientWorker:
                 replies.append(reply)
                 stats.append((client, rows, steps, stack.losses[k], reply.weight))
             total.add(stack.clients, {name: stack.params[name] for name in shared}, replies)
-        return total.sum(np.sort(np.array(stats, CLIENT_STATS), order="client"))
+        return total.sum(np.sort(np.array(stats, CLIENT_STATS), order="client"), round)
 
     def evaluate(
         self,
         task: Task,
+        round: int,
         params: np.ndarray,
         shared_rows: Sequence[int],
         held_out: Sequence[int],
@@ -130,6 +132,10 @@ class ClientWorker:
             shared_rows: ids of clients that do not train; every client of the chunk is evaluated on their rows too.
             held_out: indices of the held-out domains.
             splits: those of `counts.SPLITS` that are evaluated; rows of the others are not read.
+
+        Raises:
+            Diverged: a prediction is NaN, after some rounds of training.
+            InputError: the same in round 0.
         """
         module, like = self.module(task)
         received = _to(self.device, unflatten(params, like))
@@ -150,6 +156,10 @@ class ClientWorker:
         predicted, predicted_own, confidence = (
             np.concatenate([np.empty(0, np.int64), *parts]) for parts in zip(*answers, strict=True)
         )
+        if not np.isfinite(confidence).all():
+            if not round:
+                raise InputError(f"method {name_of(task.method)} predicts NaN before it is trained")
+            raise Diverged.in_round(round, "a prediction of the trained model")
         return tally([entry for entry, _ in entries], predicted, predicted_own, confidence, self.features, held_out)
 
     def _spaces(self, client: Client) -> Spaces:
@@ -239,7 +249,7 @@ class ClientWorker:
         )
         tensors = private.tensors()
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise InputError(f"training diverged: in round {round} client {client} is not finite; try a smaller lr")
+            raise Diverged.in_round(round, f"the private state of client {client}")
         if tensors or task.method.persist_optimizer:
             assert task.private is not None
             task.private.write(client, round, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
