@@ -35,8 +35,9 @@ from fedsim.datasets.synthetic import Synthetic
 from fedsim.files import write_text
 from fedsim.partitions import sizes
 from fedsim.registry import parse
-from fedsim.reporting.page import Section, render
+from fedsim.reporting.html import Section, render
 from fedsim.reporting.plots import GREY, PALETTE, inline_svg
+from fedsim.reporting.tables import ZERO_SHOT
 
 # FedCLIP's values are those of the README's table of features; all else is the methods' own default.
 METHODS = {
@@ -186,7 +187,8 @@ def made(folder: Path) -> Path:
 
 def row(config: Config, report: Report) -> dict:
     """What a run comes to; and by judged round, what it had come to and cost until then, for any target."""
-    costs, chosen, zero = report.round_table(), report.summary(), report.zero_shot_summary()
+    tables = report.tables()
+    costs, chosen, zero = tables.rounds, tables.summary(), tables.summary(ZERO_SHOT)
     spent = {"bytes": (costs.bytes_up + costs.bytes_down).cumsum(), "clock_s": costs.clock_s}
     spent |= {"seconds": costs.seconds.cumsum()}
     rounds = sorted(report.validation)
@@ -395,7 +397,7 @@ def about(table: pd.DataFrame, args: argparse.Namespace) -> list[str]:
     """What was run, and how it is to be read."""
     data = f"{MADE_ROWS:,} made features" if args.dataset == "synthetic" else f"those of {args.dataset}"
     if args.target_accuracy is not None:
-        target = f"{100 * args.target_accuracy:g} % right on validation rows"
+        target = f"{100 * args.target_accuracy:g} % correct on validation rows"
     else:
         target = (
             f"{100 * args.target:g} % of the largest gain over zero-shot that the method has in the base with any "

@@ -37,12 +37,12 @@ from fedsim.clip.checkpoints import find_weights
 from fedsim.clip.model import Clip, Frozen
 from fedsim.cluster.placement import Sizing
 from fedsim.cluster.worker import keep_freed_memory
-from fedsim.config import read_yaml
 from fedsim.datasets import TRAIN, Features
 from fedsim.datasets.glyphs import Glyphs
 from fedsim.features import encode
 from fedsim.registry import parse
-from fedsim.reporting.report import accuracy_per_client, accuracy_per_domain
+from fedsim.reporting.metrics import accuracy_per_client, accuracy_per_domain
+from fedsim.reporting.parquet import read_tables
 from fedsim.rng import torch_rng
 from fedsim.servers.fedavg import FedAvg
 from fedsim.training.flops import flops_of
@@ -351,12 +351,15 @@ MEASURES: dict[str, Callable[[pd.DataFrame, pd.Series], pd.Series]] = {
 
 def read(run: Path) -> Finished:
     name, *cell = run.name.rsplit("-", 2)
-    scores, zero, rounds = (pd.read_parquet(run / f"{table}.parquet") for table in ("scores", "zero_shot", "rounds"))
-    domains = read_yaml(run / "config.yaml")["held_out"]
+    tables = read_tables(run)
+    rounds, domains = tables.rounds, tables.held_out
     mb = (rounds.bytes_up + rounds.bytes_down).cumsum().set_axis(rounds["round"]) / 1e6
     best, reached = {}, {}
     for measure, of in MEASURES.items():
-        before, after = (100 * of(t, t.domain.isin(domains)).groupby("round").mean() for t in (zero, scores))
+        before, after = (
+            100 * of(model.scores, model.scores.domain.isin(domains)).groupby("round").mean()
+            for model in (tables.zero_shot, tables.trained)
+        )
         gained = (after - before.item()).drop(0, errors="ignore")
         best[measure] = gained.max()
         for gain in GAINS:

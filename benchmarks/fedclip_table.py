@@ -21,6 +21,7 @@ from _runs import add_data, data_of, parsed, parser_of, spread
 from fedsim import Config, Report, run_all
 from fedsim.config import merged, read_yaml
 from fedsim.registry import parse
+from fedsim.reporting.tables import ZERO_SHOT
 
 # Trained at the embedded experiment's hyperparameters unless it says `paper`.
 METHODS = {
@@ -36,7 +37,8 @@ METHODS = {
 
 def cell(report: Report) -> dict[str, float]:
     """One run's numbers, in percent; and what it sent."""
-    zero, ours, rounds = report.zero_shot_summary(), report.summary(), report.round_table()
+    tables = report.tables()
+    zero, ours, rounds = tables.summary(ZERO_SHOT), tables.summary(), tables.rounds
     return {
         "held-out": 100 * ours["generalization"],
         "own test": 100 * ours["personalization"],

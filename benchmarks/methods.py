@@ -22,6 +22,7 @@ from _runs import add_data, data_of, parsed, parser_of, spread
 from fedsim import Config, Report, run_all
 from fedsim.config import merged, read_yaml
 from fedsim.registry import parse
+from fedsim.reporting.tables import ZERO_SHOT
 
 METHODS = {
     "FedCLIP": ("fedclip", "fedavg"),
@@ -52,12 +53,13 @@ PROTOCOLS = {  # fedsim/experiments/NAME.yaml, and the number that its papers pr
 
 def cell(report: Report, metric: str) -> dict[str, float]:
     """One run under three ways to choose the round that is reported, in percent."""
-    by_round = {round: report.summary(round) for round in report.parts}
+    tables = report.tables()
+    by_round = {round: tables.summary(round=round) for round in report.counts}
     scores = {round: 100 * summary[metric] for round, summary in by_round.items() if round}
-    rounds = report.round_table()
+    rounds = tables.rounds
     chosen = by_round[report.chosen_round]
     return {
-        "zero-shot": 100 * report.zero_shot_summary()[metric],
+        "zero-shot": 100 * tables.summary(ZERO_SHOT)[metric],
         "validation": scores[report.chosen_round],
         "last": scores[report.last_round],
         "test": max(scores.values()),

@@ -91,8 +91,14 @@ def run_command(argv: list[str]) -> int:
     from fedsim.simulate import run
 
     folder = config.folder()
-    show = partial(show_run, folder=folder)
-    return launch(["run", *argv], folder, origin, partial(prepare, config), partial(run, config), show)
+    return launch(
+        ["run", *argv],
+        folder,
+        origin,
+        partial(prepare, config),
+        partial(run, config),
+        lambda console, report: show_run(console, report.tables(), folder),
+    )
 
 
 def sweep_command(argv: list[str]) -> int:

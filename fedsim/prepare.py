@@ -35,7 +35,8 @@ from fedsim.folder import (
 from fedsim.methods import Backbone, Method
 from fedsim.partitions import drawn
 from fedsim.registry import name_of
-from fedsim.reporting.report import TABLES, Report
+from fedsim.reporting.parquet import FILES as TABLES
+from fedsim.reporting.report import Report
 from fedsim.schedule import check, check_trained
 from fedsim.state import ServerState
 from fedsim.training.task import Task, initial_params, with_towers
@@ -44,7 +45,7 @@ DATA = "dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prom
 DEALT = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes"
 BUILT = "method", "server", "cohort", "fleet", "deadline_s", "over_selection", *DEALT
 PAGE, ADAPTER = "report.html", "adapter.safetensors"
-FILES = CONFIG, CHECKPOINT, ADAPTER, *(f"{name}.parquet" for name in TABLES), PAGE  # of a finished run
+FILES = CONFIG, CHECKPOINT, ADAPTER, *TABLES, PAGE  # of a finished run
 JUDGED = -1  # in the place of a round: who is judged is drawn once
 
 

@@ -40,8 +40,11 @@ from fedsim.prepare import (
     reading,
     sizing_of,
 )
+from fedsim.reporting.facts import environment, to_yaml
 from fedsim.reporting.page import write_page
-from fedsim.reporting.report import ROUND_COLUMNS, Report, environment, holdings, to_yaml, write_tables
+from fedsim.reporting.parquet import write_tables
+from fedsim.reporting.report import Report, holdings
+from fedsim.reporting.tables import COLUMNS
 from fedsim.rng import numpy_rng
 from fedsim.state import ServerState
 from fedsim.training.client_store import PrivateStore
@@ -204,13 +207,14 @@ def _identity(features: Features) -> str:
 
 
 def _note(report: Report) -> str:
-    last, loss = report.last_round, report.rounds[-1][ROUND_COLUMNS.index("loss")]
+    last, loss = report.last_round, report.rounds[-1][COLUMNS["rounds"].index("loss")]
     validation = percent(report.validation[last])
     return f"loss {number(loss)}  validation {validation}%  best round {report.chosen_round}"
 
 
 def _write(report: Report, folder: Path) -> None:
-    write_tables(report, folder)
+    tables = report.tables()
+    write_tables(tables, folder)
     about = {"round": report.chosen_round, "method": report.experiment["method"]}
     write_tensors(folder / ADAPTER, {name: tensor.numpy() for name, tensor in report.adapter.items()}, about)
-    write_page(report, folder / PAGE)
+    write_page(tables, folder / PAGE)

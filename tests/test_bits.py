@@ -18,7 +18,7 @@ from fedsim.errors import InputError, Stopped
 
 pytestmark = pytest.mark.ray
 
-FILES = "scores.parquet", "zero_shot.parquet", "partition.parquet", "adapter.safetensors"
+FILES = "scores.parquet", "partition.parquet", "adapter.safetensors"
 
 
 def result(folder: Path) -> dict[str, bytes]:
@@ -126,7 +126,7 @@ def test_a_finished_run_is_not_run_again(alone, tmp_path):
     config = Config(**(fields | {"rounds": 2}), actors=0, out=tmp_path)
     first = run(config)
     events = []
-    assert run(config, events.append).score_table().equals(first.score_table())
+    assert run(config, events.append).tables().trained.scores.equals(first.tables().trained.scores)
     assert [event.text for event in events] == ["already finished; nothing was run"]
 
 

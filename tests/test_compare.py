@@ -17,7 +17,7 @@ from fedsim.reporting.compare import compare
 @pytest.fixture
 def runs(config, tmp_path, monkeypatch):
     """Runs named experiments; returns their folders and reports."""
-    monkeypatch.setattr("fedsim.simulate.write_page", lambda report, file: file.touch())  # test_page.py reads those
+    monkeypatch.setattr("fedsim.simulate.write_page", lambda tables, file: file.touch())  # test_page.py reads those
 
     def make(**experiments):
         folders = [tmp_path / name for name in experiments]
@@ -50,11 +50,11 @@ def test_a_row_has_what_differs_and_what_its_report_says(runs, tmp_path):
         assert (row["name"], row["method.lr"], row["chosen round"]) == (name, lr, str(report.chosen_round))
         assert row["generalization"] == percent(means["generalization"])
         assert row["personalization"] == percent(means["personalization"])
-        assert name == "slow" or means != report.summary(0)
+        assert name == "slow" or means != report.summary(round=0)
         assert row["worst tenth"] == percent(means["worst_tenth"])
         assert row["validation"] == percent(means["validation"])
-        assert row["zero-shot generalization"] == percent(report.zero_shot_summary()["generalization"])
-        assert float(row["megabytes up"]) == pytest.approx(report.round_table().bytes_up.sum() / 1e6, rel=0.01)
+        assert row["zero-shot generalization"] == percent(report.summary("zero_shot")["generalization"])
+        assert float(row["megabytes up"]) == pytest.approx(report.tables().rounds.bytes_up.sum() / 1e6, rel=0.01)
     text = page.read_text()
     assert not re.search(r'(src|href)="(?!#|data:image/png)', text)
     assert all(f"<td>{cell}</td>" in text for cell in table.iloc[:, 1:].to_numpy().ravel())
@@ -79,7 +79,7 @@ def test_runs_of_several_seeds_are_also_a_mean_and_a_sample_deviation(runs, tmp_
     assert list(table.seed) == ["0", "1", "2", "0", ""]
     assert "method.lr" not in table  # of one method there is one value
     text = page.read_text()
-    assert "These runs deal rows to clients differently" in text
+    assert "These runs have different partitions" in text
 
 
 def test_new_classes_and_their_harmonic_means_are_shown_where_a_run_has_some(runs, tmp_path):
@@ -105,7 +105,7 @@ def test_a_seed_that_was_run_twice_counts_once(runs, tmp_path):
     folders, _ = runs(a={}, again={}, b={"seed": 1})
     table, page = compare(folders, tmp_path / "page.html")
     assert list(table.n) == ["1", "1", "1", "2"]
-    assert "one that was run twice counts once" in page.read_text()
+    assert "a seed that was run twice counts once" in page.read_text()
     table, _ = compare([folders[0], folders[0]], page)
     assert list(table.n) == ["1", "1"]
 
@@ -165,7 +165,7 @@ def bad(runs, tmp_path):
                 (folder / file.name).write_bytes(file.read_bytes())
         return folder
 
-    tables = "scores.parquet", "zero_shot.parquet", "rounds.parquet"
+    tables = "scores.parquet", "labels.parquet", "rounds.parquet"
     cut = like("cut")
     (cut / "scores.parquet").write_bytes((cut / "scores.parquet").read_bytes()[:100])
     other = like("other")
@@ -176,22 +176,22 @@ def bad(runs, tmp_path):
     alien = like("alien")
     (alien / "config.yaml").write_text("lr: 1\n")
     return {
-        "nowhere": ([tmp_path / "nowhere"], "nowhere is not there"),
+        "nowhere": ([tmp_path / "nowhere"], "nowhere does not exist"),
         "a file": ([tmp_path / "file"], "file is a file"),
         "no run": (
             [tmp_path],
-            "is no finished run of fedsim: it lacks config.yaml, scores.parquet, zero_shot.parquet, rounds.parquet",
+            "is no finished run of fedsim: it lacks config.yaml, facts.yaml, scores.parquet, labels.parquet",
         ),
         "no table": ([like("half", "scores.parquet", "checkpoint.safetensors")], "it lacks scores.parquet"),
         "unfinished": ([like("going", *tables)], "going is no finished run of fedsim: it lacks scores.parquet,"),
         "cut short": ([cut], "scores.parquet is damaged ("),
         "other columns": ([other], "other/scores.parquet is damaged (it has no digest)"),
-        "fewer rounds": ([short], "short is not finished: it did 1 of 9 rounds"),
+        "fewer rounds": ([short], "short is not finished: it has 1 of 9 rounds"),
         "another's config": (
             [alien],
             "config.yaml is damaged (its content is not what its digest",
         ),
-        "none": ([], "compare wants the folder of at least one run"),
+        "none": ([], "compare needs the folder of at least one run"),
     }
 
 
@@ -220,4 +220,4 @@ def test_the_command_line_shows_the_table_and_the_page(runs, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert percent(reports[0].summary()["personalization"]) in shown and "(2 seeds)" in " ".join(shown.split())
     assert main(["compare", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere is not there" in capsys.readouterr().err
+    assert "nowhere does not exist" in capsys.readouterr().err

@@ -54,4 +54,4 @@ def test_a_depthwise_convolution_costs_its_forward_pass_three_times():
 def test_a_round_of_a_probe_costs_two_products_a_step(config):
     # Logits, and the gradient by the weights: 2 clients of 72 rows, 4 classes, 24 dimensions.
     report = run(config(method="probe", rounds=1))
-    assert report.round_table().flops.tolist() == [2 * 72 * 2 * (2 * 4 * 24)]
+    assert report.tables().rounds.flops.tolist() == [2 * 72 * 2 * (2 * 4 * 24)]

@@ -157,13 +157,13 @@ def test_a_checkpoint_of_ones_own_is_loaded_through_open_clip(tmp_path):
 def test_real_pictures_run_from_folders_to_report(shared_data, tmp_path, config):
     report = run(config(dataset="pacs", data_dir=shared_data / "pacs_mini", held_out="sketch", rounds=1))
     assert report.facts["images"] == 336
-    held_out = report.score_table()[lambda t: (t.domain == "sketch") & (t["round"] == 1)]
+    held_out = report.tables().trained.scores[lambda t: (t.domain == "sketch") & (t["round"] == 1)]
     assert held_out.total.tolist() == [84]
 
 
 def test_real_features_are_as_good_as_when_they_were_made(shared_data, config):
     report = run(config(dataset="features", data_dir=shared_data / "pacs_conse", held_out="photo", rounds=0))
-    assert report.zero_shot_summary()["generalization"] == pytest.approx(0.669, abs=5e-4)
+    assert report.summary("zero_shot")["generalization"] == pytest.approx(0.669, abs=5e-4)
 
 
 def test_openai_weights_get_the_activation_they_were_trained_with(tmp_path):

@@ -324,7 +324,7 @@ def test_fedavgm_without_momentum_is_fedavg(config, tmp_path):
 def test_local_only_sends_nothing_and_judges_held_out_domains_by_every_client(config):
     ours = config(server="local_only", clients=4, rounds=2)
     report, out = run(ours), ours.folder()
-    rounds, scores = report.round_table(), report.score_table()
+    rounds, scores = report.tables().rounds, report.tables().trained.scores
     assert rounds.bytes_up.tolist() == [0, 0] and rounds.bytes_down.tolist() == [0, 0]
     away = scores[(scores.domain == "ink") & (scores["round"] == 2)]
     assert away.client.tolist() == [0, 1, 2, 3] and away.total.tolist() == [120] * 4
@@ -335,7 +335,7 @@ def test_local_only_sends_nothing_and_judges_held_out_domains_by_every_client(co
 
 
 def test_bytes_are_those_of_the_tensors_that_travel(config):
-    rounds = run(config(clients=4, cohort=3, rounds=1)).round_table()
+    rounds = run(config(clients=4, cohort=3, rounds=1)).tables().rounds
     assert rounds.bytes_up.item() == rounds.bytes_down.item() == 3 * 4 * 2 * (24 * 24 + 24)
     assert rounds.clients.item() == 3
 
@@ -357,4 +357,4 @@ def test_flat_vectors_come_back_by_name_whatever_the_order():
 
 def test_every_round_is_trained_by_its_own_cohort(config):
     report = run(config(clients=6, cohort=2, rounds=3))
-    assert report.round_table().clients.tolist() == [2, 2, 2]
+    assert report.tables().rounds.clients.tolist() == [2, 2, 2]

@@ -22,6 +22,8 @@ from fedsim.files import write_text
 from fedsim.folder import CONFIG, FORMAT, GENERATOR, MARK, claim, safe_name, write_sealed
 from fedsim.prepare import prepare, sizing_of
 from fedsim.reporting.compare import compare
+from fedsim.reporting.parquet import FILES as TABLES
+from fedsim.reporting.tables import COLUMNS
 from fedsim.simulate import encoded, rounds
 from fedsim.training.client_store import PrivateStore
 
@@ -35,7 +37,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def no_page(monkeypatch):
     """Runs without their page, which takes longer than the rest; tests/test_page.py reads those."""
-    monkeypatch.setattr("fedsim.simulate.write_page", lambda report, file: file.touch())
+    monkeypatch.setattr("fedsim.simulate.write_page", lambda tables, file: file.touch())
 
 
 @pytest.fixture
@@ -204,7 +206,7 @@ def refused_or_same(file: Path, read, count: int = 150) -> int:
 
 
 def told(report) -> tuple:
-    tables = {name: table.to_csv() for name, table in report.tables().items()}
+    tables = {name: getattr(report.tables(), name).to_csv() for name in COLUMNS}
     adapter = {name: tensor.numpy().tobytes() for name, tensor in report.adapter.items()}
     return tables, adapter, report.private.tobytes(), report.summary(), report.facts
 
@@ -254,7 +256,7 @@ def test_the_folder_of_an_earlier_format_is_refused_and_the_version_named(config
     assert content(ours.folder()) == before
 
 
-@pytest.mark.parametrize("name", [CONFIG, "scores.parquet", "rounds.parquet", "labels.parquet"])
+@pytest.mark.parametrize("name", [CONFIG, *TABLES])
 def test_compare_refuses_what_is_damaged(name, config, tmp_path, monkeypatch):
     ours = config(rounds=1)
     run(ours)

@@ -10,7 +10,7 @@ from fedsim.prepare import prepare
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
 
-FILES = "scores.parquet", "zero_shot.parquet", "adapter.safetensors"
+FILES = "scores.parquet", "adapter.safetensors"
 LORA = {"name": "lora", "rank": 2}
 OPTIONS = {"fedper": {"prefix": "attention.2"}, "fedbuff": {"concurrency": 4, "buffer": 2}}
 

@@ -18,6 +18,9 @@ ORDER = """
     training config schedule reporting checkpoint prepare federation simulate parallel_runs cli sweep __init__ __main__
 """.split()  # noqa: SIM905
 
+# The same within fedsim/reporting: from counts to tables, and from tables to what is shown.
+REPORTING = "metrics tables report facts parquet plots html remarks page compare".split()  # noqa: SIM905
+
 
 def stage(module: str) -> int:
     return ORDER.index(module.split(".")[1] if "." in module else "__init__")
@@ -49,6 +52,20 @@ def test_imports_go_one_way():
         own = where.parts[0].removesuffix(".py")
         for module in imported(path):
             assert stage(module) <= ORDER.index(own), f"{where} imports {module}"
+
+
+def test_reporting_goes_from_counts_to_tables_to_pages():
+    root = Path(fedsim.__file__).parent / "reporting"
+    modules = {path.stem: imported(path) for path in root.glob("*.py") if path.stem != "__init__"}
+    assert set(modules) == set(REPORTING)
+    for own, names in modules.items():
+        before = {f"fedsim.reporting.{name}" for name in REPORTING[: REPORTING.index(own)]}
+        assert {name for name in names if name.startswith("fedsim.reporting")} <= before, own
+
+
+@pytest.mark.parametrize("file", ["reporting/page.py", "reporting/remarks.py", "reporting/compare.py", "cli/show.py"])
+def test_what_is_shown_is_drawn_from_tables_and_never_from_a_report(file):
+    assert "fedsim.reporting.report" not in imported(Path(fedsim.__file__).parent / file)
 
 
 def test_no_imports_form_a_circle():

@@ -9,8 +9,8 @@ from fedsim import Config, InputError, run
 from fedsim.__main__ import main
 from fedsim.clients import Population
 from fedsim.prepare import _check_judged, prepare
-from fedsim.reporting.page import remarks
-from fedsim.reporting.report import ROUND_COLUMNS
+from fedsim.reporting.remarks import remarks
+from fedsim.reporting.tables import COLUMNS
 from fedsim.schedule import check_trained
 
 ROW = np.arange(1)
@@ -71,14 +71,14 @@ def test_a_share_that_cuts_nothing_is_refused_and_the_default_is_not(tmp_path, m
 
 def test_the_first_words_of_a_result_say_what_it_lacks(config):
     report = run(config(rounds=1, partition="iid", clients=60))  # four rows each: 2 for training, none for the rest
-    assert remarks(report) == [
+    assert remarks(report.tables()) == [
         "Round 1 is reported because it is the last: no client has validation rows.",
         "No client has test rows of its own.",
     ]
     idle = [row.copy() for row in report.rounds]
     for row in idle:
-        row[ROUND_COLUMNS.index("steps")] = 0
-    first = remarks(replace(report, rounds=idle))[0]
+        row[COLUMNS["rounds"].index("steps")] = 0
+    first = remarks(replace(report, rounds=idle).tables())[0]
     assert first == "No client took a local step in any round: the numbers are those of untrained parameters."
 
 
@@ -86,16 +86,16 @@ def test_a_held_out_domain_of_other_classes_is_named(config):
     report = run(config(rounds=0))
     own = report.holdings[:, 3] > 0
     report.holdings = report.holdings[own | (report.holdings[:, 2] == 0)]  # clients train on the first class alone
-    assert not any("held-out domain ink" in remark for remark in remarks(report))
+    assert not any("held-out domain ink" in remark for remark in remarks(report.tables()))
     report.holdings = report.holdings[(report.holdings[:, 2] > 0) | (report.holdings[:, 3] == 0)]
-    assert remarks(report)[-1] == "No client trains on a class of held-out domain ink."
+    assert remarks(report.tables())[-1] == "No client trains on a class of held-out domain ink."
 
 
 def test_test_rows_of_unseen_concepts_are_said_to_be_harder(config):
     report = run(config(rounds=0))
-    assert len(remarks(report)) == 1 and remarks(report)[0].startswith("No round was run")
+    assert len(remarks(report.tables())) == 1 and remarks(report.tables())[0].startswith("No round was run")
     report.facts["unseen_test"] = True
-    assert remarks(report)[1].startswith("Test rows show concepts that no training or validation row shows")
+    assert remarks(report.tables())[1].startswith("Test rows show concepts that no training or validation row shows")
 
 
 def test_the_table_has_no_column_for_what_was_not_held_out_and_counts_test_rows(config, tmp_path, features_dir, capsys):

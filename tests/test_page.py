@@ -12,7 +12,10 @@ from fedsim import Config, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.counts import Counts
 from fedsim.formats import difference, percent
-from fedsim.reporting.page import curves, portable, write_page
+from fedsim.reporting.html import portable
+from fedsim.reporting.metrics import curves
+from fedsim.reporting.page import write_page
+from fedsim.reporting.parquet import read_tables
 from fedsim.reporting.report import Report
 
 
@@ -99,7 +102,7 @@ def shown(features_dir, tmp_path_factory):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_summary_is_the_report_s_and_nothing_is_loaded(shape, shown):
     report, page, _ = shown(shape)
-    before, after = report.zero_shot_summary(), report.summary()
+    before, after = report.summary("zero_shot"), report.summary()
     rows = page.table("Top-1 accuracy")
     assert [row[1:] for row in rows[1:]] == [
         [percent(before[key]), percent(after[key]), difference(before[key], after[key])]
@@ -134,13 +137,13 @@ def test_the_page_says_how_the_round_was_chosen(shown):
     assert "Round 3 is reported because it is the last: no client has validation rows" in page.words
     assert "No round was run" in shown("no round")[1].words
     for shape in SHAPES:
-        own = "Each of 2 clients has a model of its own" in shown(shape)[1].words
+        own = "Each of 2 clients has its own model" in shown(shape)[1].words
         assert own == (shape == "everyone alone")
 
 
 def test_kinds_of_rows_have_their_f1_and_calibration_before_and_after(shown):
     report, page, _ = shown("plain")
-    before, after = report.zero_shot_summary(), report.summary()
+    before, after = report.summary("zero_shot"), report.summary()
     head, own, away = page.table("All rows of a kind together, in percent: zero-shot CLIP → round")
     assert head == ["rows", "among", "accuracy", "macro-F1", "calibration error"]
     for row, name, f1, ece in (
@@ -171,7 +174,7 @@ def test_new_classes_are_told_apart_and_their_harmonic_means_shown(shown):
         "held-out domains": "the 2 trained classes",
         "new classes": "the 2 new classes",
     }
-    assert "Nobody trains on the 2 new classes" in page.words
+    assert "No client trains on the 2 new classes" in page.words
     # 2 of 4 classes of 30 rows: a domain has 60 left, cut 36, 12, 12; rows of new classes are in no client's.
     assert {row[0]: row[1:4] for row in page.table("Rows by client")[1:]} == {
         "0": ["36", "12", "12"],
@@ -183,7 +186,7 @@ def test_new_classes_are_told_apart_and_their_harmonic_means_shown(shown):
 
 def test_tables_by_domain_and_client_count_rows_and_accuracy(shown):
     report, page, _ = shown("plain")
-    scores, zero = report.score_table(), report.zero_shot_table()
+    scores, zero = report.tables().trained.scores, report.tables().zero_shot.scores
     scores = scores[(scores["round"] == report.chosen_round) & (scores.split == "test")]
     zero = zero[zero.split == "test"]
     # 4 classes of 30 rows: a domain has 120, cut 72, 24, 24; the held-out one is all test rows.
@@ -201,16 +204,18 @@ def test_tables_by_domain_and_client_count_rows_and_accuracy(shown):
         assert client is None or clients[client][3:6] == rows[name][3:]
 
 
-def test_the_same_report_gives_the_same_bytes(shown, tmp_path):
+def test_a_page_has_the_same_bytes_from_the_report_a_checkpoint_and_parquet(shown, tmp_path):
     report, _, ours = shown("plain")
     bytes_of = (ours.folder() / "report.html").read_bytes()
     restored = load_checkpoint(ours.folder(), ours.experiment())[1]
-    write_page(restored, tmp_path / "restored.html")
+    write_page(restored.tables(), tmp_path / "restored.html")
     assert (tmp_path / "restored.html").read_bytes() == bytes_of
+    write_page(read_tables(ours.folder()), tmp_path / "read.html")
+    assert (tmp_path / "read.html").read_bytes() == bytes_of
     again = run(ours.model_copy(update={"out": tmp_path / "again"}))
     for theirs, ours in zip(again.rounds, report.rounds, strict=True):
         theirs[7] = ours[7]  # seconds
-    write_page(again, tmp_path / "again.html")
+    write_page(again.tables(), tmp_path / "again.html")
     assert (tmp_path / "again.html").read_bytes() == bytes_of
 
 
@@ -242,7 +247,7 @@ def test_names_are_text_and_never_markup(features_dir, config, tmp_path):
 def test_skipped_images_are_listed(shown, tmp_path):
     report = shown("no round")[0]
     skipped = {"skipped": ["ink/cat/3.png", "/home/me/oil/dog/1.png"]}
-    write_page(replace(report, facts=report.facts | skipped), tmp_path / "page.html")
+    write_page(replace(report.tables(), facts=report.facts | skipped), tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text())
     assert page.table("Unreadable images")[1:] == [["ink/cat/3.png"], ["1.png"]]
     assert "Unreadable images that were left out: 2" in page.words
@@ -274,7 +279,7 @@ def crowd(clients: int, classes: int = 60, domains: int = 5) -> Report:
 
 
 def test_a_thousand_clients_fit_in_one_light_page(tmp_path):
-    write_page(crowd(1000), tmp_path / "page.html")
+    write_page(crowd(1000).tables(), tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     page = Page(text)
     assert len(text) < 1_000_000
@@ -290,7 +295,7 @@ def test_a_thousand_clients_fit_in_one_light_page(tmp_path):
 
 
 def test_more_clients_than_fit_are_cut_to_the_lowest(tmp_path):
-    write_page(crowd(3000), tmp_path / "page.html")
+    write_page(crowd(3000).tables(), tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     rows = Page(text).table("Rows by client")[1:]
     assert len(text) < 1_000_000 and len(rows) == 1000
@@ -299,10 +304,10 @@ def test_more_clients_than_fit_are_cut_to_the_lowest(tmp_path):
 
 def test_curves_are_the_summaries_of_each_round(shown):
     report = shown("two held-out domains")[0]
-    lines = curves(report.score_table(), report.held_out)
+    lines = curves(report.tables().trained.scores, report.held_out)
     assert list(lines.index) == [0, 1, 2, 3]
     for round in lines.index:
-        summary = report.summary(round)
+        summary = report.summary(round=round)
         assert lines.loc[round].to_dict() == pytest.approx({key: summary[key] for key in lines.columns}, abs=1e-12)
 
 

@@ -143,8 +143,8 @@ def test_a_cohort_from_a_hundred_thousand_clients_learns_and_is_the_same_on_acto
     }
     alone, spread = (config(**fields, actors=actors, out=tmp_path / str(actors)) for actors in (0, 2))
     report = run(alone)
-    assert report.summary()["personalization"] > report.zero_shot_summary()["personalization"]
-    assert len(report.score_table().client.unique()) == 31
+    assert report.summary()["personalization"] > report.summary("zero_shot")["personalization"]
+    assert len(report.tables().trained.scores.client.unique()) == 31
     run(spread)
     for name in ("scores.parquet", "partition.parquet", "adapter.safetensors"):
         assert (alone.folder() / name).read_bytes() == (spread.folder() / name).read_bytes()

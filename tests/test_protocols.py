@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 import numpy as np
+import pandas as pd
 import pytest
 from test_federation import rows
 
@@ -12,7 +13,7 @@ from fedsim.clients import make_clients, new_of
 from fedsim.counts import BINS, COLUMNS, GROUPS, Counts, merge, tally
 from fedsim.datasets import TEST, UNSAID
 from fedsim.registry import parse
-from fedsim.reporting.report import calibration_error, harmonic_mean, macro_f1
+from fedsim.reporting.metrics import calibration_error, harmonic_mean, macro_f1
 
 DEALT = sorted(set(available("partition")) - {"natural"})
 
@@ -206,7 +207,7 @@ def test_f1_and_calibration_error_are_those_of_the_rows_themselves():
     assert summary["personalization"] == pytest.approx((guesses == data.y)[mine].mean())
     assert summary["personalization_own"] == pytest.approx((own == data.y)[mine].mean())
     assert summary["spread"] == 0.0  # of one client
-    labels, bins = report.label_table(), report.calibration_table()
+    labels, bins = report.tables().trained.labels, report.tables().trained.calibration
     assert macro_f1(labels[labels.group == "own"]) == summary["macro_f1"]
     assert calibration_error(bins[bins.group == "own"]) == summary["ece"]
     assert np.isnan(macro_f1(labels[:0])) and np.isnan(calibration_error(bins[:0]))
@@ -241,9 +242,9 @@ def test_local_is_a_mean_over_clients_and_base_one_over_rows():
     assert (summary["local"], summary["base"], summary["new"]) == (0.75, 0.375, 0.75)
     assert summary["harmonic_2"] == pytest.approx(0.5) and summary["harmonic_3"] == pytest.approx(0.5625)
     assert summary["personalization"] == pytest.approx(5 / 12) and summary["spread"] == pytest.approx(1 / 12)
-    assert report.new_classes == ["c", "d"]
+    assert report.tables().new_classes == ["c", "d"]
     report.add_scores(1, Counts(np.array(scores[:2], np.int32)))
-    assert "harmonic_2" not in report.summary(1)
+    assert "harmonic_2" not in report.summary(round=1)
 
 
 # Runs -----------------------------------------------------------------------------------------------------------
@@ -252,22 +253,20 @@ def test_local_is_a_mean_over_clients_and_base_one_over_rows():
 def test_a_base_to_new_run_tells_new_rows_apart_and_all_of_it_is_restored(config):
     ours = config(new_classes=0.5, shots=4, method={"name": "probe", "lr": 0.01})
     report = run(ours)
-    table, summary = report.score_table(), report.summary()
+    table, summary = report.tables().trained.scores, report.summary()
     assert sorted(table.client.unique()) == [0, 1, 2, 3]  # two domains, the held-out one, the new classes
     assert table[(table.client == 3) & (table["round"] == 0)].total.tolist() == [60, 60]  # 2 domains, 2 classes of 30
     assert set(table[table.client == 3].split) == {"new"} and table[table.split == "new"].client.unique() == [3]
     assert summary["new"] > 0.5 and 0 < summary["harmonic_2"] <= max(summary["base"], summary["new"])
-    held = report.holding_table()
+    held = report.tables().partition
     assert set(held[held.split != "new"].label) == {"cat", "dog"} and set(held[held.split == "new"].label) == {
         "owl",
         "pig",
     }
     assert (held[held.split == "train"].rows == 4).all()
-    labels = report.label_table()
+    labels = report.tables().trained.labels
     for group, names in (("own", {"cat", "dog"}), ("held_out", {"cat", "dog"}), ("new", {"owl", "pig"})):
-        assert (
-            set(labels[labels.group == group].label) == names
-        )  # those of other groups have no rows and are never predicted
+        assert set(labels[labels.group == group].label) == names  # no other class has rows or predictions
     assert labels[(labels.group == "new") & (labels["round"] == 0)].support.sum() == 120
     restored = load_checkpoint(ours.folder(), ours.experiment())[1]
     assert restored.counts.keys() == report.counts.keys()
@@ -277,13 +276,17 @@ def test_a_base_to_new_run_tells_new_rows_apart_and_all_of_it_is_restored(config
     ):
         assert np.array_equal(one.flat(), other.flat())
     assert restored.summary() == summary
-    for name in ("labels", "calibration", "zero_shot_labels", "zero_shot_calibration"):
-        assert (ours.folder() / f"{name}.parquet").exists()
+    for name in ("scores", "labels", "calibration"):
+        table = pd.read_parquet(ours.folder() / f"{name}.parquet")
+        assert table.groupby("model")["round"].unique().map(list).to_dict() == {
+            "trained": [0, 1, 2, 3],
+            "zero_shot": [0],
+        }
 
 
 def test_rounds_count_local_steps(config):
     # Each of two clients has 72 train rows: 3 steps of at most 32 rows.
-    assert run(config(rounds=2)).round_table().steps.tolist() == [6, 6]
+    assert run(config(rounds=2)).tables().rounds.steps.tolist() == [6, 6]
 
 
 def test_a_client_of_few_classes_does_better_among_its_own(config):

@@ -66,7 +66,7 @@ def test_a_last_batch_of_one_is_skipped(config, features_dir):
     # 33 train rows: one step of 32 rows; with batches of 33 the one step sees all rows, and moves elsewhere.
     share = 33 / 120 + 1e-6
     one = run(config(train_share=share, rounds=1, held_out=("ink", "oil"), out=features_dir / "a"))
-    losses = one.round_table().loss
+    losses = one.tables().rounds.loss
     assert losses.notna().all()
     with pytest.raises(InputError, match=r"--method\.batch-size wants 2 or more with this method, not 1"):
         run(config(method={"name": "fedclip", "batch_size": 1}, out=features_dir / "b"))

@@ -616,14 +616,14 @@ def test_in_a_run_stacked_clients_go_where_single_ones_go(server, config, tmp_pa
     fields = {"method": method, "server": server, "clients": 6, "cohort": 4, "dtype": "float64"}
     stacked, single = (run(config(**fields, chunk=4, engine=k, out=tmp_path / k)) for k in ("stacked", "reference"))
     np.testing.assert_allclose(adapter(stacked), adapter(single), rtol=1e-7)
-    assert stacked.score_table().correct.tolist() == single.score_table().correct.tolist()
+    assert stacked.tables().trained.scores.correct.tolist() == single.tables().trained.scores.correct.tolist()
 
 
 def test_in_a_run_scaffold_sends_twice_the_bytes_and_dittos_shared_half_is_fedavg(config, tmp_path):
     sent, last = {}, {}
     for name in ("fedavg", "scaffold", "ditto"):
         ours = config(method=SGD, server=name, clients=4, rounds=3, out=tmp_path / name)
-        sent[name] = run(ours).round_table()[["bytes_up", "bytes_down"]].to_numpy()
+        sent[name] = run(ours).tables().rounds[["bytes_up", "bytes_down"]].to_numpy()
         last[name] = load_checkpoint(ours.folder(), ours.experiment())[0].params
     assert (sent["scaffold"] == 2 * sent["fedavg"]).all() and (sent["ditto"] == sent["fedavg"]).all()
     torch.testing.assert_close(last["ditto"]["shared.weight"], last["fedavg"]["weight"], rtol=1e-6, atol=1e-7)

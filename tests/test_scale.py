@@ -21,26 +21,26 @@ SLOW = {"name": "lognormal", "availability": 0.8, "dropout": 0.1}
 
 
 def tables(folder: Path) -> dict[str, bytes]:
-    names = "scores.parquet", "zero_shot.parquet", "partition.parquet", "adapter.safetensors"
+    names = "scores.parquet", "partition.parquet", "adapter.safetensors"
     return {name: (folder / name).read_bytes() for name in names}
 
 
 def test_evaluation_every_other_round_says_what_every_round_said(config, tmp_path):
     often, seldom = (run(config(clients=4, rounds=5, eval_every=k, out=tmp_path / str(k))) for k in (1, 2))
-    assert list(often.parts) == [0, 1, 2, 3, 4, 5] and list(seldom.parts) == [0, 2, 4, 5]
-    assert all(np.array_equal(seldom.parts[round], often.parts[round]) for round in seldom.parts)
-    assert seldom.chosen_round in seldom.parts
+    assert list(often.counts) == [0, 1, 2, 3, 4, 5] and list(seldom.counts) == [0, 2, 4, 5]
+    assert all(np.array_equal(counts.flat(), often.counts[round].flat()) for round, counts in seldom.counts.items())
+    assert seldom.chosen_round in seldom.counts
     assert "report.html" in os.listdir(tmp_path / "2")
 
 
 def test_some_clients_may_be_judged_in_place_of_all(config, tmp_path):
     everyone = run(config(clients=6, partition="iid", out=tmp_path / "all"))
     some = run(config(clients=6, partition="iid", eval_clients=2, out=tmp_path / "some"))
-    judged = set(some.score_table().client) - {6}  # 6 is the held-out domain
+    judged = set(some.tables().trained.scores.client) - {6}  # 6 is the held-out domain
     assert len(judged) == 2
-    assert set(some.holding_table().client) == judged | {6}
-    theirs = everyone.scores[np.isin(everyone.scores[:, 1], [*judged, 6])]
-    assert np.array_equal(some.scores, theirs)  # of the same parameters, whoever is judged
+    assert set(some.tables().partition.client) == judged | {6}
+    theirs = everyone.tables().scores[lambda table: table.client.isin([*judged, 6])]
+    assert some.tables().scores.equals(theirs.reset_index(drop=True))  # of the same parameters, whoever is judged
 
 
 def test_what_clients_keep_is_in_files_that_a_killed_round_leaves_whole(config, tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_simulated_time_is_the_same_to_the_bit_after_a_kill_and_on_actors(server
         fields |= {"cohort": 3, "over_selection": 0.5, "deadline_s": 60.0}
     whole = config(**fields, out=tmp_path / "whole")
     report = run(whole)
-    clock = report.round_table().clock_s
+    clock = report.tables().rounds.clock_s
     assert (clock.diff().dropna() >= 0).all() and clock.iloc[-1] > 0
     assert "simulated seconds" in (whole.folder() / "report.html").read_text()
 

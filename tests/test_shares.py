@@ -8,7 +8,7 @@ from fedsim.config import Config
 from fedsim.datasets import UNSAID, Labelled
 from fedsim.partitions import cut, sizes
 from fedsim.registry import find
-from fedsim.reporting.report import tail_of
+from fedsim.reporting.metrics import tail_of
 from fedsim.schedule import schedule
 from fedsim.shares import part
 

@@ -91,7 +91,7 @@ def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_
     run_until(1, ours)
     again = run(ours)
     assert all(torch.equal(whole.adapter[tensor], again.adapter[tensor]) for tensor in whole.adapter)
-    assert whole.scores.tolist() == again.scores.tolist()
+    assert whole.tables().scores.equals(again.tables().scores)
     single = run(small(**fields, engine="reference", out=tmp_path / "single"))
     last = [
         load_checkpoint(tmp_path / run_, config.experiment())[0].params
@@ -123,7 +123,7 @@ def test_actors_of_which_one_is_killed_give_the_bits_of_one_process(method, serv
 
     there = run(small(**fields, out=tmp_path / "there", actors=2), kill_one)
     assert killed and killed[0] not in workers()
-    assert here.scores.tolist() == there.scores.tolist()
+    assert here.tables().scores.equals(there.tables().scores)
     assert all(torch.equal(here.adapter[name], there.adapter[name]) for name in here.adapter)
 
 
@@ -189,7 +189,9 @@ def test_augmented_views_train_and_never_judge(small, tmp_path):
     plain = run(small(**probe, out=tmp_path / "plain"))
     augmented = run(small(**probe, augment=2, out=tmp_path / "augmented"))
     assert plain.facts["augment"] == 0 and augmented.facts["augment"] == 2
-    assert augmented.parts[0].tolist() == plain.parts[0].tolist()  # before training: the same rows, as they are
+    assert (
+        augmented.counts[0].scores.tolist() == plain.counts[0].scores.tolist()
+    )  # before training: the same rows, as they are
     assert not torch.equal(plain.adapter["weight"], augmented.adapter["weight"])
     pixels = run(small(method={"name": "finetune", "towers": "image"}, augment=1, rounds=1, out=tmp_path / "pixels"))
     assert pixels.facts["reads"] == "image pixels, text features"
@@ -197,7 +199,7 @@ def test_augmented_views_train_and_never_judge(small, tmp_path):
 
 def test_bytes_are_those_of_the_tensors_that_travel(small):
     report = run(small(method={"name": "promptfl", "length": 4}, rounds=1))
-    row = report.round_table().iloc[0]
+    row = report.tables().rounds.iloc[0]
     assert row.bytes_up == row.bytes_down == 2 * 4 * 128 * 4  # clients x tokens x width x bytes
     assert report.facts["trained_parameters"] == 4 * 128
 

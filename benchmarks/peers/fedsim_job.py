@@ -70,7 +70,7 @@ def simulated(args: Namespace, out: str) -> tuple[list[float], list[float], Para
     asked = config(args, out)
     report = run(asked, tell)
     state = load_checkpoint(Path(out), asked.experiment())[0]
-    return ends[:-1] or ends, report.round_table().seconds.tolist(), state.params
+    return ends[:-1] or ends, report.tables().rounds.seconds.tolist(), state.params
 
 
 def on_processes(args: Namespace, out: str) -> tuple[list[float], list[float], Params]:

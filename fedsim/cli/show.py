@@ -12,53 +12,51 @@ from fedsim.formats import number, percent
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedsim.reporting.report import Report
+    from fedsim.reporting.tables import Tables
 
 FILES = "report.html", "scores.parquet", "rounds.parquet", "adapter.safetensors", "config.yaml"
 
 
-def show_run(console: Console, report: "Report", folder: Path) -> None:
-    """The accuracies of a run, next to those of zero-shot CLIP, and where its files are."""
-    from fedsim.reporting.page import remarks, rows_tested
+def show_run(console: Console, tables: "Tables", folder: Path) -> None:
+    """Prints the accuracies of a run, next to those of zero-shot CLIP, and where its files are."""
+    from fedsim.reporting.remarks import remarks, rows_tested
+    from fedsim.reporting.tables import ZERO_SHOT
 
-    for remark in remarks(report):
+    for remark in remarks(tables):
         console.print(remark)
-    counts = rows_tested(report)
-    models = {"zero-shot CLIP": report.zero_shot_summary(), _name_of(report): report.summary()}
-    for title, heads in _tables(report).items():
+    tested = rows_tested(tables)
+    experiment = tables.experiment
+    trained = f"{experiment['method']['name']}, {experiment['server']['name']}"
+    means = {"zero-shot CLIP": tables.summary(ZERO_SHOT), trained: tables.summary()}
+    for title, heads in _heads(tables, list(means.values())).items():
         table = Table(title=title)
         for head in ("", *heads.values()):
             table.add_column(head, justify="right" if head else "left")
-        for model, accuracies in models.items():
+        for model, accuracies in means.items():
             table.add_row(model, *(percent(accuracies[key]) for key in heads))
-        if counts.keys() & heads.keys():
-            table.add_row("test rows", *(number(counts[key]) if key in counts else "" for key in heads))
+        if tested.keys() & heads.keys():
+            table.add_row("test rows", *(number(tested[key]) if key in tested else "" for key in heads))
         console.print(table)
     for file in FILES:
         console.print(f"  {folder / file}", soft_wrap=True)
 
 
-def _name_of(report: "Report") -> str:
-    return f"{report.experiment['method']['name']}, {report.experiment['server']['name']}"
-
-
-def _tables(report: "Report") -> dict[str, dict[str, str]]:
-    """By title of a table, the measures in it and their column heads."""
-    summaries = report.zero_shot_summary(), report.summary()
-    heads = {"generalization": f"held-out domain ({listing(report.held_out)})"} if report.held_out else {}
+def _heads(tables: "Tables", means: list[dict[str, float]]) -> dict[str, dict[str, str]]:
+    """By title of a printed table, the measures in it and their column heads."""
+    heads = {"generalization": f"held-out domain ({listing(tables.held_out)})"} if tables.held_out else {}
     heads |= {"personalization": "clients' own test rows", "worst_tenth": "worst tenth of clients"}
-    if any(abs(means["personalization_own"] - means["personalization"]) > 0 for means in summaries):
+    if any(abs(model["personalization_own"] - model["personalization"]) > 0 for model in means):
         heads["personalization_own"] = "own test rows among own classes"
-    tables = {f"accuracy in percent, round {report.chosen_round} of {report.last_round}": heads}
-    if report.new_classes:
-        tables["base and new classes, and harmonic means"] = {
+    titles = {f"accuracy in percent, round {tables.chosen_round} of {tables.last_round}": heads}
+    if tables.new_classes:
+        titles["base and new classes, and harmonic means"] = {
             "local": "local",
             "base": "base",
             "new": "new",
             "harmonic_2": "of base, new",
             "harmonic_3": "of all three",
         }
-    return tables
+    return titles
 
 
 def rich_table(frame: "pd.DataFrame") -> Table:

@@ -1,4 +1,4 @@
-"""Finished runs side by side: what differs between them, what it brought, and means over seeds."""
+"""Finished runs side by side: the settings that differ, the accuracies, and means over seeds."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,35 +7,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
-from fedsim.config import EXECUTION, flat
-from fedsim.counts import COLUMNS
-from fedsim.errors import InputError, Stopped, listing
+from fedsim.config import flat
+from fedsim.errors import InputError, Stopped
 from fedsim.files import FULL, reason, write_text
-from fedsim.folder import CONFIG, check_page, intact, read_sealed
+from fedsim.folder import check_page
 from fedsim.formats import number, percent, setting, spread
-from fedsim.reporting.page import NEVER, TRAVELLED, Section, curves, over, portable, render
+from fedsim.reporting.facts import to_yaml
+from fedsim.reporting.html import Section, portable, render
+from fedsim.reporting.metrics import TRAVELLED, against_cost, curves
+from fedsim.reporting.parquet import read_tables
 from fedsim.reporting.plots import Line, Panel, Plot, plot_lines
-from fedsim.reporting.report import (
-    CALIBRATION_COLUMNS,
-    LABEL_COLUMNS,
-    ROUND_COLUMNS,
-    choose_round,
-    read_table,
-    summarize,
-    to_yaml,
-)
+from fedsim.reporting.remarks import NEVER
+from fedsim.reporting.tables import ZERO_SHOT
 
-SCORES = ["round", *COLUMNS]
-TABLES = {
-    "scores.parquet": SCORES,
-    "zero_shot.parquet": SCORES,
-    "rounds.parquet": list(ROUND_COLUMNS),
-    "labels.parquet": list(LABEL_COLUMNS),
-    "calibration.parquet": list(CALIBRATION_COLUMNS),
-}
-# Of `summarize`, by how they are headed; those of new classes where a run has some.
+# Column heads of the measures of `summarize`; those of new classes only if a run has some.
 SHOWN = {
     "generalization": "generalization",
     "personalization": "personalization",
@@ -56,26 +42,29 @@ MORE = {
     "generalization_ece": "held-out calibration error",
 }
 SEEDS = ("seed", "partition_seed")
-HOW = "Of each run, the first round of the best mean accuracy on validation rows is shown; without any, the last."
-# What keeps accuracies from being compared, by the fields that tell.
+CHOSEN = (
+    "Each run is shown at its first round of the best mean accuracy on validation rows; without such rows, at its last."
+)
+# Why accuracies do not compare, by the fields that differ.
 CAVEATS = {
     ("dataset", "data_dir"): "These runs are on different data: their accuracies do not compare.",
     ("held_out",): "These runs hold out different domains: all accuracies are measured on different rows.",
     ("new_classes",): "These runs train on different classes: all accuracies are measured on different rows.",
     ("partition", "clients", "train_share", "partition_seed"): (
-        "These runs deal rows to clients differently: all but generalization is measured on different rows."
+        "These runs have different partitions: all but generalization is measured on different rows."
     ),
 }
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run's folder says of it.
+    """A finished run, as it is compared.
 
     Attributes:
         fields: the experiment, flat: `method.lr`.
+        chosen: the chosen round.
         means, zero_shot: `summarize` of the chosen round and of zero-shot CLIP.
-        lines: `curves`, by what is below them: rounds, bytes.
+        lines: `curves` by round and by cost, with the key "round" or that of `against_cost`.
     """
 
     name: str
@@ -88,22 +77,24 @@ class Finished:
     seconds: float
 
 
-Groups = list[tuple[str, list[Finished]]]  # a name, and a run alone or those that differ only in their seeds
+Groups = list[tuple[str, list[Finished]]]  # a name, and one run or those that differ only in their seeds
 
 
 def compare(runs: Sequence[Path], out: Path, warn: Callable[[str], None] = lambda _: None) -> tuple[pd.DataFrame, Path]:
-    """Lays finished runs side by side.
+    """Compares finished runs.
 
     Args:
+        runs: their folders.
+        out: file of the page.
         warn: called with each reason why accuracies of these runs do not compare; the page has them as well.
 
     Returns:
-        One row per run, accuracies in percent as text; and the page, at `out`. Where some runs differ only in
-        their seeds, rows of means follow: sample standard deviation after the ±, number of runs in column `n`.
+        One row per run, accuracies in percent as text; and `out`. If some runs differ only in their seeds, rows of
+        means follow: sample standard deviation after the ±, number of runs in column `n`.
 
     Raises:
-        InputError: a folder that is no finished run, a file that is damaged, or `out` cannot be written: it may be a
-            file that is not a page of fedsim.
+        InputError: a folder is no finished run, a file is damaged, or `out` cannot be written, for example because it
+            is not a page of fedsim.
         Stopped: the disk is full.
     """
     check_page(Path(out))
@@ -113,19 +104,17 @@ def compare(runs: Sequence[Path], out: Path, warn: Callable[[str], None] = lambd
     shown: Groups = [(run.name, [run]) for run in finished]
     table = _table(shown, differing)
     tables = {"Each run: accuracy in percent at its chosen round; megabytes of all clients together": table}
-    apart = [field for field in differing if field not in SEEDS]
-    if len(groups := _groups(finished, apart)) < len(finished):
-        shown, means = groups, _table(groups, apart).assign(n=[str(len(group)) for _, group in groups])
-        caption = "Means ± sample standard deviation over n seeds; one that was run twice counts once"
+    settings = [field for field in differing if field not in SEEDS]
+    if len(groups := _groups(finished, settings)) < len(finished):
+        shown, means = groups, _table(groups, settings).assign(n=[str(len(group)) for _, group in groups])
+        caption = "Means ± sample standard deviation over n seeds; a seed that was run twice counts once"
         tables = {caption: means} | tables
         table = pd.concat([table.assign(n="1"), means[means.n != "1"]], ignore_index=True).fillna("")
-    caption = (
-        "The same rounds: own test rows of all clients, and where it is said, those of held-out domains; in percent"
-    )
+    caption = "The same rounds, in percent: own test rows of all clients, or of held-out domains if a head names them"
     tables |= {caption: _more(shown)}
-    told = {field.partition(".")[0] for field in differing}
-    caveats = [caveat for fields, caveat in CAVEATS.items() if told & set(fields)]
-    words = [f"{HOW} {NEVER}", *caveats]
+    names = {field.partition(".")[0] for field in differing}
+    caveats = [caveat for fields, caveat in CAVEATS.items() if names & set(fields)]
+    words = [f"{CHOSEN} {NEVER}", *caveats]
     sections = [
         Section("", words, tables={caption: rows.set_index("name") for caption, rows in tables.items()}),
         Section("Round by round", plots=_plots(shown)),
@@ -152,7 +141,7 @@ def _write(out: Path, page: str) -> None:
 
 def _read_all(runs: list[Path]) -> list[Finished]:
     if not runs:
-        raise InputError("compare wants the folder of at least one run; none was given")
+        raise InputError("compare needs the folder of at least one run; none was given")
     folders = [run.resolve() for run in runs]
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
@@ -162,35 +151,19 @@ def _read_all(runs: list[Path]) -> list[Finished]:
 
 def _read(run: Path, name: str) -> Finished:
     if not run.is_dir():
-        raise InputError(f"compare wants folders of runs; {run} is {'a file' if run.exists() else 'not there'}")
-    if missing := [file for file in (CONFIG, *TABLES) if not (run / file).is_file()]:
-        raise InputError(f"{run} is no finished run of fedsim: it lacks {listing(missing)}")
-    remedy = f"leave {run} out, or run its experiment in another folder"
-    config = yaml.safe_load(read_sealed(run / CONFIG, remedy))
-    config = {field: value for field, value in config.items() if field not in EXECUTION}
-    tables = []
-    for file, columns in TABLES.items():
-        with intact(run / file, remedy):
-            tables.append(read_table(run / file)[columns])
-    scores, zero_shot, costs, labels, bins = tables
-    if len(costs) < config["rounds"]:
-        raise InputError(f"{run} is not finished: it did {len(costs)} of {config['rounds']} rounds")
-    chosen, held_out = choose_round(scores), config["held_out"]
-    by_round = curves(scores, held_out)
-
-    def at_chosen(table: pd.DataFrame) -> pd.DataFrame:
-        return table[table["round"] == chosen]
-
+        raise InputError(f"compare needs folders of runs; {run} {'is a file' if run.exists() else 'does not exist'}")
+    tables = read_tables(run)
+    by_round = curves(tables.trained.scores, tables.held_out)
     return Finished(
         name,
-        # The same data may be in another place on another machine: the folder's name tells.
-        flat(config) | {"data_dir": portable(config["data_dir"])},
-        chosen,
-        summarize(at_chosen(scores), at_chosen(labels), at_chosen(bins), held_out),
-        summarize(zero_shot, labels[:0], bins[:0], held_out),
-        {"round": by_round} | over(by_round, costs),
-        costs.bytes_up.sum() / 1e6,
-        costs.seconds.sum(),
+        # The same data may be at another path on another machine: the folder's name identifies it.
+        flat(tables.experiment) | {"data_dir": portable(tables.experiment["data_dir"])},
+        tables.chosen_round,
+        tables.summary(),
+        tables.summary(ZERO_SHOT),
+        {"round": by_round} | against_cost(by_round, tables.rounds),
+        tables.rounds.bytes_up.sum() / 1e6,
+        tables.rounds.seconds.sum(),
     )
 
 
@@ -199,30 +172,30 @@ def _read(run: Path, name: str) -> Finished:
 
 def _differing(runs: list[Finished]) -> list[str]:
     """Fields with more than one value; hyperparameters, among runs of the same component."""
-    found: dict[tuple[str, str], set[str]] = {}
+    values: dict[tuple[str, str], set[str]] = {}
     for run in runs:
         for field, value in run.fields.items():
             component = run.fields[field.partition(".")[0]] if "." in field else ""
-            found.setdefault((field, component), set()).add(repr(value))
-    return list(dict.fromkeys(field for (field, _), values in found.items() if len(values) > 1))
+            values.setdefault((field, component), set()).add(repr(value))
+    return list(dict.fromkeys(field for (field, _), distinct in values.items() if len(distinct) > 1))
 
 
-def _groups(runs: list[Finished], apart: list[str]) -> Groups:
-    """Runs that differ only in their seeds, named by the fields that set them apart; of a seed run twice, the first."""
-    found: dict[str, dict[Any, Finished]] = {}
+def _groups(runs: list[Finished], settings: list[str]) -> Groups:
+    """Runs that differ only in their seeds, named by the fields that differ; of a seed run twice, the first."""
+    groups: dict[str, dict[Any, Finished]] = {}
     for run in runs:
         key = repr(sorted((field, repr(value)) for field, value in run.fields.items() if field not in SEEDS))
-        found.setdefault(key, {}).setdefault(tuple(run.fields[seed] for seed in SEEDS), run)
-    return [(_name(list(group.values()), apart), list(group.values())) for group in found.values()]
+        groups.setdefault(key, {}).setdefault(tuple(run.fields[seed] for seed in SEEDS), run)
+    return [(_name(list(group.values()), settings), list(group.values())) for group in groups.values()]
 
 
-def _name(group: list[Finished], apart: list[str]) -> str:
+def _name(group: list[Finished], settings: list[str]) -> str:
     first = group[0]
     if len(group) == 1:
         return first.name
-    words = {field: _word(first, field) for field in apart if field in first.fields}
-    told = [word if field in ("method", "server") else f"{field} {word}" for field, word in words.items()]
-    return f"{', '.join(told) or first.fields['method']} ({len(group)} seeds)"
+    words = {field: _word(first, field) for field in settings if field in first.fields}
+    parts = [word if field in ("method", "server") else f"{field} {word}" for field, word in words.items()]
+    return f"{', '.join(parts) or first.fields['method']} ({len(group)} seeds)"
 
 
 def _word(run: Finished, field: str) -> str:
@@ -233,17 +206,17 @@ def _word(run: Finished, field: str) -> str:
     return setting(value)
 
 
-# What it brought -------------------------------------------------------------------------------------------
+# Tables and plots ------------------------------------------------------------------------------------------
 
 
 def _table(groups: Groups, differing: list[str]) -> pd.DataFrame:
     """A row of text for each group, by the fields that differ."""
-    told = {key for _, group in groups for run in group for key in run.means}
+    measures = {key for _, group in groups for run in group for key in run.means}
     rows = []
     for name, group in groups:
         row = {"name": name} | {field: _word(group[0], field) for field in differing}
         row["chosen round"] = ", ".join(str(round) for round in sorted({run.chosen for run in group}))
-        row |= {head: _mean(group, key) for key, head in SHOWN.items() if key in told}
+        row |= {head: _mean(group, key) for key, head in SHOWN.items() if key in measures}
         row["zero-shot generalization"] = _spread([run.zero_shot["generalization"] for run in group])
         row["megabytes up"] = number(float(np.mean([run.megabytes for run in group])))
         row["seconds"] = number(float(np.mean([run.seconds for run in group])))
@@ -252,7 +225,7 @@ def _table(groups: Groups, differing: list[str]) -> pd.DataFrame:
 
 
 def _more(groups: Groups) -> pd.DataFrame:
-    """A row of text for each group, of what the first table has no room for."""
+    """A row of text for each group, with the measures that the first table has no room for."""
     return pd.DataFrame(
         [{"name": name} | {head: _mean(group, key) for key, head in MORE.items()} for name, group in groups]
     )
@@ -263,13 +236,13 @@ def _mean(group: list[Finished], key: str) -> str:
 
 
 def _spread(accuracies: list[float]) -> str:
-    """Mean ± sample standard deviation, in percent; of one run, its number."""
+    """Mean ± sample standard deviation in percent; for one run, its value."""
     return spread(percent(float(np.mean(accuracies))), pd.Series(accuracies).std())
 
 
 def _plots(groups: Groups) -> list[Plot]:
-    """By round, and by bytes: there, what sends none stands upright at 0."""
-    caption = "Dashed: zero-shot CLIP on the same rows. Large dots: the chosen round of a run alone."
+    """By round, and by bytes, where a run that sends none is a vertical line at 0."""
+    caption = "Dashed: zero-shot CLIP on the same rows. Large dots: the chosen round, of single runs only."
     if any(len(group) > 1 for _, group in groups):
         caption += " Bands: sample standard deviation over seeds."
     sides = {"generalization": "accuracy on held-out domains (%)", "personalization": "accuracy on own test rows (%)"}
@@ -281,12 +254,12 @@ def _plots(groups: Groups) -> list[Plot]:
 
 def _lines(groups: Groups, by: str, side: str) -> list[Line]:
     lines = []
-    for place, (name, group) in enumerate(groups):
+    for index, (name, group) in enumerate(groups):
         first = group[0]
         y = 100 * pd.concat([run.lines["round"][side] for run in group], axis=1).set_axis(first.lines[by].index)
         dot = list(first.lines["round"].index).index(first.chosen)
         deviation, dot = (y.std(axis=1), None) if len(group) > 1 else (None, dot)
         if y.notna().all(axis=None):
             zero_shot = 100 * first.zero_shot[side]
-            lines.append(Line(name, place, y.mean(axis=1), zero_shot=zero_shot, spread=deviation, dot=dot))
+            lines.append(Line(name, index, y.mean(axis=1), zero_shot=zero_shot, spread=deviation, dot=dot))
     return lines

@@ -16,9 +16,9 @@ from fedsim.config import EXECUTION
 from fedsim.errors import counted
 from fedsim.files import write_text
 from fedsim.formats import number, setting
-from fedsim.reporting.page import LONGEST, Section, portable, render
+from fedsim.reporting.facts import to_yaml
+from fedsim.reporting.html import LONGEST, Section, portable, render
 from fedsim.reporting.plots import Plot
-from fedsim.reporting.report import to_yaml
 from fedsim.sweep.plots import (
     FAILED,
     FINISHED,

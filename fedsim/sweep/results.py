@@ -11,7 +11,8 @@ from fedsim.config import Config
 from fedsim.errors import EXPECTED, InputError
 from fedsim.events import Progress
 from fedsim.files import write_text
-from fedsim.reporting.report import environment, to_yaml, write_table
+from fedsim.reporting.facts import environment, to_yaml
+from fedsim.reporting.parquet import write_table
 from fedsim.sweep.prepare import Prepared
 from fedsim.sweep.resources import TrialResources
 from fedsim.sweep.study import Study
@@ -99,8 +100,9 @@ def _run_on_reporting_seeds(
     rows, problem, folders = {}, None, list(runs)
     try:
         for index, report in run_all(list(runs.values()), None, progress) if runs else ():
-            costs = report.round_table()
-            measures = report.summary() | {"bytes": int(costs.bytes_up.sum() + costs.bytes_down.sum())}
+            tables = report.tables()
+            costs = tables.rounds
+            measures = tables.summary() | {"bytes": int(costs.bytes_up.sum() + costs.bytes_down.sum())}
             for name, seed in keys[folders[index]]:
                 rows[name, seed] = {"config": name, "seed": seed, "round": report.chosen_round} | measures
     except EXPECTED as error:  # raised for one run after all others have ended

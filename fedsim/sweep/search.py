@@ -18,7 +18,7 @@ from fedsim.files import reason
 from fedsim.folder import alone_in, write_sealed
 from fedsim.formats import number, percent
 from fedsim.prepare import Experiment, sizing_of
-from fedsim.reporting.report import to_yaml
+from fedsim.reporting.facts import to_yaml
 from fedsim.simulate import encoded
 from fedsim.sweep.config import Sweep
 from fedsim.sweep.prepare import ACCURACIES, FILE, Prepared, prepare_sweep, refuse_another_sweep

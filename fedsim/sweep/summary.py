@@ -9,7 +9,8 @@ from fedsim.errors import counted, listing
 from fedsim.formats import difference, number, percent, setting, spread
 from fedsim.prepare import DEALT
 from fedsim.registry import available
-from fedsim.reporting.page import MEASURES, NEW_MEASURES, Section, portable
+from fedsim.reporting.html import Section, portable
+from fedsim.reporting.page import MEASURES, NEW_MEASURES
 from fedsim.sweep.plots import FINISHED, Scale
 from fedsim.sweep.tables import ABSENT, count_by_kind
 from fedsim.sweep.view import StudyView, value_in

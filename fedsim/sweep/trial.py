@@ -11,11 +11,12 @@ from filelock import FileLock, Timeout
 
 from fedsim.cluster.workers import Pool
 from fedsim.config import Config, merged
-from fedsim.counts import COLUMNS, SPLITS
 from fedsim.errors import InputError, Stopped
 from fedsim.folder import LOCK, claim
 from fedsim.prepare import Experiment, prepare
-from fedsim.reporting.report import Report, accuracy_per_client, best_round, tail_mean
+from fedsim.reporting.metrics import accuracy_per_client, best_round, tail_mean
+from fedsim.reporting.report import Report
+from fedsim.reporting.tables import TRAINED, round_table, score_table
 from fedsim.simulate import rounds
 
 EVALUATED_ON = ("val",)  # trials do not even read test rows
@@ -135,9 +136,9 @@ def measures(report: Report, round: int) -> dict[str, float]:
     chosen = best_round({done: mean for done, mean in report.validation.items() if done <= round})
     if isnan(report.validation[chosen]):
         raise InputError("no client has validation rows, on which trials are evaluated")
-    scores = pd.DataFrame(report.parts_of(chosen), columns=["round", *COLUMNS])
-    accuracy = accuracy_per_client(scores[scores.split == SPLITS.index("val")])
-    costs = report.round_table()[:round]
+    scores = score_table([(TRAINED, chosen, report.counts[chosen])], report.domains)
+    accuracy = accuracy_per_client(scores[scores.split == "val"])
+    costs = round_table(report.rounds[:round])
     return {
         "validation": report.validation[chosen],
         "worst_tenth": tail_mean(accuracy),

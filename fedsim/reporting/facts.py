@@ -1,0 +1,33 @@
+"""What a run was made of: versions of packages, and plain values as YAML."""
+
+import json
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+PACKAGES = (
+    "fedsim",
+    "ray",
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "timm",
+    "numpy",
+    "pyarrow",
+    "pandas",
+    "matplotlib",
+)
+
+
+def environment() -> dict[str, str]:
+    """Versions of what the bits of a run depend on."""
+    return {"python": platform.python_version(), "machine": platform.machine()} | {
+        name: version(name) for name in PACKAGES
+    }
+
+
+def to_yaml(fields: dict[str, Any]) -> str:
+    """Plain values as YAML, in their order; a tuple becomes a list."""
+    return yaml.safe_dump(json.loads(json.dumps(fields)), sort_keys=False)

@@ -1,0 +1,155 @@
+"""Every mean that a run reports, derived from counts; and the round that validation rows choose.
+
+Arguments are rows of the tables in `tables.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from fedsim.counts import GROUPS
+from fedsim.shares import part
+
+TRAVELLED = "bytes up and down since the start"
+CLOCK = "simulated seconds since the start"
+
+
+def summarize(
+    scores: pd.DataFrame, labels: pd.DataFrame, calibration: pd.DataFrame, held_out: Sequence[str]
+) -> dict[str, float]:
+    """The means of one evaluation, of one model in one round; nan where it has no such rows.
+
+    All trained classes compete for a row unless stated otherwise.
+
+    generalization: test accuracy on held-out domains, mean over domains.
+    personalization: accuracy of clients on their own test rows, mean over clients.
+    worst_tenth: the same, mean over the worst tenth of the clients.
+    validation: accuracy of clients on their own validation rows, mean over clients.
+    spread: standard deviation of the accuracies that personalization is the mean of.
+    personalization_own: as personalization, but only a client's own classes compete for its rows.
+    macro_f1, ece: of the own test rows of all clients together; see `macro_f1` and `calibration_error`.
+    generalization_f1, generalization_ece: of the test rows of all held-out domains together.
+
+    Where there are rows of new classes, also these, as papers that train on base classes call them:
+
+    local: personalization_own.
+    base: accuracy on the own test rows of all clients together.
+    new: accuracy on test rows of new classes, for which only new classes compete.
+    harmonic_2: harmonic mean of base and new (CoCoOp, Zhou et al. 2022, arXiv 2203.05557).
+    harmonic_3: harmonic mean of local, base and new (FedTPG, Qiu et al. 2024, arXiv 2310.06123).
+    """
+    held = scores.domain.isin(held_out)
+    test, new = scores.split == "test", scores.split == "new"
+    own = accuracy_per_client(scores[test & ~held])
+    among_own = accuracy_per_client(scores[test & ~held].assign(correct=scores.correct_own))
+    groups = {group: (labels[labels.group == group], calibration[calibration.group == group]) for group in GROUPS}
+    means = {
+        "generalization": float(accuracy_per_domain(scores[test & held]).mean()),
+        "personalization": float(own.mean()),
+        "worst_tenth": tail_mean(own) if len(own) else float("nan"),
+        "validation": validation_of(scores),
+        "spread": float(own.std(ddof=0)),
+        "personalization_own": float(among_own.mean()),
+    }
+    for group, f1, ece in (("own", "macro_f1", "ece"), ("held_out", "generalization_f1", "generalization_ece")):
+        means |= {f1: macro_f1(groups[group][0]), ece: calibration_error(groups[group][1])}
+    if not new.any():
+        return means
+    local = means["personalization_own"]
+    base, unseen = (pooled_accuracy(scores[rows]) for rows in (test & ~held, new))
+    means |= {"local": local, "base": base, "new": unseen}
+    return means | {"harmonic_2": harmonic_mean(base, unseen), "harmonic_3": harmonic_mean(local, base, unseen)}
+
+
+# The chosen round ------------------------------------------------------------------------------------------
+
+
+def validation_of(scores: pd.DataFrame) -> float:
+    """Accuracy of clients on their own validation rows in one round, mean over clients; nan without such rows."""
+    return float(accuracy_per_client(scores[scores.split == "val"]).mean())
+
+
+def best_round(validation: Mapping[int, float]) -> int:
+    """The round of the highest mean validation accuracy over clients, the first on a tie, and never round 0.
+
+    Without validation rows, the last round. It is never chosen on test rows.
+    """
+    trained = {round: mean for round, mean in validation.items() if round and not np.isnan(mean)}
+    return max(trained, key=lambda round: trained[round]) if trained else max(validation, default=0)
+
+
+# Accuracies ------------------------------------------------------------------------------------------------
+
+
+def accuracy_per_client(scores: pd.DataFrame) -> pd.Series:
+    """Accuracy in [0, 1] by (round, client), over all domains and splits of the given rows."""
+    counts = scores.groupby(["round", "client"])[["correct", "total"]].sum()
+    return (counts.correct / counts.total).dropna()
+
+
+def accuracy_per_domain(scores: pd.DataFrame) -> pd.Series:
+    """Accuracy in [0, 1] by (round, domain), over all clients and splits of the given rows."""
+    counts = scores.groupby(["round", "domain"])[["correct", "total"]].sum()
+    return (counts.correct / counts.total).dropna()
+
+
+def pooled_accuracy(scores: pd.DataFrame) -> float:
+    """Accuracy in [0, 1] over all of the given rows together; nan without rows."""
+    return float(scores.correct.sum() / scores.total.sum()) if scores.total.sum() else float("nan")
+
+
+def tail_of(clients: int, share: float = 0.1) -> int:
+    """How many of this number of clients are the worst ones; at least one."""
+    return max(1, part(clients, share))
+
+
+def tail_mean(accuracy: pd.Series, share: float = 0.1) -> float:
+    """Mean of the worst clients, which the mean over all hides; see `tail_of`."""
+    return float(accuracy.sort_values().iloc[: tail_of(len(accuracy), share)].mean())
+
+
+def macro_f1(labels: pd.DataFrame) -> float:
+    """F1 in [0, 1] of rows of `Tables.labels`, mean over classes with rows or predictions."""
+    counts = labels.groupby("label")[["correct", "predicted", "support"]].sum()
+    return float((2 * counts.correct / (counts.predicted + counts.support)).mean())
+
+
+def calibration_error(bins: pd.DataFrame) -> float:
+    """Distance of confidence from accuracy, from rows of `Tables.calibration`: mean over bins, weighted by rows.
+
+    Source: the expected calibration error of Guo et al. 2017, arXiv 1706.04599.
+    """
+    counts = bins.groupby("bin")[["rows", "correct", "confidence"]].sum()
+    return float((counts.correct - counts.confidence).abs().sum() / counts.rows.sum()) if len(counts) else float("nan")
+
+
+def harmonic_mean(*accuracies: float) -> float:
+    """0 if one of them is 0; nan if one is nan."""
+    if 0.0 in accuracies:
+        return float("nan") if np.isnan(accuracies).any() else 0.0
+    return len(accuracies) / sum(1 / accuracy for accuracy in accuracies)
+
+
+# Curves ----------------------------------------------------------------------------------------------------
+
+
+def curves(scores: pd.DataFrame, held_out: Sequence[str]) -> pd.DataFrame:
+    """Means of `summarize` by round, of one model: nan where a round has no such rows."""
+    held = scores.domain.isin(held_out)
+    test, val = scores.split == "test", scores.split == "val"
+    accuracies = {
+        "personalization": accuracy_per_client(scores[test & ~held]),
+        "generalization": accuracy_per_domain(scores[test & held]),
+        "validation": accuracy_per_client(scores[val]),
+    }
+    if (new := scores.split == "new").any():
+        accuracies["new"] = accuracy_per_client(scores[new])
+    rounds = pd.Index(sorted(scores["round"].unique()), name="round")
+    return pd.DataFrame({name: values.groupby("round").mean() for name, values in accuracies.items()}, index=rounds)
+
+
+def against_cost(lines: pd.DataFrame, costs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Curves by round as curves by cost since the start: bytes of all clients together, and simulated time."""
+    spent = {TRAVELLED: (costs.bytes_up + costs.bytes_down).cumsum(), CLOCK: costs.clock_s}
+    return {cost: lines.set_axis(np.concatenate([[0], total])[lines.index]) for cost, total in spent.items()}

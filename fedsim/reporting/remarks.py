@@ -1,0 +1,63 @@
+"""What a reader must know before the numbers of a run: how its round was chosen, and what they lack."""
+
+import numpy as np
+
+from fedsim.reporting.tables import Tables
+
+NEVER = "Test rows never choose; test curves are here to be looked at, not to choose a round from."
+
+
+def remarks(tables: Tables) -> list[str]:
+    """Sentences on how the round was chosen, and on what was not trained or evaluated."""
+    chosen, last, means = tables.chosen_round, tables.last_round, tables.summary()
+    if last == 0:
+        sentences = ["No round was run: the numbers are those of the parameters that training would start from."]
+    elif np.isnan(means["validation"]):
+        sentences = [f"Round {chosen} is reported because it is the last: no client has validation rows."]
+    else:
+        sentences = [f"Round {chosen} of {last} is reported: the first of the best mean accuracy on validation rows."]
+    if last and tables.facts.get("trained_parameters") and not tables.rounds.steps.sum():
+        sentences.insert(0, "No client took a local step in any round: the numbers are those of untrained parameters.")
+    if np.isnan(means["personalization"]):
+        sentences.append("No client has test rows of its own.")
+    elif tables.facts.get("unseen_test"):
+        sentences.append(
+            "Test rows show concepts that no training or validation row shows, in any domain, so test accuracy is "
+            "expected to be lower than validation accuracy."
+        )
+    return sentences + [f"No client trains on a class of held-out domain {name}." for name in _foreign(tables)]
+
+
+def remarks_of_page(tables: Tables) -> str:
+    """`remarks`, and what the tables and plots of a page need to be understood."""
+    text = " ".join([*remarks(tables), *[NEVER] * bool(tables.last_round)])
+    scores, new = tables.trained.scores, tables.new_classes
+    models = scores[scores.domain.isin(tables.held_out) | (scores.split == "new")].client.nunique()
+    if models > len(tables.held_out) + bool(new):
+        accuracy = "accuracy on held-out domains and new classes" if new else "held-out accuracy"
+        text += f" Each of {models} clients has its own model: {accuracy} is the mean over their models."
+    if new:
+        text += (
+            f" No client trains on the {len(new)} new classes, the last in alphabetical order; rows of these classes "
+            "in held-out domains are not evaluated."
+        )
+    if skipped := tables.facts.get("skipped"):
+        text += f" Unreadable images that were left out: {len(skipped)}, listed at the end."
+    return text
+
+
+def rows_tested(tables: Tables) -> dict[str, int]:
+    """Test rows behind an accuracy of `summarize`; a row that several models are tested on counts once."""
+    scores = tables.zero_shot.scores
+    scores = scores[scores.split == "test"]
+    held = scores.domain.isin(tables.held_out)
+    return {"generalization": int(scores.total[held].sum()), "personalization": int(scores.total[~held].sum())}
+
+
+def _foreign(tables: Tables) -> list[str]:
+    """Held-out domains without a class that a client trains on; none if only some clients' rows are known."""
+    partition = tables.partition
+    trained = set(partition.label[partition.split == "train"])
+    known = [] if tables.experiment.get("eval_clients") else tables.held_out
+    test = partition[partition.split == "test"]
+    return [name for name in known if trained.isdisjoint(test.label[test.domain == name])]

@@ -1,0 +1,163 @@
+"""A run as tidy tables: all that its page, its Parquet files and comparisons are made from."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from fedsim.clients import new_of
+from fedsim.counts import COLUMNS as SCORES
+from fedsim.counts import GROUPS, SPLITS, Counts
+from fedsim.reporting.metrics import best_round, summarize, validation_of
+
+ZERO_SHOT, TRAINED = "zero_shot", "trained"  # column `model`: zero-shot CLIP (round 0), and what the run trains
+EVALUATIONS = ("scores", "labels", "calibration")
+INTEGERS = ("round", "asked", "clients", "dropped", "late", "bytes_up", "bytes_down", "steps")
+# Clients that were asked either drop out, miss the deadline, or count. Bytes down are of all that were asked, bytes up
+# of those that count; clock_s are simulated seconds since the start. Steps and flops, the floating-point operations of
+# training, are of all clients together.
+COLUMNS = {
+    "scores": ("model", "round", *SCORES),
+    "labels": ("model", "round", "group", "label", "correct", "predicted", "support"),
+    "calibration": ("model", "round", "group", "bin", "rows", "correct", "confidence"),
+    "rounds": (*INTEGERS[:-1], "seconds", "clock_s", "loss", "steps", "flops"),
+    "partition": ("client", "domain", "label", "split", "rows"),
+}
+Evaluation = tuple[str, int, Counts]  # model, round
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A run, as `COLUMNS` has it, and what it is of.
+
+    Attributes:
+        experiment: the fields of the config that decide the result.
+        domains, classes: names, by index.
+        held_out: names of the held-out domains.
+        facts: about the data, the device and the versions of packages.
+        scores: one row per model, round, client, domain and split.
+        labels: one row per model, round, group of rows (`GROUPS`) and class.
+        calibration: one row per model, round, group of rows and bin of confidence.
+        rounds: costs and training loss, one row per round.
+        partition: how many rows each client has, by domain, label and split.
+    """
+
+    experiment: dict[str, Any]
+    domains: list[str]
+    classes: list[str]
+    held_out: list[str]
+    facts: dict[str, Any]
+    scores: pd.DataFrame
+    labels: pd.DataFrame
+    calibration: pd.DataFrame
+    rounds: pd.DataFrame
+    partition: pd.DataFrame
+
+    def of(self, model: str, round: int | None = None) -> "Tables":
+        """The same with the evaluations of one model alone, and of one round where it is given."""
+        tables = {name: getattr(self, name) for name in EVALUATIONS}
+        tables = {name: table[table.model == model] for name, table in tables.items()}
+        if round is not None:
+            tables = {name: table[table["round"] == round] for name, table in tables.items()}
+        return replace(self, **tables)
+
+    @cached_property
+    def zero_shot(self) -> "Tables":
+        return self.of(ZERO_SHOT)
+
+    @cached_property
+    def trained(self) -> "Tables":
+        return self.of(TRAINED)
+
+    @cached_property
+    def chosen(self) -> "Tables":
+        """The trained model at the chosen round."""
+        return self.of(TRAINED, self.chosen_round)
+
+    @cached_property
+    def chosen_round(self) -> int:
+        """`best_round` of the trained model."""
+        rounds = self.trained.scores.groupby("round")
+        return best_round({int(cast(int, round)): validation_of(rows) for round, rows in rounds})
+
+    @cached_property
+    def last_round(self) -> int:
+        """The last round that was evaluated."""
+        return int(self.trained.scores["round"].max()) if len(self.trained.scores) else 0
+
+    @property
+    def new_classes(self) -> list[str]:
+        """Names of the classes that no client trains on."""
+        return [self.classes[index] for index in new_of(self.classes, self.experiment.get("new_classes", 0.0))]
+
+    def summary(self, model: str = TRAINED, round: int | None = None) -> dict[str, float]:
+        """`summarize` of zero-shot CLIP, or of the trained model in a round (default: the chosen one)."""
+        if model == TRAINED and round is None:
+            round = self.chosen_round
+        tables = self.of(model, round)
+        return summarize(tables.scores, tables.labels, tables.calibration, self.held_out)
+
+
+def score_table(evaluations: Iterable[Evaluation], domains: Sequence[str]) -> pd.DataFrame:
+    """`Tables.scores` of some evaluations."""
+    parts = [np.empty((0, 1 + len(SCORES)), np.int32)]
+    models: list[str] = []
+    for model, round, counts in evaluations:
+        parts.append(np.column_stack([np.full(len(counts.scores), round, np.int32), counts.scores]))
+        models += [model] * len(counts.scores)
+    table = pd.DataFrame(np.concatenate(parts), columns=["round", *SCORES])
+    table["domain"] = [domains[index] for index in table.domain]
+    table["split"] = [SPLITS[index] for index in table.split]
+    table.insert(0, "model", models)
+    return table
+
+
+def label_table(evaluations: Iterable[Evaluation], classes: Sequence[str]) -> pd.DataFrame:
+    """`Tables.labels` of some evaluations, without classes that have neither rows nor predictions."""
+    table = _tidy([(model, round, counts.labels) for model, round, counts in evaluations], COLUMNS["labels"])
+    return table.assign(label=[classes[index] for index in table.label])
+
+
+def calibration_table(evaluations: Iterable[Evaluation]) -> pd.DataFrame:
+    """`Tables.calibration` of some evaluations, without empty bins."""
+    bins = [
+        (model, round, np.dstack([counts.bins[..., ::-1], counts.confidence])) for model, round, counts in evaluations
+    ]
+    return _tidy(bins, COLUMNS["calibration"])
+
+
+def round_table(rounds: Sequence[np.ndarray]) -> pd.DataFrame:
+    """`Tables.rounds`, from a row of float64 for each round."""
+    columns = list(COLUMNS["rounds"])
+    table = pd.DataFrame(np.array(rounds).reshape(-1, len(columns)), columns=columns)
+    return table.astype(dict.fromkeys(INTEGERS, np.int64))
+
+
+def partition_table(holdings: np.ndarray, domains: Sequence[str], classes: Sequence[str]) -> pd.DataFrame:
+    """`Tables.partition`, from what `holdings` returns."""
+    table = pd.DataFrame(holdings, columns=list(COLUMNS["partition"]))
+    table["domain"] = [domains[index] for index in table.domain]
+    table["label"] = [classes[index] for index in table.label]
+    table["split"] = [("train", *SPLITS)[index] for index in table.split]
+    return table
+
+
+def _tidy(evaluations: Iterable[tuple[str, int, np.ndarray]], columns: Sequence[str]) -> pd.DataFrame:
+    """A row for each group and index that has counts.
+
+    Args:
+        evaluations: model, round, and (groups, n, k) counts.
+        columns: of the model, the round, the group, the index in [0, n), and the k counts.
+    """
+    parts, models = [np.zeros((0, len(columns) - 1))], []
+    for model, round, counts in evaluations:
+        group, index = np.nonzero(counts.any(axis=-1))
+        parts.append(np.column_stack([np.full(len(group), round), group, index, counts[group, index]]))
+        models += [model] * len(group)
+    table = pd.DataFrame(np.concatenate(parts), columns=list(columns[1:]))
+    table = table.astype({name: np.int64 for name in columns[1:] if name != "confidence"})
+    table.insert(0, "model", models)
+    return table.assign(group=[GROUPS[index] for index in table.group])
