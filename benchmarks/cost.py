@@ -37,12 +37,13 @@ from fedsim.clip.checkpoints import find_weights
 from fedsim.clip.model import Clip, Frozen
 from fedsim.cluster.placement import Sizing
 from fedsim.cluster.worker import keep_freed_memory
-from fedsim.datasets import TRAIN, Features
+from fedsim.datasets import TRAIN
 from fedsim.datasets.glyphs import Glyphs
-from fedsim.features import encode
+from fedsim.encoding import encode
 from fedsim.registry import parse
 from fedsim.reporting.metrics import accuracy_per_client, accuracy_per_domain
 from fedsim.reporting.parquet import read_tables
+from fedsim.representations import Encoded
 from fedsim.rng import torch_rng
 from fedsim.servers.fedavg import FedAvg
 from fedsim.training.flops import flops_of
@@ -87,7 +88,7 @@ class Client:
     """One client with a batch of train rows, and what the engine trains it with."""
 
     def __init__(self, variant: Variant, folder: Path) -> None:
-        self.features: Features = pickle.loads((folder / "features.pickle").read_bytes())
+        self.features: Encoded = pickle.loads((folder / "features.pickle").read_bytes())
         frozen: Frozen = pickle.loads((folder / "frozen.pickle").read_bytes())
         if variant.method != "fedclip" or variant.tower:
             # Mapped and not read, as an actor maps what all workers of its machine share.
@@ -101,8 +102,8 @@ class Client:
         self.shared = self.task.of(like, "shared")
         for name, tensor in self.params.items():
             tensor[0].copy_(like[name])
-        level = "pixels" if variant.tower else self.task.method.reads.image
-        x = torch.from_numpy(self.features.take(level, self.rows))
+        name = "pixels" if variant.tower else self.task.method.reads.image
+        x = torch.from_numpy(self.features.representations.read(name, self.rows))
         self.x, self.y = x if x.dtype == torch.uint8 else x.float(), torch.from_numpy(self.features.y)
         self.tower = self.trainer.clip("float32").image_tower() if variant.tower else None
 
@@ -126,7 +127,7 @@ def prepare(folder: Path, backbone: str, batch: int) -> dict:
     weights = find_weights(backbone, str(folder / "random.pt"))
     images = Glyphs().load(None)
     rows = np.random.default_rng(DRAWN_BY).choice(np.flatnonzero(images.split == TRAIN), batch, replace=False)
-    what = PROMPT, folder, Sizing(actors=0), lambda event: None, "pixels"
+    what = PROMPT, folder, Sizing(actors=0), lambda event: None, ["pixels"]
     features = encode(images.take(np.sort(rows)), weights, *what)
     clip = Clip(weights)
     frozen = clip.frozen()

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -33,10 +33,11 @@ from fedsim.clip.checkpoints import EMBEDDED, find_weights, width_of
 from fedsim.clip.model import Clip
 from fedsim.cluster.worker import device_of
 from fedsim.datasets import TRAIN, Features, Images
-from fedsim.features import BLOCK, Encoder
+from fedsim.encoding import BLOCK, Encoder, from_features
 from fedsim.files import digest
 from fedsim.params import flatten
 from fedsim.registry import parse
+from fedsim.representations import Encoded
 from fedsim.servers.fedavg import FedAvg
 from fedsim.training.stack import stack_size
 from fedsim.training.task import Task, backbone_of, initial_params
@@ -255,14 +256,13 @@ class Bench:
         about = {"classes": ("thing",), "domains": ("noise",), "split": np.zeros(len(files), np.int8)}
         return Images(files=files, names=names, y=index, domain=index, **about)
 
-    def made(self, count: int, weights=None, rows: int = ROWS) -> tuple[Features, Population]:
+    def made(self, count: int, weights=None, rows: int = ROWS) -> tuple[Encoded, Population]:
         """Random features of so many clients, and class embeddings: of a backbone's width where one is given."""
         width, classes = (width_of(weights), self.sizes.classes) if weights else (WIDTH, CLASSES)
         rng = np.random.default_rng(0)
         text = rng.standard_normal((classes, width)).astype(np.float32)
         total = count * rows
         features = Features(
-            file=None,
             x=rng.standard_normal((total, width), np.float32).astype(np.float16),
             y=rng.integers(classes, size=total),
             domain=np.zeros(total, np.int64),
@@ -271,21 +271,19 @@ class Bench:
             split=np.full(total, TRAIN, np.int8),
             class_embeddings=text / np.linalg.norm(text, axis=1, keepdims=True),
             logit_scale=100.0,
-            prompt="a picture of a {}",
         )
         nothing = np.empty(0, np.int64)
         splits = [(np.arange(k * rows, (k + 1) * rows), nothing, nothing) for k in range(count)]
-        return features, Population(splits, [])
+        data = from_features(features)
+        data = replace(data, class_embeddings=replace(data.class_embeddings, prompt="a picture of a {}"))
+        return data, Population(splits, [])
 
-    def loop(self, features: Features, count: int, fused: bool | None) -> None:
+    def loop(self, features: Encoded, count: int, fused: bool | None) -> None:
         """One client after the other, as anybody would write it; the rows are on the GPU before it starts."""
         if not hasattr(self, "_rows"):
-            x, y = torch.from_numpy(features.x).float(), torch.from_numpy(features.y)
-            self._rows = (
-                x.to(self.device),
-                y.to(self.device),
-                torch.from_numpy(features.class_embeddings).to(self.device),
-            )
+            x = torch.from_numpy(features.representations.features).float()
+            arrays = x, torch.from_numpy(features.y), torch.from_numpy(features.class_embeddings.vectors)
+            self._rows = tuple(array.to(self.device) for array in arrays)
         x, y, text = self._rows
         server, worker = (plain.Adapter(WIDTH).to(self.device) for _ in range(2))
         received = server.state_dict()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedsim.datasets import TEST, Labelled
+from fedsim.datasets import TEST, Labels
 from fedsim.errors import InputError, listing
 from fedsim.partitions import Dealing, Splits
 from fedsim.rng import numpy_rng
@@ -60,7 +60,7 @@ class Population(Sequence):
         """`Client.split` of a client, whose rows need not be drawn for it."""
         return "new" if client == len(self.splits) + len(self.away) else "test"
 
-    def classes_of(self, client: Client, rows: Labelled) -> np.ndarray:
+    def classes_of(self, client: Client, rows: Labels) -> np.ndarray:
         """(C,) bool, a client's own label space: the classes of its rows; where nobody trains, of all whose test it is.
 
         These are the trained classes for a held-out domain, and the new ones for the client of these.
@@ -72,7 +72,7 @@ class Population(Sequence):
         present[rows.y[np.concatenate([client.train, client.val, client.test])]] = True
         return present
 
-    def trained_classes(self, rows: Labelled) -> np.ndarray:
+    def trained_classes(self, rows: Labels) -> np.ndarray:
         """(C,) bool, all classes but the new ones."""
         trained = np.ones(len(rows.classes), bool)
         trained[list(self.new_classes)] = False
@@ -80,7 +80,7 @@ class Population(Sequence):
 
 
 def make_clients(
-    rows: Labelled,
+    rows: Labels,
     partition: Dealing,
     clients: int | None,
     held_out: tuple[str, ...],
@@ -105,7 +105,7 @@ def make_clients(
             classes in such a share, or no rows of theirs; a data set that makes rows on demand has no rows to choose
             from.
     """
-    if rows.block and (shots or new_classes):
+    if rows.rows_per_client and (shots or new_classes):
         raise InputError(
             f"{'shots' if shots else 'new_classes'} wants a data set whose rows are there to choose from; these are "
             "made client by client"
@@ -167,7 +167,7 @@ def new_of(classes: Sequence[str], share: float) -> list[int]:
     return sorted(by_name[len(classes) - count :])
 
 
-def held_out_ids(rows: Labelled, held_out: tuple[str, ...]) -> list[int]:
+def held_out_ids(rows: Labels, held_out: tuple[str, ...]) -> list[int]:
     """Indices of the held-out domains.
 
     Raises:

@@ -8,7 +8,7 @@ from functools import reduce
 
 import numpy as np
 
-from fedsim.datasets import Labelled
+from fedsim.datasets import Labels
 
 SPLITS = ("val", "test", "new")
 COLUMNS = ("client", "domain", "split", "correct", "total", "correct_own")
@@ -57,7 +57,7 @@ def tally(
     predictions: np.ndarray,
     own_predictions: np.ndarray,
     confidence: np.ndarray,
-    rows: Labelled,
+    rows: Labels,
     held_out: Collection[int] = (),
 ) -> Counts:
     """Counts of some clients on some rows.

@@ -13,11 +13,11 @@ from fedsim.clients import Population, held_out_ids
 from fedsim.cluster.workers import Workers
 from fedsim.config import Config
 from fedsim.counts import Counts, merge
-from fedsim.datasets import Features
 from fedsim.errors import Diverged
 from fedsim.methods.zero_shot import ZeroShot
 from fedsim.params import Params, flatten
 from fedsim.prepare import judged
+from fedsim.representations import Encoded
 from fedsim.schedule import Turn, schedule
 from fedsim.servers.fedavg import FedAvg
 from fedsim.state import ServerState, advance, kept_past
@@ -34,7 +34,7 @@ class Federation:
         self,
         config: Config,
         task: Task,
-        features: Features,
+        features: Encoded,
         clients: Population,
         workers: Workers,
         params: Params,

@@ -12,11 +12,11 @@ from fedsim.cluster.nodes import nodes_of
 from fedsim.cluster.placement import Placement, Sizing, plan
 from fedsim.cluster.session import joined, session
 from fedsim.config import Config
-from fedsim.datasets import Features
 from fedsim.errors import EXPECTED, InputError, Stopped, listing
 from fedsim.events import Progress, Step
 from fedsim.prepare import DATA, Experiment, prepare, sizing_of
 from fedsim.reporting.report import Report
+from fedsim.representations import Encoded
 from fedsim.simulate import encoded, simulate
 
 ENDED_S = 10  # for interrupted runs to let go of their folders
@@ -119,7 +119,7 @@ def _calls(ray, experiments: list[Experiment], progress: Progress) -> list[_Call
     for source, group in alike.items():
         methods = [experiment.method for experiment in group]
         whole = encoded(group[0], replace(_sizing(group[0]), actors=None), progress, methods)
-        features = whole.source.carried() if len(nodes) > 1 else whole.source
+        features = whole.source.inline() if len(nodes) > 1 else whole.source
         shared[source] = ray.put(features), ray.put(whole.frozen)
     return [
         _Call((replace(experiment, source=None), *shared[id(experiment.source)]), share)
@@ -165,7 +165,7 @@ def _outcomes(ray, calls: list[_Call], at_once: int) -> Generator[tuple[int, Rep
             ray.wait(list(running), num_returns=len(running), timeout=ENDED_S)
 
 
-def _whole(experiment: Experiment, source: Features, frozen: Frozen | None) -> Report:
+def _whole(experiment: Experiment, source: Encoded, frozen: Frozen | None) -> Report:
     return simulate(replace(experiment, source=source, frozen=frozen), lambda event: None)
 
 

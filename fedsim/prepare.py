@@ -20,10 +20,10 @@ from fedsim.cluster.placement import Sizing
 from fedsim.cluster.session import check_reachable
 from fedsim.config import EXECUTION, Config
 from fedsim.counts import SPLITS
-from fedsim.datasets import Features, Images, Labelled
+from fedsim.datasets import Features, Images, Labels
 from fedsim.datasets._check import unreadable
+from fedsim.encoding import feature_file, from_features, store, text_file
 from fedsim.errors import InputError, counted, listing
-from fedsim.features import feature_file, keep, text_file
 from fedsim.folder import (
     CHECKPOINT,
     CONFIG,
@@ -37,6 +37,7 @@ from fedsim.partitions import drawn
 from fedsim.registry import name_of
 from fedsim.reporting.parquet import FILES as TABLES
 from fedsim.reporting.report import Report
+from fedsim.representations import Encoded
 from fedsim.schedule import check, check_trained
 from fedsim.state import ServerState
 from fedsim.training.task import Task, initial_params, with_towers
@@ -64,7 +65,7 @@ class Experiment:
 
     config: Config
     folder: Path
-    source: Images | Features
+    source: Images | Encoded
     skipped: list[str]
     weights: Weights | None
     clients: Population
@@ -112,8 +113,8 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
     found = Checkpoints(folder, experiment.identity()).load()
     if not found and not (like and _agree(BUILT, config, like.config)):
         _try_out(experiment)
-    if not like and isinstance(experiment.source, Features) and not experiment.source.block:
-        experiment = replace(experiment, source=keep(experiment.source, config.cache_dir, _damaged))
+    if not like and isinstance(experiment.source, Encoded) and not experiment.source.rows_per_client:
+        experiment = replace(experiment, source=store(experiment.source, config.cache_dir, _damaged))
     return replace(experiment, done=_finished(folder, config, *found) if found else None)
 
 
@@ -124,14 +125,14 @@ def _load(config: Config) -> Experiment:
     except OSError as error:  # a folder that this user may not read, say
         raise InputError(f"--data-dir cannot be read: {error.filename}: {error.strerror}") from None
     skipped: list[str] = []
-    if not (isinstance(source, Features) and source.block):  # which is made on demand, and never cached
+    if not (isinstance(source, Features) and source.rows_per_client):  # which is made on demand, and never cached
         check_writable(config.cache_dir)
     if isinstance(source, Features):
         if config.backbone or config.pretrained:
             raise InputError(
                 "features of one's own have their encoder behind them; leave --backbone and --pretrained out"
             )
-        weights = None
+        source, weights = from_features(source), None
     else:
         weights = _weights(config)
         if not text_file(source.classes, weights, config.prompt, config.cache_dir).exists():
@@ -166,7 +167,7 @@ def _try_out(experiment: Experiment) -> None:
     clip = clip_of(experiment, method)
     if clip and method.reads.image == "tokens":
         clip.check_tokens()
-    width = width_of(weights) if weights else source.x.shape[1]
+    width = width_of(weights) if weights else source.class_embeddings.vectors.shape[1]
     texts = Backbone(torch.eye(len(source.classes), width), 1.0, source.classes, config.prompt)
     backbone = with_towers(texts, method.reads, clip)
     clients = experiment.clients
@@ -256,7 +257,7 @@ def assumptions(experiment: Experiment) -> list[str]:
     return [*experiment.source.notes, *([weights.note] if weights and weights.note else [])]
 
 
-def _clients(config: Config, rows: Labelled) -> Population:
+def _clients(config: Config, rows: Labels) -> Population:
     return make_clients(
         rows,
         config.partition,
@@ -277,7 +278,7 @@ def _check_asked(config: Config, clients: Population) -> None:
     check(config, clients.trainers)
 
 
-def _check_share(config: Config, rows: Labelled) -> None:
+def _check_share(config: Config, rows: Labels) -> None:
     """Refuses a share by which nothing is cut; the default is what everybody has."""
     if config.train_share != Config.model_fields["train_share"].default and not drawn(rows).any():
         raise InputError(

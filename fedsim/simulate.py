@@ -14,10 +14,10 @@ from fedsim.cluster.placement import Sizing
 from fedsim.cluster.pool import open_pool
 from fedsim.cluster.workers import Pool
 from fedsim.config import Config
-from fedsim.datasets import Features, Images
+from fedsim.datasets import Images
+from fedsim.encoding import encode
 from fedsim.errors import InputError, Stopped
 from fedsim.events import Note, Progress, Started, Step
-from fedsim.features import encode
 from fedsim.federation import Federation
 from fedsim.files import reason, remove_parts, write_tensors
 from fedsim.folder import (
@@ -99,12 +99,11 @@ def encoded(experiment: Experiment, sizing: Sizing, progress: Progress, methods:
         progress(Note("data", notes))
     reads = {method.reads for method in (experiment.method, *methods)}
     if isinstance(source, Images):
-        what = config.prompt, config.cache_dir, sizing, progress
-        levels = sorted({one.image for one in reads})
-        each = [encode(source, experiment.weights, *what, level, config.augment) for level in levels]
-        source = replace(each[0], kept={level: file for one in each for level, file in one.kept.items()})
+        names = sorted({each.image for each in reads})
+        arguments = config.prompt, config.cache_dir, sizing, progress
+        source = encode(source, experiment.weights, *arguments, names, config.augment)
     frozen = experiment.frozen
-    if not frozen and any(one.towers for one in reads):
+    if not frozen and any(each.towers for each in reads):
         frozen = Clip(experiment.weights).frozen()
     return replace(experiment, source=source, frozen=frozen)
 
@@ -156,7 +155,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
 
 def _resume(experiment: Experiment, checkpoints: Checkpoints) -> tuple[ServerState, Report] | None:
     found = checkpoints.load()
-    if found and found[1].facts["features"] != _identity(experiment.source):
+    if found and found[1].facts["features"] != experiment.source.representations.key:
         raise InputError(f"the images or weights behind {experiment.folder} have changed; give another --out")
     return found
 
@@ -171,13 +170,13 @@ def _begin(experiment: Experiment, task: Task) -> tuple[ServerState, Report]:
     slots, _ = task.server.init(task.of(params, "shared"))
     state = ServerState(0, params, slots, private=np.zeros(kept, np.int64))
     facts = {
-        "images": f"{features.block} a client, made on demand" if features.block else len(features),
-        "width": features.x.shape[1],
-        "logit_scale": features.logit_scale,
+        "images": f"{features.rows_per_client} a client, made on demand" if features.rows_per_client else len(features),
+        "width": features.class_embeddings.vectors.shape[1],
+        "logit_scale": features.class_embeddings.logit_scale,
         "skipped": experiment.skipped,
-        "features": _identity(features),
+        "features": features.representations.key,
         "reads": reading(task.method),
-        "augment": features.augment,
+        "augment": features.representations.views - 1,
         "unseen_test": features.unseen_test,
         "label_space": task.method.label_space,
         "trained_parameters": sum(v.numel() for v in task.of(params, "shared", "private").values()),
@@ -200,10 +199,6 @@ def _flops(report: Report, notes: np.ndarray, method: Method) -> float:
     per_step, per_row = (report.facts[name] for name in ("flops_per_step", "flops_per_row"))
     rows = (notes["rows"] * method.local_epochs * (notes["steps"] > 0)).sum()
     return float(notes["steps"].sum() * per_step + rows * per_row)
-
-
-def _identity(features: Features) -> str:
-    return features.file.stem if features.file else "made on demand"
 
 
 def _note(report: Report) -> str:

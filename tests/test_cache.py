@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,9 @@ from fedsim.cache import locked, read_array, write_array
 from fedsim.clip.checkpoints import find_weights
 from fedsim.cluster.placement import Sizing
 from fedsim.datasets import Images
+from fedsim.encoding import BLOCK, encode, feature_file, from_features, store
 from fedsim.errors import InputError, Stopped
 from fedsim.events import Note
-from fedsim.features import BLOCK, encode, feature_file, keep
 from fedsim.registry import parse
 
 N = BLOCK + 6  # two blocks
@@ -125,12 +126,13 @@ def test_every_damaged_file_is_named_and_computed_again_to_the_same_bits(damage,
 
     def computed(progress):
         found = [
-            encode(images, weights, "a {}", cache, Sizing(actors=0), progress, *level)
-            for level in (("tokens",), ("pixels", 1))
+            encode(images, weights, "a {}", cache, Sizing(actors=0), progress, [name], augment)
+            for name, augment in (("tokens", 0), ("pixels", 1))
         ]
         rows = np.arange(N)
-        tokens, pixels = found[0].take("tokens", rows), found[1].take("pixels", rows, rows % 2)
-        return [found[0].x, found[0].class_embeddings, tokens, pixels], found[0].logit_scale
+        first, second, text = found[0].representations, found[1].representations, found[0].class_embeddings
+        tokens, pixels = first.read("tokens", rows), second.read("pixels", rows, rows % 2)
+        return [first.features, text.vectors, tokens, pixels], text.logit_scale
 
     arrays, scale = computed(silent)
     arrays = [array.copy() for array in arrays]
@@ -155,14 +157,14 @@ def test_every_damaged_file_is_named_and_computed_again_to_the_same_bits(damage,
 
 
 @pytest.mark.parametrize("damage", [flipped(0.5), cut, zeros, pickled], ids=lambda damage: damage.__name__)
-@pytest.mark.parametrize("level", ["features", "pixels"])
-def test_a_damaged_block_of_an_interrupted_encoding_is_computed_again(damage, level, images, weights, tmp_path):
+@pytest.mark.parametrize("name", ["features", "pixels"])
+def test_a_damaged_block_of_an_interrupted_encoding_is_computed_again(damage, name, images, weights, tmp_path):
     def at(cache, progress):
-        return encode(images, weights, "a {}", cache, Sizing(actors=0), progress, level, int(level == "pixels"))
+        return encode(images, weights, "a {}", cache, Sizing(actors=0), progress, [name], int(name == "pixels"))
 
     def interrupt(event):
         if (
-            event.stage == {"features": "encoding images", "pixels": "keeping pixels"}[level]
+            event.stage == {"features": "encoding images", "pixels": "encoding pixels"}[name]
             and event.done == event.total
         ):
             raise KeyboardInterrupt
@@ -170,14 +172,14 @@ def test_a_damaged_block_of_an_interrupted_encoding_is_computed_again(damage, le
     right, cache = at(tmp_path / "right", silent), tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
         at(cache, interrupt)
-    first = min(cache.glob("*0-000000.npy" if level == "pixels" else "*.000000.npy"))
+    first = min(cache.glob("*0-000000.npy" if name == "pixels" else "*.000000.npy"))
     first.write_bytes(damage(first.read_bytes(), tmp_path / "trap"))
     told = []
     again = at(cache, told.append)
     assert [event.stage for event in told if isinstance(event, Note) and "damaged" in event.text] == [str(first)]
-    for file in (right.file, *right.kept.values()):
+    for file in right.representations.files.values():
         assert (cache / file.name).read_bytes() == file.read_bytes()
-    assert again.file.name == right.file.name and not list(cache.glob("*00.npy"))
+    assert again.representations.key == right.representations.key and not list(cache.glob("*00.npy"))
     assert not (tmp_path / "trap").exists()
 
 
@@ -208,9 +210,9 @@ def test_a_whole_file_in_the_place_of_another_is_damaged(tmp_path):
 def test_arrays_of_the_same_bytes_and_another_shape_have_files_of_their_own(config, tmp_path):
     dataset = parse("dataset", "features")
     features = dataset.load(config().data_dir)
-    wide = keep(features, tmp_path, silent)
-    tall = type(features)(**{**features.__dict__, "x": features.x.reshape(-1, 12)})
-    assert keep(tall, tmp_path, silent).x.shape == (720, 12) and wide.x.shape == (360, 24)
+    wide = store(from_features(features), tmp_path, silent)
+    tall = store(from_features(replace(features, x=features.x.reshape(-1, 12))), tmp_path, silent)
+    assert tall.representations.features.shape == (720, 12) and wide.representations.features.shape == (360, 24)
 
 
 def test_other_pictures_of_the_same_size_and_time_are_encoded_again(weights, tmp_path):
@@ -226,8 +228,9 @@ def test_other_pictures_of_the_same_size_and_time_are_encoded_again(weights, tmp
         images = images_of(sorted((tmp_path / "data").glob("*")))
         assert [(file.stat().st_size, file.stat().st_mtime) for file in images.files] == [(246, 1e9)] * 3
         found.append(encode(images, weights, "a {}", tmp_path / "cache", Sizing(actors=0), silent))
-    assert not np.array_equal(found[0].x, found[1].x)
-    assert found[2].file == found[0].file  # and back: known already
+    first, second, third = (data.representations for data in found)
+    assert not np.array_equal(first.features, second.features)
+    assert third.files == first.files  # and back: known already
 
 
 def test_files_that_have_not_changed_are_not_read_again_and_others_are(images, tmp_path, monkeypatch):
@@ -273,13 +276,13 @@ def test_a_picture_removed_while_it_is_needed_is_named(images, weights, tmp_path
 
 
 def test_features_whose_file_is_removed_during_a_run_are_said_so_in_one_sentence(images, weights, tmp_path):
-    features = encode(images, weights, "a {}", tmp_path, Sizing(actors=0), silent, "pixels")
+    features = encode(images, weights, "a {}", tmp_path, Sizing(actors=0), silent, ["pixels"])
     there = pickle.loads(pickle.dumps(features))
-    features.file.unlink()
-    features.kept["pixels"].unlink()
-    for level in ("features", "pixels"):
+    for file in features.representations.files.values():
+        file.unlink()
+    for name in ("features", "pixels"):
         with pytest.raises(Stopped, match=r"\.npy was removed or changed during the run \(No such file or directory\)"):
-            there.take(level, np.array([0]))
+            there.representations.read(name, np.array([0]))
 
 
 def test_what_a_killed_process_was_writing_is_removed_once_its_array_is_there(images, weights, tmp_path):
@@ -353,9 +356,8 @@ open_clip.add_model_config(Path({str(tmp_path / "full-vit.json")!r}))
 images = pictures_in(Path({str(tmp_path / "pictures")!r}), 6 * BLOCK)
 weights = find_weights(**{small_clip("full", "vit")!r})
 disk = Path({str(disk)!r})
-level = "pixels",
 def attempt(progress=silent):
-    return encode(images, weights, "a {{}}", disk, Sizing(actors=0), progress, *level)
+    return encode(images, weights, "a {{}}", disk, Sizing(actors=0), progress, ["pixels"])
 try:
     attempt()
 except Stopped as error:
@@ -396,9 +398,9 @@ print(main({[*argv, f"--out={tmp_path / 'run'}"]!r}), list(Path({str(disk)!r}).g
 
 
 @pytest.mark.parametrize("scale", [1e9, float("nan")])
-@pytest.mark.parametrize("level", ["features", "tokens"])
+@pytest.mark.parametrize("name", ["features", "tokens"])
 def test_features_that_half_precision_cannot_hold_are_refused_with_their_backbone(
-    scale, level, images, small_clip, tmp_path
+    scale, name, images, small_clip, tmp_path
 ):
     named = small_clip("loud", "vit")
     state = torch.load(named["pretrained"], weights_only=True)
@@ -409,7 +411,7 @@ def test_features_that_half_precision_cannot_hold_are_refused_with_their_backbon
         match=r"^backbone loud-vit \(loud-vit\.pt\) gives features that half precision cannot hold \(NaN, or above "
         r"65,504\) for 64 of 64 images, the first of them 000\.png; try other weights$",
     ):
-        encode(images, find_weights(**named), "a {}", tmp_path / "cache", Sizing(actors=0), silent, level)
+        encode(images, find_weights(**named), "a {}", tmp_path / "cache", Sizing(actors=0), silent, [name])
 
 
 def test_texts_that_are_not_numbers_are_refused_with_their_backbone(images, small_clip, tmp_path):
@@ -431,12 +433,12 @@ import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_cache import *
 from fedsim.clip.checkpoints import EMBEDDED
-from fedsim.features import Encoder
+from fedsim.encoding import Encoder
 for count in (2, 12):
     encoder = Encoder(images_of([Path({str(tmp_path / "photo.jpg")!r})] * count), find_weights(*EMBEDDED), "cpu")
     encoder.encode(0)
     for view in (0, 1):
-        encoder.keep("pixels", (view, 0))
+        encoder.encode_view("pixels", (view, 0))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFile
 
-from fedsim.datasets import TEST, TRAIN, UNSAID, VAL, Features, Images
+from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, Features, Images
 from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError, listing
 from fedsim.registry import available, parse
@@ -310,7 +310,7 @@ def test_pacs_is_found_in_what_archives_wrap_around_it(tmp_path, wrapped):
     images = load("pacs", tmp_path)
     assert list(images.domains) == PACS
     assert images.names[0] == "art_painting/cat/1.png"
-    assert (images.split == UNSAID).all()
+    assert (images.split == UNASSIGNED).all()
 
 
 @pytest.mark.parametrize("place", ["pacs/splits", "pacs", "pacs/images", "."])
@@ -481,7 +481,7 @@ def test_vlcs_in_numbered_folders_gets_names_and_no_image_twice(tmp_path):
     assert images.classes == ("bird", "car", "chair", "dog", "person")
     assert len(images) == 4 * 5 * 3
     assert images.names[5] == "CALTECH/crossval/0/crossval_imgs_1.jpg"
-    assert (images.split == UNSAID).all()
+    assert (images.split == UNASSIGNED).all()
 
 
 def test_vlcs_keeps_its_own_split(tmp_path):
@@ -559,7 +559,6 @@ def test_features_come_as_halves_or_floats_in_every_usual_column(tmp_path, colum
     assert features.x.dtype == dtype
     assert features.x.tolist() == X
     assert not features.x.flags.writeable
-    assert features.file is None
 
 
 def test_features_have_labels_domains_and_unit_class_embeddings(tmp_path):
@@ -567,7 +566,7 @@ def test_features_have_labels_domains_and_unit_class_embeddings(tmp_path):
     assert features.classes == ("cat", "dog") and features.y.tolist() == [0, 1, 0]
     assert features.domains == ("a", "b") and features.domain.tolist() == [1, 0, 1]
     assert features.y.dtype == features.domain.dtype == np.int64
-    assert (features.split == UNSAID).all()
+    assert (features.split == UNASSIGNED).all()
     assert features.class_embeddings.dtype == np.float64
     assert features.class_embeddings == pytest.approx(np.array([[0.6, 0.8], [0.0, 1.0]]))
 
@@ -580,7 +579,11 @@ def test_features_take_label_numbers_and_dictionaries_too(tmp_path):
 
 
 def test_features_may_bring_their_split(tmp_path):
-    assert load("features", parquet(tmp_path, split=["train", None, "test"])).split.tolist() == [TRAIN, UNSAID, TEST]
+    assert load("features", parquet(tmp_path, split=["train", None, "test"])).split.tolist() == [
+        TRAIN,
+        UNASSIGNED,
+        TEST,
+    ]
     assert refusal("features", parquet(tmp_path, split=["train", "dev", "test"])) == (
         "features.parquet: split needs train, val, test or null, not: dev"
     )
@@ -814,7 +817,7 @@ def test_every_data_set_keeps_the_contract(name, a_root, request):
     assert data.y.dtype == data.domain.dtype == np.int64 and data.split.dtype == np.int8
     assert set(data.y.tolist()) == set(range(len(data.classes)))
     assert set(data.domain.tolist()) == set(range(len(data.domains)))
-    assert set(data.split.tolist()) <= {TRAIN, VAL, TEST, UNSAID}
+    assert set(data.split.tolist()) <= {TRAIN, VAL, TEST, UNASSIGNED}
     assert isinstance(data.classes, tuple) and isinstance(data.domains, tuple)
     if isinstance(data, Features):
         assert data.x.shape == (n, data.class_embeddings.shape[1])

@@ -19,12 +19,16 @@ from fedsim.clip.checkpoints import EMBEDDED, find_weights
 from fedsim.clip.model import Clip
 from fedsim.cluster.placement import Sizing
 from fedsim.datasets import Images
-from fedsim.features import BLOCK, encode, feature_file
+from fedsim.encoding import BLOCK, encode, feature_file
 from fedsim.registry import parse
 
 
 def quiet(event):
     pass
+
+
+def file_of(data):
+    return data.representations.files["features"]
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +55,18 @@ def test_features_are_what_open_clip_itself_says(images, weights, features):
     tokens = open_clip.get_tokenizer("tiny")([f"a picture of a {name}" for name in images.classes])
     with torch.no_grad():
         torch.testing.assert_close(
-            torch.from_numpy(features.x[:8]).float(), model.encode_image(pixels), rtol=2e-3, atol=2e-3
+            torch.from_numpy(features.representations.features[:8]).float(),
+            model.encode_image(pixels),
+            rtol=2e-3,
+            atol=2e-3,
         )
         torch.testing.assert_close(
-            torch.from_numpy(features.class_embeddings), model.encode_text(tokens, normalize=True), rtol=1e-4, atol=1e-5
+            torch.from_numpy(features.class_embeddings.vectors),
+            model.encode_text(tokens, normalize=True),
+            rtol=1e-4,
+            atol=1e-5,
         )
-    assert features.logit_scale == pytest.approx(model.logit_scale.exp().item())
+    assert features.class_embeddings.logit_scale == pytest.approx(model.logit_scale.exp().item())
 
 
 @pytest.mark.ray
@@ -68,24 +78,27 @@ def test_two_actors_write_the_same_file_as_this_process(images, weights, feature
         theirs = encode(images, weights, "a picture of a {}", tmp_path, Sizing(actors=2), quiet)
     finally:
         ray.shutdown()
-    assert theirs.file.read_bytes() == features.file.read_bytes()
+    assert file_of(theirs).read_bytes() == file_of(features).read_bytes()
 
 
-def test_carried_features_need_no_file_at_any_level_and_their_rows_are_read_where_they_lie(images, weights, tmp_path):
+def test_inline_representations_need_no_file_and_share_the_memory_that_they_came_in(images, weights, tmp_path):
     few = images.take(np.arange(4))
-    there = encode(few, weights, "a picture of a {}", tmp_path, Sizing(actors=0), quiet, "pixels", augment=1)
+    there = encode(few, weights, "a picture of a {}", tmp_path, Sizing(actors=0), quiet, ["pixels"], augment=1)
     rows, views = np.array([3, 1]), np.array([0, 1])
-    expected = there.x[rows], there.take("pixels", rows), there.take("pixels", rows, views)
+    read = there.representations.read
+    expected = read("features", rows), read("pixels", rows), read("pixels", rows, views)
     buffers = []
-    sent = pickle.dumps(there.carried(), protocol=5, buffer_callback=buffers.append)
-    assert len(sent) < there.kept["pixels"].stat().st_size  # the rows are beside it, in buffers that can be shared
-    for file in (there.file, there.kept["pixels"]):
+    sent = pickle.dumps(there.inline(), protocol=5, buffer_callback=buffers.append)
+    # The rows are not in it but in buffers, which can be shared.
+    assert len(sent) < there.representations.files["pixels"].stat().st_size
+    for file in there.representations.files.values():
         file.unlink()
     came = pickle.loads(sent, buffers=[memoryview(buffer).toreadonly() for buffer in buffers])
-    found = came.x[rows], came.take("pixels", rows), came.take("pixels", rows, views)
+    read = came.representations.read
+    found = read("features", rows), read("pixels", rows), read("pixels", rows, views)
     assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
-    assert not came.x.flags.writeable
-    assert came.carried() is came  # where it has come to, there are no files
+    assert not came.representations.features.flags.writeable
+    assert not came.representations.files  # where it has come to, there are none
 
 
 def test_a_killed_encoding_goes_on_where_it_stopped(images, weights, features, tmp_path):
@@ -93,7 +106,7 @@ def test_a_killed_encoding_goes_on_where_it_stopped(images, weights, features, t
 import numpy as np
 from pathlib import Path
 from fedsim.clip.checkpoints import *
-from fedsim.features import *
+from fedsim.encoding import *
 from fedsim.cluster.placement import Sizing
 from fedsim.registry import parse
 glyphs = parse("dataset", "glyphs").load(None)
@@ -106,21 +119,22 @@ encode(images, find_weights(*EMBEDDED), "a picture of a {{}}", Path({str(tmp_pat
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     done = len(list(tmp_path.glob("[0-9a-f]*.0*.npy")))
-    assert done >= 2 and not (tmp_path / features.file.name).exists()
+    assert done >= 2 and not (tmp_path / file_of(features).name).exists()
     seen = []
     again = encode(images, weights, "a picture of a {}", tmp_path, Sizing(actors=0), lambda e: seen.append(e.done))
     assert seen[0] == min((done + 1) * BLOCK, len(images)) and seen[-1] == len(images)
-    assert again.file.read_bytes() == features.file.read_bytes()
+    assert file_of(again).read_bytes() == file_of(features).read_bytes()
     assert len(list(tmp_path.glob("*.npy"))) == 2  # features and texts
 
 
 def test_encoded_images_are_not_encoded_again_and_another_prompt_only_asks_the_text_tower(images, weights, features):
     seen = []
-    cache = features.file.parent
-    assert encode(images, weights, "a picture of a {}", cache, Sizing(actors=0), seen.append).file == features.file
+    cache = file_of(features).parent
+    again = encode(images, weights, "a picture of a {}", cache, Sizing(actors=0), seen.append)
+    assert file_of(again) == file_of(features)
     other = encode(images, weights, "{}", cache, Sizing(actors=0), seen.append)
-    assert seen == [] and other.file == features.file
-    assert not np.allclose(other.class_embeddings, features.class_embeddings)
+    assert seen == [] and file_of(other) == file_of(features)
+    assert not np.allclose(other.class_embeddings.vectors, features.class_embeddings.vectors)
 
 
 def test_the_key_is_of_the_bytes_of_images_and_weights_and_not_of_places_and_times(tmp_path, weights):

@@ -10,7 +10,7 @@ from fedsim import Backbone, InputError, Partition, available, run
 from fedsim.clients import make_clients, sample_cohort
 from fedsim.clip.checkpoints import find_weights
 from fedsim.clip.model import Clip
-from fedsim.datasets import TEST, UNSAID, Labelled
+from fedsim.datasets import TEST, UNASSIGNED, Labels
 from fedsim.methods import Batch, masked
 from fedsim.params import flatten, unflatten
 from fedsim.registry import parse
@@ -21,11 +21,11 @@ from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 rng = np.random.default_rng
 
 
-def rows(count=240, domains=3, classes=4, split=UNSAID, **fields):
+def rows(count=240, domains=3, classes=4, split=UNASSIGNED, **fields):
     index = np.arange(count)
     labels = {"y": index % classes, "domain": index // classes % domains}
     names = {"classes": tuple("abcdef"[:classes]), "domains": ("ink", "oil", "photo")[:domains]}
-    return Labelled(**(labels | names | {"split": np.full(count, split, np.int8)} | fields))
+    return Labels(**(labels | names | {"split": np.full(count, split, np.int8)} | fields))
 
 
 RNG = torch.Generator()
@@ -141,7 +141,7 @@ def test_a_domain_of_eighty_rows_is_split_48_16_16_and_a_held_out_one_is_all_tes
 
 
 def test_a_sets_own_test_rows_are_never_trained_on_and_judge_held_out_domains():
-    split = np.where(np.arange(240) % 5 == 0, TEST, UNSAID).astype(np.int8)
+    split = np.where(np.arange(240) % 5 == 0, TEST, UNASSIGNED).astype(np.int8)
     clients = make_clients(rows(split=split, unseen_test=True), parse("partition", "iid"), 4, ("ink",), seed=0)
     for client in clients:
         assert set(split[client.test]) == {TEST}

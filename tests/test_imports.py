@@ -13,8 +13,8 @@ import fedsim
 
 # A module may import those that stand before it; a package's files, their package and those before it.
 ORDER = """
-    errors events files cache formats shares search_space rng registry params datasets partitions clip
-    methods updates servers state fleets clients cluster folder features counts
+    errors events files cache formats shares search_space rng registry params datasets partitions representations clip
+    methods updates servers state fleets clients cluster folder encoding counts
     training config schedule reporting checkpoint prepare federation simulate parallel_runs cli sweep __init__ __main__
 """.split()  # noqa: SIM905
 

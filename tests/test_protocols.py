@@ -11,7 +11,7 @@ from fedsim import InputError, available, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.clients import make_clients, new_of
 from fedsim.counts import BINS, COLUMNS, GROUPS, Counts, merge, tally
-from fedsim.datasets import TEST, UNSAID
+from fedsim.datasets import TEST, UNASSIGNED
 from fedsim.registry import parse
 from fedsim.reporting.metrics import calibration_error, harmonic_mean, macro_f1
 
@@ -88,7 +88,7 @@ def test_without_new_classes_a_population_is_as_it_was():
 
 
 def test_new_classes_are_judged_on_a_sets_own_test_rows_where_it_has_some():
-    split = np.where(np.arange(240) % 5 == 0, TEST, UNSAID).astype(np.int8)
+    split = np.where(np.arange(240) % 5 == 0, TEST, UNASSIGNED).astype(np.int8)
     data = rows(classes=6, split=split)
     some = population(data=data, new_classes=0.5)
     assert np.array_equal(some[6].test, np.flatnonzero((data.y > 2) & (split == TEST)))

@@ -5,7 +5,7 @@ import pytest
 
 from fedsim.clients import new_of
 from fedsim.config import Config
-from fedsim.datasets import UNSAID, Labelled
+from fedsim.datasets import UNASSIGNED, Labels
 from fedsim.partitions import cut, sizes
 from fedsim.registry import find
 from fedsim.reporting.metrics import tail_of
@@ -15,7 +15,7 @@ from fedsim.shares import part
 
 def cut_counts(rows: int, share: float) -> tuple[int, ...]:
     nothing = np.zeros(rows, np.int64)
-    whole = Labelled(y=nothing, domain=nothing, classes=("a",), domains=("d",), split=np.full(rows, UNSAID, np.int8))
+    whole = Labels(y=nothing, domain=nothing, classes=("a",), domains=("d",), split=np.full(rows, UNASSIGNED, np.int8))
     return tuple(map(len, cut(whole, np.arange(rows), share, np.random.default_rng(0))))
 
 

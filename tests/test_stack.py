@@ -10,6 +10,7 @@ from torch.nn.functional import dropout, normalize
 from fedsim import Backbone, InputError, Method, available, component, run
 from fedsim.clients import Population
 from fedsim.datasets import Features
+from fedsim.encoding import from_features
 from fedsim.methods import Batch
 from fedsim.params import flatten
 from fedsim.registry import parse
@@ -31,11 +32,11 @@ SERVERS = "fedavg", "fedprox", "local_only"  # nothing added, a term added, ever
 def features():
     rng = np.random.default_rng(3)
     y = rng.integers(0, CLASSES, sum(SIZES))
-    class_embeddings = normalize(torch.tensor(rng.standard_normal((CLASSES, WIDTH)))).float().numpy()
-    x = (class_embeddings[y] + 0.4 * rng.standard_normal((len(y), WIDTH))).astype(np.float32)
+    text = normalize(torch.tensor(rng.standard_normal((CLASSES, WIDTH)))).float().numpy()
+    x = (text[y] + 0.4 * rng.standard_normal((len(y), WIDTH))).astype(np.float32)
     names = {"classes": tuple("abcde"), "domains": ("ink",), "split": np.full(len(y), -1, np.int8)}
-    scale = {"class_embeddings": class_embeddings, "logit_scale": 20.0}
-    return Features(file=None, x=x, y=y, domain=np.zeros(len(y), np.int64), **names, **scale)
+    scale = {"class_embeddings": text, "logit_scale": 20.0}
+    return from_features(Features(x=x, y=y, domain=np.zeros(len(y), np.int64), **names, **scale))
 
 
 @pytest.fixture(scope="module")

@@ -157,7 +157,7 @@ def test_workers_use_the_one_frozen_clip_of_their_machine():
 
 def test_what_a_killed_run_left_of_features_is_not_taken_for_pixels(small, tmp_path):
     def interrupt(event):
-        if event.stage == "keeping features":
+        if event.stage == "encoding features":
             raise KeyboardInterrupt
 
     kept = []

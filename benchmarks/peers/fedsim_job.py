@@ -99,7 +99,9 @@ def export(args: Namespace, out: str) -> None:
     x, y = _train_rows(experiment)
     np.save(part / "x.npy", x)
     np.save(part / "y.npy", y)
-    np.save(part / "text.npy", experiment.source.class_embeddings.astype(np.float32))  # as a run in float32 rounds them
+    np.save(
+        part / "text.npy", experiment.source.class_embeddings.vectors.astype(np.float32)
+    )  # as a run in float32 rounds them
     np.save(part / "start.npy", flatten(state.params))
     draws = [
         torch.randperm(ROWS, generator=torch_rng(task.seed, "batches", round, client))
@@ -115,7 +117,7 @@ def _train_rows(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
     rows = [experiment.clients[k].train for k in range(experiment.clients.trainers)]
     if {len(mine) for mine in rows} != {ROWS}:
         raise SystemExit(f"the common job wants {ROWS} train rows of every client")
-    x, y = experiment.source.x, experiment.source.y
+    x, y = experiment.source.representations.features, experiment.source.y
     return np.stack([x[mine] for mine in rows]).astype(np.float32), np.stack([y[mine] for mine in rows])
 
 

@@ -1,8 +1,8 @@
-"""Where parameters attach to CLIP, and what of CLIP can therefore be computed once and kept.
+"""Where parameters attach to CLIP, and what can therefore be computed once per image and class.
 
-A method says where it attaches (`Method.sites`); what its clients read follows from that alone. Whatever lies before
-the first place that is trained never changes: it is computed once, in float16 for images, and the towers behind it are
-loaded by nobody. A method that attaches to features alone never pays for a tower.
+A method names its sites (`Method.sites`), and what its clients read follows from them. Everything before the first
+trained layer is constant: it is computed once, in float16 for images, and a tower that is not needed is never loaded.
+A method that attaches to features only never pays for a tower.
 """
 
 from collections.abc import Iterable
@@ -11,43 +11,40 @@ from typing import Literal
 
 Site = Literal["image_feature", "head", "patch_tokens", "image_blocks", "text_tokens", "text_blocks"]
 
-ImageLevel = Literal["features", "tokens", "pixels"]
-TextLevel = Literal["features", "embeddings", "blocks"]
-IMAGE_LEVELS: tuple[ImageLevel, ...] = (
-    "features",
-    "tokens",
-    "pixels",
-)  # each holds what is left to be computed of the one before
-TEXT_LEVELS: tuple[TextLevel, ...] = "features", "embeddings", "blocks"
+ImageRead = Literal["features", "tokens", "pixels"]
+TextRead = Literal["features", "embeddings", "blocks"]
+# In order: from each, those before it can be computed.
+IMAGE_READS: tuple[ImageRead, ...] = "features", "tokens", "pixels"
+TEXT_READS: tuple[TextRead, ...] = "features", "embeddings", "blocks"
 
-# What a site wants of an image and of a class; a site that is not named wants the least.
-IMAGE_OF: dict[Site, ImageLevel] = {"patch_tokens": "tokens", "image_blocks": "pixels"}
-TEXT_OF: dict[Site, TextLevel] = {"text_tokens": "embeddings", "text_blocks": "blocks"}
+# What a site needs of an image and of a class; the first of the above for sites that are not named here.
+IMAGE_OF: dict[Site, ImageRead] = {"patch_tokens": "tokens", "image_blocks": "pixels"}
+TEXT_OF: dict[Site, TextRead] = {"text_tokens": "embeddings", "text_blocks": "blocks"}
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What a client must be given.
+    """What a method reads.
 
     Attributes:
-        image: of an image `features` (D,), projected and not normalised; patch `tokens` (T, D) of the frozen tower,
-            projected; or its `pixels` (3, H, W) in bytes, because the image tower itself is trained through.
-        text: of a class its text `features` (D,), the class embedding; token `embeddings`, which are trained through
-            the frozen text tower; or the same with the tower's `blocks` trained too.
+        image: of an image, its `features` (D,), projected and not normalized; the patch `tokens` (T, D) of the frozen
+            tower, projected; or its `pixels` (3, H, W) as bytes, if gradients pass through the image tower.
+        text: of a class, its text `features` (D,), the class embedding; token `embeddings`, if gradients pass through
+            the frozen text tower; or `blocks`, if layers of the text tower are trained too.
     """
 
-    image: ImageLevel = "features"
-    text: TextLevel = "features"
+    image: ImageRead = "features"
+    text: TextRead = "features"
 
     @property
     def towers(self) -> bool:
-        """Whether a client computes with a tower at all."""
+        """Whether clients compute with a tower."""
         return self.image == "pixels" or self.text != "features"
 
 
 def reads_of(sites: Iterable[Site]) -> Reads:
-    """The most that any of the sites wants."""
+    """What is enough for all of the sites."""
     sites = list(sites)
-    images: list[ImageLevel] = ["features", *(IMAGE_OF[site] for site in sites if site in IMAGE_OF)]
-    texts: list[TextLevel] = ["features", *(TEXT_OF[site] for site in sites if site in TEXT_OF)]
-    return Reads(max(images, key=IMAGE_LEVELS.index), max(texts, key=TEXT_LEVELS.index))
+    images: list[ImageRead] = ["features", *(IMAGE_OF[site] for site in sites if site in IMAGE_OF)]
+    texts: list[TextRead] = ["features", *(TEXT_OF[site] for site in sites if site in TEXT_OF)]
+    return Reads(max(images, key=IMAGE_READS.index), max(texts, key=TEXT_READS.index))

@@ -69,7 +69,7 @@ class ActorPool(Pool):
     def _ship(self, part):
         # Passed by reference with every call: an actor that has restarted does not know earlier ones. To another
         # machine an argument takes its files along, once for all actors there.
-        return self.ray.put(part.carried() if self.spans_nodes and hasattr(part, "carried") else part)
+        return self.ray.put(part.inline() if self.spans_nodes and hasattr(part, "inline") else part)
 
     def _wait(self, queue: CallQueue) -> None:
         """Waits for an answer to a call or a ping, or for a deadline."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedsim.datasets import UNSAID, Images
+from fedsim.datasets import UNASSIGNED, Images
 from fedsim.datasets._names import canonical, canonical_names
 from fedsim.datasets._walk import ENDINGS, Walk, display_name, folders, walk
 from fedsim.errors import InputError, counted, listing
@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
     domain: str
     folder: Path
-    split: int = UNSAID
+    split: int = UNASSIGNED
 
 
 def checked(root: Path | None, name: str) -> Path:
@@ -267,16 +267,16 @@ def apply_lists(images: Images, root: Path, base: Path, lists: Mapping[str, int]
         canonical(f"{images.domains[d]}/{name.partition('/')[2]}"): row  # this disk may spell the domain otherwise
         for row, (d, name) in enumerate(zip(images.domain, images.names, strict=True))
     }
-    split = np.full(len(images), UNSAID, np.int8)
+    split = np.full(len(images), UNASSIGNED, np.int8)
     lines = [(line, code) for name, code in expected.items() for line in _lines(place / name)]
     if unknown := [line for line, _ in lines if line.image not in rows]:
         more = f", and {len(unknown) - 1} more of {len(lines)} lines name missing images" if len(unknown) > 1 else ""
         raise InputError(f"{unknown[0].at} names {unknown[0].image}, which is not in {base}{more}")
     for line, code in lines:
-        if split[rows[line.image]] not in (UNSAID, code):
+        if split[rows[line.image]] not in (UNASSIGNED, code):
             raise InputError(f"{line.at} names {line.image}, which another split has too")
         split[rows[line.image]] = code
-    listed = np.flatnonzero(split != UNSAID)
+    listed = np.flatnonzero(split != UNASSIGNED)
     if idle := [d for k, d in enumerate(images.domains) if k not in images.domain[listed]]:
         raise InputError(f"split 'own': the split files in {place} name no image of the domains: {listing(idle)}")
     if idle := [c for k, c in enumerate(images.classes) if k not in images.y[listed]]:

@@ -15,13 +15,13 @@ import pyarrow.compute
 from pyarrow import dataset as arrow
 from pydantic import Field
 
-from fedsim.datasets import TEST, TRAIN, UNSAID, VAL, Dataset, Features
+from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, Dataset, Features
 from fedsim.datasets._names import canonical_names
 from fedsim.errors import InputError, listing
 from fedsim.registry import component
 
 pc: Any = pyarrow.compute  # a module that makes its functions when it is imported
-SPLITS = {"train": TRAIN, "val": VAL, "test": TEST, None: UNSAID}
+SPLITS = {"train": TRAIN, "val": VAL, "test": TEST, None: UNASSIGNED}
 SCALES = 5, 1000  # logit scales of real models are 14 to 120; their logarithms and inverses are below
 
 
@@ -68,7 +68,6 @@ class FeatureFiles(Dataset):
                 f"features.parquet: feature needs a length from 1e-12 to 1.8e19; others are in {_rows(lost)}"
             )
         return Features(
-            file=None,
             x=x,
             y=y,
             domain=domain,
@@ -280,7 +279,7 @@ def _names_of_numbers(data: arrow.Dataset) -> list[str] | None:
 
 def _splits(data: arrow.Dataset, file: Path) -> np.ndarray:
     if "split" not in data.schema.names:
-        return np.full(data.count_rows(), UNSAID, np.int8)
+        return np.full(data.count_rows(), UNASSIGNED, np.int8)
     with _arrow_errors(file):
         names = data.to_table(["split"])["split"].to_pylist()
     if unknown := set(names) - SPLITS.keys():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from fedsim.datasets import UNSAID, Dataset, Features
+from fedsim.datasets import UNASSIGNED, Dataset, Features
 from fedsim.errors import InputError
 from fedsim.registry import component
 from fedsim.rng import seed_for
@@ -46,14 +46,13 @@ class Synthetic(Dataset):
             return _Made(self, of, text, shift)
 
         return Features(
-            file=None,
             x=made("x"),
             y=made("y"),
             domain=made("domain"),
             classes=tuple(f"class {k}" for k in range(self.classes)),
             domains=tuple(f"domain {k}" for k in range(self.domains)),
-            split=np.full(1, UNSAID, np.int8),
-            block=self.rows,
+            split=np.full(1, UNASSIGNED, np.int8),
+            rows_per_client=self.rows,
             class_embeddings=text,
             logit_scale=100.0,
         )

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedsim.datasets import TEST, TRAIN, UNSAID, VAL, Dataset, Images
+from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, Dataset, Images
 from fedsim.datasets._tree import Part, checked, find_domains, list_tree
 from fedsim.datasets._walk import folders
 from fedsim.errors import InputError, listing
@@ -60,4 +60,6 @@ class VLCS(Dataset):
                 f"expected the split folders {listing(SPLITS)} in {folder}; it lacks {listing(absent)} "
                 f"and has: {listing(inside) or 'no folders'}"
             )
-        return [Part(domain, inside[name], code if self.split == "own" else UNSAID) for name, code in SPLITS.items()]
+        return [
+            Part(domain, inside[name], code if self.split == "own" else UNASSIGNED) for name, code in SPLITS.items()
+        ]

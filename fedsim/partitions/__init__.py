@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedsim.datasets import TEST, TRAIN, UNSAID, VAL, Labelled
+from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, Labels
 from fedsim.errors import InputError
 from fedsim.registry import name_of
 from fedsim.rng import numpy_rng
@@ -23,7 +23,7 @@ class Dealing(ABC):
 
     @abstractmethod
     def deal(
-        self, rows: Labelled, domains: list[int], clients: int | None, seed: int, train_share: float
+        self, rows: Labels, domains: list[int], clients: int | None, seed: int, train_share: float
     ) -> Sequence[Splits]:
         """The rows of each training client. A client may be drawn only when it is asked for.
 
@@ -36,7 +36,7 @@ class Dealing(ABC):
             InputError: that number of clients does not fit, or the data set does not.
         """
 
-    def away(self, rows: Labelled, domain: int) -> np.ndarray:
+    def away(self, rows: Labels, domain: int) -> np.ndarray:
         """The test rows of a domain that nobody trains on."""
         return np.flatnonzero((rows.domain == domain) & ((rows.split == TEST) | (not rows.unseen_test)))
 
@@ -71,7 +71,7 @@ class Partition(Dealing):
         """
 
 
-def cut(rows: Labelled, mine: np.ndarray, train_share: float, rng: np.random.Generator) -> Splits:
+def cut(rows: Labels, mine: np.ndarray, train_share: float, rng: np.random.Generator) -> Splits:
     """Some rows as train, validation and test rows.
 
     A set's own split is kept where it says one. The rest is shuffled and cut 60/20/20, if `train_share` is 0.6, as in
@@ -94,10 +94,10 @@ def cut(rows: Labelled, mine: np.ndarray, train_share: float, rng: np.random.Gen
     return first, second, third
 
 
-def drawn(rows: Labelled) -> np.ndarray:
+def drawn(rows: Labels) -> np.ndarray:
     """(n,) bool, the rows whose split is drawn; of sets that make rows on demand (1,), for all of them."""
     # A set that says train and test but no validation leaves us its train rows to choose that from.
-    return (rows.split == UNSAID) | ((rows.split == TRAIN) & ~(rows.split == VAL).any())
+    return (rows.split == UNASSIGNED) | ((rows.split == TRAIN) & ~(rows.split == VAL).any())
 
 
 def sizes(rows: int, train_share: float) -> tuple[int, int, int]:
@@ -107,9 +107,9 @@ def sizes(rows: int, train_share: float) -> tuple[int, int, int]:
     return train, other, other
 
 
-def refuse_made(rows: Labelled, partition: Dealing) -> None:
+def refuse_made(rows: Labels, partition: Dealing) -> None:
     """Raises InputError where rows are made on demand, and cannot be dealt."""
-    if rows.block:
+    if rows.rows_per_client:
         raise InputError(
             f"partition {name_of(partition)} deals rows that there are; these are made client by client: "
             "take --partition natural"

@@ -32,17 +32,21 @@ class Natural(Dealing):
     )
 
     def deal(self, rows, domains, clients, seed, train_share):
-        if not rows.block:
+        if not rows.rows_per_client:
             raise InputError("partition natural wants a data set that makes clients, such as synthetic; take bootstrap")
         if clients is None:
             raise InputError("partition natural wants --clients N, a number of clients from 1 on")
-        if not part(rows.block, train_share):
-            raise InputError(f"a train share of {train_share:g} of {rows.block} rows leaves no client a train row")
-        return _Owned(clients, rows.block, tuple(domains), len(rows.domains), seed, train_share, self.rows_sigma)
+        if not part(rows.rows_per_client, train_share):
+            raise InputError(
+                f"a train share of {train_share:g} of {rows.rows_per_client} rows leaves no client a train row"
+            )
+        return _Owned(
+            clients, rows.rows_per_client, tuple(domains), len(rows.domains), seed, train_share, self.rows_sigma
+        )
 
     def away(self, rows, domain):
         blocks = domain + len(rows.domains) * np.arange(AWAY)
-        return (blocks[:, None] * rows.block + np.arange(rows.block)).ravel()
+        return (blocks[:, None] * rows.rows_per_client + np.arange(rows.rows_per_client)).ravel()
 
 
 @dataclass(frozen=True)

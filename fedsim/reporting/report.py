@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsim.clients import Client
 from fedsim.counts import SPLITS, Counts
-from fedsim.datasets import Labelled
+from fedsim.datasets import Labels
 from fedsim.params import Params
 from fedsim.reporting.metrics import best_round, validation_of
 from fedsim.reporting.tables import (
@@ -165,7 +165,7 @@ class Report:
             self.add_scores(int(round), Counts.from_flat(entry["scores"]), validation)
 
 
-def holdings(rows: Labelled, clients: Iterable[Client]) -> np.ndarray:
+def holdings(rows: Labels, clients: Iterable[Client]) -> np.ndarray:
     """(n, 5) int32: client, domain, label, split (train, then `SPLITS`), rows."""
     parts = [np.empty((0, len(COLUMNS["partition"])), np.int32)]
     for client in clients:

@@ -77,7 +77,7 @@ def _run_trials(
     from fedsim.sweep.ray_tune import StudyScheduler, StudySearcher, TrialActor
 
     if resources.several_machines:
-        base = replace(base, source=base.source.carried())
+        base = replace(base, source=base.source.inline())
     progress(Note("trials at once", resources.describe(remaining)))
     progress(Step("trials", study.ended(), sweep.trials))
 

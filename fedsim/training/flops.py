@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsim.datasets import Features
 from fedsim.methods import Backbone, Batch, trained
+from fedsim.representations import Encoded
 from fedsim.training.inputs import Inputs
 from fedsim.training.task import Task
 
 
-def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarray) -> tuple[float, float]:
+def flops_of(task: Task, backbone: Backbone, data: Encoded, rows: np.ndarray) -> tuple[float, float]:
     """The operations of a local step that do not depend on its batch, and the operations per row of the batch.
 
     They are those of the forward and backward pass of `Method.loss` under autograd: matrix products, convolutions and
@@ -29,8 +29,10 @@ def flops_of(task: Task, backbone: Backbone, features: Features, rows: np.ndarra
 
     def count(size: int) -> int:
         batch = np.resize(rows, size)
-        x = Inputs(features, task.method.reads.image, batch, None, "cpu", backbone.class_embeddings.dtype).whole()
-        y = torch.from_numpy(features.y[batch])
+        x = Inputs(
+            data.representations, task.method.reads.image, batch, None, "cpu", backbone.class_embeddings.dtype
+        ).whole()
+        y = torch.from_numpy(data.y[batch])
         with Operations() as operations:
             task.method.loss(module.train(), Batch(x, y)).backward()
         return operations.total

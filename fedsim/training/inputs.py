@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.datasets import Features
+from fedsim.representations import Representations
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,14 @@ class Inputs:
     """The representation of some rows, like a tensor that is read when it is indexed.
 
     Attributes:
-        level: what the method reads: features, tokens or pixels.
+        name: that of the representation: features, tokens or pixels.
         views: (n,) the augmented view of each row; None: the image itself.
         dtype: that of the result, unless it is pixels, which are bytes.
         resident: (N, D) all features, if the device holds them.
     """
 
-    features: Features
-    level: str
+    representations: Representations
+    name: str
     rows: np.ndarray
     views: np.ndarray | None
     device: str
@@ -36,6 +36,6 @@ class Inputs:
         at = index.cpu().numpy()
         if self.resident is not None:
             return self.resident[torch.from_numpy(self.rows[at]).to(self.device)].to(self.dtype)
-        array = self.features.take(self.level, self.rows[at], None if self.views is None else self.views[at])
+        array = self.representations.read(self.name, self.rows[at], None if self.views is None else self.views[at])
         x = torch.from_numpy(array).to(self.device)
         return x if x.dtype == torch.uint8 else x.to(self.dtype)

@@ -7,11 +7,11 @@ from torch import nn
 
 from fedsim.clip.model import Clip
 from fedsim.clip.sites import Reads
-from fedsim.datasets import Features
 from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone, Method, Scope, masked
 from fedsim.params import Params
 from fedsim.registry import name_of
+from fedsim.representations import Encoded
 from fedsim.rng import seed_for
 from fedsim.servers import ClientUpdate, Server
 from fedsim.training.client_store import PrivateStore
@@ -88,12 +88,12 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
 
 
 def backbone_of(
-    features: Features, device: str = "cpu", dtype: str = "float32", reads: Reads = FEATURES, clip: Clip | None = None
+    data: Encoded, device: str = "cpu", dtype: str = "float32", reads: Reads = FEATURES, clip: Clip | None = None
 ) -> Backbone:
-    """What a method sees of the frozen CLIP: the class embeddings, and the towers that the method reads."""
-    class_embeddings = torch.tensor(features.class_embeddings, dtype=getattr(torch, dtype), device=device)
-    texts = Backbone(class_embeddings, features.logit_scale, features.classes, features.prompt)
-    return with_towers(texts, reads, clip)
+    """What a method sees of the frozen CLIP: the embeddings of the classes, and the towers that it reads."""
+    text = data.class_embeddings
+    vectors = torch.tensor(text.vectors, dtype=getattr(torch, dtype), device=device)
+    return with_towers(Backbone(vectors, text.logit_scale, data.classes, text.prompt), reads, clip)
 
 
 def with_towers(backbone: Backbone, reads: Reads, clip: Clip | None) -> Backbone:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fedsim.clients import Client, Population
 from fedsim.clip.model import Clip, Frozen
 from fedsim.counts import Counts, tally
-from fedsim.datasets import Features
 from fedsim.errors import Diverged, InputError
 from fedsim.methods import trained
 from fedsim.params import Params, unflatten
 from fedsim.registry import name_of
+from fedsim.representations import Encoded
 from fedsim.rng import numpy_rng, seed_for, torch_rng
 from fedsim.servers import ClientUpdate
 from fedsim.training.accumulator import Accumulator
@@ -54,19 +54,17 @@ class TrainedStack:
 class ClientWorker:
     """Trains and evaluates chunks of clients. A chunk is pure: the same call gives the same bits anywhere."""
 
-    def __init__(
-        self, features: Features, clients: Population, frozen: Frozen | None = None, device: str = "cpu"
-    ) -> None:
+    def __init__(self, data: Encoded, clients: Population, frozen: Frozen | None = None, device: str = "cpu") -> None:
         """
         Args:
             frozen: CLIP, for methods that train through its towers.
             device: cpu or cuda.
         """
-        self.features = features
+        self.data = data
         self.clients = clients
         self.frozen = frozen
         self.device = device
-        self.trained_classes = clients.trained_classes(features)
+        self.trained_classes = clients.trained_classes(data)
         self.clip = lru_cache(maxsize=1)(self._clip)
         self.module = lru_cache(maxsize=4)(self._module)
         self.room = lru_cache(maxsize=4)(self._room)
@@ -160,10 +158,10 @@ class ClientWorker:
             if not round:
                 raise InputError(f"method {name_of(task.method)} predicts NaN before it is trained")
             raise Diverged.in_round(round, "a prediction of the trained model")
-        return tally([entry for entry, _ in entries], predicted, predicted_own, confidence, self.features, held_out)
+        return tally([entry for entry, _ in entries], predicted, predicted_own, confidence, self.data, held_out)
 
     def _spaces(self, client: Client) -> Spaces:
-        own = self.clients.classes_of(client, self.features)
+        own = self.clients.classes_of(client, self.data)
         protocol = own if client.split == "new" else self.trained_classes
         return torch.from_numpy(protocol), torch.from_numpy(own)
 
@@ -202,9 +200,9 @@ class ClientWorker:
         ids = [client for client, _ in clients]
         rows = np.concatenate([rows_of[client] for client in ids])
         x = self._inputs(task, rows, self._views(task, round, ids, rows_of))
-        if x.level == "features":  # small, and read in every epoch; images may not fit into memory
+        if x.name == "features":  # small, and read in every epoch; images may not fit into memory
             x = x.whole()
-        y = torch.from_numpy(self.features.y[rows]).to(self.device)
+        y = torch.from_numpy(self.data.y[rows]).to(self.device)
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
         classes = self._classes(task, ids)
         if task.reference:
@@ -228,12 +226,12 @@ class ClientWorker:
         masks = np.tile(self.trained_classes, (len(clients), 1))
         for mask, k in zip(masks, clients if own else (), strict=False):
             mask[:] = False
-            mask[self.features.y[self.clients[k].train]] = True  # not the classes that only its test rows show
+            mask[self.data.y[self.clients[k].train]] = True  # not the classes that only its test rows show
         return torch.from_numpy(masks).to(self.device)
 
     def _views(self, task: Task, round: int, clients: list[int], rows_of: Rows) -> np.ndarray | None:
         """The augmented view of each train row in a round; None without augmentation."""
-        count = self.features.augment + 1
+        count = self.data.representations.views
         if count == 1:
             return None
         views = [numpy_rng(task.seed, "views", round, k).integers(1, count, len(rows_of[k])) for k in clients]
@@ -265,14 +263,14 @@ class ClientWorker:
         return self._inputs(task, rows).whole()
 
     def _inputs(self, task: Task, rows: np.ndarray, views: np.ndarray | None = None) -> Inputs:
-        level, dtype = task.method.reads.image, getattr(torch, task.dtype)
-        held = self.resident() if level == "features" and views is None else None
-        return Inputs(self.features, level, rows, views, self.device, dtype, held)
+        name, dtype = task.method.reads.image, getattr(torch, task.dtype)
+        held = self.resident() if name == "features" and views is None else None
+        return Inputs(self.data.representations, name, rows, views, self.device, dtype, held)
 
     def _resident(self) -> Tensor | None:
         """All features on a GPU if they fit, so that rows are not copied there in every round."""
-        x = self.features.x
-        if self.device == "cpu" or self.features.block or x.nbytes > RESIDENT_BYTES:
+        x = self.data.representations.features
+        if self.device == "cpu" or self.data.rows_per_client or x.nbytes > RESIDENT_BYTES:
             return None
         return torch.tensor(x, device=self.device)
 
@@ -296,7 +294,7 @@ class ClientWorker:
     def _module(self, task: Task) -> tuple[nn.Module, Params]:
         reads = task.method.reads
         clip = self.clip(task.dtype) if reads.towers else None
-        backbone = backbone_of(self.features, self.device, task.dtype, reads, clip)
+        backbone = backbone_of(self.data, self.device, task.dtype, reads, clip)
         module = task.build(backbone).to(self.device, getattr(torch, task.dtype))
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.contiguous()  # the fused optimizers walk raw memory

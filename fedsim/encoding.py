@@ -1,0 +1,240 @@
+"""Images to representations: once, by a pool of workers, resumable, into files that are memory-mapped.
+
+A file is named by a key of everything that determines its content: the architecture, the bytes of the weights, the
+preprocessing, and the bytes of the images in their order.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsim.cache import Notice, locked, read_array, write_array
+from fedsim.clip.checkpoints import Weights
+from fedsim.clip.model import Clip
+from fedsim.cluster.placement import Sizing
+from fedsim.cluster.pool import open_pool
+from fedsim.datasets import Features, Images
+from fedsim.errors import InputError, Stopped
+from fedsim.events import Note, Progress, Step
+from fedsim.files import digest
+from fedsim.representations import ClassEmbeddings, Encoded, Representations, with_labels
+from fedsim.rng import seed_for
+
+BLOCK = 64  # images per call: fixed, because the sums in a tower may depend on the size of its batch
+
+
+class Encoder:
+    """Encodes blocks of images, and prompts; loads CLIP when it is first needed."""
+
+    def __init__(self, images: Images, weights: Weights, device: str) -> None:
+        self.images, self.weights, self.device = images, weights, device
+        self.loaded: Clip | None = None
+
+    @property
+    def clip(self) -> Clip:
+        self.loaded = self.loaded or Clip(self.weights, self.device)
+        return self.loaded
+
+    def encode(self, block: int) -> np.ndarray:
+        """(n, D) float16, the features of one block of images."""
+        rows = self._rows(block)
+        return self._finite(self.clip.encode_images(map(self.images.open, rows)), rows)
+
+    def encode_view(self, name: str, part: tuple[int, int]) -> np.ndarray:
+        """(n, ...) a representation of one (view, block) of the images; view 0 is the one for evaluation."""
+        view, block = part
+        rows = self._rows(block)
+        # Independent of a run's seed: views are drawn once and cached for all runs.
+        seeds = [seed_for(0, "view", view, row) for row in rows] if view else None
+        pixels = self.clip.pixels(map(self.images.open, rows), seeds)
+        if name == "pixels":
+            return pixels
+        encode = self.clip.encode_tokens if name == "tokens" else self.clip.encode_pixels
+        return self._finite(encode(pixels), rows)
+
+    def encode_classes(self, prompts: list[str]) -> np.ndarray:
+        """(1,) record: `prototypes`, the (C, D) float32 class embeddings, and `scale`, the logit scale."""
+        embeddings = self.clip.encode_texts(prompts)
+        if not np.isfinite(embeddings).all():
+            raise InputError(f"{self._name} gives text features that are NaN or infinite; try other weights")
+        kind = np.dtype([("prototypes", embeddings.dtype, embeddings.shape), ("scale", np.float64)])
+        return np.array([(embeddings, self.clip.logit_scale)], kind)
+
+    @property
+    def _name(self) -> str:
+        return f"backbone {self.weights.model} ({Path(self.weights.pretrained).name})"
+
+    def _rows(self, block: int) -> range:
+        return range(block * BLOCK, min((block + 1) * BLOCK, len(self.images)))
+
+    def _finite(self, features: np.ndarray, rows: range) -> np.ndarray:
+        """The features of these images.
+
+        Raises:
+            InputError: some are not finite, which would otherwise be noticed only when clients are evaluated.
+        """
+        finite = np.isfinite(features).reshape(len(rows), -1).all(axis=1)
+        if not finite.all():
+            first = self.images.names[rows[int(finite.argmin())]]
+            raise InputError(
+                f"{self._name} gives features that half precision cannot hold (NaN, or above 65,504) for "
+                f"{(~finite).sum()} of {len(rows)} images, the first of them {first}; try other weights"
+            )
+        return features
+
+
+def feature_file(images: Images, weights: Weights, cache: Path, notice: Notice = lambda file: None) -> Path:
+    """The file for the features of these images under these weights; it need not exist."""
+    return cache / f"{digest(weights.key, images.fingerprint(cache, notice))}.npy"
+
+
+def text_file(classes: Sequence[str], weights: Weights, prompt: str, cache: Path) -> Path:
+    """The file for the embeddings of these classes; it need not exist."""
+    return cache / f"{digest(weights.key, *(prompt.format(name) for name in classes))}.text.npy"
+
+
+def encode(
+    images: Images,
+    weights: Weights,
+    prompt: str,
+    cache: Path,
+    sizing: Sizing,
+    progress: Progress,
+    names: Sequence[str] = ("features",),
+    augment: int = 0,
+) -> Encoded:
+    """Encodes all images and all classes, or reads what the cache holds undamaged.
+
+    Args:
+        prompt: with `{}` for the class name.
+        cache: a folder on this machine.
+        names: the representations that clients read, of `clip.sites.IMAGE_READS`. Features are always computed.
+        augment: augmented views per image of these representations.
+
+    Raises:
+        InputError: an image or the weights are corrupt, or features are not finite.
+        Stopped: the cache's disk is full, or files were removed from it.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    file = feature_file(images, weights, cache)
+    with locked(file):  # a process that waits here finds it done
+        features, embeddings = _features(images, weights, prompt, file, sizing, progress)
+        files = dict(features.files)
+        for name in names if augment else [name for name in names if name != "features"]:
+            files[name] = file.with_suffix(f".{name}-{augment}.npy")
+            if read_array(files[name], partial(_damaged, progress)) is None:
+                _encode_views(images, weights, files[name], name, augment, sizing, progress)
+            for part in cache.glob(f"{file.stem}.{name}-*-*.npy"):  # left by a killed run with more views
+                part.unlink(missing_ok=True)
+    return with_labels(images, replace(features, files=files, views=1 + augment), embeddings)
+
+
+def from_features(features: Features) -> Encoded:
+    """Features that were computed elsewhere, as clients read them. Nothing is written."""
+    key = "made on demand" if features.rows_per_client else "not in a file"
+    representations = Representations(len(features), key, arrays={"features": features.x})
+    return with_labels(features, representations, ClassEmbeddings(features.class_embeddings, features.logit_scale))
+
+
+def store(data: Encoded, cache: Path, notice: Notice) -> Encoded:
+    """The same with its features in a file of the cache, for workers to map. A damaged file is written again."""
+    x = data.representations.features
+    file = cache / f"{digest(f'{x.dtype} {x.shape}', x)}.npy"
+    with locked(file):
+        if read_array(file, notice) is None:
+            write_array(file, len(x), [x])
+    return replace(data, representations=Representations(len(data), file.stem, {"features": file}))
+
+
+class _Parts:
+    """A file of the cache while it is computed: each block has its own file, so an interruption loses little.
+
+    Attributes:
+        files: the file of each block, in the order in which they are joined.
+        todo: blocks that are missing or damaged.
+    """
+
+    def __init__(self, whole: Path, rows: int, files: dict[Any, Path], stage: str, progress: Progress) -> None:
+        self.whole, self.rows, self.files, self.stage, self.progress = whole, rows, files, stage, progress
+        self.todo = [block for block, file in files.items() if self._read(file) is None]
+
+    def write(self, blocks: Iterator[np.ndarray]) -> None:
+        """Writes the blocks of `todo` as they are computed."""
+        for done, (block, array) in enumerate(zip(self.todo, blocks, strict=True), 1):
+            write_array(self.files[block], len(array), [array])
+            ready = (len(self.files) - len(self.todo) + done) * BLOCK
+            self.progress(Step(self.stage, min(ready, self.rows), self.rows))
+
+    def join(self) -> None:
+        write_array(self.whole, self.rows, map(self._written, self.files.values()))
+        self.remove()
+
+    def remove(self) -> None:
+        # Safe: this process holds the lock, so no other process on this machine is writing them.
+        killed = self.whole.parent.glob(f"part-{os.uname().nodename}-*-{self.whole.name.partition('.')[0]}.*")
+        for file in (*self.files.values(), *killed):
+            file.unlink(missing_ok=True)
+
+    def _read(self, file: Path) -> np.ndarray | None:
+        return read_array(file, partial(_damaged, self.progress))
+
+    def _written(self, file: Path) -> np.ndarray:
+        array = self._read(file)
+        if array is None:
+            raise Stopped(f"{file} was removed or changed during the run; run the same command again")
+        return array
+
+
+def _features(
+    images: Images, weights: Weights, prompt: str, file: Path, sizing: Sizing, progress: Progress
+) -> tuple[Representations, ClassEmbeddings]:
+    prompts = [prompt.format(name) for name in images.classes]
+    texts_file = text_file(images.classes, weights, prompt, file.parent)
+    x, texts = (read_array(each, partial(_damaged, progress)) for each in (file, texts_file))
+    blocks = range(-(-len(images) // BLOCK)) if x is None else ()
+    files = {block: file.with_suffix(f".{block:06d}.npy") for block in blocks}
+    parts = _Parts(file, len(images), files, "encoding images", progress)
+    if parts.todo or texts is None:
+        with open_pool(sizing, len(parts.todo)) as pool:
+            encoders = pool.workers(Encoder, images, weights)
+            parts.write(encoders.map("encode", parts.todo))
+            if texts is None:
+                texts = next(encoders.map("encode_classes", [prompts]))
+                write_array(texts_file, 1, [texts])
+    if x is None:
+        _join(parts, images, weights)
+    embeddings = ClassEmbeddings(texts[0]["prototypes"], float(texts[0]["scale"]), prompt)
+    return Representations(len(images), file.stem, {"features": file}), embeddings
+
+
+def _encode_views(
+    images: Images, weights: Weights, file: Path, name: str, augment: int, sizing: Sizing, progress: Progress
+) -> None:
+    blocks = range(-(-len(images) // BLOCK))
+    # Named by the representation: the parts of a killed run of another one may be here too.
+    files = {
+        (view, block): file.with_suffix(f".{name}-{view}-{block:06d}.npy")
+        for view in range(1 + augment)
+        for block in blocks
+    }
+    parts = _Parts(file, len(images) * (1 + augment), files, f"encoding {name}", progress)
+    if parts.todo:
+        with open_pool(sizing, len(parts.todo)) as pool:
+            parts.write(pool.workers(Encoder, images, weights).map("encode_view", parts.todo, name))
+    _join(parts, images, weights)
+
+
+def _join(parts: _Parts, images: Images, weights: Weights) -> None:
+    if feature_file(images, weights, parts.whole.parent).stem != parts.whole.name.partition(".")[0]:
+        parts.remove()
+        raise Stopped("images were changed while they were encoded; run the same command again")
+    parts.join()
+
+
+def _damaged(progress: Progress, file: Path) -> None:
+    progress(Note(str(file), "damaged; it is computed again"))

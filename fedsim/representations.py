@@ -1,0 +1,106 @@
+"""What clients read instead of images: representations that are computed once, and the embeddings of the classes."""
+
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsim.cache import map_array
+from fedsim.datasets import Labels
+
+
+@dataclass(frozen=True)
+class ClassEmbeddings:
+    """The text side of a frozen CLIP.
+
+    Attributes:
+        vectors: (C, D) float32 or float64, unit rows: the text feature of each class.
+        logit_scale: exp of CLIP's temperature parameter, about 100 for OpenAI's weights.
+        prompt: the text of a class, with `{}` for its name; unknown, and "{}", for ready-made features.
+    """
+
+    vectors: np.ndarray
+    logit_scale: float
+    prompt: str = "{}"
+
+
+@dataclass(frozen=True)
+class Representations:
+    """What is computed once of N images, by name: `features`, and perhaps `tokens` or `pixels`.
+
+    An array has N rows, or views * N: all images of one view, then all of the next. View 0 is the image as it is
+    preprocessed for evaluation, the others are augmented. Arrays are read-only, and need not be in memory.
+
+    A pickled object contains `arrays` and the paths of `files`; each process maps the files when it first reads them.
+    For machines that do not share a file system, see `inline`.
+
+    Attributes:
+        count: N.
+        key: changes with the features, and names them in a run's folder.
+        files: files of the cache.
+        arrays: representations that are in no file. Generated data have an object with rows on demand here.
+        views: number of views, augmented ones included.
+    """
+
+    count: int
+    key: str
+    files: dict[str, Path] = field(default_factory=dict)
+    arrays: dict[str, Any] = field(default_factory=dict)
+    views: int = 1
+
+    def read(self, name: str, rows: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
+        """(n,) rows -> (n, ...), a copy.
+
+        Args:
+            views: (n,) the view of each row; None: view 0.
+
+        Raises:
+            Stopped: the file was removed or replaced during the run.
+        """
+        return self._array(name)[rows if views is None else rows + views * self.count]
+
+    @property
+    def features(self) -> np.ndarray:
+        """(N, D) float16 or float32; rows need not have unit length."""
+        array = self._array("features")
+        return array if self.views == 1 else array[: self.count]
+
+    def inline(self) -> "Representations":
+        """The same with arrays instead of files: Ray's object store holds them once per machine for all processes."""
+        return replace(self, files={}, arrays=self.arrays | {name: self._array(name) for name in self.files})
+
+    def _array(self, name: str) -> Any:
+        if name in self.arrays:
+            return self.arrays[name]
+        # Not when unpickled: an error that is raised while Ray unpickles loses its type.
+        if name not in self._mapped:
+            self._mapped[name] = map_array(self.files[name])
+        return self._mapped[name]
+
+    @cached_property
+    def _mapped(self) -> dict[str, np.ndarray]:
+        # Per object, not per process: a later run may have found the file damaged and replaced it.
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_mapped"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded(Labels):
+    """A data set as clients read it: labels, representations of the images, embeddings of the classes."""
+
+    representations: Representations
+    class_embeddings: ClassEmbeddings
+
+    def inline(self) -> "Encoded":
+        """See `Representations.inline`."""
+        return replace(self, representations=self.representations.inline())
+
+
+def with_labels(labels: Labels, representations: Representations, class_embeddings: ClassEmbeddings) -> Encoded:
+    """The labels of any data set with representations."""
+    values = {each.name: getattr(labels, each.name) for each in fields(Labels)}
+    return Encoded(**values, representations=representations, class_embeddings=class_embeddings)
