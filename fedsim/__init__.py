@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fedsim.methods import Backbone, Batch, Method
     from fedsim.parallel_runs import run_all
     from fedsim.params import unflatten
-    from fedsim.partitions import Partition
+    from fedsim.partitions import FixedPartition, Partition
     from fedsim.registry import available, component
     from fedsim.reporting.report import Report
     from fedsim.search_space import Choice, Field, Linear, Log
@@ -31,6 +31,7 @@ __all__ = [
     "Dataset",
     "Features",
     "Field",
+    "FixedPartition",
     "Fleet",
     "Images",
     "InputError",
@@ -62,7 +63,7 @@ _MODULES = {
     "parallel_runs": ("run_all",),
     "methods": ("Backbone", "Batch", "Method"),
     "params": ("unflatten",),
-    "partitions": ("Partition",),
+    "partitions": ("FixedPartition", "Partition"),
     "registry": ("available", "component"),
     "reporting.report": ("Report",),
     "search_space": ("Choice", "Field", "Linear", "Log"),

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedsim.datasets import TEST, Labels
 from fedsim.errors import InputError, listing
-from fedsim.partitions import Dealing, Splits
+from fedsim.partitions import Partition, Splits
 from fedsim.rng import numpy_rng
 from fedsim.shares import part
 
@@ -81,7 +81,7 @@ class Population(Sequence):
 
 def make_clients(
     rows: Labels,
-    partition: Dealing,
+    partition: Partition,
     clients: int | None,
     held_out: tuple[str, ...],
     seed: int,
@@ -120,7 +120,7 @@ def make_clients(
         if not len(judged):
             raise InputError(f"no test rows of the new classes {listing([rows.classes[c] for c in new])} to judge by")
         rows = replace(rows, domain=np.where(unseen, -1, rows.domain))  # of no domain, so that nobody is dealt them
-    splits = partition.deal(rows, domains, clients, seed, train_share)
+    splits = partition.assign(rows, domains, clients, seed, train_share)
     # Those that are drawn one by one promise it of all.
     if isinstance(splits, list) and (idle := [k for k, (train, _, _) in enumerate(splits) if not len(train)]):
         who = f"client {idle[0]} has" if len(idle) == 1 else f"clients {listing(idle)} have"
@@ -128,7 +128,7 @@ def make_clients(
     if shots:
         few = _FewShot(splits, rows.y, shots, seed)
         splits = list(few) if isinstance(splits, list) else few
-    return Population(splits, [partition.away(rows, domain) for domain in away], judged, new)
+    return Population(splits, [partition.held_out(rows, domain) for domain in away], judged, new)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from fedsim.errors import InputError, listing
 from fedsim.fleets import Fleet
 from fedsim.folder import safe_name
 from fedsim.methods import Method
-from fedsim.partitions import Dealing
+from fedsim.partitions import Partition
 from fedsim.registry import CHECKED, KINDS, changed, name_of, numbers_are_not_truths, parse, sentence
 from fedsim.search_space import Field, Log
 from fedsim.servers import Server
@@ -122,7 +122,7 @@ class Config(BaseModel):
     held_out: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (), description="domains not trained on, comma-separated"
     )
-    partition: Annotated[InstanceOf[Dealing], _read("partition"), _Fields] = Field(
+    partition: Annotated[InstanceOf[Partition], _read("partition"), _Fields] = Field(
         DEFAULTS["partition"], description="how rows go to clients"
     )
     clients: int | None = Field(None, ge=1, le=10**8, description="number of clients; by_domain: one per domain")

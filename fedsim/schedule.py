@@ -61,7 +61,7 @@ def check(config: Config, population: int) -> None:
     """
     server, fleet = name_of(config.server), name_of(config.fleet)
     asynchronous = config.server.buffer is not None
-    if config.fleet.timeless:
+    if config.fleet.instantaneous:
         for name, wanted in (
             ("deadline_s", config.deadline_s is not None),
             ("over_selection", config.over_selection > 0),
@@ -139,7 +139,7 @@ def schedule(config: Config, population: int, rows_of: RowsOf, bytes_down: int, 
 
     def seconds(clients: np.ndarray) -> np.ndarray:
         """(n,) float64, what the work of these clients takes without jitter."""
-        if config.fleet.timeless:
+        if config.fleet.instantaneous:
             return np.zeros(len(clients))  # nor need anybody be asked for their rows
         rows = rows_of(clients.tolist()) * config.method.local_epochs
         row, down, up = costs[clients].T
@@ -152,10 +152,10 @@ def _rounds(config: Config, population: int, seconds: Seconds) -> Iterator[Turn]
     """Turn by turn: ask a cohort, and wait for enough answers, or all, or the deadline."""
     clock, enough = 0.0, config.cohort or population
     for round in count(1):
-        able = np.flatnonzero(config.fleet.present(population, numpy_rng(config.seed, "availability", round)))
+        able = np.flatnonzero(config.fleet.available(population, numpy_rng(config.seed, "availability", round)))
         asked = able[sample_cohort(len(able), min(_wanted(config, population), len(able)), config.seed, round)]
         # For all clients, so that a client's luck is its own, whoever else is asked.
-        jitter, answers = config.fleet.luck(population, numpy_rng(config.seed, "luck", round))
+        jitter, answers = config.fleet.outcomes(population, numpy_rng(config.seed, "luck", round))
         jitter, answers = jitter[asked], answers[asked]
         due = seconds(asked) * jitter
         deadline = inf if config.deadline_s is None else config.deadline_s
@@ -178,7 +178,7 @@ def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[Turn
     working: list[tuple[float, int, int, str]] = []  # a heap of (end, client, version, outcome): ties to the lower id
     buffer: list[tuple[int, int]] = []  # of (version, client)
     for round in count(1):
-        present = config.fleet.present(population, numpy_rng(config.seed, "availability", round))
+        present = config.fleet.available(population, numpy_rng(config.seed, "availability", round))
         choice, luck = numpy_rng(config.seed, "cohort", round), numpy_rng(config.seed, "luck", round)
         able = np.flatnonzero(free & present).tolist()
         asked = dropped = late = 0
@@ -186,7 +186,7 @@ def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[Turn
             room = config.server.concurrency - len(working)
             clients = np.sort([_take(able, choice) for _ in range(min(room, len(able)))]).astype(np.int64)
             if len(clients):
-                jitter, answers = config.fleet.luck(len(clients), luck)
+                jitter, answers = config.fleet.outcomes(len(clients), luck)
                 due = seconds(clients) * jitter
                 outcomes = np.where(~answers, "dropped", np.where(due <= deadline, "answered", "late")).tolist()
                 ends = (clock + np.minimum(due, deadline)).tolist()

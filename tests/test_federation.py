@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim import Backbone, InputError, Partition, available, run
+from fedsim import Backbone, FixedPartition, InputError, available, run
 from fedsim.clients import make_clients, sample_cohort
 from fedsim.clip.checkpoints import find_weights
 from fedsim.clip.model import Clip
@@ -43,7 +43,7 @@ def an_update(weight, **delta):
 # Partitions -----------------------------------------------------------------------------------------------------
 
 
-DEALT = [name for name in available("partition") if isinstance(parse("partition", name), Partition)]
+DEALT = [name for name in available("partition") if isinstance(parse("partition", name), FixedPartition)]
 DRAWN = sorted(set(available("partition")) - set(DEALT))  # client by client
 
 
@@ -70,14 +70,14 @@ def test_every_partition_that_draws_gives_a_client_the_same_rows_whoever_is_aske
     for k in (0, 1, 500, 999):
         assert all(np.array_equal(getattr(one[k], split), getattr(backwards[k], split)) for split in splits)
         assert len(one[k].train) and (np.diff(one[k].train) >= 0).all()
-    with pytest.raises(InputError, match=f"partition {name} wants --clients N"):
+    with pytest.raises(InputError, match=f"partition {name} needs --clients N"):
         make_clients(data, partition, None, (), seed=3)
 
 
 @pytest.mark.parametrize("name", sorted(set(DEALT) - {"by_domain"}))
 def test_partitions_say_what_number_of_clients_they_want(name):
     data, partition = rows(), parse("partition", name)
-    with pytest.raises(InputError, match="wants --clients N, a number of clients from 1 to 240"):
+    with pytest.raises(InputError, match="needs --clients N, a number of clients from 1 to 240"):
         partition.split(data.y, data.domain, None, rng())
     with pytest.raises(InputError, match="300 clients for 240 rows"):
         partition.split(data.y, data.domain, 300, rng())
@@ -108,7 +108,7 @@ def test_classes_are_dealt_whole_and_evenly_by_the_seed_of_the_partition():
     assert all(set(data.domain[part]) == {0, 1, 2} for part in dealt)
     other = partition.split(data.y, data.domain, 4, rng(1))
     assert hands != [sorted(set(data.y[part])) for part in other]
-    with pytest.raises(InputError, match="7 clients for 6 classes; under partition classes each has its own"):
+    with pytest.raises(InputError, match="7 clients for 6 classes; partition classes shares none"):
         partition.split(data.y, data.domain, 7, rng())
 
 

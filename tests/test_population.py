@@ -119,11 +119,11 @@ def test_what_is_not_finite_or_not_read_is_refused(tmp_path):
 
 
 def test_who_is_not_dealt_or_made_says_so():
-    with pytest.raises(InputError, match="partition iid deals rows that there are; these are made client by client"):
+    with pytest.raises(InputError, match="partition iid needs a finite data set; this one generates rows"):
         make_clients(synthetic(), parse("partition", "iid"), 5, (), 0)
-    with pytest.raises(InputError, match="partition bootstrap deals rows that there are"):
+    with pytest.raises(InputError, match="partition bootstrap needs a finite data set"):
         make_clients(synthetic(), parse("partition", "bootstrap"), 5, (), 0)
-    with pytest.raises(InputError, match="partition natural wants a data set that makes clients, such as synthetic"):
+    with pytest.raises(InputError, match="partition natural needs a data set that generates clients"):
         make_clients(rows(), parse("partition", "natural"), 5, (), 0)
     with pytest.raises(InputError, match=r"a train share of 0\.01 of 20 rows leaves no client a train row"):
         make_clients(synthetic(), parse("partition", "natural"), 5, (), 0, train_share=0.01)

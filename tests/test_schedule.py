@@ -30,10 +30,10 @@ class Timed(Fleet):
     def costs(self, clients, rng):
         return np.column_stack([self.seconds, *np.zeros((2, clients))])
 
-    def present(self, clients, rng):
+    def available(self, clients, rng):
         return np.full(clients, self.there)
 
-    def luck(self, clients, rng):
+    def outcomes(self, clients, rng):
         return np.ones(clients), np.full(clients, self.answers)
 
 

@@ -60,19 +60,19 @@ class Fatal(Fleet):
 
     file: str = ""
     again: bool = False
-    timeless: ClassVar[bool] = True
+    instantaneous: ClassVar[bool] = True
 
     def costs(self, clients, rng):
         return Ideal().costs(clients, rng)
 
-    def present(self, clients, rng):
+    def available(self, clients, rng):
         if os.getpid() == HERE:  # which asks too, before anything starts
-            return Ideal().present(clients, rng)
+            return Ideal().available(clients, rng)
         left = int(Path(self.file).read_text())
         Path(self.file).write_text(str(0 if self.again else left - 1))
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return Ideal().present(clients, rng)
+        return Ideal().available(clients, rng)
 
 
 @pytest.fixture(scope="module")

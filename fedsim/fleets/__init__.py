@@ -1,7 +1,6 @@
-"""Fleets: the devices that clients have - how long they take, when they can be asked, and whether they answer.
+"""Fleets: the devices of clients; how long they take, when they are available, and whether they respond.
 
-A fleet speaks of simulated time alone: nothing ever sleeps, and no number that is trained depends on how long a
-machine took.
+All times are simulated: nothing sleeps, and no result depends on the speed of the machine.
 """
 
 from abc import ABC, abstractmethod
@@ -13,21 +12,21 @@ import numpy as np
 class Fleet(ABC):
     """The devices of K clients. Subclasses are components."""
 
-    timeless: ClassVar[bool] = False  # whether nothing takes any time
+    instantaneous: ClassVar[bool] = False  # whether all work takes no time
 
     @abstractmethod
     def costs(self, clients: int, rng: np.random.Generator) -> np.ndarray:
-        """What work costs each client, drawn once.
+        """The cost of work for each client, drawn once.
 
         Returns:
-            (K, 3) float64, seconds: of a train row, of a byte down, of a byte up. A client's row is the same
-            however many clients there are after it.
+            (K, 3) float64, seconds per train row, per byte down and per byte up. A client's costs do not depend on
+            the number of clients after it.
         """
 
-    def present(self, clients: int, rng: np.random.Generator) -> np.ndarray:
-        """(K,) bool, whether each client can be asked in a round."""
+    def available(self, clients: int, rng: np.random.Generator) -> np.ndarray:
+        """(K,) bool, whether each client is available in a round."""
         return np.ones(clients, bool)
 
-    def luck(self, clients: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """How n clients fare this once: (n,) float64, a factor on their time, and (n,) bool, whether they answer."""
+    def outcomes(self, clients: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """For n clients and one request: (n,) float64, a factor on their time, and (n,) bool, whether they respond."""
         return np.ones(clients), np.ones(clients, bool)

@@ -1,6 +1,6 @@
-"""Every client is always there, takes no time, and answers.
+"""Every client is always available, takes no time, and responds.
 
-Source: ours; it is what a simulation without a clock takes for granted.
+Source: ours; simulations without a clock assume it.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from fedsim.registry import component
 class Ideal(Fleet):
     """The clock stays at 0."""
 
-    timeless = True
+    instantaneous = True
 
     def costs(self, clients, rng):
         return np.zeros((clients, 3))

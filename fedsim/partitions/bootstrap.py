@@ -1,4 +1,4 @@
-"""Rows dealt with replacement: any number of clients from however few rows.
+"""Rows drawn with replacement: any number of clients from any number of rows.
 
 Source: ours; drawing with replacement is the bootstrap of Efron 1979, the label skew that of Hsu et al. 2019, arXiv
 1909.06335.
@@ -10,37 +10,37 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedsim.errors import InputError
-from fedsim.partitions import Dealing, Splits, cut, refuse_made, sizes
+from fedsim.partitions import Partition, Splits, cut, require_fixed, sizes
 from fedsim.registry import component
 from fedsim.rng import numpy_rng
 from fedsim.search_space import Field, Log
 
 
 @component
-class Bootstrap(Dealing):
-    """What is train, validation and test is settled once for all, so that nobody trains on another's test rows."""
+class Bootstrap(Partition):
+    """Rows are split once for all clients, so no client trains on a test row of another."""
 
     rows: int = Field(100, ge=2, le=2**20, description="rows of a client, of all splits together")
-    by_domain: bool = Field(True, description="a client's rows are of one domain, the domains taking turns")
+    by_domain: bool = Field(True, description="each client has rows of one domain, domains in turn")
     alpha: float | None = Field(
         None,
         gt=0,
         search=Log(0.05, 10.0),
-        description="of a Dirichlet over each client's classes, smaller is more skewed; none given: no skew",
+        description="Dirichlet concentration of each client's classes; smaller is more skewed (default: no skew)",
     )
 
-    def deal(self, rows, domains, clients, seed, train_share):
-        refuse_made(rows, self)
+    def assign(self, rows, domains, clients, seed, train_share):
+        require_fixed(rows, self)
         if clients is None:
-            raise InputError("partition bootstrap wants --clients N, a number of clients from 1 on")
-        wanted = sizes(self.rows, train_share)
-        if not wanted[0]:
+            raise InputError("partition bootstrap needs --clients N, a number of clients >= 1")
+        counts = sizes(self.rows, train_share)
+        if not counts[0]:
             raise InputError(f"a train share of {train_share:g} of {self.rows} rows leaves no client a train row")
         homes = [
             cut(rows, np.flatnonzero(rows.domain == domain), train_share, numpy_rng(seed, "split", domain))
             for domain in domains
         ]
-        if not self.by_domain:  # of domains that are cut one by one all the same, so that a row's split never changes
+        if not self.by_domain:  # domains are still cut one by one, so a row's split does not depend on this field
             homes = [tuple(np.concatenate(parts) for parts in zip(*homes, strict=True))]
         for domain, (train, _, _) in zip(domains, homes, strict=False):
             if not len(train):
@@ -50,7 +50,7 @@ class Bootstrap(Dealing):
             return _Pool.of(part, rows.y, len(rows.classes))
 
         pools = tuple((pool(train), pool(val), pool(test)) for train, val, test in homes)
-        return _Drawn(clients, pools, wanted, self.alpha, seed)
+        return _Drawn(clients, pools, counts, self.alpha, seed)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Pool:
     """Rows to draw from, class by class.
 
     Attributes:
-        rows: (n,) sorted by class; those of class c begin at `starts[c]`, and there are `counts[c]`.
+        rows: (n,) sorted by class; class c has `counts[c]` of them, from position `starts[c]`.
     """
 
     rows: np.ndarray
@@ -81,7 +81,7 @@ class _Pool:
 
 @dataclass(frozen=True)
 class _Drawn(Sequence):
-    """Client k is drawn from its address, whoever asks and in whatever order."""
+    """Client k is drawn with the seed of its number, so the order of access does not matter."""
 
     clients: int
     pools: tuple[tuple[_Pool, _Pool, _Pool], ...]
@@ -95,12 +95,12 @@ class _Drawn(Sequence):
     def __getitem__(self, client: int) -> Splits:
         rng = numpy_rng(self.seed, "partition", client)
         pools = self.pools[client % len(self.pools)]
-        there = pools[0].counts  # train rows of each class
-        skew = np.ones(len(there))
+        counts = pools[0].counts  # train rows of each class
+        skew = np.ones(len(counts))
         if self.alpha is not None:
-            # Shares of the classes themselves, of however many rows, and of those that have any.
-            shares = np.zeros(len(there))
-            shares[there > 0] = rng.dirichlet(np.full(np.count_nonzero(there), self.alpha))
-            skew = shares / np.maximum(1, there)
+            # Shares of the classes that have rows, whatever their numbers of rows.
+            shares = np.zeros(len(counts))
+            shares[counts > 0] = rng.dirichlet(np.full(np.count_nonzero(counts), self.alpha))
+            skew = shares / np.maximum(1, counts)
         first, second, third = (pool.draw(size, skew, rng) for pool, size in zip(pools, self.sizes, strict=True))
         return first, second, third

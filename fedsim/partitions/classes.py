@@ -7,17 +7,17 @@ hold disjoint classes.
 import numpy as np
 
 from fedsim.errors import InputError
-from fedsim.partitions import Partition, wanted
+from fedsim.partitions import FixedPartition, require_clients
 from fedsim.registry import component
 
 
 @component
-class Classes(Partition):
-    """Classes are shuffled and dealt in equal numbers; where they do not divide, the first clients have one more."""
+class Classes(FixedPartition):
+    """Classes are shuffled and split evenly among clients; the first clients have one more if they do not divide."""
 
     def split(self, labels, domains, clients, rng):
-        count, present = wanted(clients, len(labels), "classes"), np.unique(labels)
+        count, present = require_clients(clients, len(labels), "classes"), np.unique(labels)
         if count > len(present):
-            raise InputError(f"{count} clients for {len(present)} classes; under partition classes each has its own")
-        hands = np.array_split(rng.permutation(present), count)
-        return [np.flatnonzero(np.isin(labels, hand)) for hand in hands]
+            raise InputError(f"{count} clients for {len(present)} classes; partition classes shares none")
+        groups = np.array_split(rng.permutation(present), count)
+        return [np.flatnonzero(np.isin(labels, group)) for group in groups]

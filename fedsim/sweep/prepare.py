@@ -118,12 +118,12 @@ def _check_seeds(sweep: Sweep) -> None:
 
 def _check_costs(objectives: tuple[str, ...], space: Space, fleets: list[Fleet]) -> None:
     """Refuses a cost that is the same in all trials: the Pareto front would be one point."""
-    if "clock_s" in objectives and any(fleet.timeless for fleet in fleets):
+    if "clock_s" in objectives and any(fleet.instantaneous for fleet in fleets):
         raise InputError("objective clock_s needs a fleet whose clients take time, such as --fleet lognormal")
     paths, steps = {dimension.path for dimension in space.dimensions}, {("method", name) for name in STEP_FIELDS}
     for cost in [name for name in objectives if name not in ACCURACIES]:
         # With a clock, longer training may miss a deadline, and its update is then not sent.
-        more = PASS_FIELDS if cost == "bytes" and all(fleet.timeless for fleet in fleets) else ()
+        more = PASS_FIELDS if cost == "bytes" and all(fleet.instantaneous for fleet in fleets) else ()
         if paths <= steps | {("method", name) for name in more}:
             searched = listing(dimension.name for dimension in space.dimensions)
             raise InputError(
