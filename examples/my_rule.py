@@ -8,9 +8,9 @@ from fedsim import Averaging, Field, Linear, apply_update, component, mean_delta
 
 @component
 class Nesterov(Averaging):
-    """Steps along the new momentum and the mean delta."""
+    """Steps along the mean delta plus the updated momentum."""
 
-    beta: float = Field(0.9, ge=0, lt=1, search=Linear(0.0, 0.99), description="share of the momentum that is kept")
+    beta: float = Field(0.9, ge=0, lt=1, search=Linear(0.0, 0.99), description="server momentum")
 
     def init(self, params):
         return {"momentum": {name: 0 * value.double() for name, value in params.items()}}, {}
