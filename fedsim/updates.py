@@ -24,14 +24,15 @@ class ChunkSum:
         weight: sum of the weights.
         clients: (n,) of `CLIENT_STATS`.
         message: (Q,) float64, sum of weight * message, of rules whose clients send one.
-        each: (n, P) in training's dtype, every client's own delta, in the order of `clients`; of rules that see each.
+        deltas: (n, P) in training's dtype, the delta of each client, in the order of `clients`; None unless the rule
+            has `needs_deltas`.
     """
 
     delta: np.ndarray
     weight: float
     clients: np.ndarray
     message: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    each: np.ndarray | None = None
+    deltas: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -44,50 +45,65 @@ class RoundSum(ChunkSum):
 
     population: int = 0
 
+    def require_deltas(self) -> np.ndarray:
+        """`deltas`, for a rule that cannot do without them.
+
+        Raises:
+            TypeError: the rule does not declare `needs_deltas`.
+        """
+        if self.deltas is None:
+            raise TypeError("the deltas of each client were not kept; set `needs_deltas = True` in the server rule")
+        return self.deltas
+
 
 def sum_chunks(chunks: Iterable[ChunkSum], population: int = 0) -> RoundSum:
     """The sum of one or more chunks, in their order; never holds more than two of them.
 
-    The deltas of rules that see each client go to a temporary file, which is memory-mapped.
+    The deltas of each client, where a rule needs them, go to a temporary file that is memory-mapped.
     """
     chunks = iter(chunks)
     first = next(chunks)
     # Copies: what comes from an actor is in shared memory, where one array would hold the whole chunk's sum.
     delta, message, weight, clients = first.delta.copy(), first.message.copy(), first.weight, [first.clients.copy()]
     # Closed, and thereby deleted, with its last mapping.
-    file = _append(first.each, TemporaryFile()) if first.each is not None else None  # noqa: SIM115
+    file = TemporaryFile() if first.deltas is not None else None  # noqa: SIM115
+    if file:
+        _append(first, file)
     for chunk in chunks:
         delta += chunk.delta
         message += chunk.message
         weight += chunk.weight
         clients.append(chunk.clients.copy())
         if file:
-            _append(chunk.each, file)
+            _append(chunk, file)
     stats = np.concatenate(clients)
-    each = None
-    if file:  # an empty one cannot be mapped
-        width, dtype = first.each.shape[1], first.each.dtype
-        each = np.memmap(file, dtype, "r").reshape(-1, width) if width else np.zeros((len(stats), 0), dtype)
-    return RoundSum(delta, weight, stats, message, each, population)
+    deltas = None if first.deltas is None or file is None else _mapped(file, first.deltas, len(stats))
+    return RoundSum(delta, weight, stats, message, deltas, population)
 
 
-def _append(each: np.ndarray, file: IO[bytes]) -> IO[bytes]:
-    file.write(each.tobytes())
-    file.flush()
-    return file
+def _append(chunk: ChunkSum, file: IO[bytes]) -> None:
+    if chunk.deltas is not None:
+        file.write(chunk.deltas.tobytes())
+        file.flush()
+
+
+def _mapped(file: IO[bytes], like: np.ndarray, rows: int) -> np.ndarray:
+    width, dtype = like.shape[1], like.dtype
+    # An empty file cannot be mapped.
+    return np.memmap(file, dtype, "r").reshape(-1, width) if width else np.zeros((rows, 0), dtype)
 
 
 def stepped(total: RoundSum) -> np.ndarray:
-    """Positions of the clients that took a step; one with too few rows for a step has a delta of zero, and no vote."""
+    """Positions of the clients that took a step; rules that compare clients ignore the others, whose delta is zero."""
     return np.flatnonzero(total.clients["steps"] > 0)
 
 
 def blocks(total: RoundSum, width: int = 1 << 16) -> Iterator[tuple[slice, np.ndarray]]:
-    """The deltas of `stepped`, a block of parameters at a time: its slice of (P,), and (n, width) float64."""
-    clients = stepped(total)
-    for first in range(0, total.each.shape[1], width):
-        block = slice(first, min(first + width, total.each.shape[1]))
-        yield block, total.each[clients, block].astype(np.float64)
+    """The deltas of the `stepped` clients by block of parameters: its slice of (P,), and (n, width) float64."""
+    clients, deltas = stepped(total), total.require_deltas()
+    for first in range(0, deltas.shape[1], width):
+        block = slice(first, min(first + width, deltas.shape[1]))
+        yield block, deltas[clients, block].astype(np.float64)
 
 
 def mean_delta(total: RoundSum, like: Params) -> Params:

@@ -253,20 +253,20 @@ def test_every_server_leaves_its_arguments_alone_and_keeps_shapes_and_dtypes(nam
     assert server.gradient(pairs, received, reply.client_state, sent).keys() <= pairs.keys()
     clients = 5  # as many as a rule may want that leaves one of them out
     total = RoundSum(
-        np.zeros(0) if server.sees_each else clients * weight * flatten(went).astype(np.float64),
+        np.zeros(0) if server.needs_deltas else clients * weight * flatten(went).astype(np.float64),
         clients * weight,
         np.array([(client, 8, 2, 0.0, weight) for client in range(clients)], CLIENT_STATS),
         clients * weight * flatten(message).astype(np.float64),
-        np.tile(flatten(went), (clients, 1)) if server.sees_each else None,
+        np.tile(flatten(went), (clients, 1)) if server.needs_deltas else None,
         population=10,
     )
-    before = [np.copy(some) for some in (total.delta, total.message, total.each) if some is not None]
+    before = [np.copy(some) for some in (total.delta, total.message, total.deltas) if some is not None]
     once, slots = server.step(params, start, total, RNG)
     assert slots.keys() == start.keys()
     held = {slot: {n: t.clone() for n, t in values.items()} for slot, values in slots.items()}
     twice, _ = server.step(once, slots, total, RNG)
     assert params["w"].tolist() == [1.0, 2.0]
-    assert all(map(np.array_equal, before, [s for s in (total.delta, total.message, total.each) if s is not None]))
+    assert all(map(np.array_equal, before, [s for s in (total.delta, total.message, total.deltas) if s is not None]))
     assert twice["w"].dtype == torch.float32 and twice["w"].shape == (2,)
     assert all(torch.equal(slots[slot][n], held[slot][n]) for slot in held for n in held[slot])
     again = server.broadcast(slots, once)

@@ -187,14 +187,14 @@ def test_resnets_and_vision_transformers_are_trained_through(kind, tmp_path_fact
 
 
 def test_class_weights_go_with_the_image_tower_alone():
-    with pytest.raises(InputError, match=r"finetune\.head .* wants towers: image, not 'both'"):
+    with pytest.raises(InputError, match=r"finetune\.head .* needs towers: image, not 'both'"):
         parse("method", {"name": "finetune", "head": True})
 
 
 def test_without_names_there_are_no_texts_to_train_through(tiny):
     backbone, *_ = tiny
     nameless = Backbone(backbone.class_embeddings, backbone.logit_scale, text_tower=backbone.text)
-    with pytest.raises(InputError, match="the names of the classes are wanted"):
+    with pytest.raises(InputError, match="needs the names of the classes"):
         parse("method", {"name": "finetune", "towers": "text"}).build(nameless)
 
 

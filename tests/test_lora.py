@@ -358,5 +358,5 @@ def test_only_a_rule_gives_tensors_to_the_server_and_stacking_refuses_moments(ti
     task = Task(OfTheServer(), parse("server", "fedavg"), 0)
     with pytest.raises(InputError, match=r"down\..* the scope server, which only a server rule can give"):
         initial_params(task, tiny[0])
-    with pytest.raises(InputError, match="lora_stacking starts every pair again each round; leave"):
+    with pytest.raises(InputError, match="lora_stacking draws new pairs in each round; leave"):
         parse("server", "lora_stacking").adapt(parse("method", {"name": "lora", "persist_optimizer": True}))

@@ -65,7 +65,7 @@ def a_chunk(server, k, client, delta, reply=None):
     reply = reply or replied(server, {}, {}, client=client)
     stats = np.array([(k, client.rows, client.steps, 0.0, reply.weight)], CLIENT_STATS)
     message = reply.weight * flatten(reply.message).astype(np.float64)
-    each = delta[None].astype(np.float32) if server.sees_each else None
+    each = delta[None].astype(np.float32) if server.needs_deltas else None
     return RoundSum(reply.weight * delta, reply.weight, stats, message, each)
 
 
@@ -83,11 +83,11 @@ def deltas(*each, **fields):
     """A round in which each client went so far from where it was sent."""
     each = np.array(each, np.float32)
     notes = np.array([(k, 1, 1, 0.0, 1.0) for k in range(len(each))], CLIENT_STATS)
-    return RoundSum(np.zeros(0), float(len(each)), notes, each=each, population=len(each), **fields)
+    return RoundSum(np.zeros(0), float(len(each)), notes, deltas=each, population=len(each), **fields)
 
 
 def stepped(server, total, params=None):
-    params = params or {"w": torch.zeros(total.each.shape[1], dtype=torch.float64)}
+    params = params or {"w": torch.zeros(total.deltas.shape[1], dtype=torch.float64)}
     return server.step(params, {}, total, RNG)[0]["w"].numpy()
 
 
@@ -247,9 +247,9 @@ def test_a_client_of_scaffold_without_a_step_keeps_its_variate_and_sends_a_messa
 
 def test_scaffold_wants_plain_sgd_and_twice_the_bytes():
     server = parse("server", "scaffold")
-    with pytest.raises(InputError, match=r"only plain sgd lets it; set --method\.optimizer sgd .*, not adam"):
+    with pytest.raises(InputError, match=r"which needs plain SGD; set --method\.optimizer sgd .*, not adam"):
         server.adapt(parse("method", "probe"))
-    with pytest.raises(InputError, match=r"momentum lengthens; set --method\.momentum 0, not 0\.9"):
+    with pytest.raises(InputError, match=r"momentum would lengthen; set --method\.momentum 0, not 0\.9"):
         server.adapt(parse("method", {"name": "probe", "optimizer": "sgd", "momentum": 0.9}))
     assert server.adapt(parse("method", {"name": "probe", "optimizer": "sgd"}))
     task = Task(SGD_METHOD, server, seed=0)
@@ -334,9 +334,9 @@ def test_krum_takes_the_first_of_those_that_tie():
 
 
 def test_krum_says_how_many_clients_it_wants():
-    with pytest.raises(InputError, match="krum with f 1 wants 5 clients or more in a round, not 4"):
+    with pytest.raises(InputError, match="krum with f 1 needs at least 5 clients per round, not 4"):
         parse("server", "krum").check({}, 4)
-    with pytest.raises(InputError, match="takes the mean of 4 of 5 clients at most, not of 5"):
+    with pytest.raises(InputError, match="can average at most 4 of 5 clients, not 5"):
         parse("server", {"name": "krum", "m": 5}).check({}, 5)
 
 
@@ -359,7 +359,7 @@ def test_who_took_no_step_has_no_voice(name):
 
 def test_a_trimmed_mean_that_trims_nobody_is_refused():
     rule = parse("server", "trimmed_mean")
-    with pytest.raises(InputError, match=r"cuts nobody of 9 clients and would be fedavg; set --server.share to 0\.111"):
+    with pytest.raises(InputError, match=r"cuts none of 9 clients, which is fedavg; set --server.share to 0\.111"):
         rule.check({}, 9)
     assert rule.check({}, 10) is None and parse("server", {"name": "trimmed_mean", "share": 0}).check({}, 9) is None
 
@@ -402,7 +402,7 @@ def test_fedper_keeps_what_is_named_and_shares_the_rest():
 
 def test_fedper_names_tensors_where_none_is_called_so():
     params = parse("method", "fedclip").build(a_backbone()).state_dict()
-    with pytest.raises(InputError, match=r"begin with 'head', .* --server\.prefix .* attention\.0\.bias, attention"):
+    with pytest.raises(InputError, match=r"begin with 'head'; .* --server\.prefix .* attention\.0\.bias, attention"):
         parse("server", "fedper").check(params, 3)
     assert parse("server", {"name": "fedper", "prefix": "attention.2"}).check(params, 3) is None
 
@@ -631,11 +631,11 @@ def test_in_a_run_scaffold_sends_twice_the_bytes_and_dittos_shared_half_is_fedav
 
 
 def test_krum_refuses_a_small_cohort_in_a_run(config):
-    with pytest.raises(InputError, match="krum with f 1 wants 5 clients or more in a round, not 3"):
+    with pytest.raises(InputError, match="krum with f 1 needs at least 5 clients per round, not 3"):
         run(config(server="krum", clients=6, cohort=3, rounds=1))
 
 
-def test_the_deltas_of_float64_are_not_rounded_where_a_rule_sees_each(config):
+def test_the_deltas_of_float64_are_not_rounded_where_a_rule_needs_each(config):
     """Of one client the median is its delta, which is also the mean."""
     fields = {"partition": "iid", "clients": 1, "rounds": 1, "dtype": "float64", "method": "probe"}
     found = [

@@ -286,7 +286,7 @@ def test_a_sum_of_a_whole_stack_is_that_of_its_clients():
     shared = {"w": torch.ones(2, 3), "scale": torch.tensor(2.0)}
     trained = {"w": torch.arange(12.0).view(2, 2, 3), "scale": torch.tensor([3.0, 5.0])}
     for by_stack in (True, False):
-        accumulator = Accumulator(shared, "cpu", each=False)
+        accumulator = Accumulator(shared, "cpu", keep_deltas=False)
         accumulator.by_stack = by_stack
         accumulator.add([0, 1], trained, [Reply(1.0), Reply(3.0)])
         total = accumulator.sum(np.empty(0, CLIENT_STATS))

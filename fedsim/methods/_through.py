@@ -1,4 +1,4 @@
-"""What methods that change the weights of CLIP's towers have in common: the logits, and the loss."""
+"""Base of methods that change the weights of CLIP's towers: their logits and loss."""
 
 from typing import Literal
 
@@ -22,28 +22,28 @@ def sides(towers: Sides) -> tuple[Side, ...]:
 
 
 def blocks(towers: Sides) -> tuple[Site, ...]:
-    of: dict[Side, Site] = {"image": "image_blocks", "text": "text_blocks"}
-    return tuple(of[side] for side in sides(towers))
+    sites: dict[Side, Site] = {"image": "image_blocks", "text": "text_blocks"}
+    return tuple(sites[side] for side in sides(towers))
 
 
 def tower_of(backbone: Backbone, side: Side) -> ImageTower | TextTower:
     return backbone.image if side == "image" else backbone.text
 
 
-def held(name: str) -> str:
-    """A tower's name of a weight as a module can hold it, whose own names have no dots."""
+def module_key(name: str) -> str:
+    """The name of a tower's weight as a key in a module, where dots are not allowed."""
     return name.replace(".", "/")
 
 
 class Through(nn.Module):
-    """CLIP, the weights of some towers changed by `weights`. The tower objects themselves stay frozen and unowned.
+    """CLIP with the weights of one or both towers replaced by `weights`. The towers stay frozen, outside state_dict.
 
-    Differs: batch norms keep the running statistics of the pretrained model, where code that puts all of CLIP in
-    training mode moves them: they are the tower's, which all clients of a process share.
+    Differs: batch norms keep the running statistics of the pretrained model, while code that puts all of CLIP in
+    training mode updates them: they belong to the towers, which all clients of a process share.
     """
 
     tokens: Tensor  # (C, T), if the text tower is trained
-    class_embeddings: Tensor  # (C, D), if it is not
+    class_embeddings: Tensor  # (C, D), otherwise
 
     def __init__(self, backbone: Backbone, towers: Sides) -> None:
         super().__init__()
@@ -53,22 +53,22 @@ class Through(nn.Module):
         self.text_tower = backbone.text if "text" in self.sides else None
         if self.text_tower:
             if not backbone.classes:
-                raise InputError("to train through the text tower the names of the classes are wanted; there are none")
+                raise InputError("training through the text tower needs the names of the classes; there are none")
             tokens = self.text_tower.tokenize([backbone.prompt.format(name) for name in backbone.classes])
             self.register_buffer("tokens", tokens, persistent=False)
         else:
             self.register_buffer("class_embeddings", backbone.class_embeddings, persistent=False)
 
     def weights(self, side: Side) -> Params:
-        """What takes the place of a tower's frozen tensors, by the tower's names."""
+        """The tensors that replace a tower's frozen ones, by the tower's names."""
         raise NotImplementedError
 
     def temperature(self) -> Tensor | float:
-        """What cosines are multiplied with."""
+        """The factor by which cosines are multiplied."""
         return self.scale
 
     def texts(self, indices: Tensor | slice) -> Tensor:
-        """(n, D) rows of some classes."""
+        """(n, D) unit rows, the text features of the classes at these indices."""
         if not self.text_tower:
             return self.class_embeddings[indices]
         tokens = self.tokens[indices]
@@ -77,13 +77,13 @@ class Through(nn.Module):
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, ...) -> (B, C)
         if not self.text_tower or classes is None or classes.all():
             return self.score(x, slice(None))
-        # The texts of inactive classes need not go through the tower to be masked.
+        # Only active classes are encoded; the others are masked.
         active = classes.nonzero().flatten()
         logits = self.score(x, active)
         return logits.new_full((len(logits), len(classes)), -torch.inf).index_copy(1, active, logits)
 
     def score(self, x: Tensor, indices: Tensor | slice) -> Tensor:
-        """(B, n) logits of some classes, for which alone the text tower then computes."""
+        """(B, n) logits of the classes at these indices; only their texts are encoded."""
         image = self.image_tower.encode(x, self.weights("image")) if self.image_tower else x
         return self.temperature() * normalize(image, dim=-1) @ self.texts(indices).T
 
@@ -91,6 +91,6 @@ class Through(nn.Module):
 def objective(kind: Objective, module: Through, batch: Batch) -> Tensor:
     if kind == "cross_entropy":
         return cross_entropy(module(batch.x, batch.classes), batch.y)
-    # A batch shows few of the classes, and their texts are what a step of a text tower costs.
-    present, own = batch.y.unique(return_inverse=True)
-    return contrastive(module.score(batch.x, present), own)
+    # Only the classes in the batch are encoded: texts dominate the cost of a step through the text tower.
+    present, targets = batch.y.unique(return_inverse=True)
+    return contrastive(module.score(batch.x, present), targets)

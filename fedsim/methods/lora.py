@@ -1,9 +1,9 @@
-"""Low-rank pairs are added to chosen matrices of CLIP's towers; only the pairs are trained and travel.
+"""Low-rank pairs added to matrices of CLIP's towers; only the pairs are trained and sent (LoRA).
 
 Source: Hu et al. 2021, arXiv 2106.09685 (LoRA); federated on CLIP's text tower as in FLoRA, Nguyen et al. 2024, arXiv
-2404.15182; details as in the authors' code, dphuongn/FedCLIP, commit 4c31126. Under plain `fedavg`, which averages both
-matrices of a pair apart, this is FedIT (Zhang et al. 2023, arXiv 2305.05644); the mean of products is another matrix
-than the product of means, for which see the server rules `ffa_lora`, `fedsa_lora`, `fedex_lora` and `lora_stacking`.
+2404.15182; details as in the authors' code, dphuongn/FedCLIP, commit 4c31126. With `fedavg`, which averages the
+matrices of a pair separately, this is FedIT (Zhang et al. 2023, arXiv 2305.05644). The product of means differs from
+the mean of products; see the server rules `ffa_lora`, `fedsa_lora`, `fedex_lora` and `lora_stacking`.
 """
 
 import re
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from fedsim.clip.sites import Site
 from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone, Batch, Method
-from fedsim.methods._through import Objective, Side, Sides, Through, blocks, held, objective, tower_of
+from fedsim.methods._through import Objective, Side, Sides, Through, blocks, module_key, objective, tower_of
 from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search_space import Choice, Field, Log
 
 Modules = Literal["attention", "mlp", "all"]
 
-# By open_clip's names; `attnpool` is the attention at the end of its ResNets.
+# By open_clip's names; `attnpool` is the attention pooling of its ResNets.
 KINDS = {
     "attention": re.compile(r"(in_proj_weight|out_proj\.weight|attnpool\.[qkvc]_proj\.weight)$"),
     "mlp": re.compile(r"mlp\.(c_fc|c_proj)\.weight$"),
@@ -34,46 +34,46 @@ EMBEDDINGS = "token_embedding.weight", "positional_embedding", "class_embedding"
 
 @component
 class Lora(Method):
-    """Defaults are those of the authors' program, but for where pairs are added.
+    """Defaults are those of the authors' program, except for where pairs are added.
 
-    That is system/main.py with flcore/clients/clientlora.py and flcore/trainmodel/clip_model.py; the batch of 32 is
-    that of its scripts, such as scripts/p37/p37_gs_lorat_sd_all_pfl.sh. Their 100 rounds and 10 clients, and averaging
-    by rows, are the experiment's.
+    The program is system/main.py with flcore/clients/clientlora.py and flcore/trainmodel/clip_model.py; the batch size
+    of 32 is that of its scripts, such as scripts/p37/p37_gs_lorat_sd_all_pfl.sh. Their 100 rounds and 10 clients, and
+    averaging by rows, are set in the experiment.
 
-    Differs: pairs are added to attention alone, as in Hu et al.; the scripts add them to the MLPs and the projection,
+    Differs: pairs are added to attention only, as in Hu et al.; the scripts add them to the MLPs and the projection
     too, here `modules: all`. They also choose a step size per data set, from 1e-6 to 5e-5.
-    Differs: the code cuts gradients to a norm of 1, and its AdamW persists over rounds, here `persist_optimizer`.
+    Differs: the code clips gradients to a norm of 1, and its AdamW persists over rounds, here `persist_optimizer`.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
     lr: float = Field(5e-5, search=Log(1e-5, 1e-2))
     objective: Objective = Field(
-        "contrastive", description="CLIP's loss over the batch's own texts, or over the classes"
+        "contrastive", description="CLIP's loss over the texts of the batch, or cross-entropy over all classes"
     )
-    rank: int = Field(2, ge=1, search=Choice((1, 2, 4, 8, 16)), description="of every pair")
+    rank: int = Field(2, ge=1, search=Choice((1, 2, 4, 8, 16)), description="rank of each pair")
     alpha: float = Field(
-        16.0, gt=0, search=Log(1.0, 64.0), description="alpha / rank is what a pair's product is multiplied with"
+        16.0, gt=0, search=Log(1.0, 64.0), description="a pair's product is multiplied by alpha / rank"
     )
-    towers: Sides = Field("text", description="where pairs are added")
+    towers: Sides = Field("text", description="towers whose matrices get pairs")
     modules: Modules = Field(
-        "attention", description="matrices that get a pair: of attention, of the MLPs, or all but embeddings"
+        "attention", description="matrices that get a pair: in attention, in the MLPs, or all but embeddings"
     )
 
-    min_batch: ClassVar[int] = 2  # one image against its own text has nothing to contrast
+    min_batch: ClassVar[int] = 2  # a single image has nothing to contrast
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return blocks(self.towers)
 
-    def build(self, backbone: Backbone) -> nn.Module:
+    def build(self, backbone: Backbone) -> "Paired":
         return Paired(self, backbone)
 
-    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, module: Through, batch: Batch) -> Tensor:
         return objective(self.objective, module, batch)
 
 
 class Paired(Through):
-    """W' = W + alpha / rank * up @ down for each chosen W, under `up.` and `down.`.
+    """W' = W + alpha / rank * up @ down for each chosen W, with the pairs under `up.` and `down.`.
 
     After `add_merged` it is W + alpha / rank * (up @ down + merged), with zeros under `merged.`.
     """
@@ -85,61 +85,57 @@ class Paired(Through):
         self.down, self.up, self.merged = nn.ParameterDict(), nn.ParameterDict(), nn.Module()
         for side, weights in self.frozen.items():
             for name, weight in weights.items():
-                *parts, out, into = _matrix(name, weight)
-                place = _place(side, name)
-                self.down[place] = nn.Parameter(drawn((*parts, method.rank, into)))
-                self.up[place] = nn.Parameter(torch.zeros(*parts, out, method.rank))
+                *parts, rows, columns = _matrix_shape(name, weight)
+                key = module_key(f"{side}.{name}")
+                self.down[key] = nn.Parameter(random_down((*parts, method.rank, columns)))
+                self.up[key] = nn.Parameter(torch.zeros(*parts, rows, method.rank))
 
     def add_merged(self) -> None:
-        for place, up in self.up.items():
-            self.merged.register_buffer(place, torch.zeros(*up.shape[:-1], self.down[place].shape[-1]))
+        for key, up in self.up.items():
+            self.merged.register_buffer(key, torch.zeros(*up.shape[:-1], self.down[key].shape[-1]))
 
     def weights(self, side: Side) -> Params:
         return {name: weight + self._added(side, name).view_as(weight) for name, weight in self.frozen[side].items()}
 
     def _added(self, side: Side, name: str) -> Tensor:
-        place = _place(side, name)
-        product = self.up[place] @ self.down[place]
-        merged = getattr(self.merged, place, None)
+        key = module_key(f"{side}.{name}")
+        product = self.up[key] @ self.down[key]
+        merged = getattr(self.merged, key, None)
         return self.strength * (product if merged is None else product + merged)
 
 
-def drawn(shape: Sequence[int], draw: torch.Generator | None = None) -> Tensor:
-    """A new `down`, (..., rank, in) of variance 1 / rank; with `up` at zero, a pair then starts as no change."""
-    return torch.randn(*shape, generator=draw) / shape[-2] ** 0.5
+def random_down(shape: Sequence[int], rng: torch.Generator | None = None) -> Tensor:
+    """An initial `down`, (..., rank, in) with variance 1 / rank; `up` starts at zero, so the product is zero."""
+    return torch.randn(*shape, generator=rng) / shape[-2] ** 0.5
 
 
-def _place(side: Side, name: str) -> str:
-    return held(f"{side}.{name}")
-
-
-def _matrix(name: str, weight: Tensor) -> tuple[int, ...]:
-    """The shape in which a weight gets its pair: (out, in), or (3, out, in) where query, key and value are packed."""
-    # One pair for all three would tie them together by its rank.
+def _matrix_shape(name: str, weight: Tensor) -> tuple[int, ...]:
+    """The shape of a weight as a matrix: (out, in), or (3, out, in) where query, key and value are packed."""
+    # A single pair for all three would couple them through its rank.
     if name.endswith("in_proj_weight"):
         return 3, weight.shape[0] // 3, weight.shape[1]
-    return weight.shape[0], weight[0].numel()  # of a convolution: (out, in * height * width)
+    return weight.shape[0], weight[0].numel()  # for a convolution: (out, in * height * width)
 
 
 def _chosen(weights: Params, side: Side, method: Lora) -> Params:
     """The matrices of a tower that get a pair.
 
     Raises:
-        InputError: there is none, or one that has no room for the rank.
+        InputError: there is none, or the rank is too large for one of them.
     """
     matrices = {name: w for name, w in weights.items() if w.dim() > 1 and not name.endswith(EMBEDDINGS)}
     chosen = {name: w for name, w in matrices.items() if KINDS[method.modules].search(name)}
     if not chosen:
         raise InputError(
-            f"lora wants {method.modules} matrices in the {side} tower, which has none; "
-            f"modules: all would take what there is: {listing(matrices, 4)}"
+            f"lora needs {method.modules} matrices in the {side} tower, which has none; "
+            f"modules: all would use: {listing(matrices, 4)}"
         )
     for name, weight in chosen.items():
-        *_, out, into = _matrix(name, weight)
-        if method.rank > min(out, into):
+        *_, rows, columns = _matrix_shape(name, weight)
+        if method.rank > min(rows, columns):
             raise InputError(
                 f"lora.rank {method.rank} is more than the smaller side of the {side} tower's {name}, "
-                f"{out} x {into}; the largest that fits all chosen matrices is "
-                f"{min(min(_matrix(n, w)[-2:]) for n, w in chosen.items())}"
+                f"{rows} x {columns}; the largest that fits all chosen matrices is "
+                f"{min(min(_matrix_shape(n, w)[-2:]) for n, w in chosen.items())}"
             )
     return chosen

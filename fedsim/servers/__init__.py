@@ -1,6 +1,6 @@
-"""Server rules: what becomes of the clients' updates.
+"""Server rules: how the server combines the clients' updates.
 
-A rule is pure: parameters and slots in, parameters and slots out. A checkpoint can then forget nothing.
+A rule is a set of pure functions: all that changes is in the parameters and slots, which checkpoints hold.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Slots = dict[str, Params]
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """A client's share of a round, once it has trained.
+    """The result of a client's local training in a round.
 
     Attributes:
-        received, trained: the shared tensors, as the server had them and as the client has trained them.
-        client_state: the client's memory for the rule, before this round.
+        received, trained: the shared tensors before and after local training.
+        client_state: what the client stores for the rule, before this round.
         sent: what `Server.broadcast` returned.
         rows: its train rows.
-        steps: its local steps; 0 where it had too few rows for one.
-        staleness: rounds done since the parameters were sent.
-        method: as the rule has it trained.
+        steps: its local steps; 0 if it has too few rows for one.
+        staleness: rounds completed since the parameters were sent.
+        method: the method as adapted by the rule.
     """
 
     received: Params
@@ -49,9 +49,9 @@ class Reply:
     """What a client returns besides its delta.
 
     Attributes:
-        weight: of its delta and of its message in their sums.
-        message: tensors that are summed by weight, into `RoundSum.message`.
-        client_state: its memory for its next round; it is not sent.
+        weight: the weight of its delta and its message in their sums.
+        message: tensors; their weighted sum is `RoundSum.message`.
+        client_state: what it stores for its next round; it is not sent.
     """
 
     weight: float = 1.0
@@ -61,16 +61,16 @@ class Reply:
 
 @component
 class Server(ABC):
-    """A server rule, as hyperparameters. Subclasses are components, and leave their arguments unchanged."""
+    """A server rule and its hyperparameters. Subclasses are components; their methods do not modify their arguments."""
 
-    # Whether `step` needs every client's delta (`RoundSum.each`), and not their sum alone.
-    sees_each: ClassVar[bool] = False
-    # Updates of a round, and clients at work at any time, of asynchronous rules; None: rounds are synchronous.
+    # Whether `step` needs the delta of each client (`RoundSum.deltas`), not only their sum.
+    needs_deltas: ClassVar[bool] = False
+    # Asynchronous rules only: updates per round, and clients that train at any time. None: rounds are synchronous.
     buffer: ClassVar[int | None] = None
     concurrency: ClassVar[int | None] = None
 
     def adapt(self, method: Method) -> Method:
-        """The method as this rule has it trained.
+        """The method as clients train it under this rule.
 
         Raises:
             InputError: the rule cannot be used with this method.
@@ -78,26 +78,30 @@ class Server(ABC):
         return method
 
     def check(self, params: Params, cohort: int) -> None:  # noqa: B027 - most rules accept anything
-        """Checks what is to be trained, before the first round.
+        """Checks the parameters and the cohort before the first round.
 
         Args:
-            params: the tensors that the method shares, in round 0.
-            cohort: clients of a round.
+            params: the method's shared tensors at round 0.
+            cohort: clients per round.
 
         Raises:
-            InputError: the tensors do not suit the rule, or the clients are too few.
+            InputError: the rule cannot use these tensors, or needs more clients.
         """
 
     def scope(self, name: str, scope: Scope) -> Scope:
-        """Who holds the tensor of this name, whose scope in the method is `scope`."""
+        """The scope of a tensor under this rule; `scope` is its scope in the method."""
         return scope
 
     def init(self, params: Params) -> tuple[Slots, Params]:
-        """The rule's memory, and a client's, before the first round; `params` are the shared tensors of round 0."""
+        """The slots of the rule and the state of a client before the first round.
+
+        Args:
+            params: the shared tensors at round 0.
+        """
         return {}, {}
 
     def broadcast(self, slots: Slots, params: Params) -> Params:
-        """What clients are sent besides the parameters; of the same names and shapes in every round.
+        """What clients receive besides the parameters, with the same names and shapes in every round.
 
         Args:
             params: the shared tensors.
@@ -105,47 +109,48 @@ class Server(ABC):
         return {}
 
     def start(self, params: Params, rng: torch.Generator) -> Params:
-        """Those shared tensors from which a client starts its round, where they are not the ones that it received.
+        """Shared tensors that a client replaces before it trains (default: none).
 
         Args:
-            params: the shared tensors as received, for their names and shapes.
+            params: the received shared tensors, for their names and shapes.
             rng: keyed by seed, round and client.
         """
         return {}
 
     def gradient(self, params: Params, received: Params, client_state: Params, sent: Params) -> Params:
-        """What the rule adds to a client's gradients at a local step, by name of the parameter.
+        """What the rule adds to a client's gradients at a local step, by parameter name.
 
-        It is called under vmap where clients are trained together, so it must not depend on values.
+        It runs under vmap when clients are trained together, so its control flow must not depend on tensor values.
 
         Args:
-            params: what the client trains, shared and private.
-            received: the shared tensors among them, as received.
-            client_state, sent: of `init` or the last `reply`, and of `broadcast`.
+            params: the parameters that the client trains, shared and private.
+            received: the shared ones among them, as received.
+            client_state: from `init` or the client's last `reply`.
+            sent: from `broadcast`.
         """
         return {}
 
     def reply(self, update: ClientUpdate) -> Reply:
-        """What a client returns besides its delta, and what it remembers."""
+        """What a client returns besides its delta, and its new state."""
         return Reply(client_state=update.client_state)
 
     def payload(self, shared: Params, server: Params, sent: Params, message: Params, cohort: int) -> tuple[int, int]:
-        """Bytes that a client is sent and sends: those of the tensors that travel.
+        """Bytes that a client receives and sends in a round, counted from the tensors that travel.
 
         Args:
             shared, server: the tensors of these scopes.
-            sent, message: of `broadcast` and `reply`.
-            cohort: clients of the round.
+            sent, message: from `broadcast` and `reply`.
+            cohort: clients per round.
         """
         down, up = (shared, server, sent), (shared, message)
         return sum(map(payload_bytes, down)), sum(map(payload_bytes, up))
 
     @abstractmethod
     def step(self, params: Params, slots: Slots, total: RoundSum, rng: torch.Generator) -> tuple[Params, Slots]:
-        """The parameters of the next round, and the rule's memory.
+        """The parameters and slots of the next round.
 
         Args:
-            params: the shared tensors, to which `total.delta` belongs, and those whose scope is `server`.
+            params: the shared tensors, to which `total.delta` applies, and those with the scope `server`.
             rng: keyed by seed and round.
         """
 
@@ -156,7 +161,7 @@ class Averaging(Server):
 
     weighting: Literal["uniform", "rows"] = Field(
         "uniform",
-        description="weight of a client in the mean: 1 (FedCLIP's code), or its train rows (FedAvg)",
+        description="weight of a client in the mean: 1 (FedCLIP's code) or its number of train rows (FedAvg)",
     )
 
     def reply(self, update: ClientUpdate) -> Reply:

@@ -1,32 +1,35 @@
-"""What rules for low-rank pairs have in common."""
+"""Shared code of the rules for LoRA pairs."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from pydantic import InstanceOf
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, Batch, Method, Scope
-from fedsim.methods.lora import Lora
+from fedsim.methods.lora import Lora, Paired
 from fedsim.params import Params
 from fedsim.registry import component, name_of
 from fedsim.servers import Server
 
 
-def require_lora(rule: Server, method: Method) -> None:
+def require_lora(rule: Server, method: Method) -> Lora:
     if not isinstance(method, Lora):
         raise InputError(f"server {name_of(rule)} needs the low-rank pairs of method lora, not {name_of(method)}")
+    return method
 
 
 @component
 class Merged(Method):
-    """Low-rank pairs with a whole matrix next to each, which starts at zero and is not trained."""
+    """LoRA with a full matrix added to each pair's product; the matrix starts at zero, and clients do not train it."""
 
     inner: InstanceOf[Lora]
 
     @classmethod
     def of(cls, method: Lora) -> Merged:
-        return cls(inner=method, **{name: getattr(method, name) for name in Method.__pydantic_fields__})
+        return cls(inner=method, **{field.name: getattr(method, field.name) for field in fields(Method)})
 
     @property
     def min_batch(self) -> int:
@@ -36,12 +39,12 @@ class Merged(Method):
     def sites(self):
         return self.inner.sites
 
-    def build(self, backbone: Backbone) -> nn.Module:
+    def build(self, backbone: Backbone) -> Paired:
         module = self.inner.build(backbone)
         module.add_merged()
         return module
 
-    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, module: Paired, batch: Batch) -> Tensor:
         return self.inner.loss(module, batch)
 
     def scope(self, name: str) -> Scope:
@@ -49,7 +52,7 @@ class Merged(Method):
 
 
 def products(params: Params) -> Params:
-    """up @ down of every pair, in float64, by the name of the matrix that it is added to."""
+    """up @ down of each pair, in float64, under the name of the full matrix that it is added to."""
     return {
         name.replace("up.", "merged.", 1): up.double() @ params[name.replace("up.", "down.", 1)].double()
         for name, up in params.items()

@@ -1,7 +1,9 @@
-"""Every client trains a second model of its own beside the shared one, pulled toward what it received.
+"""FedAvg plus a personal model per client, pulled toward the received shared model (Ditto).
 
 Source: Li et al. 2021, arXiv 2012.04221; lam and the mean as in the authors' code, litian96/ditto, commit 26d9b29.
 """
+
+from dataclasses import fields
 
 import torch
 from pydantic import InstanceOf
@@ -18,21 +20,24 @@ HALVES = "shared", "own"
 
 @component
 class Ditto(Averaging):
-    """FedAvg of the shared models; clients are judged, on held-out domains too, by their own.
+    """Personal models stay with their clients and are the ones evaluated, on held-out domains too.
 
-    As in the code (flearn/trainers_MTL/ditto.py), a client's two models step on the same batches, and the mean is
-    uniform. lam 1 is that of its scripts; the program's own default is 0, and on request it chooses among 0.1, 1 and 2,
-    client by client, on validation rows.
+    As in the code (flearn/trainers_MTL/ditto.py), both models of a client train on the same batches, and the mean is
+    uniform. lam 1 is that of its scripts; the program's default is 0, and on request it chooses among 0.1, 1 and 2 for
+    each client, on validation rows.
 
-    Differs: the code takes some local steps a round (1 or 2 in its scripts), here a client's local epochs.
+    Differs: the code takes a fixed number of local steps per round (1 or 2 in its scripts); here it is `local_epochs`.
     """
 
     lam: float = Field(
-        1.0, ge=0, search=Log(0.01, 10.0), description="strength of the pull; the paper tunes it; 0 is training alone"
+        1.0,
+        ge=0,
+        search=Log(0.01, 10.0),
+        description="weight of the pull, tuned in the paper; 0: personal models train independently",
     )
 
     def adapt(self, method):
-        return _Twins(inner=method, **{name: getattr(method, name) for name in Method.__pydantic_fields__})
+        return _Twins(inner=method, **{field.name: getattr(method, field.name) for field in fields(Method)})
 
     def gradient(self, params, received, client_state, sent):
         pairs = {f"own.{name.removeprefix('shared.')}": tensor for name, tensor in received.items()}
@@ -41,7 +46,7 @@ class Ditto(Averaging):
 
 @component
 class _Twins(Method):
-    """Any method twice over. What is noted as a loss is the sum; no tensor of one half is in the loss of the other."""
+    """Two copies of a method with independent losses; the recorded loss is their sum."""
 
     inner: InstanceOf[Method]
 
@@ -57,19 +62,19 @@ class _Twins(Method):
     def sites(self):
         return self.inner.sites
 
-    def build(self, backbone: Backbone) -> nn.Module:
-        # Built twice and not copied, since a copy would copy the towers that a module holds; and as if once, so that
-        # the shared half starts where FedAvg does.
+    def build(self, backbone: Backbone) -> "_Pair":
+        # Built twice, not copied, since a copy would duplicate the towers that the module holds. Both builds draw the
+        # same random numbers, so that the shared half starts where FedAvg does.
         state = torch.get_rng_state()
         own = self.inner.build(backbone)
         torch.set_rng_state(state)
         return _Pair(self.inner.build(backbone), own)
 
-    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, module: "_Pair", batch: Batch) -> Tensor:
         return self.inner.loss(module.shared, batch) + self.inner.loss(module.own, batch)
 
-    def closed_form(self, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
-        """Half by half, if the inner method has one."""
+    def closed_form(self, module: "_Pair", params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+        """The closed form of each half, if the inner method has one."""
         losses, grads = [], {}
         for half in HALVES:
             tensors = {name.removeprefix(f"{half}."): v for name, v in params.items() if name.startswith(f"{half}.")}
@@ -78,7 +83,7 @@ class _Twins(Method):
                 return None
             losses.append(closed[0])
             grads |= {f"{half}.{name}": grad for name, grad in closed[1].items()}
-        return sum(losses), grads
+        return losses[0] + losses[1], grads
 
     def scope(self, name: str):
         half, _, inside = name.partition(".")
@@ -87,11 +92,11 @@ class _Twins(Method):
 
 
 class _Pair(nn.Module):
-    """Two modules alike; its logits are those of the client's own."""
+    """The shared and the personal module of a client; the logits are those of the personal one."""
 
     def __init__(self, shared: nn.Module, own: nn.Module) -> None:
         super().__init__()
-        self.shared, self.own = masked(shared), masked(own)  # the losses call the halves, not the pair
+        self.shared, self.own = masked(shared), masked(own)  # losses call the halves, not the pair
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         return self.own(x, classes)

@@ -1,4 +1,4 @@
-"""Adam on the server, with the mean delta in the gradient's place.
+"""Adam on the server, with the mean delta as the gradient (FedAdam).
 
 Source: Reddi et al. 2021, arXiv 2003.00295 (FedOpt).
 """
@@ -9,7 +9,7 @@ from fedsim.servers._adaptive import Adaptive
 
 @component
 class FedAdam(Adaptive):
-    """The second moment goes toward the squared delta by a share of the distance to it."""
+    """Updates the second moment as an exponential moving average of the squared mean delta."""
 
-    def second(self, past, delta):
+    def second_moment(self, past, delta):
         return self.beta2 * past + (1 - self.beta2) * delta**2

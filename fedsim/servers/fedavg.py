@@ -1,4 +1,4 @@
-"""The mean of what clients trained.
+"""Federated averaging (FedAvg).
 
 Source: McMahan et al. 2017, arXiv 1602.05629, of which no code was found: not checked against code.
 """
@@ -9,4 +9,4 @@ from fedsim.servers import Averaging
 
 @component
 class FedAvg(Averaging):
-    """Uniform by default, as in FedCLIP's code; `weighting: rows` is the rule of the FedAvg paper."""
+    """The mean is uniform by default, as in FedCLIP's code; `weighting: rows` is the rule of the FedAvg paper."""

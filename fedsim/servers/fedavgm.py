@@ -1,8 +1,8 @@
-"""FedAvg with momentum on the server.
+"""FedAvg with server momentum (FedAvgM).
 
 Source: Hsu et al. 2019, arXiv 1909.06335. Momentum 0.9 is the default of FedOpt's code for this rule, and step size 1
-its best on four of six tasks (google-research/federated, commit a5af8c4, optimization/docs/hyperparameters.md). No code
-by Hsu et al. was found: otherwise not checked against code.
+was best on four of its six tasks (google-research/federated, commit a5af8c4, optimization/docs/hyperparameters.md). No
+code by Hsu et al. was found: otherwise not checked against code.
 """
 
 import torch
@@ -15,15 +15,15 @@ from fedsim.updates import apply_update, mean_delta
 
 @component
 class FedAvgM(Averaging):
-    """The momentum keeps past means; with beta 0 and lr 1 it is FedAvg. Uniform by default, as FedAvg here."""
+    """With beta 0 and lr 1 this is FedAvg. The mean is uniform by default, as in `fedavg`."""
 
-    lr: float = Field(1.0, gt=0, search=Log(0.01, 10.0), description="step size of the server")
+    lr: float = Field(1.0, gt=0, search=Log(0.01, 10.0), description="server step size")
     beta: float = Field(
         0.9,
         ge=0,
         lt=1,
         search=Choice((0.0, 0.7, 0.9, 0.97, 0.99, 0.997)),  # the paper's
-        description="share of the past momentum that is kept",
+        description="server momentum",
     )
 
     def init(self, params):

@@ -1,14 +1,14 @@
-"""Asynchronous: a step for every full buffer of updates, however old the parameters that they started from.
+"""Asynchronous federated averaging with a buffer of updates (FedBuff).
 
-Source: Nguyen et al. 2022, arXiv 2106.06639 (FedBuff). The buffer's scaled sum is divided by the number of updates and
-not by the sum of their scales: a stale buffer takes a shorter step.
+Source: Nguyen et al. 2022, arXiv 2106.06639 (FedBuff). The scaled sum of a buffer is divided by the number of
+updates, not by the sum of their scales, so stale buffers take shorter steps.
 
-A buffer of 10 is also that of the example in FLSim, the library of the authors' group (facebookresearch/FLSim, commit
+The buffer of 10 is also that of the example in FLSim, the library of the authors' group (facebookresearch/FLSim, commit
 7311f2d, examples/configs/sent140_fedbuff_config.json). No code of the paper's experiments was found: otherwise not
 checked against code. The concurrency of 100 is ours.
 
-Differs: FLSim sums a buffer and does not divide it, so that its step sizes (0.7 in that example, with momentum 0.9) are
-not ours; and it scales so that an update of average age has 1.
+Differs: FLSim sums a buffer without dividing, so its step sizes (0.7 in that example, with momentum 0.9) do not carry
+over, and it scales updates so that one of average age has weight 1.
 """
 
 from typing import Literal
@@ -22,15 +22,15 @@ from fedsim.updates import apply_update
 
 @component
 class FedBuff(Server):
-    """A round is one full buffer. Wants a fleet with times; a client has one update in a buffer at most."""
+    """A round is one full buffer, with at most one update per client. It needs a fleet with device times."""
 
-    buffer: int = Field(10, ge=1, description="updates of a step; the paper's K, which it sets to 10")
-    concurrency: int = Field(100, ge=1, description="clients at work at any time, if there are as many")
-    lr: float = Field(
-        1.0, gt=0, search=Log(0.01, 10.0), description="step size of the server; the paper tunes it per task"
+    buffer: int = Field(10, ge=1, description="updates per server step; the paper's K, which it sets to 10")
+    concurrency: int = Field(
+        100, ge=1, description="clients that train at the same time, if the population is that large"
     )
+    lr: float = Field(1.0, gt=0, search=Log(0.01, 10.0), description="server step size; the paper tunes it per task")
     staleness: Literal["sqrt", "constant"] = Field(
-        "sqrt", description="scale of an update that is t rounds old: 1/sqrt(1 + t), as in the paper, or 1"
+        "sqrt", description="weight of an update that is t rounds old: 1/sqrt(1 + t), as in the paper, or 1"
     )
 
     def reply(self, update):

@@ -1,4 +1,4 @@
-"""FedAvg of both matrices of a pair, and what their product then lacks of the mean of products beside it.
+"""FedAvg of LoRA pairs, plus the exact residual between the mean product and the product of means (FedEx-LoRA).
 
 Source: Singhal et al. 2024, arXiv 2410.09432; as in the authors' code, RaghavSinghal10/fedex-lora, commit 683a3f3,
 fed_agg.py, whose mean is uniform. The code trains language models, with rank 4, alpha 8 or 32 and dropout 0.1.
@@ -15,15 +15,15 @@ from fedsim.updates import apply_update, mean_delta
 
 @component
 class FedExLora(Averaging):
-    """The weights of the next round are the mean of the clients' weights, exactly; the pairs go on from their means.
+    """The next round starts from the exact mean of the clients' weights, with the mean pairs plus a residual.
 
-    A client sends its pairs. It is sent the mean pairs and the whole matrices of what they lack, summed over rounds,
-    since one that was away would otherwise miss some. Products are made where clients train only to sum them there.
+    Clients send their pairs and receive the mean pairs and the residual matrices. The residuals are summed over rounds,
+    since a client that was not in the cohort would otherwise miss some. Clients compute their products only so that
+    they can be summed; products are not counted as traffic.
     """
 
     def adapt(self, method):
-        require_lora(self, method)
-        return Merged.of(method)
+        return Merged.of(require_lora(self, method))
 
     def scope(self, name, scope):
         return "server" if name.startswith("merged.") else scope
@@ -32,11 +32,12 @@ class FedExLora(Averaging):
         return replace(super().reply(update), message=products(update.trained))
 
     def payload(self, shared, server, sent, message, cohort):
-        return super().payload(shared, server, sent, {}, cohort)  # the server can make the products of the pairs
+        return super().payload(shared, server, sent, {}, cohort)  # the server could compute the products from the pairs
 
     def step(self, params, slots, total, rng):
         merged = {name: tensor for name, tensor in params.items() if name.startswith("merged.")}
         shared = {name: tensor for name, tensor in params.items() if name not in merged}
         mean = apply_update(shared, mean_delta(total, shared))
-        of_clients, of_mean = unflatten(total.message / total.weight, merged), products(mean)
-        return mean | apply_update(merged, {name: of_clients[name] - of_mean[name] for name in merged}), slots
+        mean_product, product_of_means = unflatten(total.message / total.weight, merged), products(mean)
+        residual = {name: mean_product[name] - product_of_means[name] for name in merged}
+        return mean | apply_update(merged, residual), slots

@@ -1,4 +1,4 @@
-"""FedAvg in which a client counts by its direction, and not also by how many steps it took along it.
+"""FedAvg with deltas normalised by the number of local steps (FedNova).
 
 Source: Wang et al. 2020, arXiv 2007.07481; effective steps as in the authors' code, JYWa/FedNova, commit 47b4e09,
 distoptim/FedNova.py, whose program has no momentum by default and 0.9 in its launch script.
@@ -17,24 +17,23 @@ from fedsim.updates import apply_update
 
 @component
 class FedNova(Averaging):
-    """A delta is divided by its client's own effective steps, and the mean multiplied with the mean of these.
+    """Divides each delta by the client's effective steps and multiplies the mean by the mean of the effective steps.
 
-    Differs: the paper weighs a client by its rows, here `weighting: rows`; uniform is the default, as of all rules.
-    Differs: the paper has no Adam; its effective steps are here its steps, as of plain sgd.
+    Differs: the paper weights clients by their rows, here `weighting: rows`; the mean is uniform by default.
+    Differs: the paper does not cover Adam; here its effective steps are its steps, as for plain SGD.
     """
 
     def adapt(self, method):
         if method.optimizer == "sgd" and method.momentum and method.persist_optimizer:
             raise InputError(
-                "fednova counts steps of a momentum that starts from zero in every round; "
-                "set --method.persist-optimizer false"
+                "fednova expects momentum that starts from zero in every round; set --method.persist-optimizer false"
             )
         return method
 
     def reply(self, update):
         momentum = update.method.momentum if update.method.optimizer == "sgd" else 0.0
         reply = super().reply(update)
-        # A client without a step has no direction, and is left out.
+        # A client without a step has no direction and is left out.
         return replace(reply, weight=reply.weight / effective(update.steps, momentum) if update.steps else 0.0)
 
     def step(self, params, slots, total, rng):
@@ -47,5 +46,5 @@ class FedNova(Averaging):
 
 
 def effective(steps: int, momentum: float) -> float:
-    """How often a gradient that is the same at each of these steps would be in their sum."""
+    """The sum of the coefficients of all gradients in the delta of this many SGD steps, in units of the step size."""
     return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)

@@ -1,4 +1,4 @@
-"""FedAvg of all but the last layers, of which every client keeps its own.
+"""FedAvg with private last layers (FedPer).
 
 Source: Arivazhagan et al. 2019, arXiv 1912.00818, of which no authors' code was found: not checked against code.
 """
@@ -11,16 +11,16 @@ from fedsim.servers import Averaging
 
 @component
 class FedPer(Averaging):
-    """Uniform by default, as FedAvg here; `weighting: rows` is the paper's."""
+    """The mean is uniform by default, as in `fedavg`; `weighting: rows` is the rule of the paper."""
 
-    prefix: str = Field("head", min_length=1, description="a tensor whose name begins so stays with its client")
+    prefix: str = Field("head", min_length=1, description="tensors whose names begin with this are private")
 
     def check(self, params, cohort):
-        mine = [name for name in params if name.startswith(self.prefix)]
-        if not mine or len(mine) == len(params):
+        private = [name for name in params if name.startswith(self.prefix)]
+        if not private or len(private) == len(params):
             raise InputError(
-                f"fedper keeps some of a method's shared tensors, those whose names begin with {self.prefix!r}, and of "
-                f"this method these are {'all' if mine else 'none'}; set --server.prefix to the beginning of some of: "
+                f"fedper makes some shared tensors private, but {'all' if private else 'none'} of this method's names "
+                f"begin with {self.prefix!r}; set --server.prefix to the beginning of some of these: "
                 f"{listing(sorted(params))}"
             )
 

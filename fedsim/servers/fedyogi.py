@@ -1,4 +1,4 @@
-"""FedAdam whose second moment moves by a step of bounded size, so that one large delta does not end all later steps.
+"""FedAdam with Yogi's additive second moment, so that one large delta does not stall all later steps (FedYogi).
 
 Source: Reddi et al. 2021, arXiv 2003.00295 (FedOpt).
 """
@@ -9,9 +9,9 @@ from fedsim.servers._adaptive import Adaptive
 
 @component
 class FedYogi(Adaptive):
-    """The second moment goes toward the squared delta by a share of that square, not of the distance to it."""
+    """Moves the second moment toward the squared mean delta by (1 - beta2) times that square."""
 
-    def second(self, past, delta):
+    def second_moment(self, past, delta):
         square = delta**2
-        # Never below zero: where it shrinks, it is above the square, of which it loses a share.
+        # It stays positive: it shrinks only while it is above the square, and by a fraction of the square.
         return past - (1 - self.beta2) * square * (past - square).sign()

@@ -1,4 +1,4 @@
-"""Nobody shares anything: every client trains alone. The baseline that federation has to beat.
+"""Local training without federation, the baseline that federated methods have to beat.
 
 Source: a standard baseline; there is no paper to cite.
 """
@@ -9,7 +9,7 @@ from fedsim.servers import Server
 
 @component
 class LocalOnly(Server):
-    """All tensors stay private, whatever the method; held-out domains are judged by every client's own model."""
+    """All shared tensors become private; each client's model is also evaluated on held-out domains."""
 
     def scope(self, name, scope):
         return "private" if scope == "shared" else scope

@@ -1,14 +1,14 @@
-"""Every client draws a new pair in every round; the pairs of all, stacked along the rank, join the frozen weights.
+"""New LoRA pairs per client and round, stacked along the rank and added to the frozen weights (FLoRA).
 
-Source: Wang et al. 2024, arXiv 2409.05976 (FLoRA); who draws a pair, and when, as in the authors' code,
-ATP-1010/FederatedLLM, main.py and fed_utils/model_aggregation.py, commit 7bea158. It is another method than the FLoRA
-of Nguyen et al. 2024, for which see method `lora`.
+Source: Wang et al. 2024, arXiv 2409.05976 (FLoRA); pairs are drawn where and when the authors' code draws them,
+ATP-1010/FederatedLLM, main.py and fed_utils/model_aggregation.py, commit 7bea158. The FLoRA of Nguyen et al. 2024 is a
+different method; see method `lora`.
 """
 
 from dataclasses import replace
 
 from fedsim.errors import InputError
-from fedsim.methods.lora import drawn
+from fedsim.methods.lora import random_down
 from fedsim.params import payload_bytes, unflatten
 from fedsim.registry import component
 from fedsim.servers import Averaging
@@ -18,28 +18,28 @@ from fedsim.updates import apply_update
 
 @component
 class LoraStacking(Averaging):
-    """A product of stacked pairs is the mean of the clients' products, which is how it is held here: summed.
+    """The product of the stacked pairs is the mean of the clients' products; it is stored as that sum.
 
-    `down` follows from the run's seed, the round and the client. If all clients started from the same one, their stack
-    would hardly have a higher rank than a single pair: `down` moves little in a round.
+    `down` is drawn from the run's seed, the round and the client. If all clients started from the same `down`, the rank
+    of their stack would hardly exceed that of a single pair, since `down` moves little in a round.
 
-    Bytes are those of the paper: a client sends its pairs and is sent the stack of a whole cohort's, in the first round
-    too. Not counted is what a client that was away has missed of earlier stacks.
+    Bytes are those of the paper: a client sends its pairs and receives the stack of a whole cohort, in the first round
+    too. Earlier stacks that a client missed are not counted.
 
-    Differs: uniform is the default, as of all rules; the code weights clients by their rows, here `weighting: rows`.
-    A pair starts as those of method `lora` do, where the code has PEFT's uniform start. All clients have the same rank.
+    Differs: the mean is uniform by default; the code weights clients by their rows, here `weighting: rows`. Pairs start
+    as in method `lora`; the code uses PEFT's uniform initialization. All clients have the same rank.
     """
 
     def adapt(self, method):
-        require_lora(self, method)
+        pairs = require_lora(self, method)
         if method.persist_optimizer:
-            raise InputError("lora_stacking starts every pair again each round; leave --method.persist_optimizer out")
-        return Merged.of(method)
+            raise InputError("lora_stacking draws new pairs in each round; leave --method.persist-optimizer out")
+        return Merged.of(pairs)
 
     def start(self, params, rng):
-        # In the order of their names, and not of the dict, so that a draw follows from the seed alone.
+        # Sorted by name, so that the draws depend on the seed alone and not on the order of the dict.
         downs = sorted(name for name in params if name.startswith("down."))
-        return {name: drawn(params[name].shape, rng).to(params[name]) for name in downs}
+        return {name: random_down(params[name].shape, rng).to(params[name]) for name in downs}
 
     def scope(self, name, scope):
         return "server" if name.startswith("merged.") else scope
@@ -51,6 +51,6 @@ class LoraStacking(Averaging):
         return cohort * payload_bytes(shared), payload_bytes(shared)
 
     def step(self, params, slots, total, rng):
-        # The pairs stay as in round 0, with `up` zero: what clients have trained is in the products.
+        # The pairs stay as in round 0, with `up` at zero; the products hold what clients have trained.
         merged = {name: tensor for name, tensor in params.items() if name.startswith("merged.")}
         return params | apply_update(merged, unflatten(total.message / total.weight, merged)), slots

@@ -1,4 +1,4 @@
-"""The median of the clients' deltas, parameter by parameter: what few of them send cannot move it far.
+"""Coordinate-wise median of the clients' deltas, robust to a minority of Byzantine clients.
 
 Source: Yin et al. 2018, arXiv 1803.01498, of which no authors' code was found: not checked against code.
 """
@@ -13,14 +13,14 @@ from fedsim.updates import apply_update, blocks, stepped
 
 @component
 class Median(Server):
-    """Of an even number of clients, the mean of the two in the middle."""
+    """With an even number of clients, it is the mean of the two middle values."""
 
-    sees_each = True
+    needs_deltas = True
 
     def step(self, params, slots, total, rng):
         if not len(stepped(total)):
             return params, slots
-        middle = np.empty(total.each.shape[1])
-        for place, each in blocks(total):
-            middle[place] = np.median(each, axis=0)
-        return apply_update(params, unflatten(middle, params)), slots
+        median = np.empty(total.require_deltas().shape[1])
+        for block, deltas in blocks(total):
+            median[block] = np.median(deltas, axis=0)
+        return apply_update(params, unflatten(median, params)), slots

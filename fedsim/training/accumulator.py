@@ -16,21 +16,21 @@ class Accumulator:
     client would take longer.
     """
 
-    def __init__(self, shared: Params, device: str, each: bool) -> None:
+    def __init__(self, shared: Params, device: str, keep_deltas: bool) -> None:
         """
         Args:
             shared: the shared tensors as the clients received them.
-            each: keep every client's delta, in place of their sum.
+            keep_deltas: keep the delta of each client, in place of their sum.
         """
         self.by_stack = device != "cpu"
         size = sum(tensor.numel() for tensor in shared.values())
         self.shared, self.weight, self.message = shared, 0.0, np.zeros(0)
-        self.delta = torch.zeros(0 if each else size, dtype=torch.float64, device=device)
-        self.total = {} if each else views(self.delta, shared)
+        self.delta = torch.zeros(0 if keep_deltas else size, dtype=torch.float64, device=device)
+        self.total = {} if keep_deltas else views(self.delta, shared)
         # To add float32 to float64 directly would make a new tensor for every client.
         buffer = torch.empty(max(map(torch.numel, shared.values()), default=0), dtype=torch.float64, device=device)
         self.doubled = {name: buffer[: tensor.numel()].view_as(tensor) for name, tensor in shared.items()}
-        self.each: dict[int, np.ndarray] | None = {} if each else None
+        self.deltas: dict[int, np.ndarray] | None = {} if keep_deltas else None
 
     def add(self, clients: list[int], trained: Params, replies: list[Reply]) -> None:
         """Adds a stack of M clients.
@@ -46,8 +46,8 @@ class Accumulator:
             self.weight += reply.weight
             for name, total in self.total.items() if not self.by_stack else ():
                 total.add_(self.doubled[name].copy_(trained[name][k]), alpha=reply.weight)
-            if self.each is not None:
-                self.each[client] = flatten({name: trained[name][k] - old for name, old in self.shared.items()})
+            if self.deltas is not None:
+                self.deltas[client] = flatten({name: trained[name][k] - old for name, old in self.shared.items()})
             if reply.message:
                 message = reply.weight * flatten(reply.message).astype(np.float64)
                 self.message = self.message + message if len(self.message) else message
@@ -64,9 +64,9 @@ class Accumulator:
         """
         for name, total in self.total.items():
             total.sub_(self.shared[name], alpha=self.weight)  # in float64 nothing is lost by subtracting last
-        each = None
-        if self.each is not None:
-            each = np.stack([self.each[client] for client in stats["client"].tolist()])
-            if not np.isfinite(each).all():
+        deltas = None
+        if self.deltas is not None:
+            deltas = np.stack([self.deltas[client] for client in stats["client"].tolist()])
+            if not np.isfinite(deltas).all():
                 raise Diverged.in_round(round, "an update")
-        return ChunkSum(self.delta.cpu().numpy(), self.weight, stats, self.message, each)
+        return ChunkSum(self.delta.cpu().numpy(), self.weight, stats, self.message, deltas)

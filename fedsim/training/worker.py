@@ -94,7 +94,7 @@ class ClientWorker:
         client_state, names = self.rule(task)
         sent = _to(self.device, unflatten(broadcast, names), task.dtype)
         rows_of = {client: self.clients[client].train for client, _ in clients}
-        total = Accumulator(shared, self.device, task.server.sees_each)
+        total = Accumulator(shared, self.device, task.server.needs_deltas)
         stores = task.method.persist_optimizer or bool(client_state) or bool(task.of(like, "private"))
         stats = []
         for stack in self._train_stacks(task, round, received, sent, clients, rows_of):
