@@ -378,9 +378,9 @@ def test_help_lists_every_component_with_its_source_and_every_field(kind, name, 
 def test_help_gives_default_limits_choices_and_search_range_of_a_field(capsys):
     assert main(["help", "fedclip"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "of adam and adamw (default: 0.98; >= 0; < 1; searched 0.9,0.98,0.99,0.999)" in text
+    assert "for adam and adamw (default: 0.98; >= 0; < 1; searched 0.9,0.98,0.99,0.999)" in text
     assert "(contrastive | cross_entropy; default: contrastive)" in text
-    assert "Differs: while it trains, the code has all of CLIP in training mode." in text
+    assert "Differs: the code trains with all of CLIP in training mode." in text
 
 
 @pytest.mark.parametrize("kind", KINDS)

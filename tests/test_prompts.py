@@ -340,7 +340,7 @@ def test_fedotp_scores_a_class_by_what_is_transported(double, monkeypatch):
             expected[i, c] = clip.logit_scale * (near * dykstra(near, 0.1, 0.8, 2000)).sum()
     np.testing.assert_allclose(module(x).detach(), expected, rtol=1e-6, atol=1e-8)
     assert method.loss(module, Batch(x, y)).item() == pytest.approx(crossed(torch.tensor(expected), y), rel=1e-7)
-    monkeypatch.setattr("fedsim.methods.fedotp.MOST", 1)  # an image at a time
+    monkeypatch.setattr("fedsim.methods.fedotp.MAX_SIMILARITIES", 1)  # an image at a time
     np.testing.assert_allclose(module(x).detach(), expected, rtol=1e-6, atol=1e-8)
 
 
@@ -400,7 +400,7 @@ def test_too_long_a_text_to_start_from_is_refused_in_the_same_words(name, backbo
 
 
 def test_what_does_not_fit_the_backbone_is_said(backbone):
-    with pytest.raises(InputError, match=r"--method\.heads wants a divisor of 128, the text tower's width, not 3"):
+    with pytest.raises(InputError, match=r"--method\.heads must divide 128, the text tower's width; 3 does not"):
         made("fedtpg", backbone, heads=3)
     with pytest.raises(InputError, match="names of the classes; there are none"):
         made("promptfl", Backbone(backbone.class_embeddings, 1.0, text_tower=backbone.text))

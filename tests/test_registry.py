@@ -42,7 +42,7 @@ def test_a_default_of_a_subclass_counts_with_and_without_an_annotation():
 
 def test_a_field_changes_what_it_states():
     assert search_of(Mine, "batch_size") == Choice((4, 8))
-    assert Mine.__pydantic_fields__["batch_size"].description == "rows of a local step"
+    assert Mine.__pydantic_fields__["batch_size"].description == "rows per local step"
     assert (limits_of(Mine, "batch_size"), str(search_of(Mine, "batch_size"))) == ([">= 1"], "4,8")
 
     @component

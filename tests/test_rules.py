@@ -16,7 +16,7 @@ from fedsim.training.optimizer import Optimizer
 from fedsim.training.stack import by_autograd, gradients
 from fedsim.training.task import Task
 from fedsim.training.train import train_client
-from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
+from fedsim.updates import CLIENT_STATS, RoundSum, blocks, sum_chunks
 
 WIDTH, CLASSES, LR = 6, 4, 0.1
 RNG = torch.Generator()
@@ -387,6 +387,12 @@ def test_rules_that_see_each_delta_see_all_of_a_large_one(name):
 def test_rules_without_weights_say_so(name):
     with pytest.raises(InputError, match="no field 'weighting'"):
         parse("server", {"name": name, "weighting": "rows"})
+
+
+def test_a_rule_that_reads_deltas_must_say_that_it_needs_them():
+    total = RoundSum(np.zeros(2), 1.0, np.zeros(1, CLIENT_STATS))
+    with pytest.raises(TypeError, match="set `needs_deltas = True` in the server rule"):
+        list(blocks(total))
 
 
 # FedPer ---------------------------------------------------------------------------------------------------------

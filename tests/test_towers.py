@@ -76,7 +76,7 @@ class Undeclared(Method):
 
 
 def test_a_tower_that_is_not_declared_is_not_there(config):
-    with pytest.raises(TypeError, match="says so: `text_tokens` among its sites"):
+    with pytest.raises(TypeError, match="declares it: `text_tokens` among its sites"):
         run(config(method=Undeclared()))
 
 

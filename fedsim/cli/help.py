@@ -141,7 +141,7 @@ def _entry(name: str, text: str, column: int = 24) -> list[str]:
 
 
 def _described(field: FieldInfo, details: list[str]) -> str:
-    """`rows of a local step (default: 32; >= 1)`."""
+    """`rows per local step (default: 32; >= 1)`."""
     text = field.description or ""
     text, described, default = text.partition(" (default: ")  # as of a field whose default is None
     if described:

@@ -1,4 +1,4 @@
-"""What prompt methods share: class texts that begin with L learnt tokens, as in "v1 ... vL cat.".
+"""Base of prompt methods: class texts that begin with L learned tokens, as in "v1 ... vL cat.".
 
 Source: CoOp, Zhou et al. 2022, arXiv 2109.01134.
 """
@@ -19,34 +19,34 @@ from fedsim.search_space import Choice, Field, Log
 
 @component
 class PromptMethod(Method):
-    """A method that learns tokens. The optimizer is that of CoOp's code as federated methods took it over.
+    """The training defaults are those of CoOp's code, with the step size of most federated prompt methods.
 
-    Batches of 32 and 16 tokens are those of CoOp's code (KaiyangZhou/CoOp, commit ff61507, train.py and
+    The batch size of 32 and the 16 tokens are those of CoOp's code (KaiyangZhou/CoOp, commit ff61507, train.py and
     configs/trainers/CoOp), momentum and weight decay those of Dassl, on which it and the federated codes are built. The
     step size 1e-3 is that of PromptFL, FedOTP and FedPGP; CoOp's is 2e-3.
 
-    Differs: here the step size is constant, and every client's optimizer starts afresh in each round. The codes of
-    PromptFL, PromptFolio, FedOTP and FedPGP have one sgd and one scheduler, which the clients step in turn, local epoch
-    by local epoch: a client goes on with the momentum of the one before it. With FedOTP and FedPGP the step size is
-    constant (gamma 1). With PromptFL and PromptFolio it goes up and down: 1e-5 in the very first local epoch, then a
-    cosine whose half period is 5 local epochs, from the full step to 0 and back.
-    Differs: the four codes crop and flip images at random, as `--augment` does and the default does not.
+    Differs: here the step size is constant, and every client's optimizer is reset in each round. The codes of PromptFL,
+    PromptFolio, FedOTP and FedPGP have one SGD optimizer and one scheduler, which the clients step in turn, local epoch
+    by local epoch, so a client continues with the momentum of the previous one. With FedOTP and FedPGP the step size is
+    constant (gamma 1). With PromptFL and PromptFolio it oscillates: 1e-5 in the very first local epoch, then a cosine
+    with a half period of 5 local epochs, from the full step to 0 and back.
+    Differs: the four codes crop and flip images at random, as `--augment` does; the default here does not.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = "sgd"
-    # CoOp's 2e-3 in the middle; for the adams, say a lower range.
+    # The range is centred near CoOp's 2e-3; adam and adamw need a lower one.
     lr: float = Field(1e-3, search=Log(1e-4, 1e-1))
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    # The lengths that CoOp tries; with a text to start from, that text's length is what counts.
+    # The lengths that CoOp tries. With `init`, the length is that of its text.
     length: int = Field(
         16,
         ge=1,
         le=4096,
         search=Choice((4, 8, 16), when=("init", "")),
-        description="tokens that are learnt, before the name of a class",
+        description="learned tokens before the class name",
     )
-    init: str = Field("", description="a text that the tokens start as, in place of `length` random ones")
+    init: str = Field("", description="text whose embeddings initialize the tokens, instead of `length` random ones")
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -59,41 +59,41 @@ class PromptMethod(Method):
         tokens = tower.tokenize([self.init])
         return tower.embed(tokens)[0, 1 : int(tower.ends(tokens))].clone()
 
-    def asked(self, length: int) -> str:
-        """What asks for so many tokens, as the user wrote it."""
+    def length_flag(self, length: int) -> str:
+        """The flag that sets the number of tokens, for messages."""
         return f"--method.init {self.init!r} ({length} tokens)" if self.init.strip() else f"--method.length {length}"
 
 
 class Prompted(nn.Module):
-    """The class texts behind L tokens that are given with each call; what is learnt is a subclass's.
+    """Class texts preceded by L tokens, which subclasses learn and pass to each call.
 
-    Only texts of active classes go through the tower, which is where nearly all of a step's time is spent.
+    Only the texts of active classes are encoded, since the text tower takes nearly all of a step's time.
     """
 
     names: Tensor  # (C, T, W)
     ends: Tensor  # (C,)
     class_embeddings: Tensor  # (C, D)
 
-    def __init__(self, backbone: Backbone, length: int, asked: str) -> None:
+    def __init__(self, backbone: Backbone, length: int, length_flag: str) -> None:
         """
         Args:
-            asked: what asks for `length` tokens, for the message.
+            length_flag: the flag that sets `length`, for the message.
 
         Raises:
-            InputError: the longest class name does not fit behind them.
+            InputError: the longest class name does not fit after the tokens.
         """
         super().__init__()
         self.tower, self.scale = backbone.text, backbone.logit_scale
         # Differs: CoOp's code replaces underscores by spaces; here class names are those of the class embeddings.
         names = [f"{name}." for name in backbone.classes]
         if not names:
-            raise InputError("a prompt wants the names of the classes; there are none")
+            raise InputError("a prompt needs the names of the classes; there are none")
         tokens = self.tower.tokenize(names)
         ends, context = self.tower.ends(tokens), self.tower.context
         if (room := context - tokens.shape[1]) < length:
             raise InputError(
-                f"{asked} leaves no room for {names[int(ends.argmax())]!r}: the model takes {context} tokens, start "
-                f"and end among them, so that {room} fit before it"
+                f"{length_flag} leaves no room for {names[int(ends.argmax())]!r}: the model takes {context} tokens, "
+                f"including start and end, so at most {room} fit before it"
             )
         constants = {"names": self.tower.embed(tokens), "ends": ends, "class_embeddings": backbone.class_embeddings}
         for name, tensor in constants.items():
@@ -106,14 +106,14 @@ class Prompted(nn.Module):
         return classes.nonzero().flatten()
 
     def texts(self, tokens: Tensor, classes: Tensor | None = None) -> Tensor:
-        """(L, W) -> (n, D) unit rows, the texts of the n active classes behind these tokens."""
+        """(L, W) tokens -> (n, D) unit rows, the text features of the n active classes with these tokens."""
         active = self.active(classes)
         names = self.names[active]
         start = torch.cat([self.names[0, :1], tokens])
         return normalize(self.tower.encode_after(start, names[:, 1:], self.ends[active] - 1), dim=-1)
 
     def logits(self, x: Tensor, texts: Tensor, classes: Tensor | None = None) -> Tensor:
-        """(B, D) images and (n, D) texts of the active classes -> (B, C)."""
+        """(B, D) image features and (n, D) text features of the active classes -> (B, C)."""
         return self.spread(self.scale * normalize(x, dim=-1) @ texts.T, classes)
 
     def spread(self, logits: Tensor, classes: Tensor | None = None) -> Tensor:

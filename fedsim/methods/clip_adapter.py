@@ -1,4 +1,4 @@
-"""A bottleneck on the image feature, mixed with the feature itself; only the bottleneck is trained and travels.
+"""Bottleneck adapter on the image feature with a residual connection (CLIP-Adapter).
 
 Source: Gao et al. 2021, arXiv 2110.04544; details as in the authors' code, gaopengcuhk/CLIP-Adapter, commit 08d07f8.
 """
@@ -13,18 +13,22 @@ from fedsim.search_space import Choice, Field, Linear
 
 @component
 class ClipAdapter(Method):
-    """Reduction and ratio are those of the authors' code, clip_adapter.py.
+    """Trains only the adapter; reduction and ratio are those of the authors' code, clip_adapter.py.
 
-    Differs: the hyperparameters of training are ours (adam, 1e-3). The code trains under CoOp's settings for ImageNet,
-    sgd with a cosine from 2e-3.
+    Differs: the training hyperparameters are ours (adam, 1e-3). The code uses CoOp's settings for ImageNet, SGD with a
+    cosine schedule from 2e-3.
     """
 
     lr: float = 1e-3
     reduction: int = Field(
-        4, ge=1, search=Choice((2, 4, 8, 16)), description="the feature is so many times wider than the bottleneck"
+        4, ge=1, search=Choice((2, 4, 8, 16)), description="width of the feature divided by that of the bottleneck"
     )
     ratio: float = Field(
-        0.2, ge=0, le=1, search=Linear(0.05, 1.0), description="share of the bottleneck's output in the feature"
+        0.2,
+        ge=0,
+        le=1,
+        search=Linear(0.05, 1.0),
+        description="weight of the adapter's output; the feature has 1 - ratio",
     )
 
     def build(self, backbone: Backbone) -> nn.Module:
@@ -45,6 +49,6 @@ class _Mixed(nn.Module):
         self.ratio = ratio
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
-        # The length of x comes to nothing: ReLU and matrices without bias pass it on to both sides of the sum.
+        # The length of x cancels out, since ReLU and linear layers without bias scale with it.
         mixed = self.ratio * self.adapter(x) + (1 - self.ratio) * x
         return self.scale * normalize(mixed, dim=-1) @ self.text.T

@@ -1,4 +1,4 @@
-"""FedCLIP: a small attention adapter gates the image feature; only the adapter is trained and travels.
+"""Attention adapter that gates the image feature; only the adapter is trained and sent (FedCLIP).
 
 Source: Lu, Hu, Wang and Xie 2023, arXiv 2302.13485; details as in the authors' code, microsoft/PersonalizedFL,
 folder fedclip, commit 441670e.
@@ -19,14 +19,14 @@ from fedsim.search_space import Field, Log
 
 @component
 class FedCLIP(Method):
-    """Defaults are those of the authors' program as its readme runs it.
+    """Defaults are those of the authors' program as run by its readme.
 
-    That is methods/fed_at_clip.py. The readme's 200 rounds (the program's own default is 300) and the program's uniform
-    averaging are the experiment's.
+    The program is methods/fed_at_clip.py. The readme's 200 rounds (the program's default is 300) and the program's
+    uniform averaging are set in the experiment.
 
-    Differs: while it trains, the code has all of CLIP in training mode. With a ResNet its batch norms then normalise by
-    the batch, and every client's running statistics move and are not averaged; here features are those of the
-    pretrained model. With a ViT there is no difference.
+    Differs: the code trains with all of CLIP in training mode. The batch norms of a ResNet then normalise by the batch,
+    and the running statistics of each client change and are not averaged; here features are those of the pretrained
+    model. With a ViT there is no difference.
     """
 
     lr: float = Field(5e-5, search=Log(1e-5, 1e-2))
@@ -34,10 +34,10 @@ class FedCLIP(Method):
     eps: float = 1e-6
     weight_decay: float = Field(0.2, search=Log(1e-5, 1.0))
     objective: Objective = Field(
-        "contrastive", description="CLIP's loss over the batch's own texts, or over the classes"
+        "contrastive", description="CLIP's loss over the texts of the batch, or cross-entropy over all classes"
     )
 
-    min_batch: ClassVar[int] = 2  # one image against its own text has nothing to contrast; the code skips it
+    min_batch: ClassVar[int] = 2  # a single image has nothing to contrast; the code skips it
 
     def build(self, backbone: Backbone) -> nn.Module:
         return _Gated(backbone)
@@ -47,15 +47,15 @@ class FedCLIP(Method):
         return cross_entropy(logits, batch.y) if self.objective == "cross_entropy" else contrastive(logits, batch.y)
 
     def closed_form(self, module: "_Gated", params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
-        """Five matrix products a step, and no graph; None where some logits are masked."""
+        """Five matrix products per step, without a graph; None if some logits are masked."""
         x, y, classes = batch
         if self.objective == "cross_entropy" and classes is not None:
             return None
-        w1, b1, w2, b2 = (params[f"attention.{place}"] for place in ("0.weight", "0.bias", "2.weight", "2.bias"))
+        w1, b1, w2, b2 = (params[f"attention.{name}"] for name in ("0.weight", "0.bias", "2.weight", "2.bias"))
         hidden = (x @ w1.mT).add_(b1.unsqueeze(-2)).tanh_()
         gate = (hidden @ w2.mT).add_(b2.unsqueeze(-2)).softmax(dim=-1)
         gated = gate * x
-        length = torch.linalg.vector_norm(gated, dim=-1, keepdim=True).clamp_min_(1e-12)  # as `normalize` has it
+        length = torch.linalg.vector_norm(gated, dim=-1, keepdim=True).clamp_min_(1e-12)  # as in `normalize`
         unit = gated.div_(length)
 
         texts = module.text[y] if self.objective == "contrastive" else module.text
@@ -63,7 +63,7 @@ class FedCLIP(Method):
         losses, slope = (_contrast if self.objective == "contrastive" else _classify)(logits, y)
 
         along = (slope @ texts).mul_(module.scale)
-        # Only what stands upright on the unit feature changes it.
+        # Only the component orthogonal to the unit feature changes it.
         gated_slope = along.addcmul_(unit, (along * unit).sum(dim=-1, keepdim=True), value=-1).div_(length)
         gate_slope = gated_slope.mul_(x)
         out_slope = gate_slope.sub_((gate_slope * gate).sum(dim=-1, keepdim=True)).mul_(gate)
@@ -78,7 +78,7 @@ class FedCLIP(Method):
 
 
 def _contrast(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (M,) of (M, B, B) logits, where text j is image j's own, and their derivative by the logits."""
+    """(M,) losses of (M, B, B) logits, where text j belongs to image j, and their derivative by the logits."""
     by_text, by_image = logits.log_softmax(dim=-1), logits.log_softmax(dim=-2)
     losses = (by_text.diagonal(0, -2, -1) + by_image.diagonal(0, -2, -1)).mean(dim=-1) / -2
     slope = by_text.exp_().add_(by_image.exp_())
@@ -87,16 +87,16 @@ def _contrast(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _classify(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of (M, B, C) logits, for the cross-entropy over classes."""
-    logs, own = logits.log_softmax(dim=-1), y.unsqueeze(-1)
-    losses = logs.gather(-1, own).squeeze(-1).mean(dim=-1).neg()
+    """(M,) losses of (M, B, C) logits for the cross-entropy over classes, and their derivative by the logits."""
+    logs, targets = logits.log_softmax(dim=-1), y.unsqueeze(-1)
+    losses = logs.gather(-1, targets).squeeze(-1).mean(dim=-1).neg()
     slope = logs.exp_()
-    slope.scatter_add_(-1, own, torch.full_like(own, -1, dtype=slope.dtype))
+    slope.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=slope.dtype))
     return losses, slope.div_(y.shape[-1])
 
 
 class _Gated(nn.Module):
-    """Softmax attention over the D dimensions, multiplied with the feature before it is normalised."""
+    """Multiplies the feature by softmax attention over its D dimensions, before it is normalised."""
 
     text: Tensor
 

@@ -1,4 +1,4 @@
-"""FedTPG: clients learn a network that writes the tokens before a name from the classes that are asked about.
+"""A network that generates prompt tokens from the active classes (FedTPG).
 
 Source: Qiu et al., ICLR 2024, arXiv 2310.06123; details as in the authors' code, boschresearch/FedTPG, commit f141c29.
 """
@@ -21,11 +21,11 @@ from fedsim.search_space import Choice, Field, Log
 class FedTPG(Method):
     """Defaults are those of the authors' program without flags.
 
-    That is Launch_FL.py with config/defaults.py and config/utils.py, as in its published log. Its 500 rounds and
-    uniform averaging are the experiment's.
+    The program is Launch_FL.py with config/defaults.py and config/utils.py, as in its published log. Its 500 rounds and
+    uniform averaging are set in the experiment.
 
-    Differs: the code lets the step size fall along a cosine over the rounds, from 3e-3 to 0; ours stays. Its network
-    reads bare class names, ours whatever the prompt makes of them: `--prompt {}` is the code's.
+    Differs: the code decays the step size with a cosine over the rounds, from 3e-3 to 0; here it is constant. Its
+    network reads bare class names, here the prompted ones: `--prompt {}` is as in the code.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = "sgd"
@@ -40,11 +40,11 @@ class FedTPG(Method):
         ge=1,
         le=4096,
         search=Choice((2, 4, 8, 16)),
-        description="tokens that are written, before the name of a class",
+        description="generated tokens before the class name",
     )
-    heads: int = Field(4, ge=1, description="of the attention to the class texts")
+    heads: int = Field(4, ge=1, description="heads of the attention to the class texts")
 
-    joint_classes = True  # the tokens, and so every logit, follow from all active classes
+    joint_classes = True  # the tokens, and so every logit, depend on all active classes
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -52,12 +52,12 @@ class FedTPG(Method):
 
     def build(self, backbone: Backbone) -> nn.Module:
         if (width := backbone.text.width) % self.heads:
-            raise InputError(f"--method.heads wants a divisor of {width}, the text tower's width, not {self.heads}")
-        return _Written(backbone, self)
+            raise InputError(f"--method.heads must divide {width}, the text tower's width; {self.heads} does not")
+        return _Generated(backbone, self)
 
 
-class _Written(Prompted):
-    """The network has 4,206,080 parameters where the text tower and its features are 512 wide."""
+class _Generated(Prompted):
+    """The network has 4,206,080 parameters if the text tower and its features are 512 wide."""
 
     def __init__(self, backbone: Backbone, method: FedTPG) -> None:
         super().__init__(backbone, method.length, f"--method.length {method.length}")
@@ -69,12 +69,12 @@ class _Written(Prompted):
         self.narrow = nn.Linear(4 * width, width)
 
     def tokens(self, classes: Tensor | None = None) -> Tensor:
-        """(L, W), from the texts of the active classes alone."""
+        """(L, W), from the texts of the active classes only."""
         texts = self.norm_texts(self.class_embeddings[self.active(classes)])
-        # As in the code, the query is not added to what it finds.
-        found, _ = self.attention(self.norm_query(self.query), texts, texts)
-        value, gate = self.widen(self.norm(found)).chunk(2, dim=-1)
-        return found + self.narrow(value * gelu(gate))
+        # As in the code, there is no residual connection around the attention.
+        attended, _ = self.attention(self.norm_query(self.query), texts, texts)
+        value, gate = self.widen(self.norm(attended)).chunk(2, dim=-1)
+        return attended + self.narrow(value * gelu(gate))
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
         return self.logits(x, self.texts(self.tokens(classes), classes), classes)

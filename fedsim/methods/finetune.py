@@ -35,7 +35,7 @@ class Finetune(Method):
     objective: Objective = Field(
         "contrastive", description="CLIP's loss over the texts of the batch, or cross-entropy over all classes"
     )
-    towers: Sides = Field("both", description="towers to train; the other one stays frozen")
+    towers: Sides = Field("both", description="towers to train")
     head: bool = Field(False, description="train class weights in place of the text tower; needs towers: image")
 
     min_batch: ClassVar[int] = 2  # a single image has nothing to contrast

@@ -1,6 +1,6 @@
-"""KgCoOp: PromptFL whose class texts are held near those of the prompt that a person wrote.
+"""PromptFL with a pull of class texts toward those of the hand-written prompt (KgCoOp).
 
-Source: Yao et al. 2023, arXiv 2303.13283; among clients as in the code of FedTPG, boschresearch/FedTPG, commit f141c29
+Source: Yao et al. 2023, arXiv 2303.13283; federated as in the code of FedTPG, boschresearch/FedTPG, commit f141c29
 (Launch_FL.py, config/defaults.py, model/custom_coop.py).
 """
 
@@ -19,13 +19,14 @@ from fedsim.search_space import Choice, Field, Linear
 class KgCoOp(PromptFL):
     """Defaults are those of FedTPG's program with `--model_name coop --w 8`.
 
-    Its 500 rounds and uniform averaging are the experiment's.
+    Its 500 rounds and uniform averaging are set in the experiment.
 
-    Differs: the program lets the step size fall along a cosine over the rounds; ours stays. It pulls to a text per data
-    set, ours to `--prompt`. It was read and not run: as published it stops at a call with one argument too many.
+    Differs: the program decays the step size with a cosine over the rounds; here it is constant. The
+    program pulls toward one text per data set, here toward `--prompt`. We read it but did not run it: as published, it
+    fails at a call with one argument too many.
 
-    The paper's own code, for one client (htyao89/KgCoOp, commit c43ccc3, scripts/base2new_train.sh), has the same
-    weight, a step of 2e-3, batches of 128, and tokens that start as "a photo of a" (`--method.init`).
+    The paper's own code, without federation (htyao89/KgCoOp, commit c43ccc3, scripts/base2new_train.sh), has the same
+    weight, a step of 2e-3, batches of 128, and tokens initialized with "a photo of a" (`--method.init`).
     """
 
     lr: float = 3e-3
@@ -39,12 +40,12 @@ class KgCoOp(PromptFL):
         8.0,
         ge=0,
         search=Linear(0.0, 10.0),
-        description="weight of 1 - the mean cosine of learnt and written class texts",
+        description="weight of 1 - the mean cosine between learned and hand-written class texts",
     )
 
     def loss(self, module: _Prompt, batch: Batch) -> Tensor:
         x, y, classes = batch
         texts = module.texts(module.tokens, classes)
-        # Over the active classes alone: a client need not know the names of others.
+        # Over the active classes only, since a client may not know the names of the others.
         cosines = (texts * module.class_embeddings[module.active(classes)]).sum(dim=-1)
         return cross_entropy(module.logits(x, texts, classes), y) + self.pull * (1 - cosines.mean())

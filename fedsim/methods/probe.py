@@ -1,7 +1,7 @@
-"""A linear head on the image feature that starts as zero-shot CLIP.
+"""Linear probe on the image feature, initialized as zero-shot CLIP.
 
-Source: linear probing as in Radford et al. 2021, arXiv 2103.00020; the start from the text features is that of
-WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903, in whose code (mlfoundations/wise-ft, commit 58b7a4b,
+Source: linear probing as in Radford et al. 2021, arXiv 2103.00020; the initialization with text features is that
+of WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903, in whose code (mlfoundations/wise-ft, commit 58b7a4b,
 src/models/modeling.py) the head also has a bias. Its training hyperparameters are ours.
 """
 
@@ -14,7 +14,7 @@ from fedsim.registry import component
 
 @component
 class Probe(Method):
-    """C x D weights, no bias; logits are scaled cosines until training changes the length of a row."""
+    """C x D weights without bias; logits are scaled cosines until training changes the length of a row."""
 
     def build(self, backbone: Backbone) -> nn.Module:
         return _Head(backbone)

@@ -1,7 +1,7 @@
-"""PromptFL: clients learn the tokens before every class's name together, and nothing else.
+"""Federated prompt learning with one shared prompt for all classes (PromptFL).
 
 Source: Guo et al. 2022, arXiv 2208.11625; details as in the authors' code, PEILab-Federated-Learning/PromptFL, commit
-da401e7. The prompt is CoOp's, Zhou et al. 2022, arXiv 2109.01134: the same tokens for all classes, the name last.
+da401e7. The prompt is CoOp's, Zhou et al. 2022, arXiv 2109.01134: the same tokens for all classes, then the name.
 """
 
 from torch import Tensor, nn
@@ -15,12 +15,12 @@ from fedsim.registry import component
 class PromptFL(PromptMethod):
     """Defaults are those of the authors' script, with 16 tokens as in its README.
 
-    That is scripts/main_pipeline.sh (64 clients, 20 rounds) with configs/trainers/CoOp/vit_b16_ep50.yaml. Its average
-    is uniform.
+    The script is scripts/main_pipeline.sh (64 clients, 20 rounds) with configs/trainers/CoOp/vit_b16_ep50.yaml. Its
+    averaging is uniform.
 
-    Differs: the step size is constant, see `PromptMethod`. The code was read and not run, since two modules that it
-    imports were not published. As published it averages references to one and the same model, so that a round ends with
-    what its last client has trained; here it ends with the mean.
+    Differs: the step size is constant, see `PromptMethod`. We read the code but did not run it, since two modules that
+    it imports were not published. As published, it averages references to a single model, so a round ends with what its
+    last client has trained; here it ends with the mean.
     """
 
     local_epochs: int = 5
@@ -32,7 +32,7 @@ class PromptFL(PromptMethod):
 class _Prompt(Prompted):
     def __init__(self, backbone: Backbone, method: PromptMethod) -> None:
         tokens = method.start(backbone.text)
-        super().__init__(backbone, len(tokens), method.asked(len(tokens)))
+        super().__init__(backbone, len(tokens), method.length_flag(len(tokens)))
         self.tokens = nn.Parameter(tokens)
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)

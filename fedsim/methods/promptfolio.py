@@ -1,4 +1,4 @@
-"""PromptFolio: a class's text is a mixture of one behind tokens that all learn and one behind a client's own.
+"""A shared and a private prompt whose text features are mixed (PromptFolio).
 
 Source: Pan et al., NeurIPS 2024, arXiv 2409.19610; details as in the authors' code, PanBikang/PromptFolio, commit
 8f729aa.
@@ -14,13 +14,13 @@ from fedsim.search_space import Field, Linear
 
 @component
 class PromptFolio(PromptMethod):
-    """Defaults are those of the authors' program as its README runs it.
+    """Defaults are those of the authors' program as run by its README.
 
-    That is federated_main.py with configs/trainers/PromptFolio/vit_b16.yaml, which is laid over the command line: the
-    file's step size 2e-3 and 5 local epochs count, and not the 1e-3 and 1 that the command line shows. Its 10 rounds
-    and 10 clients, and averaging by rows, are the experiment's.
+    The program is federated_main.py with configs/trainers/PromptFolio/vit_b16.yaml, which overrides the command line:
+    the file's step size 2e-3 and 5 local epochs apply, not the 1e-3 and 1 of the command line. Its 10 rounds and 10
+    clients, and averaging by rows, are set in the experiment.
 
-    Differs: the step size is constant, see `PromptMethod`; there 2e-3 is the highest.
+    Differs: the step size is constant, see `PromptMethod`; in the code 2e-3 is its maximum.
     """
 
     lr: float = 2e-3
@@ -28,7 +28,7 @@ class PromptFolio(PromptMethod):
     batch_size: int = 16
     length: int = 8
     theta: float = Field(
-        0.4, ge=0, le=1, search=Linear(0.0, 1.0), description="share of a client's own text; 0 is PromptFL"
+        0.4, ge=0, le=1, search=Linear(0.0, 1.0), description="weight of the private text; 0 is PromptFL"
     )
 
     def build(self, backbone: Backbone) -> nn.Module:
@@ -41,11 +41,11 @@ class PromptFolio(PromptMethod):
 class _Folio(Prompted):
     def __init__(self, backbone: Backbone, method: PromptFolio) -> None:
         tokens = method.start(backbone.text)
-        super().__init__(backbone, len(tokens), method.asked(len(tokens)))
+        super().__init__(backbone, len(tokens), method.length_flag(len(tokens)))
         self.together, self.own = nn.Parameter(tokens), nn.Parameter(method.start(backbone.text))
         self.theta = method.theta
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
-        # Each of unit length before they are mixed, and the mixture as long as it comes.
+        # Both have unit length before they are mixed; the mixture is not normalised.
         mixed = (1 - self.theta) * self.texts(self.together, classes) + self.theta * self.texts(self.own, classes)
         return self.logits(x, mixed, classes)

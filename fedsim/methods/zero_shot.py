@@ -1,4 +1,4 @@
-"""Zero-shot CLIP: nothing is trained and nothing travels. Every run is laid beside it.
+"""Zero-shot CLIP without training, the baseline of every run.
 
 Source: Radford et al. 2021, arXiv 2103.00020.
 """
@@ -12,7 +12,7 @@ from fedsim.registry import component
 
 @component
 class ZeroShot(Method):
-    """The nearest class prototype."""
+    """Predicts the class with the nearest class embedding."""
 
     def build(self, backbone: Backbone) -> nn.Module:
         return _Nearest(backbone)

@@ -60,7 +60,7 @@ class Accumulator:
             round: for the message of an error.
 
         Raises:
-            Diverged: a delta is not finite, of rules that see each client; the sum is checked once for the whole round.
+            Diverged: a delta is not finite, where the deltas are kept; the sum is checked once for the whole round.
         """
         for name, total in self.total.items():
             total.sub_(self.shared[name], alpha=self.weight)  # in float64 nothing is lost by subtracting last
