@@ -289,7 +289,7 @@ def test_a_sum_of_a_whole_stack_is_that_of_its_clients():
         accumulator = Accumulator(shared, "cpu", keep_deltas=False)
         accumulator.by_stack = by_stack
         accumulator.add([0, 1], trained, [Reply(1.0), Reply(3.0)])
-        total = accumulator.sum(np.empty(0, CLIENT_STATS))
+        total = accumulator.sum(np.empty(0, CLIENT_STATS), 1)
         assert total.weight == 4.0
         # scale: 1 * (3 - 2) + 3 * (5 - 2); w: 1 * (k - 1) + 3 * (k + 6 - 1)
         np.testing.assert_array_equal(total.delta, [10.0, *(4.0 * k + 14 for k in range(6))])
