@@ -18,6 +18,7 @@ from fedsim.cli.flags import parse_run, run_parser
 from fedsim.clip.checkpoints import EMBEDDED, find_weights
 from fedsim.config import read_yaml
 from fedsim.registry import KINDS, available, find, parse
+from fedsim.sweep.command import sweep_parser
 from fedsim.sweep.config import Sweep
 
 
@@ -228,6 +229,12 @@ def test_help_says_the_defaults_of_the_embedded_experiment_too():
     assert "(default: 200; glyphs: 50)" in text and "comma-separated (glyphs: ink)" in text
     assert "apply: those marked glyphs, method.objective contrastive, method.lr 0.0003, method.weight_decay" in text
     assert ": None" not in text and ": PydanticUndefined" not in text
+
+
+def test_the_help_of_a_sweep_fits_on_one_screen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = sweep_parser().format_help().splitlines()
+    assert len(lines) <= 60 and max(map(len, lines)) <= 80
 
 
 def test_version_and_help_are_commands(capsys):

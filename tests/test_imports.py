@@ -99,7 +99,9 @@ def opens_text(call: ast.Call) -> bool:
     return isinstance(call.func, ast.Attribute) and name in ("read_text", "write_text")
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["list"], ["watch", "nowhere"], ["stop", "nowhere"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], ["help"], ["list"], ["watch", "nowhere"], ["stop", "nowhere"]]
+)
 def test_a_command_that_computes_nothing_does_not_import_torch(argv):
     program = "import sys; from fedsim.__main__ import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, timeout=60).returncode == 0

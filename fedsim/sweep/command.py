@@ -26,7 +26,7 @@ All flags of `fedsim run` describe the base config; `fedsim help NAME` lists
 those of a method or server rule, with their search ranges. A sweep has its own
 seeds, so there is no --seed. --search takes:
 
-  method.lr                 over the range that the chosen method declares for it
+  method.lr                 over the range that the method declares for it
   method.* server.*         all ranges that they declare (the default)
   method.lr=1e-5:1e-2       over a custom range; log-uniform if the declared
                             range is, or with :log or :linear

@@ -272,9 +272,9 @@ class _Base:
                 possible = governing.range.extremes if governing else (value,)
                 matching = tuple(each for each in possible if each in values)
                 if not matching:
-                    wanted = " or ".join(map(repr, values))
+                    expected = " or ".join(map(repr, values))
                     sentence = (
-                        f"{parameter.name} has an effect only when {component}.{other} is {wanted}, not {value!r}"
+                        f"{parameter.name} has an effect only when {component}.{other} is {expected}, not {value!r}"
                     )
                     without_effect.setdefault(parameter.text, sentence)
                     continue
