@@ -11,7 +11,7 @@ import numpy as np
 
 from fedsim.params import Params, unflatten
 
-# One row for each client of a round; the loss is the mean over its local steps in nats, nan when it took none.
+# One row per client of a round; loss is the mean over its local steps in nats, nan if it took none.
 CLIENT_STATS = np.dtype([("client", "i8"), ("rows", "i8"), ("steps", "i8"), ("loss", "f8"), ("weight", "f8")])
 
 
@@ -23,7 +23,7 @@ class ChunkSum:
         delta: (P,) float64, sum of weight * (trained - received) over the shared tensors.
         weight: sum of the weights.
         clients: (n,) of `CLIENT_STATS`.
-        message: (Q,) float64, sum of weight * message, of rules whose clients send one.
+        message: (Q,) float64, sum of weight * message; empty if clients send none.
         deltas: (n, P) in training's dtype, the delta of each client, in the order of `clients`; None unless the rule
             has `needs_deltas`.
     """
@@ -57,15 +57,15 @@ class RoundSum(ChunkSum):
 
 
 def sum_chunks(chunks: Iterable[ChunkSum], population: int = 0) -> RoundSum:
-    """The sum of one or more chunks, in their order; never holds more than two of them.
+    """The sum of one or more chunks, in their order, with at most two of them in memory.
 
     The deltas of each client, where a rule needs them, go to a temporary file that is memory-mapped.
     """
     chunks = iter(chunks)
     first = next(chunks)
-    # Copies: what comes from an actor is in shared memory, where one array would hold the whole chunk's sum.
+    # Copied: an array from an actor is in shared memory and would keep the whole chunk's sum there.
     delta, message, weight, clients = first.delta.copy(), first.message.copy(), first.weight, [first.clients.copy()]
-    # Closed, and thereby deleted, with its last mapping.
+    # The file is closed, and thereby deleted, with its last mapping.
     file = TemporaryFile() if first.deltas is not None else None  # noqa: SIM115
     if file:
         _append(first, file)
