@@ -81,14 +81,17 @@ BAD = {
     ),
     "matrices": (
         ["run", "--method", "lora", "--method.towers", "image"],
-        "lora wants attention matrices in the image tower, which has none",
+        "lora needs attention matrices in the image tower, which has none",
     ),
     "a rule for pairs": (
         ["run", "--server", "fedex_lora"],
         "server fedex_lora needs the low-rank pairs of method lora",
     ),
-    "few for krum": (["run", "--server", "krum"], "krum with f 1 wants 5 clients or more in a round, not 4"),
-    "a head": (["run", "--server", "fedper"], "fedper keeps some of a method's shared tensors"),
+    "few for krum": (["run", "--server", "krum"], "krum with f 1 needs at least 5 clients per round, not 4"),
+    "a head": (
+        ["run", "--server", "fedper"],
+        "fedper makes some shared tensors private, but none of this method's names begin with 'head'",
+    ),
     "adam under scaffold": (["run", "--server", "scaffold"], "--method.optimizer sgd"),
     "new classes": (["run", "--new-classes", "0.01"], "new_classes 0.01 of 15 classes is none"),
     "a prompt": (

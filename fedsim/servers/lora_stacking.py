@@ -18,7 +18,7 @@ from fedsim.updates import apply_update
 
 @component
 class LoraStacking(Averaging):
-    """The product of the stacked pairs is the mean of the clients' products; it is stored as that sum.
+    """The product of the stacked pairs is the mean of the clients' products; it is stored as a sum of products.
 
     `down` is drawn from the run's seed, the round and the client. If all clients started from the same `down`, the rank
     of their stack would hardly exceed that of a single pair, since `down` moves little in a round.
