@@ -18,8 +18,8 @@ from _runs import add_data, data_of, parsed, parser_of
 
 from fedsim import Config
 from fedsim.cluster.pool import open_pool
-from fedsim.prepare import sizing_of
-from fedsim.simulate import encoded, rounds
+from fedsim.prepare import encode_experiment, sizing_of
+from fedsim.simulate import rounds
 from fedsim.sweep.config import Sweep
 from fedsim.sweep.prepare import prepare_sweep
 from fedsim.sweep.results import SweepResult
@@ -43,7 +43,7 @@ def by_sweep(sweep: Sweep) -> tuple[SweepResult, float, float]:
 def by_loop(sweep: Sweep, found: SweepResult, folder: Path) -> float:
     """Median seconds of a trial, with nobody told of it."""
     prepared = prepare_sweep(sweep.model_copy(update={"out": folder}))
-    base = encoded(prepared.base, sizing_of(sweep.config), lambda event: None)
+    base = encode_experiment(prepared.base, sizing_of(sweep.config), lambda event: None)
     seconds = []
     with open_pool(sizing_of(sweep.config), 1) as pool:
         for number, lr in enumerate(found.trials["fedclip.lr"]):

@@ -1,4 +1,4 @@
-"""One round over a pool of workers: clients train or are evaluated, chunk by chunk."""
+"""One round over a pool of workers: clients are trained or evaluated, chunk by chunk."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,91 +9,104 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.clients import Population, held_out_ids
+from fedsim.clients import held_out_ids
 from fedsim.cluster.workers import Workers
-from fedsim.config import Config
 from fedsim.counts import Counts, merge
 from fedsim.errors import Diverged
 from fedsim.methods.zero_shot import ZeroShot
 from fedsim.params import Params, flatten
-from fedsim.prepare import judged
-from fedsim.representations import Encoded
+from fedsim.prepare import Experiment, evaluated_clients
 from fedsim.schedule import Turn, schedule
 from fedsim.servers.fedavg import FedAvg
-from fedsim.state import ServerState, advance, kept_past
+from fedsim.state import ServerState, advance, past_versions
 from fedsim.training.task import Task
 from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 
-CHUNKS, LARGEST_CHUNK = 16, 64  # of a cohort; and clients: enough to outweigh a call, few enough to do again
+# Chunks of a cohort, at least; and clients of a chunk, at most: enough to outweigh a call, few enough to repeat.
+CHUNKS, LARGEST_CHUNK = 16, 64
 
 
 class Federation:
-    """The workers, and the clients that they train and evaluate."""
+    """The clients of an experiment, and the workers that train and evaluate them.
 
-    def __init__(
-        self,
-        config: Config,
-        task: Task,
-        features: Encoded,
-        clients: Population,
-        workers: Workers,
-        params: Params,
-        splits: Sequence[str],
-    ) -> None:
-        self.config, self.task, self.clients, self.workers, self.splits = config, task, clients, workers, splits
-        self.away = list(range(clients.trainers, len(clients))) if "test" in splits else []
-        self.domains = held_out_ids(features, config.held_out)
-        self.sent = list(task.of(params, "shared", "server"))
-        self.down, self.up = task.payload(params, config.cohort or clients.trainers)
+    Attributes:
+        evaluated: ids of the training clients that are evaluated.
+        held_out: ids of the clients that only have test rows.
+        domains: indices of the held-out domains.
+        received_names: names of the tensors that a client receives.
+        payload: bytes that a client receives and sends in a round.
+        personal: clients have private tensors.
+        rows: (K,) int64, train rows of each client; -1 until they are needed, since they may have to be drawn.
+    """
+
+    def __init__(self, experiment: Experiment, task: Task, workers: Workers, params: Params) -> None:
+        config, clients = experiment.config, experiment.clients
+        self.experiment, self.task, self.clients, self.workers = experiment, task, clients, workers
+        self.evaluated = evaluated_clients(config, clients)
+        self.held_out = list(range(clients.trainers, len(clients))) if "test" in experiment.splits else []
+        self.domains = held_out_ids(experiment.data.source, config.held_out)
+        self.received_names = list(task.of(params, "shared", "server"))
+        self.payload = task.payload(params, config.cohort or clients.trainers)
         self.personal = bool(task.of(params, "private"))
-        self.rows = np.full(clients.trainers, -1, np.int64)  # train rows, once somebody has asked for them
+        self.rows = np.full(clients.trainers, -1, np.int64)
 
-    def turns(self, done: int) -> Iterator[Turn]:
-        """The rounds that are left."""
-        turns = schedule(self.config, self.clients.trainers, self._train_rows, self.down, self.up)
-        return islice(turns, done, self.config.rounds)
+    def schedule(self, done: int) -> Iterator[Turn]:
+        """The rounds that remain after `done` rounds."""
+        config = self.experiment.config
+        turns = schedule(config, self.clients.trainers, self._train_rows, *self.payload)
+        return islice(turns, done, config.rounds)
 
     def train(self, state: ServerState, turn: Turn) -> tuple[ServerState, np.ndarray]:
-        """The next state, from the sum over those whose work counts, chunk by chunk in order; and their notes."""
+        """One round of training.
+
+        Returns:
+            The next state, and (n,) of `CLIENT_STATS`, of the clients whose updates count.
+
+        Raises:
+            Diverged: an update, a loss or a parameter is not finite.
+        """
         chunks = []
         for version, group in groupby(turn.trained, key=itemgetter(1)):
-            written = [(client, self._written(state, client)) for client, _ in group]
-            chunks += [(version, chunk) for chunk in self._chunks(written)]
+            stored = [(client, _last_write(state, client)) for client, _ in group]
+            chunks += [(version, chunk) for chunk in self._chunks(stored)]
         if not chunks:
-            return replace(state, round=turn.round, past=kept_past(state, self.sent, turn.needed)), np.empty(
-                0, CLIENT_STATS
-            )
+            past = past_versions(state, self.received_names, turn.needed)
+            return replace(state, round=turn.round, past=past), np.empty(0, CLIENT_STATS)
         past = state.past | {state.round: {}}
-        sent = {version: flatten(state.params | (past[version] if self.sent else {})) for version, _ in chunks}
-        broadcast = self.task.server.broadcast(state.slots, self.task.of(state.params, "shared"))
-        what = self.task, turn.round, sent, flatten(broadcast)
-        total = sum_chunks(self.workers.map("train", chunks, *what), self.clients.trainers)
-        _check_finite(total, turn.round)
+        versions = {
+            version: flatten(state.params | (past[version] if self.received_names else {}))
+            for version in {version for version, _ in chunks}
+        }
+        broadcast = flatten(self.task.server.broadcast(state.slots, self.task.of(state.params, "shared")))
+        sums = self.workers.map("train", chunks, self.task, turn.round, versions, broadcast)
+        total = sum_chunks(sums, self.clients.trainers)
+        _check_sum(total, turn.round)
         if len(state.private):
             private = state.private.copy()
             private[total.clients["client"]] = turn.round
             state = replace(state, private=private)
-        state = advance(self.config.server, state, total, self.sent, turn.needed, self.task.seed)
-        if names := [name for name in self.sent if not state.params[name].isfinite().all()]:
-            remedy = "a smaller --method.lr" + " or --server.lr" * hasattr(self.config.server, "lr")
-            raise Diverged.in_round(turn.round, f"{names[0]} after the server's step", remedy)
+        state = advance(self.task.server, state, total, self.received_names, turn.needed, self.task.seed)
+        self._check_params(state)
         return state, total.clients
 
     def evaluate(self, state: ServerState) -> Counts:
-        """Counts of all clients: by the shared model, or each by its own where it has private tensors."""
-        ids = [*judged(self.config, self.clients), *([] if self.personal else self.away)]
-        chunks = self._chunks([(client, self._written(state, client) * self.personal) for client in ids])
-        also = self.away if self.personal else []
-        return self._judged(chunks, self.task, state.round, state.params, also)
+        """Counts of all evaluated clients: by the shared model, or of each by its own if it has private tensors."""
+        clients = [(client, _last_write(state, client) * self.personal) for client in self.evaluated]
+        if self.personal:
+            return self._counts(self.task, state.round, state.params, clients, shared_rows=self.held_out)
+        clients += [(client, 0) for client in self.held_out]
+        return self._counts(self.task, state.round, state.params, clients)
 
     def zero_shot(self) -> Counts:
-        plain = Task(ZeroShot(), FedAvg(), self.task.seed, self.task.dtype)
-        chunks = self._chunks([(client, 0) for client in [*judged(self.config, self.clients), *self.away]])
-        return self._judged(chunks, plain, 0, {}, [])
+        """The same by zero-shot CLIP."""
+        task = Task(ZeroShot(), FedAvg(), self.task.seed, self.task.dtype)
+        return self._counts(task, 0, {}, [(client, 0) for client in [*self.evaluated, *self.held_out]])
 
-    def _judged(self, chunks: list, task: Task, round: int, params: Params, also: list[int]) -> Counts:
-        what = task, round, flatten(params), also, self.domains, self.splits
-        return merge(self.workers.map("evaluate", chunks, *what))
+    def _counts(
+        self, task: Task, round: int, params: Params, clients: list[tuple[int, int]], shared_rows: Sequence[int] = ()
+    ) -> Counts:
+        arguments = task, round, flatten(params), shared_rows, self.domains, self.experiment.splits
+        return merge(self.workers.map("evaluate", self._chunks(clients), *arguments))
 
     def _train_rows(self, clients: Sequence[int]) -> np.ndarray:
         for client in clients:
@@ -101,20 +114,28 @@ class Federation:
                 self.rows[client] = len(self.clients[client].train)
         return self.rows[list(clients)]
 
-    def _written(self, state: ServerState, client: int) -> int:
-        return int(state.private[client]) if client < len(state.private) else 0
-
     def _chunks(self, clients: list[Any]) -> list[list[Any]]:
-        # Never by the number of actors: sums are rounded chunk by chunk.
-        if size := self.config.chunk:
+        # Their size never follows from the number of actors: sums are rounded chunk by chunk.
+        if size := self.experiment.config.chunk:
             return [clients[first : first + size] for first in range(0, len(clients), size)]
         count = max(min(CHUNKS, len(clients)), ceil(len(clients) / LARGEST_CHUNK))
         ends = [len(clients) * k // count for k in range(count + 1)]
-        return [clients[first:last] for first, last in pairwise(ends)]  # as even as can be, for nobody to wait long
+        return [clients[first:last] for first, last in pairwise(ends)]  # of nearly equal size: all end together
+
+    def _check_params(self, state: ServerState) -> None:
+        """Raises Diverged if the server's step gave a parameter that is not finite."""
+        if names := [name for name in self.received_names if not state.params[name].isfinite().all()]:
+            remedy = "a smaller --method.lr" + " or --server.lr" * hasattr(self.task.server, "lr")
+            raise Diverged.in_round(state.round, f"{names[0]} after the server's step", remedy)
 
 
-def _check_finite(total: RoundSum, round: int) -> None:
-    """Raises Diverged where a sum of updates, or the loss of a client that took a step, is NaN or infinite."""
+def _last_write(state: ServerState, client: int) -> int:
+    """The round in which a client last wrote its private state; 0 for never."""
+    return int(state.private[client]) if client < len(state.private) else 0
+
+
+def _check_sum(total: RoundSum, round: int) -> None:
+    """Raises Diverged if an update, or the loss of a client that took a step, is not finite."""
     if not np.isfinite(total.delta).all():
         raise Diverged.in_round(round, "an update")
     losses = total.clients["loss"][total.clients["steps"] > 0]

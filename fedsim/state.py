@@ -43,11 +43,11 @@ def advance(
     """
     sent = {name: state.params[name] for name in shared}
     params, slots = server.step(sent, state.slots, total, torch_rng(seed, "server", state.round + 1))
-    past = kept_past(state, shared, needed)
+    past = past_versions(state, shared, needed)
     return replace(state, round=state.round + 1, params=state.params | params, slots=slots, past=past)
 
 
-def kept_past(state: ServerState, shared: list[str], needed: frozenset[int]) -> dict[int, Params]:
+def past_versions(state: ServerState, shared: list[str], needed: frozenset[int]) -> dict[int, Params]:
     """The parameters of this round and of earlier ones that some client will still be at work on."""
     sent = {name: state.params[name] for name in shared}
     return {done: params for done, params in (state.past | {state.round: sent}).items() if done in needed}

@@ -20,11 +20,11 @@ from fedsim.cluster.pool import open_pool
 from fedsim.config import Config
 from fedsim.files import write_text
 from fedsim.folder import CONFIG, FORMAT, GENERATOR, MARK, claim, safe_name, write_sealed
-from fedsim.prepare import prepare, sizing_of
+from fedsim.prepare import encode_experiment, prepare, sizing_of
 from fedsim.reporting.compare import compare
 from fedsim.reporting.parquet import FILES as TABLES
 from fedsim.reporting.tables import COLUMNS
-from fedsim.simulate import encoded, rounds
+from fedsim.simulate import rounds
 from fedsim.training.client_store import PrivateStore
 
 SLOW = {"name": "lognormal", "availability": 0.8, "dropout": 0.1}
@@ -440,7 +440,7 @@ def test_a_round_writes_calls_and_keeps_no_more_after_two_thousand_rounds(config
     quick = {"partition": "by_domain", "method": {"name": "zero_shot"}, "eval_clients": 1}
     experiment = prepare(config(rounds=2_020, out=tmp_path / "run", **quick))
     config_ = experiment.config
-    experiment = encoded(experiment, sizing_of(config_), lambda event: None)
+    experiment = encode_experiment(experiment, sizing_of(config_), lambda event: None)
     claim(experiment.folder, "run")
     history, checkpoint = experiment.folder / HISTORY, experiment.folder / NAME
     written, calls, kept = {}, {}, {}

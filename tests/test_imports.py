@@ -15,7 +15,8 @@ import fedsim
 ORDER = """
     errors events files cache formats shares search_space rng registry params datasets partitions representations clip
     methods updates servers state fleets clients cluster folder encoding counts
-    training config schedule reporting checkpoint prepare federation simulate parallel_runs cli sweep __init__ __main__
+    training config data schedule reporting checkpoint prepare start federation simulate parallel_runs
+    cli sweep __init__ __main__
 """.split()  # noqa: SIM905
 
 # The same within fedsim/reporting: from counts to tables, and from tables to what is shown.
@@ -73,6 +74,19 @@ def test_no_imports_form_a_circle():
     files = {".".join(path.relative_to(root).with_suffix("").parts): path for path in root.glob("fedsim/**/*.py")}
     graph = {module: {name for name in imported(path) if name in files} for module, path in files.items()}
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the modules
+
+
+def test_ray_is_imported_by_the_cluster_and_by_the_side_of_a_sweep_that_is_ray_tunes_alone():
+    root = Path(fedsim.__file__).parent
+    importing = set()
+    for path in root.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        if "ray" in {name.partition(".")[0] for name in names}:
+            importing.add(str(path.relative_to(root)))
+    outside = {name for name in importing if not name.startswith("cluster/")}
+    assert outside == {"sweep/search.py", "sweep/ray_tune.py"}
 
 
 def test_every_module_has_its_place():

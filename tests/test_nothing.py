@@ -8,7 +8,7 @@ import pytest
 from fedsim import Config, InputError, run
 from fedsim.__main__ import main
 from fedsim.clients import Population
-from fedsim.prepare import _check_judged, prepare
+from fedsim.prepare import _check_evaluated, prepare
 from fedsim.reporting.remarks import remarks
 from fedsim.reporting.tables import COLUMNS
 from fedsim.schedule import check_trained
@@ -58,7 +58,7 @@ def test_rows_are_asked_for_only_until_a_client_takes_a_step():
 def test_a_held_out_domain_without_test_rows_is_refused():
     clients = Population([(ROW, ROW, ROW)], [ROW, ROW[:0]])
     with pytest.raises(InputError, match="held-out domain oil has no test rows"):
-        _check_judged(Config(held_out="ink,oil"), clients)
+        _check_evaluated(Config(held_out="ink,oil"), clients)
 
 
 def test_a_share_that_cuts_nothing_is_refused_and_the_default_is_not(tmp_path, monkeypatch, capsys):

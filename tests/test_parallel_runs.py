@@ -80,9 +80,9 @@ def test_bad_input_of_any_run_is_told_before_one_starts(config, tmp_path):
     good = config(out=tmp_path / "good")
     with pytest.raises(InputError, match="no domain 'wood' to hold out"):
         run_all([good, config(held_out=("wood",), out=tmp_path / "bad")])
-    with pytest.raises(InputError, match=r"runs 0 and 2 share the folder \S+/good; each wants an out of its own"):
+    with pytest.raises(InputError, match=r"runs 0 and 2 share the folder \S+/good; each needs its own out"):
         run_all([good, config(seed=1), config(seed=2, out=tmp_path / "good")])
-    with pytest.raises(InputError, match="at_once wants 1 run or more, not 0"):
+    with pytest.raises(InputError, match="at_once must be 1 or more, got 0"):
         run_all([good], at_once=0)
     assert not os.listdir(tmp_path)
 
@@ -96,7 +96,7 @@ def test_a_run_whose_process_is_killed_is_gone_on_with_in_another(cluster, pair)
         while not (ours.folder() / NAME).exists() and not over.wait(0.005):
             pass
         for pid, title in descendants(os.getpid()).items():
-            if title.startswith("ray::_whole"):
+            if title.startswith("ray::_simulate"):
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
 

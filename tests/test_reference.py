@@ -68,5 +68,5 @@ def test_a_last_batch_of_one_is_skipped(config, features_dir):
     one = run(config(train_share=share, rounds=1, held_out=("ink", "oil"), out=features_dir / "a"))
     losses = one.tables().rounds.loss
     assert losses.notna().all()
-    with pytest.raises(InputError, match=r"--method\.batch-size wants 2 or more with this method, not 1"):
+    with pytest.raises(InputError, match=r"--method\.batch-size must be 2 or more with this method, got 1"):
         run(config(method={"name": "fedclip", "batch_size": 1}, out=features_dir / "b"))

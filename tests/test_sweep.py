@@ -26,7 +26,7 @@ from fedsim.errors import Stopped
 from fedsim.fleets.ideal import Ideal
 from fedsim.folder import claim
 from fedsim.methods.probe import Probe
-from fedsim.prepare import prepare
+from fedsim.prepare import encode_experiment, prepare
 from fedsim.registry import name_of
 from fedsim.search_space import Field, Log
 from fedsim.sweep.command import parse_sweep
@@ -532,7 +532,7 @@ def test_clients_without_validation_rows_are_no_judges(tmp_path):
 
 
 def test_a_trial_whose_partition_leaves_no_validation_rows_is_refused(base, tmp_path):
-    experiment = prepare(base(out=tmp_path / "base"))
+    experiment = encode_experiment(prepare(base(out=tmp_path / "base")), Sizing(actors=0), lambda event: None)
     with open_pool(Sizing(actors=0), 1) as pool:
         trial = Trial(experiments_of(experiment, {"train_share": 0.99}, (1,), tmp_path, 0), pool)
         with pytest.raises(InputError, match="no client has validation rows, on which trials are evaluated"):

@@ -206,7 +206,9 @@ def test_bytes_are_those_of_the_tensors_that_travel(small):
 
 @pytest.mark.parametrize("method", ["finetune", "promptfl", "fedotp"])
 def test_features_of_ones_own_cannot_go_through_a_tower(method, config):
-    with pytest.raises(InputError, match=rf"method {method} computes with CLIP itself \(.*\) and wants a data set of"):
+    with pytest.raises(
+        InputError, match=rf"method {method} needs CLIP's towers \(.*\) and therefore images; features provides"
+    ):
         run(config(method=method))
 
 

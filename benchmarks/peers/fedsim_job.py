@@ -79,10 +79,9 @@ def on_processes(args: Namespace, out: str) -> tuple[list[float], list[float], P
     task, state = _begin(experiment)
     ends, seconds = [], []
     with _Processes(args.processes, Path(out)) as pool:
-        workers = pool.workers(ClientWorker, experiment.source, experiment.clients, experiment.frozen)
-        whole = experiment.source, experiment.clients, workers, state.params, experiment.splits
-        federation = Federation(experiment.config, task, *whole)
-        for turn in federation.turns(0):
+        workers = pool.workers(ClientWorker, experiment.data.source, experiment.clients, None)
+        federation = Federation(experiment, task, workers, state.params)
+        for turn in federation.schedule(0):
             began = time.perf_counter()
             state, _ = federation.train(state, turn)
             seconds.append(time.perf_counter() - began)
@@ -100,7 +99,7 @@ def export(args: Namespace, out: str) -> None:
     np.save(part / "x.npy", x)
     np.save(part / "y.npy", y)
     np.save(
-        part / "text.npy", experiment.source.class_embeddings.vectors.astype(np.float32)
+        part / "text.npy", experiment.data.source.class_embeddings.vectors.astype(np.float32)
     )  # as a run in float32 rounds them
     np.save(part / "start.npy", flatten(state.params))
     draws = [
@@ -117,14 +116,14 @@ def _train_rows(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
     rows = [experiment.clients[k].train for k in range(experiment.clients.trainers)]
     if {len(mine) for mine in rows} != {ROWS}:
         raise SystemExit(f"the common job wants {ROWS} train rows of every client")
-    x, y = experiment.source.representations.features, experiment.source.y
+    x, y = experiment.data.source.representations.features, experiment.data.source.y
     return np.stack([x[mine] for mine in rows]).astype(np.float32), np.stack([y[mine] for mine in rows])
 
 
 def _begin(experiment: Experiment) -> tuple[Task, ServerState]:
     asked = experiment.config
     task = Task(asked.method, asked.server, asked.seed, asked.dtype)
-    return task, ServerState(0, initial_params(task, backbone_of(experiment.source)))
+    return task, ServerState(0, initial_params(task, backbone_of(experiment.data.source)))
 
 
 def _rows(scratch: Path, clients: int) -> Path:

@@ -15,7 +15,7 @@ from fedsim.errors import InputError, listing
 from fedsim.fleets import Fleet
 from fedsim.folder import check_folder, read_sealed, refuse_another_version
 from fedsim.methods import Method
-from fedsim.prepare import DEALT, Experiment, judged, prepare
+from fedsim.prepare import PARTITION_FIELDS, Experiment, evaluated_clients, prepare
 from fedsim.sweep.config import LOGGERS, MAY_CHANGE, PRUNED_BY, Sweep
 from fedsim.sweep.space import Space
 from fedsim.sweep.trial import EVALUATED_ON, config_of
@@ -69,14 +69,15 @@ def prepare_sweep(sweep: Sweep) -> Prepared:
     check_folder(folder, "sweep")
     refuse_another_sweep(folder, sweep.plain(), space)
     base = prepare(config.model_copy(update={"out": folder / "base", "seed": sweep.tuning_seeds[0]}))  # is not run
-    evaluated = judged(config, base.clients)
+    evaluated = evaluated_clients(config, base.clients)
     if not any(len(base.clients[client].val) for client in evaluated):
         raise InputError(f"none of {len(evaluated)} clients has validation rows, on which trials are evaluated")
-    if not searched & set(DEALT):
+    partitioning = sorted(searched & set(PARTITION_FIELDS))
+    if not partitioning:
         _try_candidates(space, base)
-    elif not (base.source.split == TEST).any():
+    elif not (base.data.source.split == TEST).any():
         raise InputError(
-            f"--search {listing(sorted(searched & set(DEALT)))} partitions the rows again in each trial, and this data "
+            f"--search {listing(partitioning)} partitions the rows again in each trial, and this data "
             "set has no test split: rows that one trial trains on would be test rows of another"
         )
     return Prepared(sweep, folder, space, base, tuple(_methods(space, config)))

@@ -17,9 +17,8 @@ from fedsim.events import Note, Progress, Started, Step
 from fedsim.files import reason
 from fedsim.folder import alone_in, write_sealed
 from fedsim.formats import number, percent
-from fedsim.prepare import Experiment, sizing_of
+from fedsim.prepare import Experiment, encode_experiment, sizing_of
 from fedsim.reporting.facts import to_yaml
-from fedsim.simulate import encoded
 from fedsim.sweep.config import Sweep
 from fedsim.sweep.prepare import ACCURACIES, FILE, Prepared, prepare_sweep, refuse_another_sweep
 from fedsim.sweep.resources import TrialResources
@@ -53,7 +52,7 @@ def search(prepared: Prepared, progress: Progress) -> SweepResult:
             settings = sweep.plain()
             refuse_another_sweep(folder, settings, prepared.space)  # again: another sweep may just have ended here
             write_sealed(folder / FILE, to_yaml(settings))
-            base = encoded(prepared.base, sizing_of(config), progress, prepared.methods)
+            base = encode_experiment(prepared.base, sizing_of(config), progress, prepared.methods)
             study = Study(folder, sweep.rules)
             study.describe(settings, prepared.space.defaults(config))
             _run_trials(prepared, base, study, resources, progress)
@@ -77,7 +76,7 @@ def _run_trials(
     from fedsim.sweep.ray_tune import StudyScheduler, StudySearcher, TrialActor
 
     if resources.several_machines:
-        base = replace(base, source=base.source.inline())
+        base = replace(base, data=replace(base.encoded, source=base.encoded.source.inline()))
     progress(Note("trials at once", resources.describe(remaining)))
     progress(Step("trials", study.ended(), sweep.trials))
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from fedsim.errors import counted, listing
 from fedsim.formats import difference, number, percent, setting, spread
-from fedsim.prepare import DEALT
+from fedsim.prepare import PARTITION_FIELDS
 from fedsim.registry import available
 from fedsim.reporting.html import Section, portable
 from fedsim.reporting.page import MEASURES, NEW_MEASURES
@@ -50,7 +50,7 @@ def _search(view: StudyView) -> str:
     if settings.get("tuning_seeds"):
         text += f" Every trial was evaluated on {_seeds('tuning', settings['tuning_seeds'])}."
     text += " Test rows were not used in the search."
-    partitioning = {*DEALT, *available("partition")}
+    partitioning = {*PARTITION_FIELDS, *available("partition")}
     if names := [scale.name for scale in view.scales if scale.name.partition(".")[0] in partitioning]:
         text += f" Trials that differ in {listing(names)} have different partitions, and so different problems."
     return text

@@ -1,0 +1,72 @@
+"""Where a run starts: in round 0, or in the round of its checkpoint."""
+
+from typing import Any
+
+import numpy as np
+
+from fedsim.checkpoint import Checkpoints
+from fedsim.errors import InputError
+from fedsim.methods import Backbone
+from fedsim.params import Params
+from fedsim.prepare import Experiment, evaluated_clients, reads_of
+from fedsim.reporting.facts import environment
+from fedsim.reporting.report import Report, holdings
+from fedsim.rng import numpy_rng
+from fedsim.state import ServerState
+from fedsim.training.flops import flops_of
+from fedsim.training.task import Task, backbone_of, initial_params
+
+
+def start(experiment: Experiment, task: Task, checkpoints: Checkpoints) -> tuple[ServerState, Report]:
+    """The state and the report of the last checkpoint, or those of round 0.
+
+    Raises:
+        InputError: the checkpoint was written with other images or weights, or the method or the rule refuses to start.
+    """
+    saved = checkpoints.load()
+    if not saved:
+        return _round_zero(experiment, task)
+    if saved[1].facts["features"] != experiment.encoded.source.representations.key:
+        raise InputError(f"the images or weights behind {experiment.folder} have changed; give another --out")
+    return saved
+
+
+def _round_zero(experiment: Experiment, task: Task) -> tuple[ServerState, Report]:
+    config, data, clients = experiment.config, experiment.encoded, experiment.clients
+    clip = data.clip() if task.method.reads.towers else None
+    backbone = backbone_of(data.source, reads=task.method.reads, clip=clip)
+    params = initial_params(task, backbone, config.cohort or clients.trainers)
+    slots, _ = task.server.init(task.of(params, "shared"))
+    writers = clients.trainers if task.has_private_state(params) else 0
+    state = ServerState(0, params, slots, private=np.zeros(writers, np.int64))
+    facts = _facts(experiment, task, backbone, params)
+    names = config.experiment(), list(data.source.domains), list(data.source.classes), list(config.held_out)
+    report = Report(*names, facts, adapter=state.params, private=state.private)
+    shown = [*evaluated_clients(config, clients), *range(clients.trainers, len(clients))]
+    report.holdings = holdings(data.source, (clients[client] for client in shown))
+    return state, report
+
+
+def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Params) -> dict[str, Any]:
+    """What the page says of the data, the model and the software."""
+    source, skipped = experiment.encoded.source, experiment.data.skipped
+    sample = numpy_rng(task.seed, "flops").permutation(experiment.clients[0].train)[: task.method.batch_size]
+    per_step, per_row = flops_of(task, backbone, source, sample)
+    facts = {
+        "images": f"{source.rows_per_client} a client, made on demand" if source.rows_per_client else len(source),
+        "width": experiment.data.width,
+        "logit_scale": source.class_embeddings.logit_scale,
+        "skipped": skipped,
+        "features": source.representations.key,
+        "reads": reads_of(task.method),
+        "augment": source.representations.views - 1,
+        "unseen_test": source.unseen_test,
+        "label_space": task.method.label_space,
+        "trained_parameters": sum(tensor.numel() for tensor in task.of(params, "shared", "private").values()),
+        "flops_per_step": per_step,
+        "flops_per_row": per_row,
+        "versions": environment(),
+    }
+    if assumptions := experiment.data.assumptions():
+        facts["data_notes"] = "; ".join(assumptions)
+    return facts
