@@ -1,4 +1,4 @@
-"""Clients: who holds which rows, and who trains in which round."""
+"""Clients: which rows each holds, and which clients train in a round."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ class Client:
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
-    split: str = "test"  # under which the test rows are judged, "new" where nobody trains on their classes
+    split: str = "test"  # of the evaluated rows; "new" for rows of classes that no client trains on
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Population(Sequence):
     """The training clients, then one client for each held-out domain, then one for the new classes if there are any.
 
     Attributes:
-        splits: of each training client; perhaps drawn only when asked for, so ask once.
+        splits: of each training client; perhaps drawn at each access, so access them once.
         away: (n,) test rows of each held-out domain.
-        new: (n,) test rows of the classes that nobody trains on; None where everybody trains on all.
-        new_classes: (m,) these classes.
+        new: (n,) test rows of the new classes, which no client trains on; None if there are no new classes.
+        new_classes: (m,) indices of the new classes.
     """
 
     splits: Sequence[Splits]
@@ -41,7 +41,7 @@ class Population(Sequence):
 
     @property
     def trainers(self) -> int:
-        """How many train; their ids are below it."""
+        """Number of training clients; their ids are below it."""
         return len(self.splits)
 
     def __len__(self) -> int:
@@ -57,13 +57,13 @@ class Population(Sequence):
         return Client(client, nothing, nothing, others[client - self.trainers], split)
 
     def split_of(self, client: int) -> str:
-        """`Client.split` of a client, whose rows need not be drawn for it."""
+        """`Client.split` of a client, without drawing its rows."""
         return "new" if client == len(self.splits) + len(self.away) else "test"
 
     def classes_of(self, client: Client, rows: Labels) -> np.ndarray:
-        """(C,) bool, a client's own label space: the classes of its rows; where nobody trains, of all whose test it is.
+        """(C,) bool, a client's label space: the classes of its rows.
 
-        These are the trained classes for a held-out domain, and the new ones for the client of these.
+        For a held-out domain these are the trained classes, for the client of the new classes the new ones.
         """
         if client.id >= self.trainers:
             trained = self.trained_classes(rows)
@@ -89,16 +89,16 @@ def make_clients(
     shots: int | None = None,
     new_classes: float = 0.0,
 ) -> Population:
-    """Deals the rows of all domains but the held-out ones to clients, and each client's rows to its splits.
+    """Assigns the rows of all domains except the held-out ones to clients, and each client's rows to its splits.
 
     Args:
-        held_out: names of the domains that nobody trains on; each becomes one more client, after the others. Their rows
-            of new classes are nobody's: accuracy on a new domain and on new classes would be one number.
+        held_out: names of the held-out domains; each becomes one more client, after the others. Their rows of new
+            classes are not used: accuracy would mix the new domain with the new classes.
         seed: the partition's seed.
-        train_share: of a client's rows; validation and test get half of the rest each.
-        shots: train rows of each class that a client keeps; none given: all.
-        new_classes: share of the classes that nobody trains on, see `new_of`. Their rows in the training domains, of
-            them the TEST rows where the set has such, become one more client, after the held-out domains.
+        train_share: fraction of a client's rows used for training; validation and test get half of the rest each.
+        shots: train rows per client and class; None: all.
+        new_classes: fraction of the classes that no client trains on, see `new_of`. Their rows in the training domains
+            (only TEST rows if the data set has these) become one more client, after the held-out domains.
 
     Raises:
         InputError: a domain does not exist, none is left to train on, or a client has no train rows; there are no new
@@ -107,8 +107,7 @@ def make_clients(
     """
     if rows.rows_per_client and (shots or new_classes):
         raise InputError(
-            f"{'shots' if shots else 'new_classes'} wants a data set whose rows are there to choose from; these are "
-            "made client by client"
+            f"{'shots' if shots else 'new_classes'} needs a finite data set; this one generates rows on demand"
         )
     away = held_out_ids(rows, held_out)
     domains = [domain for domain in range(len(rows.domains)) if domain not in away]
@@ -119,12 +118,12 @@ def make_clients(
         judged = np.flatnonzero(unseen & np.isin(rows.domain, domains) & ((rows.split == TEST) | (not own_test)))
         if not len(judged):
             raise InputError(f"no test rows of the new classes {listing([rows.classes[c] for c in new])} to judge by")
-        rows = replace(rows, domain=np.where(unseen, -1, rows.domain))  # of no domain, so that nobody is dealt them
+        rows = replace(rows, domain=np.where(unseen, -1, rows.domain))  # of no domain, so no client gets them
     splits = partition.assign(rows, domains, clients, seed, train_share)
-    # Those that are drawn one by one promise it of all.
+    # Partitions that draw clients on demand check this for all clients at once.
     if isinstance(splits, list) and (idle := [k for k, (train, _, _) in enumerate(splits) if not len(train)]):
         who = f"client {idle[0]} has" if len(idle) == 1 else f"clients {listing(idle)} have"
-        raise InputError(f"{who} no train rows; take fewer clients or another partition")
+        raise InputError(f"{who} no train rows; use fewer clients or another partition")
     if shots:
         few = _FewShot(splits, rows.y, shots, seed)
         splits = list(few) if isinstance(splits, list) else few
@@ -133,7 +132,7 @@ def make_clients(
 
 @dataclass(frozen=True)
 class _FewShot(Sequence):
-    """Splits of which at most `shots` train rows of each class are left, drawn at an address of the client's own."""
+    """Splits with at most `shots` train rows of each class, drawn with a random number generator of each client."""
 
     splits: Sequence[Splits]
     y: np.ndarray
@@ -148,17 +147,17 @@ class _FewShot(Sequence):
         drawn = numpy_rng(self.seed, "shots", client).permutation(train)
         by_class = drawn[np.argsort(self.y[drawn], kind="stable")]
         _, starts, counts = np.unique(self.y[by_class], return_index=True, return_counts=True)
-        place = np.arange(len(by_class)) - np.repeat(starts, counts)  # among those of its class
-        return np.sort(by_class[place < self.shots]), val, test
+        rank = np.arange(len(by_class)) - np.repeat(starts, counts)  # among the rows of its class
+        return np.sort(by_class[rank < self.shots]), val, test
 
 
 def new_of(classes: Sequence[str], share: float) -> list[int]:
-    """The new classes, on which nobody trains: the last in alphabetical order, by index; their number is rounded down.
+    """Indices of the new classes, which no client trains on: the last by name; their number is rounded down.
 
-    Source: the base-to-new protocol of CoCoOp, Zhou et al. 2022, arXiv 2203.05557: the second half of them is new.
+    Source: the base-to-new protocol of CoCoOp, Zhou et al. 2022, arXiv 2203.05557, where the second half is new.
 
     Raises:
-        InputError: the share of so few classes is none of them.
+        InputError: the number is rounded down to 0.
     """
     count = part(len(classes), share)
     if share and not count:
@@ -175,9 +174,9 @@ def held_out_ids(rows: Labels, held_out: tuple[str, ...]) -> list[int]:
     """
     for name in held_out:
         if name not in rows.domains:
-            there = [repr(domain) if "," in domain else domain for domain in rows.domains]
-            hint = "" if there == list(rows.domains) else "; a name with a comma needs a list in YAML: held_out: [...]"
-            raise InputError(f"no domain {name!r} to hold out; available: {listing(there)}{hint}")
+            names = [repr(domain) if "," in domain else domain for domain in rows.domains]
+            hint = "" if names == list(rows.domains) else "; a name with a comma needs a list in YAML: held_out: [...]"
+            raise InputError(f"no domain {name!r} to hold out; available: {listing(names)}{hint}")
     if len(set(held_out)) == len(rows.domains):
         raise InputError(f"all domains are held out; at least one of {listing(rows.domains)} must train")
     return [rows.domains.index(name) for name in dict.fromkeys(held_out)]
@@ -186,7 +185,7 @@ def held_out_ids(rows: Labels, held_out: tuple[str, ...]) -> list[int]:
 def sample_cohort(population: int, cohort: int | None, seed: int, round: int) -> list[int]:
     """Ids of the clients that train in a round, without replacement.
 
-    Ascending, so that sums over the cohort come out the same whatever finished first.
+    Ascending, so float sums over the cohort do not depend on which client finished first.
     """
     if cohort is None or cohort == population:
         return list(range(population))

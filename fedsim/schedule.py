@@ -1,7 +1,7 @@
-"""Who is asked when, and whose work counts: all of it known before anything is trained.
+"""The schedule: which clients are asked in each round, and whose updates count. It is known before training.
 
-Simulated time depends on rows, bytes and random numbers with an address, never on what training finds. So a schedule
-is a pure function of the config: it is replayed on resume, and nobody is trained whose work would not count.
+Simulated time depends on rows, bytes and keyed random numbers, never on results of training. So a schedule is a pure
+function of the config: it is replayed on resume, and only clients whose updates count are trained.
 
 Sources: a deadline and over-selection, Bonawitz et al. 2019, arXiv 1902.01046; asynchrony, Nguyen et al. 2022,
 arXiv 2106.06639 (FedBuff).
@@ -23,7 +23,7 @@ from fedsim.registry import name_of
 from fedsim.rng import numpy_rng
 from fedsim.shares import decimal
 
-IN_VAIN = 10_000  # clients in a row that do not answer in time, until one says that nobody will
+IN_VAIN = 10_000  # clients in a row that may miss the deadline before the run is refused
 
 RowsOf = Callable[[Sequence[int]], np.ndarray]
 Seconds = Callable[[np.ndarray], np.ndarray]
@@ -40,8 +40,8 @@ class Turn:
         clock_s: simulated seconds from the start to the end of this turn.
         asked: clients that were sent parameters in this turn.
         dropped: those found in this turn to have never answered.
-        late: those whose answers came too late to count.
-        needed: versions that somebody is still at work on, whose answer will count.
+        late: stragglers, whose updates came too late to count.
+        needed: versions that clients are still training on whose updates will count.
     """
 
     round: int
@@ -54,7 +54,7 @@ class Turn:
 
 
 def check(config: Config, population: int) -> None:
-    """Refuses what cannot be scheduled, or would say nothing.
+    """Refuses a config that cannot be scheduled, or whose fields would have no effect.
 
     Raises:
         InputError: a deadline, over-selection or an asynchronous rule does not go with the rest of the config.
@@ -62,13 +62,13 @@ def check(config: Config, population: int) -> None:
     server, fleet = name_of(config.server), name_of(config.fleet)
     asynchronous = config.server.buffer is not None
     if config.fleet.instantaneous:
-        for name, wanted in (
+        for name, given in (
             ("deadline_s", config.deadline_s is not None),
             ("over_selection", config.over_selection > 0),
             (f"server {server}", asynchronous),
         ):
-            if wanted:
-                raise InputError(f"{name} wants a fleet whose clients take time, such as lognormal, not {fleet}")
+            if given:
+                raise InputError(f"{name} needs a fleet whose clients take time, such as lognormal, not {fleet}")
     if asynchronous:
         if config.cohort is not None:
             raise InputError(f"cohort {config.cohort}, but server {server} has none: its concurrency says who trains")
@@ -76,15 +76,15 @@ def check(config: Config, population: int) -> None:
             raise InputError(f"over_selection {config.over_selection:g}, but server {server} has no cohort to exceed")
         if config.server.buffer > population:
             raise InputError(
-                f"server.buffer of {config.server.buffer} from {population} clients; each can fill one place of it"
+                f"server.buffer of {config.server.buffer} from {population} clients; each can have one update in it"
             )
     elif config.over_selection:
         if config.cohort is None:
-            raise InputError(f"over_selection {config.over_selection:g} wants a cohort smaller than {population}")
-        if _wanted(config, population) > population:
+            raise InputError(f"over_selection {config.over_selection:g} needs a cohort smaller than {population}")
+        if _asked(config, population) > population:
             raise InputError(
                 f"over_selection {config.over_selection:g} of a cohort of {config.cohort} asks "
-                f"{_wanted(config, population)} of {population} clients; at most all of them can be asked"
+                f"{_asked(config, population)} of {population} clients; at most all of them can be asked"
             )
 
 
@@ -133,14 +133,14 @@ def schedule(config: Config, population: int, rows_of: RowsOf, bytes_down: int, 
         bytes_down, bytes_up: what a client receives and sends.
 
     Raises:
-        InputError: under an asynchronous rule, nobody answers within the deadline.
+        InputError: under an asynchronous rule, no client responds within the deadline.
     """
     costs = config.fleet.costs(population, numpy_rng(config.seed, "fleet"))
 
     def seconds(clients: np.ndarray) -> np.ndarray:
         """(n,) float64, what the work of these clients takes without jitter."""
         if config.fleet.instantaneous:
-            return np.zeros(len(clients))  # nor need anybody be asked for their rows
+            return np.zeros(len(clients))  # without drawing the clients' rows
         rows = rows_of(clients.tolist()) * config.method.local_epochs
         row, down, up = costs[clients].T
         return rows * row + bytes_down * down + bytes_up * up
@@ -153,8 +153,8 @@ def _rounds(config: Config, population: int, seconds: Seconds) -> Iterator[Turn]
     clock, enough = 0.0, config.cohort or population
     for round in count(1):
         able = np.flatnonzero(config.fleet.available(population, numpy_rng(config.seed, "availability", round)))
-        asked = able[sample_cohort(len(able), min(_wanted(config, population), len(able)), config.seed, round)]
-        # For all clients, so that a client's luck is its own, whoever else is asked.
+        asked = able[sample_cohort(len(able), min(_asked(config, population), len(able)), config.seed, round)]
+        # For all clients, so that a client's outcome does not depend on which others are asked.
         jitter, answers = config.fleet.outcomes(population, numpy_rng(config.seed, "luck", round))
         jitter, answers = jitter[asked], answers[asked]
         due = seconds(asked) * jitter
@@ -174,7 +174,7 @@ def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[Turn
     """Answer by answer: ask another client for each that is done, and close the turn when the buffer is full."""
     clock, in_vain = 0.0, 0
     deadline = inf if config.deadline_s is None else config.deadline_s
-    free = np.ones(population, bool)  # neither at work nor in the buffer
+    free = np.ones(population, bool)  # neither training nor in the buffer
     working: list[tuple[float, int, int, str]] = []  # a heap of (end, client, version, outcome): ties to the lower id
     buffer: list[tuple[int, int]] = []  # of (version, client)
     for round in count(1):
@@ -195,7 +195,7 @@ def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[Turn
                 free[clients] = False
                 asked += len(clients)
             if not working:
-                break  # nobody can be asked in this round
+                break  # no client is available in this round
             clock, client, version, outcome = heappop(working)
             if outcome == "answered":
                 buffer.append((version, client))
@@ -219,12 +219,12 @@ def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[Turn
 
 
 def _take(pool: list[int], rng: np.random.Generator) -> int:
-    """One at random, in constant time; the last takes its place."""
-    place = rng.integers(len(pool))
-    pool[place], pool[-1] = pool[-1], pool[place]
+    """Removes a random client from the pool, in constant time."""
+    index = rng.integers(len(pool))
+    pool[index], pool[-1] = pool[-1], pool[index]
     return pool.pop()
 
 
-def _wanted(config: Config, population: int) -> int:
+def _asked(config: Config, population: int) -> int:
     """Clients to ask in a round."""
     return population if config.cohort is None else ceil(config.cohort * (1 + decimal(config.over_selection)))

@@ -254,10 +254,10 @@ def test_a_cohort_of_10_000_from_100_000_clients():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"deadline_s": 5}, "deadline_s wants a fleet whose clients take time, such as lognormal, not ideal"),
-        ({"over_selection": 0.3, "cohort": 5}, "over_selection wants a fleet whose clients take time"),
-        ({"server": "fedbuff"}, "server fedbuff wants a fleet whose clients take time"),
-        ({"fleet": UNEVEN, "over_selection": 0.3}, "over_selection 0.3 wants a cohort smaller than 20"),
+        ({"deadline_s": 5}, "deadline_s needs a fleet whose clients take time, such as lognormal, not ideal"),
+        ({"over_selection": 0.3, "cohort": 5}, "over_selection needs a fleet whose clients take time"),
+        ({"server": "fedbuff"}, "server fedbuff needs a fleet whose clients take time"),
+        ({"fleet": UNEVEN, "over_selection": 0.3}, "over_selection 0.3 needs a cohort smaller than 20"),
         ({"fleet": UNEVEN, "over_selection": 0.3, "cohort": 16}, "asks 21 of 20 clients; at most all of them"),
         ({"fleet": UNEVEN, "server": "fedbuff", "cohort": 5}, "cohort 5, but server fedbuff has none"),
         ({"fleet": UNEVEN, "server": "fedbuff", "over_selection": 0.3}, "server fedbuff has no cohort to exceed"),
