@@ -1,6 +1,6 @@
 """A small run whose counts are written down: a change that should not alter results leaves them alone.
 
-One that should alter them says so in CHANGELOG.md and writes them anew: FEDSIM_WRITE_GOLDEN=1 pytest this file.
+One that should alter them says so in CHANGELOG.md and writes them again: FEDSIM_WRITE_GOLDEN=1 pytest this file.
 """
 
 import json

@@ -129,7 +129,7 @@ def test_what_a_shape_has_not_is_left_empty(shown):
 def test_the_page_says_how_the_round_was_chosen(shown):
     report, page, _ = shown("plain")
     assert (
-        f"Round {report.chosen_round} of 3 is reported: the first of the best mean accuracy on validation rows"
+        f"Round {report.chosen_round} of 3 is reported: the first with the highest mean validation accuracy"
         in page.words
     )
     report, page, _ = shown("no validation rows")

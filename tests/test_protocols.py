@@ -167,8 +167,8 @@ def test_chunks_add_up_to_the_whole_and_come_back_from_a_flat_vector():
         for field in fields(Counts):
             ours, theirs = getattr(one, field.name), getattr(whole, field.name)
             assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
-    nobody = tally([], *(answer[:0] for answer in answers), data)
-    assert nobody.scores.shape == (0, 6) and nobody.labels.shape == whole.labels.shape
+    empty = tally([], *(answer[:0] for answer in answers), data)
+    assert empty.scores.shape == (0, 6) and empty.labels.shape == whole.labels.shape
     again = Counts.from_flat(Counts().flat())
     assert again.labels.shape == (3, 0, 3) and again.scores.shape == (0, 6)
 

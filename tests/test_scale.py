@@ -40,7 +40,7 @@ def test_some_clients_may_be_judged_in_place_of_all(config, tmp_path):
     assert len(judged) == 2
     assert set(some.tables().partition.client) == judged | {6}
     theirs = everyone.tables().scores[lambda table: table.client.isin([*judged, 6])]
-    assert some.tables().scores.equals(theirs.reset_index(drop=True))  # of the same parameters, whoever is judged
+    assert some.tables().scores.equals(theirs.reset_index(drop=True))  # the same parameters
 
 
 def test_what_clients_keep_is_in_files_that_a_killed_round_leaves_whole(config, tmp_path, monkeypatch):

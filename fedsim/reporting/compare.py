@@ -43,7 +43,7 @@ MORE = {
 }
 SEEDS = ("seed", "partition_seed")
 CHOSEN = (
-    "Each run is shown at its first round of the best mean accuracy on validation rows; without such rows, at its last."
+    "Each run is shown at its first round with the highest mean validation accuracy, or at its last without such rows."
 )
 # Why accuracies do not compare, by the fields that differ.
 CAVEATS = {

@@ -73,7 +73,7 @@ def _summary(tables: Tables) -> dict[str, pd.DataFrame]:
     table = pd.DataFrame({BEFORE: before, AFTER: after}).loc[list(labels)]
     caption = (
         f"Top-1 accuracy in percent, round {tables.chosen_round}; the difference of the two in percentage points. "
-        f"Where no other classes are named, {_trained_classes(tables)} compete"
+        f"Unless other classes are named, {_trained_classes(tables)} compete"
     )
     return {caption: _in_percent(table.rename(index=labels).rename_axis("accuracy"))}
 

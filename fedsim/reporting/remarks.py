@@ -4,7 +4,7 @@ import numpy as np
 
 from fedsim.reporting.tables import Tables
 
-NEVER = "Test rows never choose; test curves are here to be looked at, not to choose a round from."
+NEVER = "The round is never chosen on test rows; curves of test rows are shown for inspection only."
 
 
 def remarks(tables: Tables) -> list[str]:
@@ -15,7 +15,7 @@ def remarks(tables: Tables) -> list[str]:
     elif np.isnan(means["validation"]):
         sentences = [f"Round {chosen} is reported because it is the last: no client has validation rows."]
     else:
-        sentences = [f"Round {chosen} of {last} is reported: the first of the best mean accuracy on validation rows."]
+        sentences = [f"Round {chosen} of {last} is reported: the first with the highest mean validation accuracy."]
     if last and tables.facts.get("trained_parameters") and not tables.rounds.steps.sum():
         sentences.insert(0, "No client took a local step in any round: the numbers are those of untrained parameters.")
     if np.isnan(means["personalization"]):
