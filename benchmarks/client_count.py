@@ -92,7 +92,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of the table as it is drawn and told; `reached` is of the target, and nan where that was missed."""
+    """A column of the table as it is drawn and printed; if `reached`, it is nan where the target was missed."""
 
     column: str
     label: str
@@ -112,7 +112,7 @@ ALL_BYTES = Measure("bytes", "MB up and down, all rounds", 1e-6)
 ALL_CLOCK = Measure("clock_s", "simulated s, all rounds")
 ALL_REAL = Measure("seconds", "computing s, all rounds")
 SPENT = "bytes", "clock_s", "seconds"
-TOLD = [OWN, TAIL, AWAY, ROUNDS, BYTES, CLOCK]
+SHOWN = [OWN, TAIL, AWAY, ROUNDS, BYTES, CLOCK]
 MORE = [REAL, ALL_BYTES, ALL_CLOCK, ALL_REAL]
 NAMES = ["law", "cohort", "skew", "method"]
 
@@ -225,8 +225,8 @@ def measure(todo: Sequence[Cell], file: Path, address: str | None) -> pd.DataFra
 
 def placed(todo: Sequence[Cell], rows: pd.DataFrame) -> pd.DataFrame:
     """A row of each cell."""
-    told = [{"run": cell.run, "method": cell.method, "seed": cell.seed} | cell.setting.words() for cell in todo]
-    return pd.DataFrame(told).merge(rows, on="run").sort_values("clients", kind="stable")
+    cells = [{"run": cell.run, "method": cell.method, "seed": cell.seed} | cell.setting.words() for cell in todo]
+    return pd.DataFrame(cells).merge(rows, on="run").sort_values("clients", kind="stable")
 
 
 def write_parquet(table: pd.DataFrame, file: Path) -> None:
@@ -266,10 +266,10 @@ def of(table: pd.DataFrame, setting: Setting, method: str | None = None) -> pd.D
     return table[(table[list(words)] == pd.Series(words)).all(axis=1)]
 
 
-# What is told ----------------------------------------------------------------------------------------------
+# As text ---------------------------------------------------------------------------------------------------
 
 
-def told(values: pd.Series, measure: Measure) -> str:
+def text_of(values: pd.Series, measure: Measure) -> str:
     """Mean ± deviation over seeds; of a target, how many of them got there, if not all."""
     values = measure.scale * values
     there = values.dropna()
@@ -286,7 +286,7 @@ def show(value: float) -> str:
 
 def by_clients(table: pd.DataFrame, measure: Measure) -> pd.DataFrame:
     """A row for each setting and method, a column for each number of clients."""
-    cells = table.groupby([*NAMES, "clients"], sort=False)[measure.column].agg(lambda seeds: told(seeds, measure))
+    cells = table.groupby([*NAMES, "clients"], sort=False)[measure.column].agg(lambda seeds: text_of(seeds, measure))
     wide = cells.unstack("clients", sort=False).sort_index(axis=1)
     wide.index = pd.Index([", ".join(names) for names in wide.index], name=f"{measure.label}, by clients")
     return wide.fillna("")
@@ -305,7 +305,7 @@ def grid(figure, rows: dict[str, dict[str, pd.DataFrame]], measures: Sequence[Me
         for colour, (name, table) in zip(PALETTE, lines.items(), strict=False):
             handles[name] = draw(axes, table, one, colour)
             most = table[table.clients == table.clients.max()]
-            said.append(f"{group} {name}, {one.label}: {told(most[one.column], one)}")
+            said.append(f"{group} {name}, {one.label}: {text_of(most[one.column], one)}")
         rule(axes.xaxis, sorted({number for table in lines.values() for number in table.clients}))
         if one is ROUNDS:
             axes.set_ylim(bottom=0)
@@ -356,7 +356,7 @@ def draw(axes, table: pd.DataFrame, one: Measure, colour: str):
 
 def page(table: pd.DataFrame, args: argparse.Namespace) -> str:
     vary = settings(args)
-    dashed = "Dashed: zero-shot CLIP on the same rows, which are drawn anew for every number of clients and seed."
+    dashed = "Dashed: zero-shot CLIP on the same rows, which are drawn again for every number of clients and seed."
     accuracy = f"Bands: mean ± deviation over seeds. {dashed}"
     cost = (
         "Bands: from the least to the most of the seeds. To the target: a hollow dot is the mean of those seeds that "
@@ -388,7 +388,7 @@ def page(table: pd.DataFrame, args: argparse.Namespace) -> str:
         if len(vary[what]) > 1:
             plot = grid(caption, rows, [OWN, AWAY, ROUNDS, BYTES, CLOCK])
             sections.append(Section(heading, [words], [plot]))
-    tables = {f"{one.label}: mean ± deviation over seeds": by_clients(table, one) for one in TOLD + MORE}
+    tables = {f"{one.label}: mean ± deviation over seeds": by_clients(table, one) for one in SHOWN + MORE}
     sections.append(Section("All numbers", tables=tables))
     return render("More clients on the same data", sections)
 
@@ -412,7 +412,7 @@ def about(table: pd.DataFrame, args: argparse.Namespace) -> list[str]:
         f"The target: {target}. A validation curve is noisy, and the first round at which it touches the target is "
         "early by chance where few rows are judged.",
         f"{args.judged_rows:,} test rows or those of {JUDGED} clients are judged, whichever are more. A worst tenth is "
-        f"told where a client has {TAIL_ROWS} test rows or more. Simulated seconds are of a lognormal fleet, whose "
+        f"shown where a client has {TAIL_ROWS} test rows or more. Simulated seconds are of a lognormal fleet, whose "
         "slowest client of a round ends it; computing seconds are of training alone, of runs side by side.",
     ]
 
@@ -432,7 +432,7 @@ def skew(text: str) -> float | None:
 def main() -> None:
     parser = parser_of(__doc__)
     add_data(parser, "synthetic", "synthetic is one set of features, made once")
-    parser.add_argument("--held-out", help="a domain; none given: the last one")
+    parser.add_argument("--held-out", help="a domain (default: the last one)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["FedCLIP", "linear probe"])
     parser.add_argument("--clients", nargs="+", type=int, default=[10, 30, 100, 300, 1000])
     parser.add_argument("--rows", type=int, default=50, help="of a client, of all splits together")
@@ -446,7 +446,7 @@ def main() -> None:
     parser.add_argument("--judged-rows", type=int, default=2000, help="test rows, more or less")
     parser.add_argument("--target", type=float, default=0.5, help="a share of a method's gain over zero-shot")
     parser.add_argument("--target-accuracy", type=float, help="in [0, 1], the same for all, in place of it")
-    parser.add_argument("--address", help="of a Ray cluster; none given: a private one")
+    parser.add_argument("--address", help="of a Ray cluster (default: a private one)")
     parser.add_argument("--out", type=Path, default=Path("runs/client_count"))
     tiny = {"methods": ["FedCLIP"], "clients": [4, 8], "total": 400, "cohorts": [0.5, 2], "alphas": [None, 0.1]}
     args = parsed(parser, **tiny, rounds=2, seeds=1, judged_rows=10, out=Path("runs/client_count-quick"))
@@ -461,7 +461,7 @@ def main() -> None:
     table = with_targets(placed(todo, rows), settings(args)["law"][0], args)
     write_parquet(table, args.out / f"{args.dataset}.parquet")
     write_text(args.out / f"{args.dataset}.html", page(table, args))
-    for one in TOLD:
+    for one in SHOWN:
         print(f"\n{by_clients(table, one).to_markdown()}")
     print(f"\n-> {args.out / f'{args.dataset}.html'}")
 

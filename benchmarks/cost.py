@@ -1,4 +1,4 @@
-"""What FedCLIP costs beside federating all of CLIP: parameters, bytes, operations, seconds, memory, with ViT-B-32.
+"""What FedCLIP costs next to federating all of CLIP: parameters, bytes, operations, seconds, memory, with ViT-B-32.
 
     uv run python benchmarks/cost.py                                     # about 10 minutes on one core
     uv run python benchmarks/cost.py --runs runs/fedclip_table/glyphs    # and bytes to an accuracy, of finished runs
@@ -208,8 +208,8 @@ def measure(repeats: int, backbone: str, batch: int) -> tuple[dict, dict[str, li
         for repeat in range(repeats):
             for name in VARIANTS:
                 runs[name].append(run := once(Path(folder), "--step", name))
-                told = f"{run['cpu_s']:.3g} s of CPU, {run['wall_s']:.3g} s a step, {run['peak_mib']:.0f} MiB"
-                print(f"{repeat + 1}/{repeats} {name}: {told}", file=sys.stderr)
+                cost = f"{run['cpu_s']:.3g} s of CPU, {run['wall_s']:.3g} s a step, {run['peak_mib']:.0f} MiB"
+                print(f"{repeat + 1}/{repeats} {name}: {cost}", file=sys.stderr)
     return facts, runs
 
 
@@ -371,8 +371,8 @@ def read(run: Path) -> Finished:
 
 def finished(folder: Path) -> list[Finished]:
     """Those that train on top of CLIP together, of cells (held-out domain and seed) that all these methods have."""
-    wanted = [run for run in sorted(folder.glob("*CLIP*-*-*")) if not run.name.startswith("alone")]
-    runs = [read(run) for run in wanted if (run / "report.html").exists()]
+    folders = [run for run in sorted(folder.glob("*CLIP*-*-*")) if not run.name.startswith("alone")]
+    runs = [read(run) for run in folders if (run / "report.html").exists()]
     cells = {run.cell for run in runs}
     methods = {run.method for run in runs}
     cells = {cell for cell in cells if {run.method for run in runs if run.cell == cell} == methods}
@@ -409,7 +409,7 @@ def reach(runs: list[Finished]) -> str:
         middle = f", {median(both):.3g} times as many bytes in the median" if both else ""
         a_round, ours_a_round = (median(run.mb / run.rounds for run in of) for of in (theirs, ours))
         said.append(
-            f"**{whole} beside {gate}:** {a_round / ours_a_round:.3g} times the bytes a round; over accuracies, gains "
+            f"**{whole} next to {gate}:** {a_round / ours_a_round:.3g} times the bytes a round; over accuracies, gains "
             f"and runs, both reach {len(both)} of {len(pairs) * len(MEASURES) * len(GAINS)}{middle}, {alone[0]} are "
             f"reached by {whole} alone and {alone[1]} by {gate} alone."
         )
@@ -431,7 +431,7 @@ def main() -> None:
         print("RESULT", json.dumps(found))
         return
     if args.runs and not args.runs.is_dir():
-        parser.error(f"--runs wants a folder of runs; there is none at {args.runs}")
+        parser.error(f"--runs needs a folder of runs; there is none at {args.runs}")
     if args.repeats:
         facts, runs = measure(args.repeats, args.backbone, args.batch)
         print(table(facts, runs))

@@ -6,7 +6,7 @@
     uv run python benchmarks/fedclip_table.py --dataset pacs --data-dir DIR --backbone ViT-B-32 --pretrained openai \\
         --rounds 200 --tower-rounds 200 --tower-seeds 3                      # the paper's own experiment
 
-Accuracy on the domain that nobody trained on and on the own test rows of clients: zero-shot, FedAvg and FedProx of all
+Accuracy on the held-out domain and on the own test rows of clients: zero-shot, FedAvg and FedProx of all
 of CLIP, FedCLIP, a linear probe, and each client alone. A seed draws the partition, the splits, the initial weights and
 the batches. Cells are ordinary runs in folders of their own: the same command goes on where it was interrupted.
 """
@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--tower-seeds", type=int, default=2, help="seeds of what trains all of CLIP")
     parser.add_argument("--tower-rounds", type=int, default=4, help="rounds of what trains all of CLIP")
-    parser.add_argument("--address", help="of a Ray cluster; none given: a private one")
-    parser.add_argument("--at-once", type=int, help="runs at a time at most; none given: as many as there is room for")
+    parser.add_argument("--address", help="of a Ray cluster (default: a private one)")
+    parser.add_argument("--at-once", type=int, help="runs at a time at most (default: as many as fit)")
     parser.add_argument("--out", type=Path, default=Path("runs/fedclip_table"))
     tiny = {"seeds": 1, "rounds": 1, "tower_seeds": 1, "tower_rounds": 1, "out": Path("runs/fedclip_table-quick")}
     args = parsed(parser, **tiny)

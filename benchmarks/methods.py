@@ -170,10 +170,10 @@ def main() -> None:
     add_data(parser)
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
-    parser.add_argument("--held-out", nargs="+", help="domains that leave_one_out holds out in turn; none given: all")
+    parser.add_argument("--held-out", nargs="+", help="domains that leave_one_out holds out in turn (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--address", help="of a Ray cluster; none given: a private one")
+    parser.add_argument("--address", help="of a Ray cluster (default: a private one)")
     parser.add_argument("--threads", type=int, default=1, help="of one cell, each with a CPU")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     tiny = {"seeds": 1, "rounds": 1, "out": Path("runs/methods-quick")}

@@ -43,7 +43,8 @@ MORE = {
 }
 SEEDS = ("seed", "partition_seed")
 CHOSEN = (
-    "Each run is shown at its first round with the highest mean validation accuracy, or at its last without such rows."
+    "Each run is shown at its first round with the highest mean validation accuracy; at its last, if no client has "
+    "validation rows."
 )
 # Why accuracies do not compare, by the fields that differ.
 CAVEATS = {

@@ -118,7 +118,8 @@ def score_table(evaluations: Iterable[Evaluation], domains: Sequence[str]) -> pd
 def label_table(evaluations: Iterable[Evaluation], classes: Sequence[str]) -> pd.DataFrame:
     """`Tables.labels` of some evaluations, without classes that have neither rows nor predictions."""
     table = _tidy([(model, round, counts.labels) for model, round, counts in evaluations], COLUMNS["labels"])
-    return table.assign(label=[classes[index] for index in table.label])
+    table["label"] = [classes[index] for index in table.label]
+    return table
 
 
 def calibration_table(evaluations: Iterable[Evaluation]) -> pd.DataFrame:
@@ -152,7 +153,8 @@ def _tidy(evaluations: Iterable[tuple[str, int, np.ndarray]], columns: Sequence[
         evaluations: model, round, and (groups, n, k) counts.
         columns: of the model, the round, the group, the index in [0, n), and the k counts.
     """
-    parts, models = [np.zeros((0, len(columns) - 1))], []
+    parts: list[np.ndarray] = [np.zeros((0, len(columns) - 1))]
+    models: list[str] = []
     for model, round, counts in evaluations:
         group, index = np.nonzero(counts.any(axis=-1))
         parts.append(np.column_stack([np.full(len(group), round), group, index, counts[group, index]]))
