@@ -85,7 +85,7 @@ def _digest(table: pa.Table) -> str:
         parts.append(f"{name} {column.type}")
         if not pa.types.is_primitive(column.type):
             coded = column.combine_chunks().dictionary_encode()
-            parts.append(json.dumps(coded.dictionary.to_pylist()))
+            parts.append(json.dumps(coded.dictionary.to_pylist(), default=repr))  # bytes, if the file is damaged
             column = coded.indices
         parts.append(column.to_numpy(zero_copy_only=False))
     return digest(*parts)
