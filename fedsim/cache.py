@@ -1,7 +1,7 @@
-"""The cache: arrays in files on this machine, whose damage is noticed when they are opened.
+"""The cache: arrays in files on this machine, which are checked for damage when they are opened.
 
 A file of the cache is an `.npy` file followed by a seal: the CRC-32 of its name and its bytes, in 8 hexadecimal digits.
-`np.load` reads it like any other. Nothing is ever unpickled.
+`np.load` can read it. Nothing is ever unpickled.
 """
 
 import os
@@ -23,7 +23,7 @@ from filelock import FileLock
 from fedsim.errors import InputError, Stopped
 from fedsim.files import atomic, digest
 
-Notice = Callable[[Path], None]  # told of a damaged file
+Notice = Callable[[Path], None]  # called with each damaged file
 SEAL = 8  # bytes
 STEP = 1 << 20  # bytes read at a time
 READERS = 16  # threads: on a network file system, reading small files is waiting
@@ -47,9 +47,9 @@ def check_writable(cache: Path) -> None:
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Keeps other processes from computing `file`; on other machines too, where their file system has locks."""
+    """Keeps other processes from computing `file`, also on other machines if the file system has locks."""
     with _reported(file):
-        # For all who may write to the folder: the next one to come need not be the user who was first.
+        # Writable for everyone who may write to the folder: the next process may be another user's.
         lock = FileLock(file.with_suffix(".lock"), mode=file.parent.stat().st_mode & 0o666)
         lock.acquire()
     try:
@@ -63,7 +63,7 @@ def write_array(file: Path, rows: int, blocks: Iterable[np.ndarray]) -> None:
 
     Args:
         rows: length of the array.
-        blocks: the rows, some at a time, since all of them may not fit into memory.
+        blocks: the rows, in blocks, because all of them may not fit into memory.
 
     Raises:
         Stopped: the disk is full, or the folder has been removed.
@@ -74,7 +74,7 @@ def write_array(file: Path, rows: int, blocks: Iterable[np.ndarray]) -> None:
     header = BytesIO()
     np.lib.format.write_array_header_2_0(header, fields | {"shape": (rows, *first.shape[1:])})
     seal = zlib.crc32(file.name.encode())
-    with _reported(file), atomic(file) as stream:  # not through a map: a full disk would end the process
+    with _reported(file), atomic(file) as stream:  # not memory-mapped: a full disk would end the process
         for block in chain([np.frombuffer(header.getvalue(), np.uint8), first], blocks):
             data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
             seal = zlib.crc32(data, seal)
@@ -83,10 +83,10 @@ def write_array(file: Path, rows: int, blocks: Iterable[np.ndarray]) -> None:
 
 
 def read_array(file: Path, notice: Notice) -> np.ndarray | None:
-    """The array of `write_array`, mapped and read-only, after all of its bytes have been checked.
+    """An array written by `write_array`: memory-mapped, read-only, all of its bytes checked.
 
     Returns:
-        None if there is no such file, or if it is damaged; `notice` is told of the latter.
+        None if there is no such file, or if it is damaged; then `notice` is called.
 
     Raises:
         Stopped: the file cannot be read.
@@ -103,10 +103,10 @@ def read_array(file: Path, notice: Notice) -> np.ndarray | None:
 
 
 def map_array(file: Path) -> np.ndarray:
-    """The same in another process on this machine, for a file that `read_array` has checked.
+    """The same without the check, for a file that `read_array` has checked, perhaps in another process.
 
     Raises:
-        Stopped: the file has been removed or replaced since.
+        Stopped: the file was removed or replaced since.
     """
     try:
         return _mapped(file)
@@ -116,25 +116,25 @@ def map_array(file: Path) -> np.ndarray:
 
 
 def content_digests(files: Sequence[Path | bytes], cache: Path | None, notice: Notice) -> np.ndarray:
-    """(N, 16) uint8, a digest of the bytes of each file; zeros for those that cannot be read.
+    """(N, 16) uint8, a digest of the bytes of each file; zeros for files that cannot be read.
 
     Args:
-        cache: where digests are remembered, by path, size, times and inode of each file. A file is read again if any
-            of these has changed. No program can set the time of the last change (ctime), so a file that is replaced by
-            one of the same size and modification time (`cp -p`, `rsync -t`, `tar -x`) is read again too.
+        cache: the folder that remembers digests by path, size, times and inode of a file. A file is read again if any
+            of these has changed. No program can set the time of the last change (ctime), so a file that was replaced
+            by one of the same size and modification time (`cp -p`, `rsync -t`, `tar -x`) is read again too.
     """
-    places = [file for file in files if isinstance(file, Path)]
-    if cache is None or len(places) < len(files):
+    paths = [file for file in files if isinstance(file, Path)]
+    if cache is None or len(paths) < len(files):
         return _digests(files)
-    paths = np.frombuffer(b"\0".join(map(os.fsencode, places)), np.uint8)
-    index = cache / f"{digest(paths)}.index.npy"
+    joined = np.frombuffer(b"\0".join(map(os.fsencode, paths)), np.uint8)
+    index = cache / f"{digest(joined)}.index.npy"
     now = time.time_ns()
-    stamps = np.frombuffer(b"".join(_stamp(file, now) for file in places), np.uint8).reshape(-1, 16)
+    stamps = np.frombuffer(b"".join(_stamp(file, now) for file in paths), np.uint8).reshape(-1, 16)
     known = read_array(index, notice)
     known = np.zeros((len(files), 2, 16), np.uint8) if known is None else known.copy()
     changed = np.flatnonzero((known[:, 0] != stamps).any(axis=1) | ~stamps.any(axis=1))
     if len(changed):
-        known[changed, 0], known[changed, 1] = stamps[changed], _digests([places[row] for row in changed.tolist()])
+        known[changed, 0], known[changed, 1] = stamps[changed], _digests([paths[row] for row in changed.tolist()])
         known[~known[:, 1].any(axis=1), 0] = 0
         write_array(index, len(files), [known])
     return known[:, 1]
@@ -142,7 +142,7 @@ def content_digests(files: Sequence[Path | bytes], cache: Path | None, notice: N
 
 @contextmanager
 def _reported(file: Path) -> Iterator[None]:
-    """Says in one sentence what the file system refuses."""
+    """Turns errors of the file system into one sentence."""
     try:
         yield
     except OSError as error:
@@ -155,10 +155,10 @@ def _reported(file: Path) -> Iterator[None]:
 
 
 def _is_sealed(file: Path) -> bool:
-    # Checked once a run, by the process that computes what is missing: actors map what it has checked, and those on
-    # other machines are sent it. CRC-32 and not a longer digest: it misses one damaged file in 4 billion and runs at
-    # 7 GB/s on one core (blake2b: 1.4, SHA-256: 2.0), so checking takes no longer than reading. By read and not
-    # through a map: mapped pages would count as this process's memory, and a bad sector would end it.
+    # Checked once per run, by the process that computes what is missing: actors map what it has checked, and those on
+    # other machines receive it. CRC-32 instead of a longer digest: it misses one damaged file in 4 billion and runs
+    # at 7 GB/s on one core (blake2b: 1.4, SHA-256: 2.0), so checking takes no longer than reading. Read, not mapped:
+    # mapped pages would count as this process's memory, and a bad sector would end it.
     seal, left = zlib.crc32(file.name.encode()), file.stat().st_size - SEAL
     with file.open("rb") as stream:
         while left > 0 and (block := stream.read(min(left, STEP))):
@@ -171,7 +171,7 @@ def _mapped(file: Path) -> np.ndarray:
 
 
 def _stamp(file: Path, now: int) -> bytes:
-    """16 bytes that change with the file; zeros if they may not."""
+    """16 bytes that change whenever the file does; zeros if that cannot be promised."""
     try:
         stat = file.stat()
     except OSError:  # a link to nowhere, for example
@@ -183,7 +183,7 @@ def _stamp(file: Path, now: int) -> bytes:
 
 
 def _digests(files: Sequence[Path | bytes]) -> np.ndarray:
-    # In groups, since a future for each of 0.6 million files would take more memory than their names.
+    # In groups: a future for each of 0.6 million files would take more memory than their names.
     groups = [files[first : first + 64] for first in range(0, len(files), 64)]
     with ThreadPoolExecutor(READERS) as pool:
         digests = pool.map(lambda group: b"".join(map(_digest, group)), groups)

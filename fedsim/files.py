@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and whose damage is noticed when they are read."""
+"""Files that are written whole or not at all, and checked for damage when they are read."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ FULL = errno.ENOSPC, errno.EDQUOT
 
 
 class Damaged(ValueError):
-    """A file is not as it was written; says in what way."""
+    """A file is not as it was written; the message says in what way."""
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def atomic(file: Path, lasting: bool = True) -> Iterator[BinaryIO]:
 
     Args:
         lasting: the content is flushed to the disk before it gets its name, so a power cut leaves the old file or the
-            new one. It takes about 10 ms on a busy disk, and is not needed for what tells of a process alone.
+            new one. It takes about 10 ms on a busy disk, and is not needed for the status of a process.
 
     Raises:
         OSError: the disk is full, for example. `filename` names `file`, which is unchanged; no part of it is left.
@@ -41,14 +41,14 @@ def atomic(file: Path, lasting: bool = True) -> Iterator[BinaryIO]:
                 os.fsync(stream.fileno())
         part.replace(file)
     except BaseException as error:
-        part.unlink(missing_ok=True)  # on a full disk it would take the room that is left
+        part.unlink(missing_ok=True)  # on a full disk it would take the remaining space
         if isinstance(error, OSError):
             error.filename = str(file)
         raise
 
 
 def remove_parts(folder: Path, names: Iterable[str]) -> None:
-    """Deletes what processes that were killed in `atomic` have left of these files; none may be writing them now."""
+    """Deletes partial files left by processes killed in `atomic`. No process may be writing these files now."""
     part = re.compile(rf"part-.+-\d+-({'|'.join(map(re.escape, names))})")
     for file in folder.glob("part-*"):
         if part.fullmatch(file.name):
@@ -56,7 +56,7 @@ def remove_parts(folder: Path, names: Iterable[str]) -> None:
 
 
 def write_text(file: Path, text: str, lasting: bool = True) -> None:
-    """Writes UTF-8, whatever the locale says; see `atomic`."""
+    """Writes UTF-8 in any locale; see `atomic`."""
     with atomic(file, lasting) as stream:
         stream.write(text.encode())
 
@@ -72,7 +72,7 @@ def digest(*things: str | np.ndarray) -> str:
 
 
 def reason(error: OSError) -> str:
-    """What went wrong with which file or folder, without what to do about it."""
+    """The file or folder and what went wrong, without advice."""
     if error.errno in FULL and error.filename:
         return f"no space left in {Path(error.filename).parent}"
     if error.filename:
@@ -81,11 +81,11 @@ def reason(error: OSError) -> str:
 
 
 def pack(tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> bytes:
-    """A safetensors file, with `about` as JSON in its metadata, and a digest of all of it there too."""
+    """The bytes of a safetensors file with `about` as JSON in its metadata, next to a digest of everything."""
     whole = {name: np.require(tensor, requirements="C") for name, tensor in tensors.items()}
     about = {**about, "digest": _digest(whole, json.dumps(about))}
-    # One entry: safetensors writes several in any order, and the same run would not give the same bytes. Not by
-    # safetensors.torch, which keeps a type for each size of a tensor it has ever met.
+    # One entry: safetensors writes several in any order, and the same run would not give the same bytes. Not with
+    # safetensors.torch, which keeps a type in memory for each tensor size it has ever seen.
     return save(whole, metadata={"fedsim": json.dumps(about)})
 
 
@@ -97,11 +97,11 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], about: Mapping[
 
 
 def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What `write_tensors` wrote: writable arrays, and `about` as JSON has it.
+    """Reads a file of `write_tensors`: writable arrays, and `about` after its round trip through JSON.
 
     Raises:
         Damaged: a bit is not as it was written.
-        OSError: there is no such file, for example.
+        OSError: for example, there is no such file.
     """
     try:
         with safe_open(file, "np") as reader:

@@ -1,6 +1,6 @@
-"""How numbers are shown: in the terminal, on every page and in the alternative text of plots.
+"""The format of numbers in the terminal, on pages and in the alternative text of plots.
 
-Rounding is to the nearest, and a half away from zero, as readers check it by hand: 0.4885 is 48.9 percent everywhere.
+Numbers are rounded to the nearest, halves away from zero, as readers do by hand: 0.4885 is 48.9 percent everywhere.
 """
 
 from decimal import ROUND_HALF_UP, Decimal
@@ -14,20 +14,20 @@ def percent(accuracy: float) -> str:
 
 
 def difference(before: float, after: float) -> str:
-    """Percentage points between two accuracies as `percent` shows them, with a sign, so that the columns add up.
+    """Signed difference in percentage points between two accuracies as `percent` rounds them, so that columns add up.
 
-    The difference of the exact values can be 0.1 away from it.
+    The difference of the exact values can differ from it by 0.1.
     """
     return "-" if isnan(before) or isnan(after) else f"{_rounded(after) - _rounded(before):+.1f}"
 
 
 def spread(mean: str, deviation: float) -> str:
-    """`mean ± deviation` of accuracies in percent; of one value, whose deviation is nan, the mean alone."""
+    """`mean ± deviation` of accuracies in percent; only the mean if the deviation is nan, as for a single value."""
     return mean if isnan(deviation) else f"{mean} ± {percent(deviation)}"
 
 
 def number(value: float) -> str:
-    """A measured number: thousands separated, two decimals at most from 10 on, three digits below; nan as a dash."""
+    """A measured number: thousands separators, at most two decimals from 10 on, three digits below; nan as a dash."""
     if isnan(value):
         return "-"
     if isinstance(value, int) or abs(value) >= 1000:
@@ -37,12 +37,12 @@ def number(value: float) -> str:
 
 
 def in_unit(value: float, label: str) -> str:
-    """A number of an axis or a column, by its label: `accuracy (%)` has one decimal, as `percent` does."""
+    """A number on an axis or in a column, by its label: `accuracy (%)` is formatted like `percent`."""
     return percent(value / 100) if label.endswith("(%)") else number(value)
 
 
 def setting(value: Any) -> str:
-    """The value of a hyperparameter: four digits, three below 0.001, and no zeros that say nothing."""
+    """The value of a hyperparameter: four digits, three below 0.001, without trailing zeros."""
     if value is None:
         return "none"
     if isinstance(value, bool) or not isinstance(value, float):
@@ -53,6 +53,6 @@ def setting(value: Any) -> str:
 
 
 def _rounded(accuracy: float) -> Decimal:
-    # Floats miss a half by a hair, above or below: ten decimals are what counts of rows can tell apart.
+    # A float may be slightly above or below a half; accuracies of different counts differ within ten decimals.
     percents = Decimal(f"{100 * accuracy:.10f}").quantize(Decimal("0.1"), ROUND_HALF_UP)
     return percents if percents else abs(percents)  # no "-0.0"

@@ -77,7 +77,7 @@ BAD = {
     ),
     "patch tokens": (
         ["run", "--method", "fedotp"],
-        "wants patch tokens and tiny's image tower (EfficientNet) has none; take a ViT",
+        "needs patch tokens, and tiny's image tower (EfficientNet) has none; use a ViT",
     ),
     "matrices": (
         ["run", "--method", "lora", "--method.towers", "image"],

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from fedsim import Config, InputError, run
-from fedsim.clip.checkpoints import EMBEDDED, find_weights, tokenizer_of
+from fedsim.clip.architectures import tokenizer_of
+from fedsim.clip.checkpoints import EMBEDDED, find_weights
 from fedsim.clip.model import Clip
 
 LONG = "word " * 30 + "and"  # after which the model reads no more

@@ -214,7 +214,7 @@ def test_features_of_ones_own_cannot_go_through_a_tower(method, config):
 
 def test_a_tower_without_patch_tokens_is_named(small):
     with pytest.raises(
-        InputError, match=r"wants patch tokens and tiny's image tower \(EfficientNet\) has none; take a ViT"
+        InputError, match=r"needs patch tokens, and tiny's image tower \(EfficientNet\) has none; use a ViT"
     ):
         run(small(method="fedotp"))
 

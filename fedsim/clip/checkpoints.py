@@ -1,11 +1,10 @@
-"""Which CLIP: an open_clip architecture and the file of its weights, checked before anything is started.
+"""Finds the weights of a CLIP, and checks that a file fits its architecture before anything starts.
 
-open_clip knows how the weights of a tag were trained (activation, preprocessing) and knows nothing of a file. A file is
-therefore looked up among the published ones first.
+open_clip knows how the weights of a tag were trained (activation, preprocessing), but nothing about a file. A file is
+therefore first compared with the published ones.
 """
 
 import json
-import logging
 import os
 import pickle
 import re
@@ -13,7 +12,6 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,10 @@ import torch
 import torch.utils.serialization
 from torch import Tensor, nn
 
+from fedsim.clip.architectures import ASSETS, EMBEDDED, first_line, import_open_clip
 from fedsim.errors import InputError, listing
 
-EMBEDDED = "tiny", "embedded"
 _serialization: Any = torch.utils.serialization.config  # a module that becomes an object when it is imported
-_ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
 _PREPROCESSING = "mean", "std", "interpolation", "resize_mode"
 _CONSTANTS = "input_resolution", "context_length", "vocab_size"  # in OpenAI's archives, next to the weights
 _SUFFIXES = ".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt", ".pkl"
@@ -34,15 +31,15 @@ _SUFFIXES = ".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt", ".pkl"
 
 @dataclass(frozen=True)
 class Weights:
-    """Which CLIP: an open_clip architecture and the file of its weights.
+    """An open_clip architecture and the file of its weights.
 
     Attributes:
         model: open_clip's name of the architecture.
-        pretrained: a tag of open_clip, or the absolute path of a file.
+        pretrained: an open_clip tag, or the absolute path of a file.
         file: the weights on this machine.
         key: changes with the architecture, the bytes of the weights, their activation or their preprocessing.
-        about: open_clip's description of the tag, or of the published file that this is: `quick_gelu`, `mean`, ...
-        note: what is assumed of a file that was not recognised, for the user.
+        about: open_clip's description of the tag or of the published file: `quick_gelu`, `mean`, ...
+        note: for the user: what is assumed about a file that was not recognized.
     """
 
     model: str
@@ -70,8 +67,8 @@ def find_weights(model: str, pretrained: str) -> Weights:
         InputError: open_clip has no such model or tag, the weights are not available, or a file does not hold them.
     """
     if (model, pretrained) == EMBEDDED:
-        file = _ASSETS / "tiny.safetensors"
-        config = json.loads((_ASSETS / "tiny.json").read_text(encoding="utf-8"))
+        file = ASSETS / "tiny.safetensors"
+        config = json.loads((ASSETS / "tiny.json").read_text(encoding="utf-8"))
         return Weights(model, str(file), file, _key(config, None, file))
     open_clip = import_open_clip()
     if model not in open_clip.list_models():
@@ -83,7 +80,7 @@ def find_weights(model: str, pretrained: str) -> Weights:
         _check_fits(weights)
         return weights
     file = _given(model, pretrained)
-    _format(file)  # refuses what is no checkpoint before it is read as a whole
+    _format(file)  # refuses a file that is no checkpoint before all of it is read
     published = _published(file)
     if published and model not in published:
         raise InputError(f"{file.name} holds the weights of {listing(published)}; --backbone is {model}")
@@ -96,29 +93,17 @@ def find_weights(model: str, pretrained: str) -> Weights:
 
 
 def width_of(weights: Weights) -> int:
-    """D, the width of the model's features, from its description alone."""
+    """D, the width of the model's features."""
     if weights.model == EMBEDDED[0]:
-        return json.loads((_ASSETS / "tiny.json").read_text(encoding="utf-8"))["embed_dim"]
+        return json.loads((ASSETS / "tiny.json").read_text(encoding="utf-8"))["embed_dim"]
     return import_open_clip().get_model_config(weights.model)["embed_dim"]
 
 
-def tokenizer_of(model: str) -> Any:
-    """open_clip's tokenizer of an architecture, which needs none of its weights.
-
-    Raises:
-        InputError: it needs a package or a vocabulary that this machine does not have.
-    """
-    try:
-        return import_open_clip().get_tokenizer(model)
-    except (ImportError, OSError) as error:
-        raise InputError(f"the tokenizer of {model} is not on this machine: {first_line(error)}") from None
-
-
 def load_torchscript(file: Path) -> dict[str, Tensor]:
-    """The tensors of one of OpenAI's archives.
+    """The tensors of one of OpenAI's TorchScript archives.
 
     Raises:
-        InputError: by its SHA-256 it is none of them; reading another could run code that is in it.
+        InputError: its SHA-256 is unknown. Reading any other archive could run code that it contains.
     """
     if not _published(file, whole=True):
         raise InputError(
@@ -135,23 +120,12 @@ def is_torchscript(file: Path) -> bool:
     return _format(file) == "TorchScript"
 
 
-@lru_cache(maxsize=1)
-def import_open_clip() -> Any:
-    # Imported where CLIP is loaded: it takes three times as long as torch, and client actors only see features.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import open_clip
-    logging.getLogger().setLevel(logging.ERROR)
-    open_clip.add_model_config(_ASSETS / "tiny.json")
-    return open_clip
-
-
 def _download(model: str, tag: str, source: dict) -> Path:
     from huggingface_hub import constants, get_session
 
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # offline: say so at once, after a look at what is here, instead of 45 seconds of retries
+    except Exception:  # offline: use what is on this machine, without 45 seconds of retries
         constants.HF_HUB_OFFLINE = True
     try:
         return Path(import_open_clip().pretrained.download_pretrained(source))
@@ -165,13 +139,13 @@ def _download(model: str, tag: str, source: dict) -> Path:
 
 
 def _given(model: str, pretrained: str) -> Path:
-    """The checkpoint file that --pretrained names, where it is no tag."""
+    """The checkpoint file that --pretrained names if it is no tag."""
     tags = import_open_clip().pretrained.list_pretrained_tags_by_model(model)
     if not pretrained:
         raise InputError(
             f"--backbone {model} needs --pretrained: a checkpoint file, or a tag: {listing(tags) or 'none'}"
         )
-    # Absolute: a trial of a sweep, and a worker on another machine, runs in a folder of its own.
+    # Absolute: trials of a sweep and workers on other machines run in other folders.
     file = Path(os.path.expanduser(pretrained)).absolute()
     if file.is_dir():
         raise InputError(f"--pretrained needs a checkpoint file; {pretrained} is a folder")
@@ -186,10 +160,10 @@ def _given(model: str, pretrained: str) -> Path:
 
 
 def _format(file: Path) -> str:
-    """The format of a checkpoint by its content: safetensors, TorchScript, PyTorch or NumPy.
+    """The format of a checkpoint, by its content: safetensors, TorchScript, PyTorch or NumPy.
 
     Raises:
-        InputError: it is none of these, or its name says another.
+        InputError: it is none of these, or the suffix of its name is that of another.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -216,29 +190,29 @@ def _format(file: Path) -> str:
 
 
 def _published(file: Path, whole: bool = False) -> dict[str, dict]:
-    """open_clip's description of the published weights that this file is, by architecture; empty where it is unknown.
+    """open_clip's descriptions of the published weights with the content of this file, by architecture.
 
-    Known are those whose address holds their digest: OpenAI's, and the start of it those of open_clip's releases.
+    Published weights are recognized if their URL contains their digest (OpenAI's) or its start (open_clip's releases).
 
     Args:
-        whole: compare whole digests only; a file whose digest has a given start can be made.
+        whole: compare whole digests only, because a file whose digest has a given start can be forged.
     """
     with file.open("rb") as stream:
         digest = sha256()
         while block := stream.read(1 << 20):
             digest.update(block)
     pretrained = import_open_clip().pretrained
-    every = [(model, pretrained.get_pretrained_cfg(model, tag)) for model, tag in pretrained.list_pretrained()]
+    published = [(model, pretrained.get_pretrained_cfg(model, tag)) for model, tag in pretrained.list_pretrained()]
     stated = re.compile(r"/([0-9a-f]{64})/" if whole else r"(?:/|-)([0-9a-f]{64}|[0-9a-f]{8})(?:/|\.pth?$)")
     return {
         model: about
-        for model, about in every
-        if (found := stated.search(about.get("url", ""))) and digest.hexdigest().startswith(found[1])
+        for model, about in published
+        if (match := stated.search(about.get("url", ""))) and digest.hexdigest().startswith(match[1])
     }
 
 
 def _of_repository(model: str, file: Path) -> dict[str, Any]:
-    """open_clip's description of the tag whose repository on the Hugging Face hub is in the file's path."""
+    """open_clip's description of the tag whose Hugging Face repository is in the file's path."""
     pretrained = import_open_clip().pretrained
     for tag in pretrained.list_pretrained_tags_by_model(model):
         about = pretrained.get_pretrained_cfg(model, tag)
@@ -253,12 +227,12 @@ def _repository(about: Mapping[str, Any]) -> list[str]:
 
 
 def _cache_folder(about: Mapping[str, Any]) -> str:
-    """Its folder in the hub's cache."""
+    """The folder of a repository in the hub's cache."""
     return "--".join(["models", *_repository(about)])
 
 
 def _agreed(model: str) -> dict[str, Any]:
-    """The preprocessing of an architecture's published weights, where it is the same for all (of SigLIP, for one)."""
+    """The preprocessing of an architecture's published weights if it is the same for all, as for SigLIP."""
     pretrained = import_open_clip().pretrained
     tags = pretrained.list_pretrained_tags_by_model(model)
     each = [{name: pretrained.get_pretrained_cfg(model, tag)[name] for name in _PREPROCESSING} for tag in tags]
@@ -266,7 +240,7 @@ def _agreed(model: str) -> dict[str, Any]:
 
 
 def _assumption(model: str, file: Path) -> str:
-    """What a file that was not recognised is taken for, where published weights of its architecture differ."""
+    """The activation assumed for a file that was not recognized, if published weights of its architecture differ."""
     open_clip = import_open_clip()
     if open_clip.get_model_config(model).get("quick_gelu") or f"{model}-quickgelu" not in open_clip.list_models():
         return ""
@@ -277,16 +251,16 @@ def _assumption(model: str, file: Path) -> str:
 
 
 def _check_fits(weights: Weights) -> None:
-    """Raises InputError unless the file holds the tensors of the architecture; takes no memory for them."""
+    """Raises InputError unless the file holds the tensors of the architecture. Does not load them into memory."""
     open_clip, file = import_open_clip(), weights.file
     try:
         with torch.device("meta"):
             model = open_clip.create_model(weights.model, load_weights=False, pretrained_text=False, device="meta")
     except (RuntimeError, ImportError, OSError) as error:
         raise InputError(f"open_clip cannot build {weights.model} here: {first_line(error)}") from None
-    # Mapped, a checkpoint of any size is read as far as names and shapes.
+    # Memory-mapped: of a checkpoint of any size, only names and shapes are read.
     with warnings.catch_warnings(), _serialization.patch({"load.mmap": zipfile.is_zipfile(file)}):
-        warnings.simplefilter("ignore")  # that nothing is copied, which is the point
+        warnings.simplefilter("ignore")  # about tensors that share memory with the file, as intended
         state = _tensors(file)
         if not is_torchscript(file) and state.keys() >= set(_CONSTANTS):
             raise InputError(
@@ -303,10 +277,10 @@ def _check_fits(weights: Weights) -> None:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name; those of NumPy's format are left to open_clip.
+    """The tensors of a checkpoint by name; empty for NumPy's format, which open_clip checks itself.
 
     Raises:
-        InputError: it is damaged, or holds more than tensors.
+        InputError: it is damaged, or holds other objects than tensors.
     """
     if file.suffix == ".npz":
         return {}
@@ -322,26 +296,22 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             f"{file.name} holds Python objects besides tensors, which are never unpickled; save its tensors alone: "
             "torch.save(model.state_dict(), FILE)"
         ) from None
-    except Exception:  # with advice for another program than this one
+    except Exception:  # its message has advice for another program
         raise InputError(f"{file.name} is damaged, or holds no state_dict of tensors") from None
 
 
 def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    ours, theirs = ({name: tuple(t.shape) for name, t in some.items()} for some in (model.state_dict(), state))
-    if missing := [name for name in ours if name not in theirs]:
-        return f"it lacks {len(missing)} of {len(ours)} tensors, such as {missing[0]}"
-    if other := [name for name in ours if ours[name] != theirs[name]]:
+    needed, given = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (model.state_dict(), state))
+    if missing := [name for name in needed if name not in given]:
+        return f"it lacks {len(missing)} of {len(needed)} tensors, such as {missing[0]}"
+    if other := [name for name in needed if needed[name] != given[name]]:
         name = other[0]
         return (
-            f"the shape differs in {len(other)} of {len(ours)} tensors, such as {name}: {ours[name]} is needed, "
-            f"{theirs[name]} given"
+            f"the shape differs in {len(other)} of {len(needed)} tensors, such as {name}: {needed[name]} is needed, "
+            f"{given[name]} given"
         )
-    more = sorted(theirs.keys() - ours)
-    return f"it has {len(more)} more than the {len(ours)} tensors, such as {listing(more, 1)}"
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    more = sorted(given.keys() - needed)
+    return f"it has {len(more)} more than the {len(needed)} tensors, such as {listing(more, 1)}"
 
 
 def _key(config: dict | None, about: Mapping | None, file: Path) -> str:

@@ -1,4 +1,4 @@
-"""The frozen CLIP, through open_clip: any of its models, with a pretrained tag or a checkpoint of one's own.
+"""The frozen CLIP: any open_clip model, with the weights of a tag or of a custom checkpoint.
 
 `tiny` with `embedded` is the small dual encoder that comes with fedsim (`assets/tiny/CARD.md`).
 """
@@ -11,24 +11,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fedsim.clip.checkpoints import (
-    Weights,
-    first_line,
-    import_open_clip,
-    is_torchscript,
-    load_torchscript,
-    tokenizer_of,
-)
+from fedsim.clip.architectures import first_line, import_open_clip, tokenizer_of
+from fedsim.clip.checkpoints import Weights, is_torchscript, load_torchscript
 from fedsim.clip.towers import ImageTower, TextTower, tokenize
 from fedsim.errors import InputError
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """A CLIP that has been read, for other processes: its tensors as arrays, which the workers of a machine share.
+    """A loaded CLIP for other processes: its tensors as arrays, which the workers of a machine share.
 
     Attributes:
-        state: by name in open_clip's model; read-only, and of convolutions with the channels last, as they are used.
+        state: read-only arrays by open_clip's names; those of convolutions have channels last, as they are used.
     """
 
     weights: Weights
@@ -44,7 +38,7 @@ class Clip:
     def __init__(self, weights: Weights, device: str = "cpu", state: dict[str, np.ndarray] | None = None) -> None:
         """
         Args:
-            state: of a `Frozen`, which on a CPU is used where it lies; none given: the weights are read.
+            state: that of a `Frozen`, which is not copied on a CPU; None: the weights are read from their file.
         """
         torchscript = state is None and is_torchscript(weights.file)
         try:
@@ -61,7 +55,7 @@ class Clip:
             )
             if torchscript:
                 model.load_state_dict(load_torchscript(weights.file))
-        except Exception as error:  # they fitted where they were found; on another machine the file may be another
+        except Exception as error:  # the file was checked on the driver's machine, and may differ on this one
             raise InputError(f"{weights.file} cannot be read as {weights.model}: {first_line(error)}") from error
         if state is not None:
             model.load_state_dict(_tensors(state), assign=True)
@@ -78,48 +72,48 @@ class Clip:
 
     @torch.no_grad()  # not inference_mode: its tensors could never enter autograd again
     def encode_images(self, images: Iterable[Image.Image]) -> np.ndarray:
-        """n images -> (n, D) float16, projected and not normalised, as FedCLIP's adapter reads them.
+        """n images -> (n, D) float16, projected and not normalized, as FedCLIP's adapter reads them.
 
-        An iterator of images that it opens keeps one photo in memory at a time, not a block of them.
+        With an iterator that opens images one by one, only one of them is in memory at a time.
         """
         pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         return self.model.encode_image(pixels).half().cpu().numpy()
 
     def pixels(self, images: Iterable[Image.Image], seeds: Sequence[int] | None = None) -> np.ndarray:
-        """n images -> (n, 3, H, W) uint8, resized and cropped as for judging, and not normalised.
+        """n images -> (n, 3, H, W) uint8, resized and cropped as for evaluation, and not normalized.
 
-        An iterator of images that it opens keeps one photo in memory at a time, not a block of them.
+        With an iterator that opens images one by one, only one of them is in memory at a time.
 
         Args:
-            seeds: of an augmented view of each: a random part of the image, perhaps mirrored.
+            seeds: for augmented views, one per image: a random crop, which may be mirrored.
         """
         *geometry, _, _ = self.preprocess.transforms
         if seeds is None:
-            seen = [type(self.preprocess)(geometry)(image) for image in images]
+            views = [type(self.preprocess)(geometry)(image) for image in images]
         else:
             with torch.random.fork_rng(devices=[]):
-                seen = [self._view(image, seed) for image, seed in zip(images, seeds, strict=True)]
-        return np.stack([np.asarray(image.convert("RGB")).transpose(2, 0, 1) for image in seen])
+                views = [self._view(image, seed) for image, seed in zip(images, seeds, strict=True)]
+        return np.stack([np.asarray(image.convert("RGB")).transpose(2, 0, 1) for image in views])
 
     @torch.no_grad()
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
-        """(n, 3, H, W) of `pixels` -> (n, D) float16, projected and not normalised."""
+        """(n, 3, H, W) of `pixels` -> (n, D) float16, projected and not normalized."""
         return self.image_tower().encode(torch.from_numpy(pixels).to(self.device)).half().cpu().numpy()
 
     def check_tokens(self) -> None:
-        """Raises InputError where the image tower has no patch tokens."""
+        """Raises InputError if the image tower has no patch tokens."""
         visual = self.model.visual
         if not hasattr(visual, "output_tokens") or getattr(visual, "attn_pool", None) is not None:
             name = f"{self.weights.model}'s image tower ({type(getattr(visual, 'trunk', visual)).__name__})"
-            raise InputError(f"this method wants patch tokens and {name} has none; take a ViT, such as ViT-B-32")
+            raise InputError(f"this method needs patch tokens, and {name} has none; use a ViT, such as ViT-B-32")
 
     @torch.no_grad()
     def encode_tokens(self, pixels: np.ndarray) -> np.ndarray:
-        """(n, 3, H, W) of `pixels` -> (n, T, D) float16: the patch tokens, projected and not normalised.
+        """(n, 3, H, W) of `pixels` -> (n, T, D) float16: the patch tokens, projected and not normalized.
 
         Raises:
-            InputError: the image tower has none.
+            InputError: the image tower has no patch tokens.
         """
         self.check_tokens()
         visual = self.model.visual
@@ -137,23 +131,25 @@ class Clip:
     def text_tower(self, blocks: bool) -> TextTower:
         """
         Args:
-            blocks: whether a method changes it inside.
+            blocks: whether a method changes its layers.
 
         Raises:
-            InputError: it is not of the kind that prompts can be trained through.
+            InputError: prompts cannot be trained through this tower.
         """
         return TextTower(self.model, self.tokenizer, self.weights.model, blocks)
 
     def frozen(self) -> Frozen:
-        """This CLIP for other processes."""
-        state = {name: _last(tensor.cpu()).contiguous().numpy() for name, tensor in self.model.state_dict().items()}
+        """See `Frozen`."""
+        state = {
+            name: _channels_last(tensor.cpu()).contiguous().numpy() for name, tensor in self.model.state_dict().items()
+        }
         return Frozen(self.weights, state)
 
     def _view(self, image: Image.Image, seed: int) -> Image.Image:
         from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
 
         height, width = _size(self.model.visual.image_size)
-        # As published prompt methods train: torchvision's random resized crop at its own scale, and a flip.
+        # As published prompt methods train: torchvision's random resized crop with its default scale, and a flip.
         torch.manual_seed(seed)
         crop = RandomResizedCrop((height, width), interpolation=InterpolationMode.BICUBIC, antialias=True)
         return RandomHorizontalFlip()(crop(image))
@@ -163,25 +159,25 @@ class Clip:
         """C texts -> (C, D) float32, unit rows.
 
         Raises:
-            InputError: a text is longer than the model's context, or two are the same tokens.
+            InputError: a text is longer than the model's context, or two texts have the same tokens.
         """
         tokens = tokenize(self.tokenizer, texts).to(self.device)
         return self.model.encode_text(tokens, normalize=True).float().cpu().numpy()
 
 
 def check_texts(weights: Weights, texts: Sequence[str]) -> None:
-    """Raises InputError where `Clip.encode_texts` would, without a model."""
+    """Raises InputError if `Clip.encode_texts` would; needs no model."""
     tokenize(tokenizer_of(weights.model), texts)
 
 
 def _tensors(state: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that they cannot be written to, which is as it should be
+        warnings.simplefilter("ignore")  # about tensors that cannot be written to, as intended
         tensors = {name: torch.from_numpy(array) for name, array in state.items()}
     return {name: tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 else tensor for name, tensor in tensors.items()}
 
 
-def _last(tensor: torch.Tensor) -> torch.Tensor:
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor
 
 

@@ -1,7 +1,7 @@
 """CLIP's two towers as functions, for methods that train through them.
 
-A tower is a plain object and no `nn.Module`: a module that holds one does not own its frozen weights, which therefore
-neither travel nor are copied per client. What a method changes inside is given with each call, by name.
+A tower is a plain object, not an `nn.Module`: a module that holds one does not own its frozen weights, so these neither
+travel nor are copied per client. Weights that a method changes are passed with each call, by name.
 """
 
 from collections.abc import Sequence
@@ -20,46 +20,46 @@ class ImageTower:
     """Pixels to image features.
 
     Attributes:
-        weights: its frozen tensors by open_clip's names, such as `conv1.weight`.
+        weights: the frozen tensors by open_clip's names, such as `conv1.weight`.
     """
 
     def __init__(self, visual: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         self._module = visual
         like = next(visual.parameters())
-        # As torchvision's ToTensor and Normalize have it, to the bit.
+        # The same bits as torchvision's ToTensor and Normalize.
         self._mean, self._std = (
             torch.tensor(three, device=like.device).to(like.dtype).view(3, 1, 1) for three in (mean, std)
         )
         self.weights: Params = dict(visual.named_parameters())
 
     def encode(self, pixels: Tensor, weights: Params | None = None) -> Tensor:
-        """(B, 3, H, W) uint8 -> (B, D) features, projected and not normalised.
+        """(B, 3, H, W) uint8 -> (B, D) features, projected and not normalized.
 
         Args:
-            weights: what takes the place of the frozen tensors of these names.
+            weights: tensors that replace the frozen ones of the same names.
         """
         x = pixels.to(self._mean.dtype).div(255).sub(self._mean).div(self._std)
         return _call(self._module, weights, x.contiguous(memory_format=torch.channels_last))
 
 
 class TextTower:
-    """Texts, as tokens or as their embeddings, to text features.
+    """Texts, as tokens or token embeddings, to text features.
 
     Attributes:
-        weights: its frozen tensors, such as `transformer.resblocks.0.attn.in_proj_weight`.
-        width: W of a token's embedding.
-        context: tokens of the longest text, its start and end among them.
+        weights: the frozen tensors, such as `transformer.resblocks.0.attn.in_proj_weight`.
+        width: W, that of a token embedding.
+        context: number of tokens in the longest text, start and end included.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, name: str = "this backbone", blocks: bool = True) -> None:
         """
         Args:
-            model: open_clip's, whose weights are shared and not copied.
-            name: of the backbone, for messages.
-            blocks: whether its insides may be replaced.
+            model: open_clip's model, whose weights are shared, not copied.
+            name: name of the backbone, for messages.
+            blocks: whether its weights may be replaced.
 
         Raises:
-            InputError: the text tower is not causal, or reads its feature elsewhere than at the end of the text.
+            InputError: the text tower is not causal, or its feature is not read at the end of the text.
         """
         text: Any = getattr(model, "text", model)
         pool = getattr(text, "pool_type", None) or getattr(model, "text_pool_type", None)
@@ -67,8 +67,8 @@ class TextTower:
         at_end = pool == "argmax" and getattr(text, "cls_emb", None) is None and hasattr(tokenizer, "encode")
         if not (causal and at_end):
             raise InputError(
-                f"training through the text tower wants one that is causal and read at the end of the text; {name}'s "
-                "is another"
+                f"training through the text tower needs one that is causal and read at the end of the text; {name}'s "
+                "is not"
             )
         self._module, self._tokenizer = _Text(text), tokenizer
         self._blocks = blocks
@@ -78,10 +78,10 @@ class TextTower:
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """n texts -> (n, T) int64 with start and end, T as short as the longest text allows.
 
-        What stands behind the end of a text changes nothing in a causal tower, and is most of the published cost.
+        In a causal tower, padding after the end of a text changes nothing, but makes up most of the published cost.
 
         Raises:
-            InputError: a text is longer than the model's context, or two are the same tokens.
+            InputError: a text is longer than the model's context, or two texts have the same tokens.
         """
         tokens = tokenize(self._tokenizer, texts)
         device = next(iter(self.weights.values())).device
@@ -89,58 +89,58 @@ class TextTower:
 
     @staticmethod
     def ends(tokens: Tensor) -> Tensor:
-        """(n, T) -> (n,) the place of the end-of-text token, which has the highest number."""
+        """(n, T) -> (n,) the position of the end-of-text token, which has the highest number."""
         return tokens.argmax(dim=-1)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(n, T) tokens -> (n, T, W), their places not yet added."""
+        """(n, T) tokens -> (n, T, W), without position embeddings."""
         return self._module.token_embedding(tokens).detach()
 
     def encode(self, texts: Tensor, ends: Tensor, weights: Params | None = None) -> Tensor:
-        """Text features, projected and not normalised.
+        """Text features, projected and not normalized.
 
         Args:
             texts: (n, T) tokens, or (n, T, W) embeddings.
-            ends: (n,) places of their end-of-text tokens.
-            weights: what takes the place of the frozen tensors of these names.
+            ends: (n,) positions of their end-of-text tokens.
+            weights: tensors that replace the frozen ones of the same names.
 
         Returns:
             (n, D).
         """
         if texts.is_floating_point():
             return self.encode_after(texts[0, :0], texts, ends, weights)
-        alike = int((texts == texts[0]).all(dim=0).long().cumprod(0).sum()) if len(texts) > 1 else 0
-        alike = min(alike, int(ends.min()))
-        return self.encode_after(texts[0, :alike], texts[:, alike:], ends - alike, weights)
+        common = int((texts == texts[0]).all(dim=0).long().cumprod(0).sum()) if len(texts) > 1 else 0
+        common = min(common, int(ends.min()))
+        return self.encode_after(texts[0, :common], texts[:, common:], ends - common, weights)
 
     def encode_after(self, start: Tensor, rests: Tensor, ends: Tensor, weights: Params | None = None) -> Tensor:
-        """The same of n texts that all start alike, whose start is computed once.
+        """Text features of n texts with a common start, which is computed once.
 
-        In a causal tower a text's start does not feel what follows. So texts stand one behind the other after a single
-        start, each blind to the others: of 16 learnt tokens before 15 names, a fourth of the tokens is left.
+        In a causal tower, the start of a text does not depend on what follows. The rests are therefore concatenated
+        after a single start, and masked from each other: 16 learnt tokens before 15 names cost a fourth of the tokens.
 
         Args:
-            start: (S,) tokens or (S, W) embeddings; none is fine.
+            start: (S,) tokens or (S, W) embeddings; S may be 0.
             rests: (n, T) tokens or (n, T, W) embeddings.
-            ends: (n,) places of the end-of-text tokens, counted from where the rests begin.
+            ends: (n,) positions of the end-of-text tokens within the rests.
 
         Returns:
             (n, D).
         """
         if weights and not self._blocks:
-            raise TypeError("a method that changes the text tower inside says so: `text_blocks` among its sites")
+            raise TypeError("a method that changes weights of the text tower needs `text_blocks` among its sites")
         return _call(self._module, weights, start, rests, ends)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """n texts -> (n, context) int64, by a tokenizer of open_clip.
+    """n texts -> (n, context) int64, by an open_clip tokenizer.
 
     Raises:
-        InputError: a text is longer than the model's context, where open_clip cuts it without a word; or two texts are
-            the same tokens, as those that differ only in capitals are, so that their classes would have one feature.
+        InputError: a text is longer than the model's context, and open_clip would truncate it silently; or two texts
+            have the same tokens, for example because they differ only in case, so their classes would be the same.
     """
-    # Other tokenizers than CLIP's own cannot say how long a text is. They cut it as well, and of texts that are alike
-    # up to there the tokens are the same.
+    # Only CLIP's own tokenizer tells the length of a text. Others truncate silently too; texts that are equal up to
+    # there have the same tokens.
     for text in texts if hasattr(tokenizer, "encode") else ():
         if (length := len(tokenizer.encode(text)) + 2) > tokenizer.context_length:
             raise InputError(
@@ -158,11 +158,11 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     return tokens
 
 
-TOGETHER = 64  # texts behind one start: more would cost more in attention, which is square, than they save
+TOGETHER = 64  # texts per start: attention, which is quadratic, would cost more than further texts save
 
 
 class _Text(nn.Module):
-    """What open_clip's `encode_text` does, for texts that start alike."""
+    """open_clip's `encode_text` for texts with a common start."""
 
     token_embedding: nn.Module
     transformer: nn.Module
@@ -187,21 +187,21 @@ class _Text(nn.Module):
         if missing := rows * each - count:
             rests = torch.cat([rests, rests.new_zeros(missing, length, width)])
         x = torch.cat([start.expand(rows, -1, -1), rests.view(rows, each * length, width)], dim=1)
-        x = self.transformer(x, attn_mask=_blind(before, length, each, x.dtype, x.device))
-        place = torch.arange(count, device=x.device)
-        x = self.ln_final(x[place // each, before + place % each * length + ends])
+        x = self.transformer(x, attn_mask=_mask(before, length, each, x.dtype, x.device))
+        index = torch.arange(count, device=x.device)
+        x = self.ln_final(x[index // each, before + index % each * length + ends])
         if self.text_projection is None:
             return x
         return self.text_projection(x) if isinstance(self.text_projection, nn.Linear) else x @ self.text_projection
 
 
 @lru_cache(maxsize=16)
-def _blind(before: int, length: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(S, S) of 0 and -inf: what each token of `count` texts behind one start may not look at."""
+def _mask(before: int, length: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(S, S) of 0 and -inf: the tokens that each token of `count` texts after one start must not attend to."""
     text = torch.cat([torch.full((before,), -1), torch.arange(count).repeat_interleave(length)])
     order = torch.arange(len(text))
-    seen = (order[:, None] >= order) & ((text[:, None] == text) | (text == -1))
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf).to(device)
+    visible = (order[:, None] >= order) & ((text[:, None] == text) | (text == -1))
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf).to(device)
 
 
 def _call(module: nn.Module, weights: Params | None, *args: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Data sets: where images (or features of one's own) come from.
+"""Data sets: labelled images, or ready-made features.
 
-A data set's file says `load(root)`. Pixels stay where they are until somebody asks for one image.
+A data set defines `load(root)`, which lists images without decoding them.
 """
 
 from abc import ABC, abstractmethod
@@ -21,19 +21,19 @@ TRAIN, VAL, TEST, UNASSIGNED = 0, 1, 2, -1
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """What is known of N rows without looking at them.
+    """The labels of N rows (images or features).
 
     Attributes:
         y: (N,) int64, index into `classes`.
         domain: (N,) int64, index into `domains`.
         classes: C class names, as they go into the prompt.
         domains: names of the visual domains.
-        split: (N,) int8 of TRAIN, VAL, TEST, or UNASSIGNED where the set leaves the split to us.
-        unseen_test: True where TEST rows show concepts that no other row shows, in any domain; held-out
-            domains are then judged on these rows only.
+        split: (N,) int8: TRAIN, VAL, TEST, or UNASSIGNED for rows that the partition assigns to a split.
+        unseen_test: whether TEST rows show concepts that no other row shows, in any domain; held-out domains are then
+            evaluated on these rows only.
         rows_per_client: for data sets that generate clients on demand: the rows of each, one client after the other;
             `y`, `domain` and `x` are then objects that generate the rows they are indexed with. 0 for all others.
-        notes: sentences for the user, without a final stop: what was left out of the set or taken for granted.
+        notes: sentences for the user, without a final full stop: what was left out or assumed.
     """
 
     y: np.ndarray
@@ -51,21 +51,21 @@ class Labels:
 
 @dataclass(frozen=True, kw_only=True)
 class Images(Labels):
-    """N labelled images; their pixels stay where they are.
+    """N labelled images, which are not decoded.
 
     Attributes:
-        files: N images, each a path or the bytes of an encoded file.
-        names: N names for people, used in messages.
+        files: N paths, or N encoded files as bytes.
+        names: N names, for messages.
     """
 
     files: Sequence[Path | bytes]
     names: Sequence[str]
 
     def open(self, index: int) -> Image.Image:
-        """One image, in a mode that CLIP's preprocessing converts to RGB.
+        """Decodes one image, in a mode that CLIP's preprocessing converts to RGB.
 
         Raises:
-            InputError: the file cannot be read as an image; the message names it and says why.
+            InputError: the file cannot be read as an image; the message gives its name and the reason.
         """
         try:
             return decode(self.files[index])
@@ -73,7 +73,7 @@ class Images(Labels):
             raise InputError(f"{self.names[index]} cannot be read: {error}") from None
 
     def take(self, rows: np.ndarray) -> "Images":
-        """The same set with only these rows, in this order."""
+        """These rows, in this order."""
         return replace(
             self,
             files=[self.files[row] for row in rows],
@@ -84,10 +84,10 @@ class Images(Labels):
         )
 
     def fingerprint(self, cache: Path | None = None, notice: Notice = lambda file: None) -> str:
-        """Changes with the bytes of an image, their order, or how they are decoded; not with names, places and times.
+        """A key of the images' bytes, their order and the decoding, not of names, paths and times.
 
         Args:
-            cache: where the digests of files are remembered, so that unchanged files are not read again.
+            cache: the folder that remembers the digests of files, so that unchanged files are not read again.
         """
         return digest(f"decoding {VERSION}", content_digests(self.files, cache, notice))
 
@@ -108,11 +108,11 @@ class Features(Labels):
 
 
 class Dataset(ABC):
-    """A source of images. Subclasses are components: frozen dataclasses of their own options."""
+    """A source of images or features. Subclasses are components: frozen dataclasses of their options."""
 
     @abstractmethod
     def load(self, root: Path | None) -> Images | Features:
-        """Lists the images below `root` (`--data-dir`) and decodes none; or reads features of one's own.
+        """Lists the images below `root` (`--data-dir`) without decoding them, or reads features.
 
         Raises:
             InputError: a folder, a domain or a class is missing or empty.

@@ -1,4 +1,4 @@
-"""Finds the images that cannot be decoded, before hours are spent on the others.
+"""Finds images that cannot be decoded, before hours are spent on the others.
 
 Source: ours.
 """
@@ -17,22 +17,22 @@ def unreadable(images: Images, threads: int | None = None) -> list[tuple[int, st
     """Decodes every image, JPEG at an eighth of its size: all bytes are still read, few pixels made.
 
     Args:
-        threads: how many decode at a time (Pillow lets other threads run meanwhile); one a CPU if None.
+        threads: number of decoding threads, which Pillow lets run in parallel (default: one per CPU).
 
     Returns:
-        (index, reason) of each corrupt, truncated or missing file, by index.
+        (index, reason) of each corrupt, truncated or missing file, in order.
 
     Raises:
-        RuntimeError: Pillow was told to accept truncated files, so that none would be found.
+        RuntimeError: Pillow is set to accept truncated files, so none would be found.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError("ImageFile.LOAD_TRUNCATED_IMAGES is on; truncated images would look whole")
-    # Blocks, since a future for each of 0.6 million images would take more memory than the images' names.
+    # In blocks: a future for each of 0.6 million images would take more memory than the images' names.
     blocks = [range(start, min(start + 64, len(images))) for start in range(0, len(images), 64)]
     with warnings.catch_warnings(), ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        warnings.simplefilter("ignore")  # of odd EXIF data, say: a file is readable or it is not
-        found = pool.map(lambda block: [(row, _fault(images.files[row])) for row in block], blocks)
-        return [(row, fault) for block in found for row, fault in block if fault]
+        warnings.simplefilter("ignore")  # for example about EXIF data: a file is readable or it is not
+        faults = pool.map(lambda block: [(row, _fault(images.files[row])) for row in block], blocks)
+        return [(row, fault) for block in faults for row, fault in block if fault]
 
 
 def _fault(file) -> str | None:

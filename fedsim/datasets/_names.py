@@ -1,4 +1,4 @@
-"""What a name is: one rule for the classes and the domains of every data set."""
+"""Names of classes and domains: one rule for all data sets."""
 
 import unicodedata
 from collections import defaultdict
@@ -16,19 +16,19 @@ def canonical(name: str) -> str:
 
 
 def canonical_names(kind: str, rows: Mapping[Spelling, int], where: object) -> dict[Spelling, str]:
-    """The canonical name of each spelling that a data set has; spellings that are one in NFC share it.
+    """The canonical name of each spelling in a data set; spellings that are equal in NFC share it.
 
-    Names that differ only in capitals or blanks are one to CLIP's tokenizer, and most often one by intent. They are
-    refused and not merged: only the user knows which is right.
+    Names that differ only in capitals or blanks are equal to CLIP's tokenizer, and usually meant to be. They are
+    refused instead of merged: only the user knows which is right.
 
     Args:
-        kind: what is named, "class" or "domain", for the message.
-        rows: the spellings, and how many rows (images) each has; None and NaN stand for rows without a name.
+        kind: "class" or "domain", for the message.
+        rows: the number of rows (images) of each spelling; None and NaN stand for rows without a name.
         where: the file or folder, for the message.
 
     Raises:
         InputError: rows have no name or a blank one; a name is not valid Unicode; or two names differ only in
-            capitals or blanks. The message gives the names and their rows.
+            capitals or blanks. The message gives the names and their numbers of rows.
     """
     if unnamed := sum(count for name, count in rows.items() if _is_missing(name)):
         raise InputError(

@@ -1,10 +1,10 @@
-"""From a file to a picture that CLIP's preprocessing takes as it takes its own.
+"""Decodes image files for CLIP's preprocessing.
 
-A picture keeps the mode of its file (palette, 1 bit, CMYK, ...): open_clip's preprocessing, and with it FedCLIP's
-authors, resize first and convert to RGB after. As there, the first of several frames counts, transparency is dropped
-and the orientation in EXIF data is not applied.
+A picture keeps the mode of its file (palette, 1 bit, CMYK, ...): open_clip's preprocessing, which FedCLIP's authors
+use, first resizes and then converts to RGB. As there, only the first frame is used, transparency is dropped and the
+orientation in EXIF data is ignored.
 
-Differs: integers of 16 bits and floats become 8 bits by their range; open_clip clips them, to white or black.
+Differs: 16-bit integers and floats are scaled to 8 bits by their range; open_clip clips them, to white or black.
 """
 
 from io import BytesIO
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-VERSION = 2  # of what is made of a file: a part of every cache key
-DARKEST = 16  # of 255: what no pixel exceeds is no picture, or one of another range
+VERSION = 2  # of the decoding, part of every cache key
+DARKEST = 16  # of 255: an image whose pixels are all darker is empty, or has another range of values
 
 
 def decode(file: Path | bytes, small: bool = False) -> Image.Image:
@@ -23,10 +23,10 @@ def decode(file: Path | bytes, small: bool = False) -> Image.Image:
 
     Args:
         file: a path, or the bytes of the file.
-        small: JPEG at an eighth of its size, which reads all bytes and makes few pixels.
+        small: decode JPEG at an eighth of its size, which reads all bytes but computes few pixels.
 
     Raises:
-        ValueError: the file cannot be used. The message says why, in the same words each time.
+        ValueError: the file cannot be used. The message is the same each time.
     """
     try:
         with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
@@ -42,7 +42,7 @@ def decode(file: Path | bytes, small: bool = False) -> Image.Image:
     except Image.DecompressionBombError:
         limit = f"{2 * (Image.MAX_IMAGE_PIXELS or 0):,}"
         raise ValueError(f"more than {limit} pixels, Pillow's limit against files that fill the memory") from None
-    except OSError as error:  # of the disk, or Pillow's word for damage
+    except OSError as error:  # an error of the disk, or Pillow's error for damaged files
         raise ValueError(error.strerror or str(error)) from None
     except Exception as error:  # decoders raise whatever the bad bytes lead to: struct.error, IndexError, ...
         raise ValueError(str(error) or type(error).__name__) from None
@@ -64,14 +64,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _check_visible(picture: Image.Image) -> None:
-    """Refuses drawings in black on transparency, which are black on black without it."""
+    """Refuses black drawings on a transparent background, which are all black without transparency."""
     if not picture.has_transparency_data:
         return
     whole = picture.convert("RGBA")
     bands: Any = whole.getextrema()  # (lowest, highest) of each
     low, high = bands[3]
-    # Resizing weights colours by alpha, but only where alpha is a channel and not an entry of a palette.
-    seen = whole.convert("RGBa") if "A" in picture.getbands() else picture.convert("RGB")
-    colours: Any = seen.getextrema()
+    # Resizing weights colours by alpha, but only if alpha is a channel, not an entry of a palette.
+    visible = whole.convert("RGBa") if "A" in picture.getbands() else picture.convert("RGB")
+    colours: Any = visible.getextrema()
     if low < high and all(first == last or last == 0 for first, last in colours[:3]):
         raise ValueError("its pixels differ only in transparency, which CLIP does not see; put it on a background")

@@ -1,4 +1,4 @@
-"""Trees of image files, `domain/class/file`: what all data sets that are read from a disk have in common.
+"""Trees of image files, `domain/class/file`, from which all data sets of images on disk are read.
 
 Source: torchvision's ImageFolder (sorted order), one level deeper.
 """
@@ -23,7 +23,7 @@ SPLIT_FOLDERS = TRAIN_FOLDERS | JUDGE_FOLDERS
 
 
 class Part(NamedTuple):
-    """A folder of class folders: a domain, or that much of it which the set itself put into a split."""
+    """A folder of class folders: a domain, or the part of it in one split."""
 
     domain: str
     folder: Path
@@ -44,27 +44,27 @@ def checked(root: Path | None, name: str) -> Path:
     return root
 
 
-def find_domains(root: Path, wanted: Mapping[str, Sequence[str]]) -> tuple[Path, dict[str, Path]]:
-    """Looks for the place, at most two folders below `root`, that has a folder for every domain.
+def find_domains(root: Path, names: Mapping[str, Sequence[str]]) -> tuple[Path, dict[str, Path]]:
+    """Finds the folder, at most two levels below `root`, that has a folder for every domain.
 
-    Archives differ in what they wrap around the domains (`PACS/kfold/`, `pacs/images/`, nothing), and
-    copies differ in spelling, so only letters and digits of a name count, and no capitals.
+    Archives have different folders around the domains (`PACS/kfold/`, `pacs/images/`, none), and copies differ in
+    spelling, so only the letters and digits of a name count, in any case.
 
     Args:
-        wanted: other spellings of each domain.
+        names: the domains, each with its other spellings.
 
     Returns:
-        That place, and the folder of each domain.
+        That folder, and the folder of each domain.
 
     Raises:
-        InputError: no place has them all, or two do. The message says what the best one lacks and has.
+        InputError: no folder has them all, or two do. The message says what the best one lacks and has.
     """
     level, best, best_found = [root], root, {}
     for _ in range(3):
         whole = []
         for place in level:
-            found = _match(place, wanted)
-            if len(found) == len(wanted):
+            found = _match(place, names)
+            if len(found) == len(names):
                 whole.append((place, found))
             if len(found) > len(best_found):
                 best, best_found = place, found
@@ -74,22 +74,21 @@ def find_domains(root: Path, wanted: Mapping[str, Sequence[str]]) -> tuple[Path,
             return place, {domain: match[0] for domain, match in matches.items()}
         if whole:
             places = listing(place for place, _ in whole)
-            raise InputError(f"expected one folder with {listing(wanted)} below --data-dir; there are: {places}")
+            raise InputError(f"expected one folder with {listing(names)} below --data-dir; there are: {places}")
         level = [folder for place in level for folder in folders(place)]
-    lacks = listing(domain for domain in wanted if domain not in best_found)
+    lacks = listing(domain for domain in names if domain not in best_found)
     has = listing(folder.name for folder in folders(best)) or "no folders"
-    raise InputError(f"expected the folders {listing(wanted)}; {best} lacks {lacks} and has: {has}")
+    raise InputError(f"expected the folders {listing(names)}; {best} lacks {lacks} and has: {has}")
 
 
 def list_tree(base: Path, parts: Sequence[Part], class_names: Mapping[str, str] | None = None) -> Images:
     """Lists every image of every class of every domain, sorted by class and file name within a part.
 
-    What counts as an image, as a link and as a name is decided in `_walk` and `_names`. A folder that is alone between
-    each domain and its classes, such as `images` in Office-31, is seen through. The `notes` of the result say what was
-    left out or taken for granted.
+    `_walk` and `_names` decide what is an image, a link and a name. A single folder between each domain and its
+    classes, such as `images` in Office-31, is skipped. The `notes` of the result say what was left out or assumed.
 
     Args:
-        base: the folder that image names are told from.
+        base: the folder that image names are relative to.
         parts: where the domains are; the domains are numbered in this order.
         class_names: names of classes whose folders have other names.
 
@@ -143,7 +142,7 @@ def list_tree(base: Path, parts: Sequence[Part], class_names: Mapping[str, str] 
 
 
 def _class_folders(base: Path, parts: Sequence[Part]) -> tuple[list[dict[str, Walk]], list[str]]:
-    """What is in each folder of each part, one level down or as many as it takes to come to the classes; and notes."""
+    """The class folders of each part, which may be further levels down; and notes."""
     places, notes = [part.folder for part in parts], []
     while True:
         trees = [{folder.name: walk(folder) for folder in folders(place)} for place in places]
@@ -162,7 +161,7 @@ def _class_folders(base: Path, parts: Sequence[Part]) -> tuple[list[dict[str, Wa
 
 
 def _level(place: Path, tree: Mapping[str, Walk]) -> str | None:
-    """The folder that is alone with images in a place, and holds folders of them."""
+    """The only folder with images in a place, if it holds folders of images."""
     filled = [name for name, found in tree.items() if found.files]
     return filled[0] if len(filled) == 1 and None not in _inside(place, tree, filled[0]) else None
 
@@ -181,7 +180,7 @@ def _refuse_no_classes(base: Path, parts: Sequence[Part]) -> None:
 
 
 def _refuse_level(base: Path, place: Path, tree: Mapping[str, Walk]) -> None:
-    """Class folders that hold the same folders, and no images themselves, are a level above the classes."""
+    """Refuses a level above the classes: folders that hold the same folders and no images of their own."""
     inside = {name: _inside(place, tree, name) for name, found in tree.items() if found.files}
     below = {frozenset(names) for names in inside.values()}
     if len(inside) > 1 and len(below) == 1 and None not in (same := min(below)) and len(same) > 1:
@@ -214,7 +213,7 @@ def _refuse_gaps(base: Path, gaps: Mapping[tuple[str, str], Counter[str]], class
 
 
 def _each_file_once(images: Images, reals: Sequence[str]) -> tuple[Images, list[str]]:
-    """Without links to an image that the same class of the same domain has already; other doubles are only told."""
+    """Drops links to an image that the same class and domain already has; other duplicates are only noted."""
     first: dict[str, int] = {}
     again, shared = [], []
     for row, real in enumerate(reals):
@@ -240,7 +239,7 @@ def _example(images: Images, links: Sequence[tuple[int, int]]) -> str:
 
 
 def apply_lists(images: Images, root: Path, base: Path, lists: Mapping[str, int]) -> Images:
-    """Only the images that the set's own split files name, with the split that each file stands for.
+    """Keeps the images that the data set's split files name, with their splits.
 
     A line is `domain/class/file number`. The folder names the class; each class needs to have one number. The files are
     next to the domains, or next to their folder but not outside of `root`, or in a folder there.
@@ -308,7 +307,7 @@ def _lines(file: Path) -> Iterator[_Line]:
 
 
 def _check_numbers(lines: Sequence[tuple[_Line, int]], classes: Sequence[str]) -> None:
-    """The folder names the class, and the number has to agree: else images are not in the folders they were in."""
+    """Checks that numbers and class folders agree; otherwise images were moved between folders."""
     number_of: dict[str, int] = {}
     class_of: dict[int, str] = {}
     for (line, _), name in zip(lines, classes, strict=True):
@@ -319,10 +318,10 @@ def _check_numbers(lines: Sequence[tuple[_Line, int]], classes: Sequence[str]) -
             raise InputError(f"{line.at} gives {line.image} the number {line.label}, which is that of {known}")
 
 
-def _match(place: Path, wanted: Mapping[str, Sequence[str]]) -> dict[str, list[Path]]:
-    """The folders of each domain that a place has; more than one are one domain in several spellings."""
+def _match(place: Path, names: Mapping[str, Sequence[str]]) -> dict[str, list[Path]]:
+    """The folders of each domain in a place; a domain in several spellings has more than one."""
     inside, matches = folders(place), {}
-    for domain, others in wanted.items():
+    for domain, others in names.items():
         spellings = {_plain(name) for name in (domain, *others)}
         if match := [folder for folder in inside if _plain(folder.name) in spellings]:
             matches[domain] = match

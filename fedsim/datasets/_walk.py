@@ -1,7 +1,7 @@
-"""What on a disk is data: one rule for all loaders of images.
+"""Which files are data: one rule for all data sets of images.
 
-Hidden files and folders are not data, nor is what operating systems and tools leave in a tree: thumbnails, recycle
-bins, checkpoints of notebooks. Links are followed; each is an image of the folder that holds the link.
+Hidden files and folders are not data, nor are the leftovers of operating systems and tools: thumbnails, recycle bins,
+checkpoints of notebooks. Links are followed; each is an image of the folder that holds the link.
 
 Source: torchvision's ImageFolder (endings of image files, their order).
 """
@@ -34,9 +34,9 @@ def is_data(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in LEFTOVERS
 
 
-def folders(place: Path) -> list[Path]:
-    """Folders directly in a place, by name."""
-    return sorted(entry for entry in place.iterdir() if is_data(entry.name) and entry.is_dir())
+def folders(folder: Path) -> list[Path]:
+    """The folders directly in a folder, by name."""
+    return sorted(entry for entry in folder.iterdir() if is_data(entry.name) and entry.is_dir())
 
 
 class Walk(NamedTuple):
@@ -45,7 +45,7 @@ class Walk(NamedTuple):
     Attributes:
         files: their paths, by folder and name.
         real: the same paths with all links resolved; two images of one real path are one file.
-        ignored: by ending, how many other files there are.
+        ignored: the number of other files, by ending.
     """
 
     files: list[str]
@@ -57,13 +57,13 @@ def walk(folder: Path) -> Walk:
     """Finds the image files at any depth below a folder.
 
     Raises:
-        InputError: a link leads back to a folder above it, so that the walk would not end.
-        OSError: a folder cannot be read. An unreadable one is not passed over: its images would be missing.
+        InputError: a link leads back to a folder above it, so the walk would not end.
+        OSError: a folder cannot be read. It is not skipped, because its images would be missing.
     """
     real = os.path.realpath(folder)
-    found = sorted(_walk(str(folder), real, (real,)))
-    images = [entry for entry in found if entry[1].lower().endswith(ENDINGS)]
-    others = [name for _, name, _ in found if not name.lower().endswith(ENDINGS)]
+    entries = sorted(_walk(str(folder), real, (real,)))
+    images = [entry for entry in entries if entry[1].lower().endswith(ENDINGS)]
+    others = [name for _, name, _ in entries if not name.lower().endswith(ENDINGS)]
     ignored = Counter(os.path.splitext(name)[1].lower() for name in others)
     return Walk([f"{place}/{name}" for place, name, _ in images], [real for *_, real in images], ignored)
 

@@ -19,13 +19,13 @@ LISTS = {"{}_train.txt": TRAIN, "{}_test.txt": TEST}
 
 @component
 class DomainNet(Dataset):
-    """Domains `clipart`, `infograph`, `painting`, `quickdraw`, `real`, `sketch`, near `--data-dir`.
+    """Domains `clipart`, `infograph`, `painting`, `quickdraw`, `real`, `sketch`.
 
-    "Near" is at most two folders below.
+    They are at most two folders below `--data-dir`.
 
     Attributes:
         split: "own" reads the authors' `{domain}_train.txt` and `{domain}_test.txt` (of the cleaned
-            version, `painting_train.txt` lacks the class t-shirt); "seeded" leaves the split to us.
+            version, `painting_train.txt` lacks the class t-shirt); "seeded" splits by the partition's seed.
     """
 
     split: Literal["own", "seeded"] = Field(

@@ -1,4 +1,4 @@
-"""Features of any image tower: two Parquet files in place of images and a CLIP.
+"""Ready-made features of any image tower: two Parquet files instead of images and a CLIP.
 
 Source: ours.
 """
@@ -27,12 +27,12 @@ SCALES = 5, 1000  # logit scales of real models are 14 to 120; their logarithms 
 
 @component
 class FeatureFiles(Dataset):
-    """Reads `features.parquet` and `classes.parquet` in `--data-dir`; each is a file, or a folder of parts.
+    """Reads `features.parquet` and `classes.parquet` in `--data-dir`, each a file or a folder of parts.
 
-    `features.parquet`: `feature` (D numbers: a list of half, float or double, of any or of fixed size, a tensor, or the
-    bytes of D little-endian halves; of any length but 0), `label` (a class name, or a row of `classes.parquet`),
-    `domain`, and perhaps `split` (train, val, test or null). `classes.parquet`: `class` (its name), `prototype` (D
-    numbers, of any length but 0). Numbers are read as halves or floats.
+    Columns of `features.parquet`: `feature` (D numbers of nonzero norm: a list of half, float or double, a tensor, or
+    the bytes of D little-endian halves), `label` (a class name, or a row of `classes.parquet`), `domain`, and
+    optionally `split` (train, val, test or null). Columns of `classes.parquet`: `class` (a name) and `prototype` (the
+    class embedding, D numbers of nonzero norm). Numbers are read as halves or floats.
     """
 
     logit_scale: float | None = Field(
@@ -61,7 +61,7 @@ class FeatureFiles(Dataset):
         x = _matrix(rows, features_file, "feature", class_embeddings.shape[1])
         if (zero := np.flatnonzero(~x.any(axis=1))).size:
             raise InputError(f"features.parquet: feature needs a length above 0; it is all zeros in {_rows(zero)}")
-        # In floats, as methods divide by it: of rows outside of these lengths, all that is left are zeros.
+        # In float32, because methods divide by the length: rows outside of this range would become zeros.
         squares = np.einsum("nd,nd->n", x, x, dtype=np.float32)
         if (lost := np.flatnonzero(~((squares >= 1e-24) & np.isfinite(squares)))).size:
             raise InputError(
@@ -81,10 +81,10 @@ class FeatureFiles(Dataset):
 
 
 def _open(file: Path, needed: Sequence[str]) -> arrow.Dataset:
-    """A Parquet file, or a folder of parts, some columns of which may be in the names of its folders (`domain=ink/`).
+    """Opens a Parquet file or a folder of parts, whose folder names may hold columns (`domain=ink/`).
 
     Raises:
-        InputError: it is not there, or damaged, or it has no rows, or lacks a column.
+        InputError: it does not exist, is damaged, has no rows or lacks a column.
     """
     if not file.exists():
         present = listing(sorted(entry.name for entry in file.parent.glob("*"))) or "nothing"
@@ -105,7 +105,7 @@ def _open(file: Path, needed: Sequence[str]) -> arrow.Dataset:
 
 @contextmanager
 def _arrow_errors(file: Path) -> Iterator[None]:
-    """What Arrow finds wrong with a file, in one sentence."""
+    """Turns errors of Arrow into one sentence."""
     try:
         yield
     except UnicodeError:
@@ -115,7 +115,7 @@ def _arrow_errors(file: Path) -> Iterator[None]:
 
 
 def _column(data: arrow.Dataset, file: Path, name: str) -> pa.ChunkedArray:
-    """A column of text or integers, without nulls; codes of a dictionary are replaced by what they stand for."""
+    """A column of text or integers without nulls; dictionaries are decoded."""
     kind = data.schema.field(name).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
@@ -130,10 +130,10 @@ def _column(data: arrow.Dataset, file: Path, name: str) -> pa.ChunkedArray:
 
 
 def _matrix(data: arrow.Dataset, file: Path, name: str, width: int | None = None) -> np.ndarray:
-    """(N, D) float16 if the column holds halves, float32 otherwise; read batch by batch, never twice in memory.
+    """(N, D) float16 if the column holds halves, otherwise float32; read in batches, so only once in memory.
 
     Raises:
-        InputError: not numbers, not D of them in each row, null, NaN or infinite.
+        InputError: not numbers, not D per row, null, NaN or infinite.
     """
     what, kind = f"{file.name}: {name}", _storage_type(data.schema.field(name).type)
     binary = _is_binary(kind)
@@ -145,7 +145,7 @@ def _matrix(data: arrow.Dataset, file: Path, name: str, width: int | None = None
     start, null, other, wrong = 0, [], [], []
     x = np.empty((0, width or 0), np.float32)
     with _arrow_errors(file):
-        # Small batches: a list has no room for 2**31 numbers, nor has memory for a column and its matrix.
+        # Small batches: a list cannot hold 2**31 numbers, and memory may not hold a column and its matrix.
         for batch in data.to_batches([name], batch_size=1 << 13, batch_readahead=4, fragment_readahead=1):
             array = batch.column(0)
             array = array.storage if isinstance(array, pa.ExtensionArray) else array
@@ -177,7 +177,7 @@ def _matrix(data: arrow.Dataset, file: Path, name: str, width: int | None = None
 
 
 def _storage_type(kind: pa.DataType) -> pa.DataType:
-    """What an extension type, such as Arrow's tensors of fixed shape, is made of."""
+    """The storage type of an extension type, such as Arrow's fixed-shape tensor."""
     return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
@@ -193,7 +193,7 @@ def _widths(array: pa.Array) -> np.ndarray:
 
 
 def _numbers(array: pa.Array, width: int) -> np.ndarray:
-    """(n * width,) of n rows without nulls that all have this width; a null in a list becomes NaN."""
+    """(n * width,) the numbers of n rows of this width; a null in a list becomes NaN."""
     if not _is_binary(array.type):
         return array.flatten().to_numpy(zero_copy_only=False)
     array = array.cast(pa.binary(2 * width))
@@ -216,15 +216,15 @@ def _counts(column: pa.ChunkedArray) -> dict[Any, int]:
 
 
 def _codes(column: pa.ChunkedArray, name_of: Mapping[Any, str], names: Sequence[str]) -> np.ndarray:
-    """(N,) int64, where each row's name is in `names`."""
-    place = {name: code for code, name in enumerate(names)}
+    """(N,) int64, the index of each row's name in `names`."""
+    code_of = {name: code for code, name in enumerate(names)}
     coded = column.combine_chunks().dictionary_encode()
-    codes = np.array([place[name_of[spelling]] for spelling in coded.dictionary.to_pylist()], np.int64)
+    codes = np.array([code_of[name_of[spelling]] for spelling in coded.dictionary.to_pylist()], np.int64)
     return codes[coded.indices.to_numpy()]
 
 
 def _domains(column: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(N,) int64 into the sorted distinct names, and these."""
+    """(N,) int64 into the sorted distinct names; and these names."""
     name_of = canonical_names("domain", _counts(column), "features.parquet")
     names = tuple(sorted(set(name_of.values())))
     return _codes(column, name_of, names), names
@@ -233,11 +233,11 @@ def _domains(column: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
 def _labels(column: pa.ChunkedArray, classes: tuple[str, ...], named: Sequence[str] | None) -> np.ndarray:
     """(N,) int64 rows of `classes.parquet`.
 
-    An integer is the class that is called so, where classes are called by integers; what it stands for by the metadata
-    of Hugging Face's datasets; or else a row of `classes.parquet`.
+    An integer is a name in the metadata of Hugging Face's datasets; or the class of that name, if all classes are named
+    by integers; otherwise a row of `classes.parquet`.
 
     Args:
-        named: the class that each integer stands for.
+        named: the class of each integer by such metadata; None without it.
     """
     counts = _counts(column)
     name_of: Mapping[Any, str]
@@ -269,7 +269,7 @@ def _notes(y: np.ndarray, classes: Sequence[str]) -> tuple[str, ...]:
 
 
 def _names_of_numbers(data: arrow.Dataset) -> list[str] | None:
-    """What the integers of `label` stand for, where Hugging Face's datasets wrote it down (ClassLabel)."""
+    """The names of the integers in `label`, if Hugging Face's datasets has written them (ClassLabel)."""
     try:
         about = json.loads((data.schema.metadata or {})[b"huggingface"])["info"]["features"]["label"]
         return [str(name) for name in about["names"]] if about["_type"] == "ClassLabel" else None

@@ -14,10 +14,10 @@ from fedsim.registry import component
 
 @component
 class Folder(Dataset):
-    """Images in folders of your own: `--data-dir` holds domain folders, these hold class folders.
+    """Your images: `--data-dir` holds domain folders, and these hold class folders.
 
-    A class is called what its folder is called, underscores and all, as in FedCLIP's code. A folder that is alone
-    between each domain and its classes, such as `images` in Office-31, is seen through.
+    A class has the name of its folder, with underscores, as in FedCLIP's code. A single folder between each domain and
+    its classes, such as `images` in Office-31, is skipped.
     """
 
     def load(self, root: Path | None) -> Images:

@@ -19,10 +19,10 @@ VAL_ONE_IN = 4  # of the concepts that are not for testing
 
 @component
 class Glyphs(Dataset):
-    """The embedded images, split by concept: what TEST and VAL rows show, no TRAIN row shows in any domain.
+    """The embedded images, split by concept: no TRAIN row of any domain shows a concept of a TEST or VAL row.
 
-    Validation rows that shared concepts with train rows would choose the round, and the hyperparameters, that
-    remember drawings best, which is the opposite of what the test rows ask for.
+    If validation and train rows shared concepts, the chosen round and hyperparameters would be those that remember
+    drawings best, while the test rows measure the opposite.
     """
 
     def load(self, root: Path | None) -> Images:
@@ -45,7 +45,7 @@ class Glyphs(Dataset):
 
 
 def _splits(labels: list[str], concepts: list[str], splits: list[str]) -> np.ndarray:
-    """The set's own test rows; and of each label's other concepts every fourth, in an order drawn by hash, for VAL."""
+    """The test rows of the data set; every fourth other concept of each label, in the order of hashes, for VAL."""
     free = {(label, c) for label, c, split in zip(labels, concepts, splits, strict=True) if split != "test"}
     val = set()
     for label in set(labels):

@@ -17,7 +17,7 @@ DOMAINS = {"Art": [], "Clipart": [], "Product": [], "Real World": ["Real"]}
 class OfficeHome(Dataset):
     """Domains `Art`, `Clipart`, `Product`, `Real World` (or `Real_World`, `Real`), any capitals.
 
-    They lie at most two folders below `--data-dir`. The authors give no split.
+    They are at most two folders below `--data-dir`. The authors give no split.
     """
 
     def load(self, root: Path | None) -> Images:

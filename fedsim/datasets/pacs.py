@@ -1,7 +1,7 @@
 """PACS: 9,991 photos, paintings, cartoons and sketches of 7 things.
 
 Source: Li et al. 2017, "Deeper, broader and artier domain generalization", arXiv 1710.03077. Layouts: the
-authors' archive (`kfold/`), DomainBed (`PACS/`), Dassl (`pacs/images/` beside `pacs/splits/`).
+authors' archive (`kfold/`), DomainBed (`PACS/`), Dassl (`pacs/images/` next to `pacs/splits/`).
 """
 
 from pathlib import Path

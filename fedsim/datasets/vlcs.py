@@ -26,11 +26,11 @@ SPLITS = {"train": TRAIN, "crossval": VAL, "test": TEST}
 class VLCS(Dataset):
     """Domains `Caltech101`, `LabelMe`, `SUN09`, `VOC2007` (or `CALTECH`, `LABELME`, `SUN`, `PASCAL`).
 
-    They lie at most two folders below `--data-dir`. A domain holds class folders, or the folders `train`,
+    They are at most two folders below `--data-dir`. A domain holds class folders, or the folders `train`,
     `crossval`, `test` of class folders, or only `full`; a class folder has a name, or a number from 0 to 4.
 
     Attributes:
-        split: "own" takes `train`, `crossval`, `test` as they are; "seeded" leaves the split to us.
+        split: "own" takes `train`, `crossval`, `test` as they are; "seeded" splits by the partition's seed.
     """
 
     split: Literal["own", "seeded"] = Field(

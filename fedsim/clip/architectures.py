@@ -1,0 +1,39 @@
+"""The architectures that open_clip knows, and the embedded one; nothing here needs weights."""
+
+import logging
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fedsim.errors import InputError
+
+EMBEDDED = "tiny", "embedded"
+ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
+
+
+@lru_cache(maxsize=1)
+def import_open_clip() -> Any:
+    # Imported where CLIP is loaded: it takes three times as long as torch, and most actors read only features.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import open_clip
+    logging.getLogger().setLevel(logging.ERROR)
+    open_clip.add_model_config(ASSETS / "tiny.json")
+    return open_clip
+
+
+def tokenizer_of(model: str) -> Any:
+    """open_clip's tokenizer for an architecture.
+
+    Raises:
+        InputError: it needs a package or a vocabulary that this machine does not have.
+    """
+    try:
+        return import_open_clip().get_tokenizer(model)
+    except (ImportError, OSError) as error:
+        raise InputError(f"the tokenizer of {model} is not on this machine: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
