@@ -58,13 +58,13 @@ class Checkpoints:
         write_tensors(self.folder / NAME, arrays, about | {"history": self.history.position()})
 
     def load(self) -> tuple[ServerState, Report] | None:
-        """What `save` wrote last, or None where there is nothing yet.
+        """What `save` wrote last, or None if there is no checkpoint.
 
-        Fewer rounds may have been asked for than now: an evaluation that only their last round had is then left out.
+        With more rounds than before, the evaluation that only the last of the earlier rounds had is left out.
 
         Raises:
             InputError: a file is damaged or missing, or belongs to another experiment (the message names the fields),
-                or has more rounds than are asked for.
+                or has more rounds than the config.
         """
         file, remedy = self.folder / NAME, start_again(self.folder)
         if not file.exists():
@@ -72,11 +72,11 @@ class Checkpoints:
         with intact(file, remedy):
             arrays, about = read_tensors(file)
             try:
-                theirs, round, told, position = (about[name] for name in ("experiment", "round", "report", "history"))
+                before, round, fields, position = (about[name] for name in ("experiment", "round", "report", "history"))
             except KeyError as error:
                 raise Damaged(f"it lacks {error}, as that of another version of fedsim may") from None
         rounds = self.experiment["rounds"]
-        refuse_another(self.folder, theirs | {"rounds": rounds}, self.experiment)
+        refuse_another(self.folder, before | {"rounds": rounds}, self.experiment)
         if round > rounds:
             raise InputError(
                 f"{self.folder} holds {round} rounds of this experiment, more than --rounds {rounds}; "
@@ -89,8 +89,8 @@ class Checkpoints:
         slots, past = _gathered(_below("slots/", tensors)), _gathered(_below("past/", tensors))
         past = {int(done): params for done, params in past.items()}
         state = ServerState(round, _below("params/", tensors), slots, past, arrays["private"])
-        told["experiment"]["rounds"] = rounds
-        report = Report(**told, adapter=_below("adapter/", tensors), private=arrays["chosen_private"])
+        fields["experiment"]["rounds"] = rounds
+        report = Report(**fields, adapter=_below("adapter/", tensors), private=arrays["chosen_private"])
         for entry in entries:
             report.add_entry(entry)
         if round == rounds and "last" in arrays:
@@ -100,10 +100,11 @@ class Checkpoints:
 
 def load_checkpoint(folder: Path, experiment: dict[str, Any]) -> tuple[ServerState, Report] | None:
     """`Checkpoints.load`, with the evaluation of the last round in the report."""
-    found = Checkpoints(folder, experiment).load()
-    if found:
-        found[1].conclude(found[0])
-    return found
+    saved = Checkpoints(folder, experiment).load()
+    if saved:
+        state, report = saved
+        report.conclude(state)
+    return saved
 
 
 class _History:

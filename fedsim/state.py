@@ -20,9 +20,9 @@ class ServerState:
         round: rounds done.
         params: every tensor of the module; private ones as they were in round 0.
         slots: the server rule's memory.
-        past: parameters of earlier rounds that some client is still at work on, by rounds done.
-        private: (K,) int64, the round in which each client last wrote down what it keeps; 0 for never. The tensors
-            themselves are in a `PrivateStore`.
+        past: parameters of earlier rounds that a client still trains from, by rounds done.
+        private: (K,) int64, the round in which each client last wrote its private state; 0 for never. The states are in
+            a `PrivateStore`.
     """
 
     round: int
@@ -39,7 +39,7 @@ def advance(
 
     Args:
         shared: names of the tensors that clients are sent.
-        needed: versions of the parameters, by rounds done, that some client is still at work on.
+        needed: versions of the parameters, by rounds done, that a client still trains from.
     """
     sent = {name: state.params[name] for name in shared}
     params, slots = server.step(sent, state.slots, total, torch_rng(seed, "server", state.round + 1))
@@ -48,6 +48,6 @@ def advance(
 
 
 def past_versions(state: ServerState, shared: list[str], needed: frozenset[int]) -> dict[int, Params]:
-    """The parameters of this round and of earlier ones that some client will still be at work on."""
+    """The parameters of this round and of earlier ones that a client will still train from."""
     sent = {name: state.params[name] for name in shared}
     return {done: params for done, params in (state.past | {state.round: sent}).items() if done in needed}
