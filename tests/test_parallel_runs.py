@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from threading import Event, Thread
 
@@ -120,3 +121,20 @@ def test_who_stops_asking_ends_the_others_and_leaves_their_folders(cluster, conf
 
     with FileLock(tmp_path / "long" / ".lock", timeout=0):
         assert not (tmp_path / "long" / "report.html").exists()
+
+
+CARELESS = """
+import sys
+from fedsim import Config, run_all
+configs = [Config(dataset="features", data_dir=sys.argv[1], rounds=rounds, out=f"{sys.argv[2]}/{rounds}", clients=4,
+                  partition="iid") for rounds in (1, 5000)]
+for place, report in run_all(configs):
+    raise RuntimeError("the caller fails")
+"""
+
+
+def test_a_caller_that_fails_ends_at_once_with_its_own_error(features_dir, tmp_path):
+    # The error keeps the generator alive until the interpreter exits, after Ray has ended.
+    command = [sys.executable, "-c", CARELESS, str(features_dir), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and ended.stderr.strip().endswith("RuntimeError: the caller fails"), ended.stderr
