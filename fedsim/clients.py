@@ -152,7 +152,7 @@ class _FewShot(Sequence):
 
 
 def new_of(classes: Sequence[str], share: float) -> list[int]:
-    """Indices of the new classes, which no client trains on: the last by name; their number is rounded down.
+    """Indices of the new classes, which no client trains on: the last by label; their number is rounded down.
 
     Source: the base-to-new protocol of CoCoOp, Zhou et al. 2022, arXiv 2203.05557, where the second half is new.
 
@@ -162,8 +162,7 @@ def new_of(classes: Sequence[str], share: float) -> list[int]:
     count = part(len(classes), share)
     if share and not count:
         raise InputError(f"new_classes {share:g} of {len(classes)} classes is none; one needs {1 / len(classes):.3g}")
-    by_name = sorted(range(len(classes)), key=lambda index: classes[index])
-    return sorted(by_name[len(classes) - count :])
+    return list(range(len(classes) - count, len(classes)))
 
 
 def held_out_ids(rows: Labels, held_out: tuple[str, ...]) -> list[int]:

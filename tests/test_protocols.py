@@ -55,9 +55,9 @@ def test_which_shots_is_drawn_anew_for_each_client_and_more_than_there_are_is_al
 # Base to new ----------------------------------------------------------------------------------------------------
 
 
-def test_new_classes_are_the_last_by_name_whatever_their_index():
-    assert new_of(("zebra", "ant", "bee", "yak"), 0.5) == [0, 3]
-    assert new_of(tuple("edcba"), 0.5) == [0, 1]  # of five the base has three, as the protocol has it
+def test_new_classes_are_the_last_by_label_whatever_their_names():
+    assert new_of(("zebra", "ant", "bee", "yak"), 0.5) == [2, 3]
+    assert new_of(tuple("edcba"), 0.5) == [3, 4]  # of five the base has three, as the protocol has it
     assert new_of(tuple("abcde"), 0.0) == []
     assert len(new_of(range(100), 0.29)) == 29
     with pytest.raises(InputError, match=r"new_classes 0\.1 of 5 classes is none; one needs 0\.2"):
