@@ -1,5 +1,6 @@
 """Data sets: real files in, rows, names and sentences out."""
 
+import json
 import os
 import unicodedata
 from io import BytesIO
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFile
 
+from fedsim.clients import make_clients
 from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, Features, Images
 from fedsim.datasets._check import unreadable
 from fedsim.errors import InputError, listing
@@ -691,27 +693,42 @@ def test_feature_files_that_are_missing_or_broken_are_told(tmp_path):
 
 @pytest.fixture
 def glyphs() -> Images:
-    import fedsim
-
-    if not (Path(fedsim.__file__).parent / "assets" / "glyphs" / "glyphs.parquet").exists():
-        pytest.skip("fedsim/assets/glyphs/glyphs.parquet is not built yet")
     return load("glyphs", None)
 
 
-def test_glyphs_are_embedded_and_bring_their_split(glyphs):
+@pytest.fixture
+def by_concept() -> Images:
+    return load("glyphs", None, split="concepts")
+
+
+def test_glyphs_are_embedded_and_leave_the_split_to_the_partition(glyphs):
     assert all(isinstance(file, bytes) for file in glyphs.files)
-    assert glyphs.unseen_test and set(glyphs.split.tolist()) == {TRAIN, VAL, TEST}
+    assert not glyphs.unseen_test and set(glyphs.split.tolist()) == {UNASSIGNED}
     assert unreadable(glyphs) == []
 
 
-def test_no_glyph_is_tested_or_validated_on_a_concept_that_is_trained_on(glyphs):
+def test_glyphs_are_split_as_pacs_is_and_a_held_out_domain_is_tested_whole(glyphs):
+    clients = make_clients(glyphs, parse("partition", "by_domain"), None, ("ink",), seed=0)
+    assert clients.trainers == 4
+    for client in (clients[k] for k in range(4)):
+        rows = len(client.train), len(client.val), len(client.test)
+        assert abs(rows[0] / sum(rows) - 0.6) < 0.01 and abs(rows[1] - rows[2]) <= 1
+    ink = np.flatnonzero(glyphs.domain == glyphs.domains.index("ink"))
+    assert clients[4].test.tolist() == ink.tolist()
+
+
+def test_a_split_of_glyphs_by_concept_is_the_sets_own(by_concept):
+    assert by_concept.unseen_test and set(by_concept.split.tolist()) == {TRAIN, VAL, TEST}
+
+
+def test_no_glyph_is_tested_or_validated_on_a_concept_that_is_trained_on(by_concept):
     import fedsim
 
     table = pq.read_table(Path(fedsim.__file__).parent / "assets" / "glyphs" / "glyphs.parquet")
-    shown = {}
-    for concept, split in zip(table["concept"].to_pylist(), glyphs.split.tolist(), strict=True):
-        shown.setdefault(concept, set()).add(split)
-    assert all(len(splits) == 1 for splits in shown.values())
+    splits_of = {}
+    for concept, split in zip(table["concept"].to_pylist(), by_concept.split.tolist(), strict=True):
+        splits_of.setdefault(concept, set()).add(split)
+    assert all(len(splits) == 1 for splits in splits_of.values())
 
 
 def test_glyphs_have_every_class_in_every_domain(glyphs):
@@ -791,6 +808,12 @@ def a_root(tmp_path):
             return None
         if name == "features":
             return parquet(tmp_path)
+        if name == "image_folder":
+            return a_tree(tmp_path, ["train", "test"])
+        if name == "coop":
+            return a_split_file(a_tree(tmp_path, ["images"]))
+        if name == "huggingface":
+            return parquet_shards(tmp_path)
         domains = {
             "pacs": PACS,
             "domainnet": DOMAINNET,
@@ -802,14 +825,30 @@ def a_root(tmp_path):
     return root_of
 
 
+def a_split_file(root: Path) -> Path:
+    """CoOp's file for all images below `root / "images"`."""
+    classes = ["dog", "cat"]
+    items = [[f"{name}/{file}", k, name] for k, name in enumerate(classes) for file in ("1.png", "2.jpg")]
+    splits = {"train": items[:2], "val": items[2:3], "test": items[3:]}
+    (root / "split_zhou_Caltech101.json").write_text(json.dumps(splits))
+    return root
+
+
+def parquet_shards(root: Path) -> Path:
+    datasets = pytest.importorskip("datasets", reason="needs the extra huggingface")
+    pictures = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in range(4)]
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat"])})
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 0, 1]}, features=kinds)
+    rows.to_parquet(str(root / "train-00000-of-00001.parquet"))
+    return root
+
+
 MADE = {"synthetic"}  # on demand, without end: see test_population.py
 THERE = sorted(set(available("dataset")) - MADE)
 
 
 @pytest.mark.parametrize("name", THERE)
-def test_every_data_set_keeps_the_contract(name, a_root, request):
-    if name == "glyphs":
-        request.getfixturevalue("glyphs")
+def test_every_data_set_keeps_the_contract(name, a_root):
     data = load(name, a_root(name))
     n = len(data)
     assert n > 0
@@ -828,9 +867,7 @@ def test_every_data_set_keeps_the_contract(name, a_root, request):
 
 
 @pytest.mark.parametrize("name", THERE)
-def test_every_data_set_loads_the_same_rows_twice(name, a_root, request):
-    if name == "glyphs":
-        request.getfixturevalue("glyphs")
+def test_every_data_set_loads_the_same_rows_twice(name, a_root):
     root = a_root(name)
     first, second = load(name, root), load(name, root)
     assert (first.y == second.y).all() and (first.domain == second.domain).all()

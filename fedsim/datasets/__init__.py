@@ -34,6 +34,7 @@ class Labels:
         rows_per_client: for data sets that generate clients on demand: the rows of each, one client after the other;
             `y`, `domain` and `x` are then objects that generate the rows they are indexed with. 0 for all others.
         notes: sentences for the user, without a final full stop: what was left out or assumed.
+        template: the text of a class that belongs to the set, `{}` where its name goes; None: the default.
     """
 
     y: np.ndarray
@@ -44,6 +45,7 @@ class Labels:
     unseen_test: bool = False
     rows_per_client: int = 0
     notes: tuple[str, ...] = ()
+    template: str | None = None
 
     def __len__(self) -> int:
         return len(self.y)

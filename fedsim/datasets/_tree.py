@@ -81,7 +81,9 @@ def find_domains(root: Path, names: Mapping[str, Sequence[str]]) -> tuple[Path, 
     raise InputError(f"expected the folders {listing(names)}; {best} lacks {lacks} and has: {has}")
 
 
-def list_tree(base: Path, parts: Sequence[Part], class_names: Mapping[str, str] | None = None) -> Images:
+def list_tree(
+    base: Path, parts: Sequence[Part], class_names: Mapping[str, str] | None = None, layout: str = "domain/class/file"
+) -> Images:
     """Lists every image of every class of every domain, sorted by class and file name within a part.
 
     `_walk` and `_names` decide what is an image, a link and a name. A single folder between each domain and its
@@ -91,12 +93,13 @@ def list_tree(base: Path, parts: Sequence[Part], class_names: Mapping[str, str] 
         base: the folder that image names are relative to.
         parts: where the domains are; the domains are numbered in this order.
         class_names: names of classes whose folders have other names.
+        layout: what is expected below `base`, for messages.
 
     Raises:
         InputError: a class has no images in a domain; the folders are not domains and classes; or names clash.
         OSError: a folder cannot be read.
     """
-    trees, notes = _class_folders(base, parts)
+    trees, notes = _class_folders(base, parts, layout)
     renamed = class_names or {}
     cells = [
         (part, renamed.get(folder, folder), found)
@@ -110,7 +113,7 @@ def list_tree(base: Path, parts: Sequence[Part], class_names: Mapping[str, str] 
     domain_of = canonical_names("domain", domain_rows, base)
     class_of = canonical_names("class", class_rows, base)
     domains, classes = list(dict.fromkeys(domain_of.values())), sorted(set(class_of.values()))
-    _refuse_splits(base, classes)
+    _refuse_splits(base, classes, layout)
 
     files, reals, codes = [], [], []
     ignored: dict[tuple[str, str], Counter[str]] = {(d, c): Counter() for d in domains for c in classes}
@@ -141,7 +144,7 @@ def list_tree(base: Path, parts: Sequence[Part], class_names: Mapping[str, str] 
     return replace(images, notes=tuple(notes))
 
 
-def _class_folders(base: Path, parts: Sequence[Part]) -> tuple[list[dict[str, Walk]], list[str]]:
+def _class_folders(base: Path, parts: Sequence[Part], layout: str) -> tuple[list[dict[str, Walk]], list[str]]:
     """The class folders of each part, which may be further levels down; and notes."""
     places, notes = [part.folder for part in parts], []
     while True:
@@ -154,9 +157,9 @@ def _class_folders(base: Path, parts: Sequence[Part]) -> tuple[list[dict[str, Wa
         names = listing((display_name(str(place.relative_to(base))) for place in places), 4)
         notes.append(f"classes are the folders in {names}, each of which is the only folder with images in its domain")
     if not any(trees):
-        _refuse_no_classes(base, parts)
+        _refuse_no_classes(base, parts, layout)
     for place, tree in zip(places, trees, strict=True):
-        _refuse_level(base, place, tree)
+        _refuse_level(base, place, tree, layout)
     return trees, notes
 
 
@@ -172,31 +175,29 @@ def _inside(place: Path, tree: Mapping[str, Walk], name: str) -> set[str | None]
     return {first if slash else None for first, slash, _ in below}
 
 
-def _refuse_no_classes(base: Path, parts: Sequence[Part]) -> None:
+def _refuse_no_classes(base: Path, parts: Sequence[Part], layout: str) -> None:
     direct = [part.domain for part in parts if any(file.suffix.lower() in ENDINGS for file in part.folder.iterdir())]
     domains = listing(dict.fromkeys(part.domain for part in parts))
     also = f"; images are one level too high, directly in: {listing(direct)}" if direct else ""
-    raise InputError(f"expected domain/class/file in {base}; no class folders in: {domains}{also}")
+    raise InputError(f"expected {layout} in {base}; no class folders in: {domains}{also}")
 
 
-def _refuse_level(base: Path, place: Path, tree: Mapping[str, Walk]) -> None:
+def _refuse_level(base: Path, place: Path, tree: Mapping[str, Walk], layout: str) -> None:
     """Refuses a level above the classes: folders that hold the same folders and no images of their own."""
     inside = {name: _inside(place, tree, name) for name, found in tree.items() if found.files}
     below = {frozenset(names) for names in inside.values()}
     if len(inside) > 1 and len(below) == 1 and None not in (same := min(below)) and len(same) > 1:
         raise InputError(
-            f"expected domain/class/file in {base}; {listing(inside, 4)} in {place} cannot be the classes: "
+            f"expected {layout} in {base}; {listing(inside, 4)} in {place} cannot be the classes: "
             f"each holds no images but the same folders, {listing(sorted(filter(None, same)), 4)}; "
             f"is {place} what --data-dir should be?"
         )
 
 
-def _refuse_splits(base: Path, classes: Sequence[str]) -> None:
+def _refuse_splits(base: Path, classes: Sequence[str], layout: str) -> None:
     plain = {name.lower() for name in classes}
     if plain <= SPLIT_FOLDERS or (plain & TRAIN_FOLDERS and plain & JUDGE_FOLDERS):
-        raise InputError(
-            f"expected domain/class/file in {base}; where classes should be, there are splits: {listing(classes)}"
-        )
+        raise InputError(f"expected {layout} in {base}; where classes should be, there are splits: {listing(classes)}")
 
 
 def _refuse_gaps(base: Path, gaps: Mapping[tuple[str, str], Counter[str]], classes: Sequence[str]) -> None:
