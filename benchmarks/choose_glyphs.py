@@ -1,6 +1,7 @@
 """How `fedsim/experiments/glyphs.yaml` was chosen: a small grid, judged by validation accuracy alone.
 
     uv run python benchmarks/choose_glyphs.py
+    uv run python benchmarks/choose_glyphs.py --split concepts
     uv run python benchmarks/choose_glyphs.py --quick     # two settings, one round: does it all run?
 
 Each setting trains with every domain held out once; its score is the clients' validation accuracy in the chosen
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--lr", nargs="+", type=float, default=GRID["lr"])
     parser.add_argument("--weight-decay", nargs="+", type=float, default=GRID["weight_decay"])
     parser.add_argument("--held-out", nargs="+", choices=DOMAINS, default=DOMAINS)
+    parser.add_argument("--split", choices=["images", "concepts"], default="images", help="of the embedded images")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--address", help="of a Ray cluster (default: a private one)")
     parser.add_argument("--out", type=Path, default=Path("runs/choose_glyphs"))
@@ -46,12 +48,13 @@ def main() -> None:
     work = [(setting, domain) for setting in settings for domain in args.held_out]
     configs = [
         Config(
+            dataset={"name": "glyphs", "split": args.split},
             method={"name": "fedclip"} | setting,
             held_out=(domain,),
             rounds=args.rounds,
             seed=SEED,
             partition_seed=SEED,
-            out=args.out / "-".join(map(str, (*setting.values(), domain))),
+            out=args.out / "-".join(map(str, (args.split, *setting.values(), domain))),
         )
         for setting, domain in work
     ]

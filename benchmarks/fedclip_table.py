@@ -1,6 +1,7 @@
 """The table of the FedCLIP paper, for any data and backbone: every held-out domain x method x seed.
 
     uv run python benchmarks/fedclip_table.py                                # the embedded images and model
+    uv run python benchmarks/fedclip_table.py --split concepts               # test rows of concepts without train rows
     uv run python benchmarks/fedclip_table.py --quick                        # one round, one seed: does it all run?
     uv run python benchmarks/fedclip_table.py --dataset features --data-dir DIR --only FedCLIP probe alone
     uv run python benchmarks/fedclip_table.py --dataset pacs --data-dir DIR --backbone ViT-B-32 --pretrained openai \\
@@ -23,15 +24,16 @@ from fedsim.config import merged, read_yaml
 from fedsim.registry import parse
 from fedsim.reporting.tables import ZERO_SHOT
 
-# Trained at the embedded experiment's hyperparameters unless it says `paper`.
+# The hyperparameters are those of FedCLIP's paper, or those chosen for the embedded images and their split.
+CHOSEN = {"images": "glyphs", "concepts": "glyphs_concepts"}
 METHODS = {
     "FedAvg, all of CLIP": ("paper", {"method": {"name": "finetune"}}),
     "FedProx, all of CLIP": ("paper", {"method": {"name": "finetune"}, "server": {"name": "fedprox"}}),
     "FedCLIP, the paper's values": ("paper", {}),
-    "FedCLIP, chosen values": ("glyphs", {}),
-    "linear probe": ("glyphs", {"method": {"name": "probe"}}),
-    "alone (FedCLIP, chosen)": ("glyphs", {"server": "local_only"}),
-    "alone (linear probe)": ("glyphs", {"method": {"name": "probe"}, "server": "local_only"}),
+    "FedCLIP, chosen values": ("chosen", {}),
+    "linear probe": ("chosen", {"method": {"name": "probe"}}),
+    "alone (FedCLIP, chosen)": ("chosen", {"server": "local_only"}),
+    "alone (linear probe)": ("chosen", {"method": {"name": "probe"}, "server": "local_only"}),
 }
 
 
@@ -52,16 +54,20 @@ def cell(report: Report) -> dict[str, float]:
 
 def cells(args: argparse.Namespace) -> list[tuple[str, str, int, Config]]:
     data = data_of(args)
+    if args.dataset == "glyphs":
+        data["dataset"]["split"] = args.split
+    folder = args.dataset if args.split == "images" else f"{args.dataset}-{args.split}"
     domains = args.held_out or parse("dataset", args.dataset).load(args.data_dir).domains
-    chosen = {name: how for name, how in METHODS.items() if not args.only or any(word in name for word in args.only)}
+    methods = {name: how for name, how in METHODS.items() if not args.only or any(word in name for word in args.only)}
     made = []
-    for (name, (base, change)), domain, seed in itertools.product(chosen.items(), domains, range(args.seeds)):
+    for (name, (values, change)), domain, seed in itertools.product(methods.items(), domains, range(args.seeds)):
         large = "all of CLIP" in name
         if large and seed >= args.tower_seeds:
             continue
         here = {"held_out": (domain,), "seed": seed, "partition_seed": seed}
         here |= {"rounds": args.tower_rounds if large else args.rounds}
-        out = args.out / args.dataset / f"{name}-{domain}-{seed}".replace(" ", "_")
+        base = CHOSEN[args.split] if values == "chosen" else values
+        out = args.out / folder / f"{name}-{domain}-{seed}".replace(" ", "_")
         fields = merged(merged(read_yaml(base), change), data | here)
         made.append((name, domain, seed, Config(**fields, out=out)))
     return made
@@ -70,6 +76,7 @@ def cells(args: argparse.Namespace) -> list[tuple[str, str, int, Config]]:
 def main() -> None:
     parser = parser_of(__doc__)
     add_data(parser)
+    parser.add_argument("--split", choices=CHOSEN, default="images", help="of the embedded images")
     parser.add_argument("--only", nargs="+", help="methods with any of these words in their names")
     parser.add_argument("--held-out", nargs="+", help="these domains only")
     parser.add_argument("--seeds", type=int, default=3)

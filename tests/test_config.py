@@ -227,7 +227,9 @@ def test_a_run_says_the_held_out_domains_of_its_config_once(config):
 def test_help_says_the_defaults_of_the_embedded_experiment_too():
     text = " ".join(run_parser().format_help().split())
     assert "(default: 200; glyphs: 50)" in text and "comma-separated (glyphs: ink)" in text
-    assert "apply: those marked glyphs, method.objective contrastive, method.lr 0.0003, method.weight_decay" in text
+    assert (
+        "apply: those marked glyphs, method.objective cross_entropy, method.lr 0.003, method.weight_decay 0.0" in text
+    )
     assert ": None" not in text and ": PydanticUndefined" not in text
 
 

@@ -31,7 +31,7 @@ BAD = {
     "a command": (["rum"], "no command 'rum'; available: run, sweep, compare, watch, stop, list, help"),
     "a list": (["list", "x"], "no list 'x'; available: datasets, partitions, methods, servers, fleets"),
     "a component": (["help", "fedklip"], "no component 'fedklip'; did you mean fedclip"),
-    "nothing like a component": (["help", "zzz"], "no component 'zzz'; available: domainnet, features"),
+    "nothing like a component": (["help", "zzz"], "no component 'zzz'; available: coop, domainnet"),
     "help without end": (["help", "fedclip", "lora"], "unrecognized arguments: lora"),
     "a flag": (["run", "--roundz", "3"], "no flag --roundz; did you mean --rounds"),
     "a word": (["run", "glyphs"], "no flag glyphs"),
@@ -349,8 +349,9 @@ def test_a_config_survives_its_own_yaml():
 
 
 def test_without_flags_the_embedded_experiment_runs_and_with_other_data_the_papers_defaults():
-    assert parse_run([])[0].method.weight_decay == 0.01
+    assert parse_run([])[0].method.lr == 3e-3
     assert parse_run(["--dataset", "glyphs", "--backbone", "tiny"])[0].method == parse_run([])[0].method
+    assert parse_run(["--dataset.split", "concepts"])[0].method == parse_run([])[0].method
     assert parse_run(["--config", "paper"])[0].method == find("method", "fedclip")()
     assert parse_run(["--dataset", "features", "--data-dir", "x"])[0].method == find("method", "fedclip")()
 

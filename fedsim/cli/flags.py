@@ -58,8 +58,9 @@ def _base(file: str | None, flags: dict[str, Any]) -> tuple[dict[str, Any], str]
     if file:
         return read_yaml(file), f"config {file}"
     # The embedded experiment is tuned for its own images and model; with others, the defaults are the papers'.
-    own = {"dataset": {"name": "glyphs"}, "backbone": EMBEDDED[0], "pretrained": EMBEDDED[1]}
-    if all(flags.get(name) in (None, value) for name, value in own.items()):
+    embedded = {"dataset": "glyphs", "backbone": EMBEDDED[0], "pretrained": EMBEDDED[1]}
+    given = flags | {"dataset": flags.get("dataset", {}).get("name")}
+    if all(given.get(name) in (None, value) for name, value in embedded.items()):
         words = "the embedded experiment (glyphs.yaml, tuned on validation rows; --config paper has FedCLIP's values)"
         return read_yaml("glyphs"), words
     return {}, "the papers' defaults"
