@@ -1,7 +1,8 @@
 """Many runs side by side, each one task of a cluster; `run` spreads the clients of one run instead."""
 
+import atexit
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,17 +78,22 @@ def _run_all(
     if not waiting:
         return
     failed: list[tuple[Experiment, Exception]] = []
-    with session(address, progress) as ray:
+    with ExitStack() as stack:
+        ray = stack.enter_context(session(address, progress))
+        # A caller that fails may hold this generator until the interpreter exits. Registered after Ray's own handler,
+        # this one is called before it, while tasks can still be cancelled.
+        atexit.register(stack.close)
+        stack.callback(atexit.unregister, stack.close)
         tasks = Tasks(ray)
         calls = _calls(tasks, [experiments[index] for index in waiting], progress)
-        with closing(tasks.run(_simulate, calls, at_once or len(calls))) as outcomes:
-            for call, outcome in outcomes:
-                index, ended = waiting[call], ended + 1
-                progress(Step("runs", ended, len(experiments), experiments[index].folder.name))
-                if isinstance(outcome, Exception):
-                    failed.append((experiments[index], outcome))
-                else:
-                    yield index, outcome
+        outcomes = stack.enter_context(closing(tasks.run(_simulate, calls, at_once or len(calls))))
+        for call, outcome in outcomes:
+            index, ended = waiting[call], ended + 1
+            progress(Step("runs", ended, len(experiments), experiments[index].folder.name))
+            if isinstance(outcome, Exception):
+                failed.append((experiments[index], outcome))
+            else:
+                yield index, outcome
     if failed:
         raise _error_of(failed, len(experiments))
 

@@ -128,13 +128,14 @@ import sys
 from fedsim import Config, run_all
 configs = [Config(dataset="features", data_dir=sys.argv[1], rounds=rounds, out=f"{sys.argv[2]}/{rounds}", clients=4,
                   partition="iid") for rounds in (1, 5000)]
-for place, report in run_all(configs):
+reports = run_all(configs)
+for place, report in reports:
     raise RuntimeError("the caller fails")
 """
 
 
 def test_a_caller_that_fails_ends_at_once_with_its_own_error(features_dir, tmp_path):
-    # The error keeps the generator alive until the interpreter exits, after Ray has ended.
+    # The name keeps the generator alive until the interpreter exits, after Ray has ended.
     command = [sys.executable, "-c", CARELESS, str(features_dir), str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1 and ended.stderr.strip().endswith("RuntimeError: the caller fails"), ended.stderr

@@ -82,12 +82,9 @@ class Tasks:
                 else:
                     yield index, outcome
         finally:
-            # If the caller has failed, this may run while the interpreter exits, after Ray has ended its tasks itself;
-            # any call would start Ray again then.
-            alive = running if self.ray.is_initialized() else {}
-            for ref in alive:  # on a shared cluster they would keep their folders
+            for ref in running:  # on a shared cluster they would keep their folders
                 self.ray.cancel(ref, force=True)
-            if alive:
+            if running:
                 self.ray.wait(list(running), num_returns=len(running), timeout=ENDED_S)
 
     def _outcome(self, ref: Any, losses: Counter[int], index: int) -> Any:
