@@ -74,7 +74,7 @@ def check(config: Config, population: int) -> None:
             raise InputError(f"cohort {config.cohort}, but server {server} has none: its concurrency says who trains")
         if config.over_selection:
             raise InputError(f"over_selection {config.over_selection:g}, but server {server} has no cohort to exceed")
-        if config.server.buffer > population:
+        if (config.server.buffer or 0) > population:
             raise InputError(
                 f"server.buffer of {config.server.buffer} from {population} clients; each can have one update in it"
             )
@@ -172,6 +172,8 @@ def _rounds(config: Config, population: int, seconds: Seconds) -> Iterator[Turn]
 
 def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[Turn]:
     """Answer by answer: ask another client for each that is done, and close the turn when the buffer is full."""
+    size, concurrency = config.server.buffer, config.server.concurrency
+    assert size and concurrency, "an asynchronous rule has a buffer and a concurrency"
     clock, in_vain = 0.0, 0
     deadline = inf if config.deadline_s is None else config.deadline_s
     free = np.ones(population, bool)  # neither training nor in the buffer
@@ -182,8 +184,8 @@ def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[Turn
         choice, luck = numpy_rng(config.seed, "cohort", round), numpy_rng(config.seed, "luck", round)
         able = np.flatnonzero(free & present).tolist()
         asked = dropped = late = 0
-        while len(buffer) < config.server.buffer:
-            room = config.server.concurrency - len(working)
+        while len(buffer) < size:
+            room = concurrency - len(working)
             clients = np.sort([_take(able, choice) for _ in range(min(room, len(able)))]).astype(np.int64)
             if len(clients):
                 jitter, answers = config.fleet.outcomes(len(clients), luck)
