@@ -31,6 +31,7 @@ from fedsim import Config, run
 from fedsim.clients import Population
 from fedsim.clip.checkpoints import EMBEDDED, find_weights, width_of
 from fedsim.clip.model import Clip
+from fedsim.clip.texts import DEFAULT
 from fedsim.cluster.worker import device_of
 from fedsim.datasets import TRAIN, Features, Images
 from fedsim.encoding import BLOCK, Encoder, from_features
@@ -275,7 +276,7 @@ class Bench:
         nothing = np.empty(0, np.int64)
         splits = [(np.arange(k * rows, (k + 1) * rows), nothing, nothing) for k in range(count)]
         data = from_features(features)
-        data = replace(data, class_embeddings=replace(data.class_embeddings, prompt="a picture of a {}"))
+        data = replace(data, class_embeddings=replace(data.class_embeddings, templates=(DEFAULT,)))
         return data, Population(splits, [])
 
     def loop(self, features: Encoded, count: int, fused: bool | None) -> None:

@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
 )
 
+from fedsim.clip.texts import Prompt, checked_prompt
 from fedsim.datasets import Dataset
 from fedsim.errors import InputError, listing
 from fedsim.fleets import Fleet
@@ -60,15 +61,6 @@ def _read(kind: str) -> BeforeValidator:
 
 
 _Fields = PlainSerializer(fields_of)
-
-
-def _prompt(value: str) -> str:
-    # Calling `format` would accept {:.3}, which cuts names, {!r}, which quotes them, and {{}}, which drops them.
-    if value.count("{}") != 1 or set("{}") & set(value.replace("{}", "")):
-        raise InputError(f"prompt needs {{}} once, where the class name goes, and no other braces, not {value!r}")
-    if not value.isprintable():
-        raise InputError(f"prompt needs to be one line of text, not {value!r}")
-    return value
 
 
 def _expanded(value: Path | None) -> Path | None:
@@ -118,7 +110,9 @@ class Config(BaseModel):
     skip_unreadable: bool = Field(False, description="leave out corrupt images and count them")
     backbone: str | None = Field(None, description="open_clip model name (default: tiny, embedded)")
     pretrained: str | None = Field(None, description="open_clip tag, or checkpoint file")
-    prompt: Annotated[str, AfterValidator(_prompt)] = Field("a picture of a {}", description="text of class {}")
+    prompt: Annotated[Prompt, BeforeValidator(checked_prompt)] = Field(
+        None, description="text of class {}, or openai80 (default: data set's own)"
+    )
     held_out: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (), description="domains not trained on, comma-separated"
     )

@@ -10,6 +10,7 @@ import numpy as np
 from fedsim.cache import check_writable
 from fedsim.clip.checkpoints import EMBEDDED, Weights, find_weights, width_of
 from fedsim.clip.model import Clip, Frozen, check_texts
+from fedsim.clip.texts import templates_of, texts_of
 from fedsim.cluster.placement import Sizing
 from fedsim.config import Config
 from fedsim.datasets import Features, Images
@@ -32,11 +33,13 @@ class Data:
         source: without the images that cannot be read.
         skipped: names of those images.
         weights: of the backbone; None for features, whose encoder is not known.
+        templates: of the texts of the classes, as in `ClassEmbeddings`.
     """
 
     source: Images | Encoded
     skipped: list[str]
     weights: Weights | None
+    templates: tuple[str, ...]
 
     @property
     def width(self) -> int:
@@ -84,15 +87,20 @@ def load_data(config: Config) -> Data:
     if not source.rows_per_client:  # rows that are generated on demand are never cached
         check_writable(config.cache_dir)
     if isinstance(source, Features):
-        if config.backbone or config.pretrained:
-            raise InputError("the data set has features, which are encoded already; remove --backbone and --pretrained")
-        return Data(from_features(source), [], None)
+        if config.backbone or config.pretrained or config.prompt:
+            raise InputError(
+                "the data set has features, which are encoded already; remove --backbone, --pretrained and --prompt"
+            )
+        data = from_features(source)
+        return Data(data, [], None, data.class_embeddings.templates)
+    templates = templates_of(config.prompt, source.template)
     weights, skipped = _find_weights(config), []
-    if not text_file(source.classes, weights, config.prompt, config.cache_dir).exists():
-        check_texts(weights, [config.prompt.format(name) for name in source.classes])
+    if not text_file(source.classes, weights, templates, config.cache_dir).exists():
+        for texts in texts_of(templates, source.classes):
+            check_texts(weights, texts)
     if not feature_file(source, weights, config.cache_dir, _warn_of_damage).exists():
         source, skipped = _readable(source, config.skip_unreadable)
-    return Data(source, skipped, weights)
+    return Data(source, skipped, weights, templates)
 
 
 def cached(data: Data, cache: Path) -> Data:
@@ -112,12 +120,12 @@ def encode_data(
     source = data.source
     if isinstance(source, Images):
         assert data.weights is not None, "images are loaded with weights"
-        arguments = config.prompt, config.cache_dir, sizing, progress
+        arguments = data.templates, config.cache_dir, sizing, progress
         names = sorted({each.image for each in reads})
         source = encode(source, data.weights, *arguments, names, config.augment)
     towers = any(each.towers for each in reads)
     frozen = Clip(data.weights).frozen() if towers and data.weights else None
-    return EncodedData(source, data.skipped, data.weights, frozen)
+    return EncodedData(source, data.skipped, data.weights, data.templates, frozen)
 
 
 def _notes(data: Data) -> str:

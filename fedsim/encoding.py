@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from fedsim.cache import Notice, locked, read_array, write_array
 from fedsim.clip.checkpoints import Weights
 from fedsim.clip.model import Clip
+from fedsim.clip.texts import texts_of
 from fedsim.cluster.placement import Sizing
 from fedsim.cluster.pool import open_pool
 from fedsim.datasets import Features, Images
@@ -29,7 +31,7 @@ BLOCK = 64  # images per call: fixed, because the sums in a tower may depend on 
 
 
 class Encoder:
-    """Encodes blocks of images, and prompts; loads CLIP when it is first needed."""
+    """Encodes blocks of images, and class texts; loads CLIP when it is first needed."""
 
     def __init__(self, images: Images, weights: Weights, device: str) -> None:
         self.images, self.weights, self.device = images, weights, device
@@ -57,9 +59,9 @@ class Encoder:
         encode = self.clip.encode_tokens if name == "tokens" else self.clip.encode_pixels
         return self._finite(encode(pixels), rows)
 
-    def encode_classes(self, prompts: list[str]) -> np.ndarray:
+    def encode_classes(self, texts: list[list[str]]) -> np.ndarray:
         """(1,) record: `prototypes`, the (C, D) float32 class embeddings, and `scale`, the logit scale."""
-        embeddings = self.clip.encode_texts(prompts)
+        embeddings = self.clip.encode_classes(texts)
         if not np.isfinite(embeddings).all():
             raise InputError(f"{self._name} gives text features that are NaN or infinite; try other weights")
         kind = np.dtype([("prototypes", embeddings.dtype, embeddings.shape), ("scale", np.float64)])
@@ -93,15 +95,17 @@ def feature_file(images: Images, weights: Weights, cache: Path, notice: Notice =
     return cache / f"{digest(weights.key, images.fingerprint(cache, notice))}.npy"
 
 
-def text_file(classes: Sequence[str], weights: Weights, prompt: str, cache: Path) -> Path:
+def text_file(classes: Sequence[str], weights: Weights, templates: tuple[str, ...], cache: Path) -> Path:
     """The file for the embeddings of these classes; it need not exist."""
-    return cache / f"{digest(weights.key, *(prompt.format(name) for name in classes))}.text.npy"
+    averaged = [f"mean of {len(templates)}"] if len(templates) > 1 else []
+    texts = chain.from_iterable(texts_of(templates, classes))
+    return cache / f"{digest(*averaged, weights.key, *texts)}.text.npy"
 
 
 def encode(
     images: Images,
     weights: Weights,
-    prompt: str,
+    templates: tuple[str, ...],
     cache: Path,
     sizing: Sizing,
     progress: Progress,
@@ -111,7 +115,7 @@ def encode(
     """Encodes all images and all classes, or reads what the cache holds undamaged.
 
     Args:
-        prompt: with `{}` for the class name.
+        templates: of the texts of the classes, as in `ClassEmbeddings`.
         cache: a folder on this machine.
         names: the representations that clients read, of `clip.sites.IMAGE_READS`. Features are always computed.
         augment: augmented views per image of these representations.
@@ -123,7 +127,7 @@ def encode(
     cache.mkdir(parents=True, exist_ok=True)
     file = feature_file(images, weights, cache)
     with locked(file):  # a process that waits here finds it done
-        features, embeddings = _features(images, weights, prompt, file, sizing, progress)
+        features, embeddings = _features(images, weights, templates, file, sizing, progress)
         files = dict(features.files)
         for name in names if augment else [name for name in names if name != "features"]:
             files[name] = file.with_suffix(f".{name}-{augment}.npy")
@@ -191,10 +195,9 @@ class _Parts:
 
 
 def _features(
-    images: Images, weights: Weights, prompt: str, file: Path, sizing: Sizing, progress: Progress
+    images: Images, weights: Weights, templates: tuple[str, ...], file: Path, sizing: Sizing, progress: Progress
 ) -> tuple[Representations, ClassEmbeddings]:
-    prompts = [prompt.format(name) for name in images.classes]
-    texts_file = text_file(images.classes, weights, prompt, file.parent)
+    texts_file = text_file(images.classes, weights, templates, file.parent)
     x, texts = (read_array(each, partial(_damaged, progress)) for each in (file, texts_file))
     blocks = range(-(-len(images) // BLOCK)) if x is None else ()
     files = {block: file.with_suffix(f".{block:06d}.npy") for block in blocks}
@@ -204,11 +207,11 @@ def _features(
             encoders = pool.workers(Encoder, images, weights)
             parts.write(encoders.map("encode", parts.todo))
             if texts is None:
-                texts = next(encoders.map("encode_classes", [prompts]))
+                texts = next(encoders.map("encode_classes", [texts_of(templates, images.classes)]))
                 write_array(texts_file, 1, [texts])
     if x is None:
         _join(parts, images, weights)
-    embeddings = ClassEmbeddings(texts[0]["prototypes"], float(texts[0]["scale"]), prompt)
+    embeddings = ClassEmbeddings(texts[0]["prototypes"], float(texts[0]["scale"]), templates)
     return Representations(len(images), file.stem, {"features": file}), embeddings
 
 

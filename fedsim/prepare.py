@@ -226,7 +226,7 @@ def _check_model(config: Config, method: Method, data: Data, clients: Population
     if clip and method.reads.image == "tokens":
         clip.check_tokens()
     classes = data.source.classes
-    texts = Backbone(torch.eye(len(classes), data.width), 1.0, classes, config.prompt)
+    texts = Backbone(torch.eye(len(classes), data.width), 1.0, classes, data.templates)
     backbone = with_towers(texts, method.reads, clip)
     task, cohort = Task(method, config.server, config.seed, config.dtype), config.cohort or clients.trainers
     payload = task.payload(initial_params(task, backbone, cohort), cohort)

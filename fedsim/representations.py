@@ -18,12 +18,13 @@ class ClassEmbeddings:
     Attributes:
         vectors: (C, D) float32 or float64, unit rows: the text feature of each class.
         logit_scale: exp of CLIP's temperature parameter, about 100 for OpenAI's weights.
-        prompt: the text of a class, with `{}` for its name; unknown, and "{}", for ready-made features.
+        templates: the text of a class, with `{}` for its name; of several, `vectors` are the normalized means of the
+            text features. Unknown, and "{}", for ready-made features.
     """
 
     vectors: np.ndarray
     logit_scale: float
-    prompt: str = "{}"
+    templates: tuple[str, ...] = ("{}",)
 
 
 @dataclass(frozen=True)

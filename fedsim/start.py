@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.checkpoint import Checkpoints
-from fedsim.errors import InputError
+from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone
 from fedsim.params import Params
 from fedsim.prepare import Experiment, evaluated_clients, reads_of
@@ -67,6 +67,9 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
         "flops_per_row": per_row,
         "versions": environment(),
     }
+    if experiment.data.weights:  # of ready-made features, the texts are not known
+        templates = source.class_embeddings.templates
+        facts["class_texts"] = templates[0] if len(templates) == 1 else f"normalized mean of: {listing(templates)}"
     if assumptions := experiment.data.assumptions():
         facts["data_notes"] = "; ".join(assumptions)
     return facts

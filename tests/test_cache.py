@@ -126,7 +126,7 @@ def test_every_damaged_file_is_named_and_computed_again_to_the_same_bits(damage,
 
     def computed(progress):
         found = [
-            encode(images, weights, "a {}", cache, Sizing(actors=0), progress, [name], augment)
+            encode(images, weights, ("a {}",), cache, Sizing(actors=0), progress, [name], augment)
             for name, augment in (("tokens", 0), ("pixels", 1))
         ]
         rows = np.arange(N)
@@ -160,7 +160,7 @@ def test_every_damaged_file_is_named_and_computed_again_to_the_same_bits(damage,
 @pytest.mark.parametrize("name", ["features", "pixels"])
 def test_a_damaged_block_of_an_interrupted_encoding_is_computed_again(damage, name, images, weights, tmp_path):
     def at(cache, progress):
-        return encode(images, weights, "a {}", cache, Sizing(actors=0), progress, [name], int(name == "pixels"))
+        return encode(images, weights, ("a {}",), cache, Sizing(actors=0), progress, [name], int(name == "pixels"))
 
     def interrupt(event):
         if (
@@ -227,7 +227,7 @@ def test_other_pictures_of_the_same_size_and_time_are_encoded_again(weights, tmp
         subprocess.run(["cp", "-p", *sorted((tmp_path / folder).glob("*")), tmp_path / "data"], check=True)
         images = images_of(sorted((tmp_path / "data").glob("*")))
         assert [(file.stat().st_size, file.stat().st_mtime) for file in images.files] == [(246, 1e9)] * 3
-        found.append(encode(images, weights, "a {}", tmp_path / "cache", Sizing(actors=0), silent))
+        found.append(encode(images, weights, ("a {}",), tmp_path / "cache", Sizing(actors=0), silent))
     first, second, third = (data.representations for data in found)
     assert not np.array_equal(first.features, second.features)
     assert third.files == first.files  # and back: known already
@@ -263,7 +263,7 @@ def test_pictures_replaced_while_they_are_encoded_leave_nothing_in_the_cache(ima
         Image.new("RGB", (8, 8)).save(images.files[5])
 
     with pytest.raises(Stopped, match="images were changed while they were encoded; run the same command again"):
-        encode(images, weights, "a {}", tmp_path / "cache", Sizing(actors=0), replace_one)
+        encode(images, weights, ("a {}",), tmp_path / "cache", Sizing(actors=0), replace_one)
     assert [file.name.split(".", 1)[1] for file in (tmp_path / "cache").glob("*.npy") if "index" not in file.name] == [
         "text.npy"
     ]
@@ -272,11 +272,11 @@ def test_pictures_replaced_while_they_are_encoded_leave_nothing_in_the_cache(ima
 def test_a_picture_removed_while_it_is_needed_is_named(images, weights, tmp_path):
     images.files[66].unlink()
     with pytest.raises(InputError, match=r"^066\.png cannot be read: No such file or directory$"):
-        encode(images, weights, "a {}", tmp_path / "cache", Sizing(actors=0), silent)
+        encode(images, weights, ("a {}",), tmp_path / "cache", Sizing(actors=0), silent)
 
 
 def test_features_whose_file_is_removed_during_a_run_are_said_so_in_one_sentence(images, weights, tmp_path):
-    features = encode(images, weights, "a {}", tmp_path, Sizing(actors=0), silent, ["pixels"])
+    features = encode(images, weights, ("a {}",), tmp_path, Sizing(actors=0), silent, ["pixels"])
     there = pickle.loads(pickle.dumps(features))
     for file in features.representations.files.values():
         file.unlink()
@@ -289,7 +289,7 @@ def test_what_a_killed_process_was_writing_is_removed_once_its_array_is_there(im
     file = feature_file(images, weights, tmp_path)
     mine, others = (tmp_path / f"part-{node}-1-{file.stem}.000001.npy" for node in (os.uname().nodename, "elsewhere"))
     mine.write_bytes(b"half"), others.write_bytes(b"half")
-    encode(images, weights, "a {}", tmp_path, Sizing(actors=0), silent)
+    encode(images, weights, ("a {}",), tmp_path, Sizing(actors=0), silent)
     assert not mine.exists() and others.exists()
 
 
@@ -357,7 +357,7 @@ images = pictures_in(Path({str(tmp_path / "pictures")!r}), 6 * BLOCK)
 weights = find_weights(**{small_clip("full", "vit")!r})
 disk = Path({str(disk)!r})
 def attempt(progress=silent):
-    return encode(images, weights, "a {{}}", disk, Sizing(actors=0), progress, ["pixels"])
+    return encode(images, weights, ("a {{}}",), disk, Sizing(actors=0), progress, ["pixels"])
 try:
     attempt()
 except Stopped as error:
@@ -411,7 +411,7 @@ def test_features_that_half_precision_cannot_hold_are_refused_with_their_backbon
         match=r"^backbone loud-vit \(loud-vit\.pt\) gives features that half precision cannot hold \(NaN, or above "
         r"65,504\) for 64 of 64 images, the first of them 000\.png; try other weights$",
     ):
-        encode(images, find_weights(**named), "a {}", tmp_path / "cache", Sizing(actors=0), silent, [name])
+        encode(images, find_weights(**named), ("a {}",), tmp_path / "cache", Sizing(actors=0), silent, [name])
 
 
 def test_texts_that_are_not_numbers_are_refused_with_their_backbone(images, small_clip, tmp_path):
@@ -422,7 +422,7 @@ def test_texts_that_are_not_numbers_are_refused_with_their_backbone(images, smal
     with pytest.raises(
         InputError, match=r"^backbone mute-vit \(mute-vit\.pt\) gives text features that are NaN or infinite"
     ):
-        encode(images, find_weights(**named), "a {}", tmp_path / "cache", Sizing(actors=0), silent)
+        encode(images, find_weights(**named), ("a {}",), tmp_path / "cache", Sizing(actors=0), silent)
 
 
 def test_large_photos_are_decoded_one_at_a_time(tmp_path):

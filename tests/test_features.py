@@ -45,7 +45,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def features(images, weights, tmp_path_factory):
-    return encode(images, weights, "a picture of a {}", tmp_path_factory.mktemp("one"), Sizing(actors=0), quiet)
+    return encode(images, weights, ("a picture of a {}",), tmp_path_factory.mktemp("one"), Sizing(actors=0), quiet)
 
 
 def test_features_are_what_open_clip_itself_says(images, weights, features):
@@ -75,7 +75,7 @@ def test_two_actors_write_the_same_file_as_this_process(images, weights, feature
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        theirs = encode(images, weights, "a picture of a {}", tmp_path, Sizing(actors=2), quiet)
+        theirs = encode(images, weights, ("a picture of a {}",), tmp_path, Sizing(actors=2), quiet)
     finally:
         ray.shutdown()
     assert file_of(theirs).read_bytes() == file_of(features).read_bytes()
@@ -83,7 +83,7 @@ def test_two_actors_write_the_same_file_as_this_process(images, weights, feature
 
 def test_inline_representations_need_no_file_and_share_the_memory_that_they_came_in(images, weights, tmp_path):
     few = images.take(np.arange(4))
-    there = encode(few, weights, "a picture of a {}", tmp_path, Sizing(actors=0), quiet, ["pixels"], augment=1)
+    there = encode(few, weights, ("a picture of a {}",), tmp_path, Sizing(actors=0), quiet, ["pixels"], augment=1)
     rows, views = np.array([3, 1]), np.array([0, 1])
     read = there.representations.read
     expected = read("features", rows), read("pixels", rows), read("pixels", rows, views)
@@ -111,7 +111,7 @@ from fedsim.cluster.placement import Sizing
 from fedsim.registry import parse
 glyphs = parse("dataset", "glyphs").load(None)
 images = glyphs.take(np.arange(0, len(glyphs), 8))
-encode(images, find_weights(*EMBEDDED), "a picture of a {{}}", Path({str(tmp_path)!r}), Sizing(actors=0), print)
+encode(images, find_weights(*EMBEDDED), ("a picture of a {{}}",), Path({str(tmp_path)!r}), Sizing(actors=0), print)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     while len(list(tmp_path.glob("[0-9a-f]*.0*.npy"))) < 2 and process.poll() is None:
@@ -121,7 +121,7 @@ encode(images, find_weights(*EMBEDDED), "a picture of a {{}}", Path({str(tmp_pat
     done = len(list(tmp_path.glob("[0-9a-f]*.0*.npy")))
     assert done >= 2 and not (tmp_path / file_of(features).name).exists()
     seen = []
-    again = encode(images, weights, "a picture of a {}", tmp_path, Sizing(actors=0), lambda e: seen.append(e.done))
+    again = encode(images, weights, ("a picture of a {}",), tmp_path, Sizing(actors=0), lambda e: seen.append(e.done))
     assert seen[0] == min((done + 1) * BLOCK, len(images)) and seen[-1] == len(images)
     assert file_of(again).read_bytes() == file_of(features).read_bytes()
     assert len(list(tmp_path.glob("*.npy"))) == 2  # features and texts
@@ -130,9 +130,9 @@ encode(images, find_weights(*EMBEDDED), "a picture of a {{}}", Path({str(tmp_pat
 def test_encoded_images_are_not_encoded_again_and_another_prompt_only_asks_the_text_tower(images, weights, features):
     seen = []
     cache = file_of(features).parent
-    again = encode(images, weights, "a picture of a {}", cache, Sizing(actors=0), seen.append)
+    again = encode(images, weights, ("a picture of a {}",), cache, Sizing(actors=0), seen.append)
     assert file_of(again) == file_of(features)
-    other = encode(images, weights, "{}", cache, Sizing(actors=0), seen.append)
+    other = encode(images, weights, ("{}",), cache, Sizing(actors=0), seen.append)
     assert seen == [] and file_of(other) == file_of(features)
     assert not np.allclose(other.class_embeddings.vectors, features.class_embeddings.vectors)
 

@@ -164,6 +164,18 @@ class Clip:
         tokens = tokenize(self.tokenizer, texts).to(self.device)
         return self.model.encode_text(tokens, normalize=True).float().cpu().numpy()
 
+    def encode_classes(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
+        """(C, D) float32, unit rows: the embeddings of C classes.
+
+        Args:
+            texts: for each template, the C texts. The text features of several are averaged, and the means normalized
+                (CLIP's prompt ensembling).
+        """
+        if len(texts) == 1:
+            return self.encode_texts(texts[0])
+        total = sum((self.encode_texts(each).astype(np.float64) for each in texts), start=np.zeros(()))
+        return (total / np.linalg.norm(total, axis=1, keepdims=True)).astype(np.float32)
+
 
 def check_texts(weights: Weights, texts: Sequence[str]) -> None:
     """Raises InputError if `Clip.encode_texts` would; needs no model."""

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedsim.clip.sites import Reads, Site, reads_of
+from fedsim.clip.texts import DEFAULT
 from fedsim.clip.towers import ImageTower, TextTower
+from fedsim.errors import InputError
 from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search_space import Choice, Field, Linear, Log
@@ -33,14 +35,14 @@ class Backbone:
         class_embeddings: (C, D) unit rows, the text feature of each class.
         logit_scale: exp of CLIP's temperature parameter.
         classes: the C class names.
-        prompt: the text of a class, with `{}` in place of its name.
+        templates: the text of a class, with `{}` in place of its name; of several, the text features are averaged.
         text_tower, image_tower: None unless the method's sites need them.
     """
 
     class_embeddings: Tensor
     logit_scale: float
     classes: tuple[str, ...] = ()
-    prompt: str = "a picture of a {}"
+    templates: tuple[str, ...] = (DEFAULT,)
     text_tower: TextTower | None = None
     image_tower: ImageTower | None = None
 
@@ -48,6 +50,20 @@ class Backbone:
     def width(self) -> int:
         """D, the width of the shared embedding space."""
         return self.class_embeddings.shape[1]
+
+    @property
+    def prompt(self) -> str:
+        """The template, for methods that need one text of a class.
+
+        Raises:
+            InputError: there are several.
+        """
+        if len(self.templates) != 1:
+            raise InputError(
+                "training through the text tower needs one text of a class, and --prompt gives "
+                f"{len(self.templates)} templates; give one"
+            )
+        return self.templates[0]
 
     @property
     def text(self) -> TextTower:

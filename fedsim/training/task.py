@@ -93,7 +93,7 @@ def backbone_of(
     """What a method sees of the frozen CLIP: the embeddings of the classes, and the towers that it reads."""
     text = data.class_embeddings
     vectors = torch.tensor(text.vectors, dtype=getattr(torch, dtype), device=device)
-    return with_towers(Backbone(vectors, text.logit_scale, data.classes, text.prompt), reads, clip)
+    return with_towers(Backbone(vectors, text.logit_scale, data.classes, text.templates), reads, clip)
 
 
 def with_towers(backbone: Backbone, reads: Reads, clip: Clip | None) -> Backbone:

@@ -1,0 +1,55 @@
+"""The texts of the classes: one template with `{}` for the name, or several, whose text features are averaged."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fedsim.clip.architectures import import_open_clip
+from fedsim.errors import InputError, shortened
+
+DEFAULT = "a picture of a {}"
+NAMED = {"openai80": "OPENAI_IMAGENET_TEMPLATES"}  # open_clip's names of lists of templates
+
+Prompt = str | tuple[str, ...] | None
+
+
+def checked_prompt(value: Any) -> Prompt:
+    """A prompt as a user gives it: None, a template, a name of `NAMED`, or a list of templates.
+
+    Raises:
+        InputError: it is nothing of these.
+    """
+    if value is None or (isinstance(value, str) and value in NAMED):
+        return value
+    templates = [value] if isinstance(value, str) else value
+    if not isinstance(templates, list | tuple) or not templates or not all(isinstance(each, str) for each in templates):
+        raise InputError(
+            f"prompt needs to be a template, a list of templates, or {', '.join(NAMED)}, not {shortened(repr(value))}"
+        )
+    for template in templates:
+        _check(template)
+    return templates[0] if len(templates) == 1 else tuple(templates)
+
+
+def templates_of(prompt: Prompt, of_data_set: str | None = None) -> tuple[str, ...]:
+    """The templates that a prompt stands for.
+
+    Args:
+        of_data_set: the template that belongs to the data set, for a prompt of None.
+    """
+    if isinstance(prompt, str) and prompt in NAMED:
+        return tuple(template("{}") for template in getattr(import_open_clip(), NAMED[prompt]))
+    templates = checked_prompt(prompt or of_data_set or DEFAULT)
+    return (templates,) if isinstance(templates, str) else templates or ()
+
+
+def texts_of(templates: Iterable[str], classes: Sequence[str]) -> list[list[str]]:
+    """For each template, the texts of all classes."""
+    return [[template.format(name) for name in classes] for template in templates]
+
+
+def _check(template: str) -> None:
+    # Calling `format` would accept {:.3}, which cuts names, {!r}, which quotes them, and {{}}, which drops them.
+    if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+        raise InputError(f"prompt needs {{}} once, where the class name goes, and no other braces, not {template!r}")
+    if not template.isprintable():
+        raise InputError(f"prompt needs to be one line of text, not {template!r}")
