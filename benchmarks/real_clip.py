@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from fedsim import Config, Report, run_all
 from fedsim.config import merged, read_yaml
+from fedsim.encoding import from_features
 from fedsim.registry import name_of
 from fedsim.training.task import backbone_of
 
@@ -62,14 +63,14 @@ def gate_moved(config: Config) -> float:
     if name_of(config.method) != "fedclip":
         return float("nan")
     features = config.dataset.load(config.data_dir)
-    module = config.method.build(backbone_of(features))
+    module = config.method.build(backbone_of(from_features(features)))
     module.load_state_dict(load_file(config.folder() / "adapter.safetensors"))
-    gate = module.attention(torch.from_numpy(np.asarray(features.x, np.float32)))
+    gate = module.attention(torch.from_numpy(np.array(features.x, np.float32)))
     return 100 * (gate * gate.shape[1] - 1).abs().mean().item()
 
 
 def row(report: Report, protocol: str) -> dict[str, float]:
-    ours, zero = report.summary(), report.zero_shot_summary()
+    ours, zero = report.summary(), report.summary("zero_shot")
     return {name: 100 * ours[name] for name in PROTOCOLS[protocol]} | {
         f"zero-shot {name}": 100 * zero[name] for name in PROTOCOLS[protocol]
     }

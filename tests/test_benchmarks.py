@@ -151,6 +151,22 @@ def test_the_table_of_methods_has_their_parameters_and_bytes(flags, ray, folder)
     assert "nan" not in shown.to_string()
 
 
+@pytest.mark.parametrize("flags", commands_of("real_clip"), ids=" ".join)
+def test_settings_of_fedclip_are_compared_on_features_of_the_users_own(flags, ray, folder):
+    data = folder / "features_of_10_classes"
+    if not data.exists():
+        write_features(data, PACS, classes=10)
+    flags = [str(data) if word == "DIR" else word for word in flags]
+    skew, new = tables(printed("real_clip", *flags, "--out", folder / "real_clip"))
+    assert list(skew.columns) == ["personalization", "gate off 1/D, %"]
+    assert list(new.columns) == ["local", "base", "new", "harmonic_2", "gate off 1/D, %"]
+    for table in (skew, new):
+        assert len(table) == 4 and table.index[0] == "zero-shot" and table.index[-1] == "linear probe"
+        assert all(0 <= float(cell) <= 100 for cell in table.iloc[:, 0])
+        gates = table["gate off 1/D, %"].astype(float)
+        assert gates.isna().tolist() == [True, False, False, True] and (gates[1:3] >= 0).all()
+
+
 @pytest.mark.parametrize("flags", commands_of("client_count"), ids=" ".join)
 def test_more_clients_send_more_and_what_is_done_is_not_done_again(flags, ray, folder):
     out = folder / f"client_count-{len(flags)}"
