@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from fedsim.errors import counted, listing
+from fedsim.formats import number
 from fedsim.reporting.tables import Tables
 
 NEVER = "The round is never chosen on test rows; curves of test rows are shown for inspection only."
@@ -44,6 +46,24 @@ def remarks_of_page(tables: Tables) -> str:
     if skipped := tables.facts.get("skipped"):
         text += f" Unreadable images that were left out: {len(skipped)}, listed at the end."
     return text
+
+
+def comparison(tables: Tables) -> str:
+    """A sentence that says what is compared with zero-shot CLIP, and on which rows; empty if there are none."""
+    tested, scores = rows_tested(tables), tables.zero_shot.scores
+    own = scores[(scores.split == "test") & ~scores.domain.isin(tables.held_out)]
+    clients = own.client.nunique()
+    rows = {
+        f"of held-out {listing(tables.held_out)}": tested["generalization"],
+        f"of {counted(clients, 'client')}": tested["personalization"],
+        "of new classes": int(scores.total[scores.split == "new"].sum()),
+    }
+    counts = [
+        f"{number(count)} test {'row' if count == 1 else 'rows'} {whose}" for whose, count in rows.items() if count
+    ]
+    name = f"{tables.experiment['method']['name']} with {tables.experiment['server']['name']}"
+    comparison = f"{name} in round {tables.chosen_round} is compared with zero-shot CLIP on {' and on '.join(counts)}."
+    return comparison if counts else ""
 
 
 def rows_tested(tables: Tables) -> dict[str, int]:
