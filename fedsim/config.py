@@ -36,7 +36,16 @@ from fedsim.servers import Server
 EXPERIMENTS = Path(__file__).parent / "experiments"
 DEFAULTS = {"dataset": "glyphs", "partition": "by_domain", "method": "fedclip", "server": "fedavg", "fleet": "ideal"}
 # Fields that do not change the result: where an experiment runs, and with how many actors.
-EXECUTION = ("out", "actors", "gpus_per_actor", "gpu_gb_per_actor", "call_timeout_s", "address", "cache_dir")
+EXECUTION = (
+    "out",
+    "actors",
+    "gpus_per_actor",
+    "gpu_gb_per_actor",
+    "call_timeout_s",
+    "address",
+    "cache_dir",
+    "tensorboard",
+)
 
 
 def fields_of(component: Any) -> dict[str, Any]:
@@ -176,6 +185,7 @@ class Config(BaseModel):
     cache_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
         default_factory=_cache, description="encoded features; or set $FEDSIM_CACHE_DIR"
     )
+    tensorboard: bool = Field(False, description="write curves for TensorBoard as the run goes on")
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -1,7 +1,7 @@
 """One experiment, from its config to its report: prepare, encode, train round by round, write."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from fedsim.folder import CONFIG, alone_in, write_sealed
 from fedsim.formats import number, percent
 from fedsim.methods import Method
 from fedsim.prepare import ADAPTER, FILES, PAGE, Experiment, encode_experiment, prepare, sizing_of
+from fedsim.reporting.event_file import EventFile
 from fedsim.reporting.facts import to_yaml
 from fedsim.reporting.page import write_page
 from fedsim.reporting.parquet import write_tables
@@ -61,7 +62,7 @@ def simulate(experiment: Experiment, progress: Progress) -> Report:
             experiment = encode_experiment(experiment, sizing, progress)
             with open_pool(sizing, len(experiment.clients)) as pool:
                 progress(Note("workers", pool.sizes))
-                for report in rounds(experiment, pool):
+                for report in _logged(rounds(experiment, pool), config, folder):
                     if report.rounds:
                         progress(Step("training", len(report.rounds), config.rounds, _note(report)))
             _write(report, folder)
@@ -113,6 +114,19 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
         store.prune([state.private, report.private])
         report.conclude(state)
         yield report
+
+
+def _logged(reports: Iterator[Report], config: Config, folder: Path) -> Iterator[Report]:
+    """The same reports, written to an event file if the config asks for it."""
+    if not config.tensorboard:
+        yield from reports
+        return
+    first = next(reports)
+    with EventFile(folder, first) as file:
+        yield first
+        for report in reports:
+            file.update(report)
+            yield report
 
 
 def _flops(report: Report, stats: np.ndarray, method: Method) -> float:
