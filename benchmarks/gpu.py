@@ -102,7 +102,7 @@ class Bench:
         images = self.pictures()
         for name in self.sizes.backbones:
             weights = self.weights(name)
-            encoder = Encoder(images, weights, self.device)
+            encoder = Encoder(images, weights, None, self.device)
             encoder.encode(0)  # loads the model
             blocks = range(len(images) // BLOCK or 1)
             seconds = self.timed(lambda encoder=encoder, blocks=blocks: [encoder.encode(k) for k in blocks])

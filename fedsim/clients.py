@@ -56,6 +56,13 @@ class Population(Sequence):
         others = [*self.away] if self.new is None else [*self.away, self.new]
         return Client(client, nothing, nothing, others[client - self.trainers], split)
 
+    def rows(self) -> np.ndarray | None:
+        """(n,) the rows that any of them has, ascending; None if clients are drawn when they are accessed."""
+        if not isinstance(self.splits, list):
+            return None
+        new = [] if self.new is None else [self.new]
+        return np.unique(np.concatenate([*self.away, *new, *(part for split in self.splits for part in split)]))
+
     def split_of(self, client: int) -> str:
         """`Client.split` of a client, without drawing its rows."""
         return "new" if client == len(self.splits) + len(self.away) else "test"

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.cache import check_writable
+from fedsim.clients import Population
 from fedsim.clip.checkpoints import EMBEDDED, Weights, find_weights, width_of
 from fedsim.clip.model import Clip, Frozen, check_texts
 from fedsim.clip.texts import templates_of, texts_of
 from fedsim.cluster.placement import Sizing
 from fedsim.config import Config
-from fedsim.datasets import Features, Images
+from fedsim.datasets import Features, Images, Labels
 from fedsim.datasets._check import unreadable
 from fedsim.encoding import encode, feature_file, from_features, store, text_file
 from fedsim.errors import InputError, counted, listing
@@ -21,6 +22,7 @@ from fedsim.events import Note, Progress
 from fedsim.methods import Method
 from fedsim.representations import Encoded
 
+MOST = 0.5  # of the rows: if more are in use, all are encoded, once for all partitions
 # The fields of Config that decide what is loaded and encoded.
 DATA_FIELDS = "dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prompt", "augment", "cache_dir"
 
@@ -34,12 +36,14 @@ class Data:
         skipped: names of those images.
         weights: of the backbone; None for features, whose encoder is not known.
         templates: of the texts of the classes, as in `ClassEmbeddings`.
+        readable: (N,) bool, images that are known to be readable; set as they are checked, for all that share the data.
     """
 
     source: Images | Encoded
     skipped: list[str]
     weights: Weights | None
     templates: tuple[str, ...]
+    readable: np.ndarray
 
     @property
     def width(self) -> int:
@@ -92,15 +96,47 @@ def load_data(config: Config) -> Data:
                 "the data set has features, which are encoded already; remove --backbone, --pretrained and --prompt"
             )
         data = from_features(source)
-        return Data(data, [], None, data.class_embeddings.templates)
+        return Data(data, [], None, data.class_embeddings.templates, np.empty(0, bool))
     templates = templates_of(config.prompt, source.template)
     weights, skipped = _find_weights(config), []
     if not text_file(source.classes, weights, templates, config.cache_dir).exists():
         for texts in texts_of(templates, source.classes):
             check_texts(weights, texts)
-    if not feature_file(source, weights, config.cache_dir, _warn_of_damage).exists():
-        source, skipped = _readable(source, config.skip_unreadable)
-    return Data(source, skipped, weights, templates)
+    # Images are left out before clients get them; otherwise only those that clients have need to be readable.
+    if config.skip_unreadable and not feature_file(source, weights, config.cache_dir, _warn_of_damage).exists():
+        source, skipped = _without_unreadable(source)
+    return Data(source, skipped, weights, templates, np.full(len(source), config.skip_unreadable))
+
+
+def rows_to_encode(source: Labels, clients: Population) -> np.ndarray | None:
+    """(n,) ascending, the rows that the clients have; None for all rows, if clients have more than `MOST` of them."""
+    if source.rows_per_client or (rows := clients.rows()) is None or len(rows) > MOST * len(source):
+        return None
+    return rows
+
+
+def check_readable(data: Data, cache: Path, rows: np.ndarray | None) -> None:
+    """Raises InputError if one of these images, or of all if `rows` is None, cannot be read."""
+    if not isinstance(data.source, Images) or data.readable[slice(None) if rows is None else rows].all():
+        return
+    assert data.weights is not None, "images are loaded with weights"
+    rows_or_all = np.arange(len(data.source)) if rows is None else rows
+    if not feature_file(data.source, data.weights, cache, _warn_of_damage, rows).exists():
+        unknown = rows_or_all[~data.readable[rows_or_all]]
+        if bad := unreadable(data.source.take(unknown)):
+            index, reason = bad[0]
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            name = data.source.names[unknown[index]]
+            raise InputError(f"{name}{more} cannot be read ({reason}); --skip-unreadable leaves them out")
+    data.readable[rows_or_all] = True
+
+
+def features_key(data: Data, cache: Path, rows: np.ndarray | None) -> str:
+    """The key of the features of these rows, or of all if `rows` is None."""
+    if isinstance(data.source, Encoded):
+        return data.source.representations.key
+    assert data.weights is not None, "images are loaded with weights"
+    return feature_file(data.source, data.weights, cache, rows=rows).stem
 
 
 def cached(data: Data, cache: Path) -> Data:
@@ -111,9 +147,18 @@ def cached(data: Data, cache: Path) -> Data:
 
 
 def encode_data(
-    data: Data, config: Config, methods: Iterable[Method], sizing: Sizing, progress: Progress
+    data: Data,
+    config: Config,
+    methods: Iterable[Method],
+    sizing: Sizing,
+    progress: Progress,
+    rows: np.ndarray | None = None,
 ) -> EncodedData:
-    """Computes every representation that one of the methods reads, or takes it from the cache."""
+    """Computes every representation that one of the methods reads, or takes it from the cache.
+
+    Args:
+        rows: (n,) ascending, those whose images are encoded; None: all.
+    """
     if notes := _notes(data):
         progress(Note("data", notes))
     reads = {method.reads for method in methods}
@@ -122,10 +167,10 @@ def encode_data(
         assert data.weights is not None, "images are loaded with weights"
         arguments = data.templates, config.cache_dir, sizing, progress
         names = sorted({each.image for each in reads})
-        source = encode(source, data.weights, *arguments, names, config.augment)
+        source = encode(source, data.weights, *arguments, names, config.augment, rows)
     towers = any(each.towers for each in reads)
     frozen = Clip(data.weights).frozen() if towers and data.weights else None
-    return EncodedData(source, data.skipped, data.weights, data.templates, frozen)
+    return EncodedData(source, data.skipped, data.weights, data.templates, data.readable, frozen)
 
 
 def _notes(data: Data) -> str:
@@ -149,15 +194,11 @@ def _find_weights(config: Config) -> Weights:
     return find_weights(config.backbone, config.pretrained or "")
 
 
-def _readable(images: Images, skip: bool) -> tuple[Images, list[str]]:
+def _without_unreadable(images: Images) -> tuple[Images, list[str]]:
     """The images that can be read, and the names of the others."""
     bad = unreadable(images)
     if not bad:
         return images, []
-    if not skip:
-        index, reason = bad[0]
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise InputError(f"{images.names[index]}{more} cannot be read ({reason}); --skip-unreadable leaves them out")
     readable = images.take(np.setdiff1d(np.arange(len(images)), [index for index, _ in bad]))
     remaining = set(zip(readable.domain.tolist(), readable.y.tolist(), strict=True))
     cells = dict.fromkeys((images.domain[index], images.y[index]) for index, _ in bad)

@@ -1,12 +1,12 @@
 """Images to representations: once, by a pool of workers, resumable, into files that are memory-mapped.
 
 A file is named by a key of everything that determines its content: the architecture, the bytes of the weights, the
-preprocessing, and the bytes of the images in their order.
+preprocessing, and the bytes of the images in their order; of some rows of a data set, these rows as well.
 """
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ from fedsim.clip.model import Clip
 from fedsim.clip.texts import texts_of
 from fedsim.cluster.placement import Sizing
 from fedsim.cluster.pool import open_pool
+from fedsim.cluster.workers import Pool, Workers
 from fedsim.datasets import Features, Images
 from fedsim.errors import InputError, Stopped
 from fedsim.events import Note, Progress, Step
@@ -33,8 +34,12 @@ BLOCK = 64  # images per call: fixed, because the sums in a tower may depend on 
 class Encoder:
     """Encodes blocks of images, and class texts; loads CLIP when it is first needed."""
 
-    def __init__(self, images: Images, weights: Weights, device: str) -> None:
-        self.images, self.weights, self.device = images, weights, device
+    def __init__(self, images: Images, weights: Weights, rows: np.ndarray | None, device: str) -> None:
+        """
+        Args:
+            rows: (n,) the row of each image in its data set; None: these are all images of the data set.
+        """
+        self.images, self.weights, self.rows, self.device = images, weights, rows, device
         self.loaded: Clip | None = None
 
     @property
@@ -45,19 +50,21 @@ class Encoder:
     def encode(self, block: int) -> np.ndarray:
         """(n, D) float16, the features of one block of images."""
         rows = self._rows(block)
-        return self._finite(self.clip.encode_images(map(self.images.open, rows)), rows)
+        features = self.clip.encode_images(map(self.images.open, self._filled(rows)))
+        return self._finite(features[: len(rows)], rows)
 
     def encode_view(self, name: str, part: tuple[int, int]) -> np.ndarray:
         """(n, ...) a representation of one (view, block) of the images; view 0 is the one for evaluation."""
         view, block = part
         rows = self._rows(block)
         # Independent of a run's seed: views are drawn once and cached for all runs.
-        seeds = [seed_for(0, "view", view, row) for row in rows] if view else None
-        pixels = self.clip.pixels(map(self.images.open, rows), seeds)
+        numbers = rows if self.rows is None else self.rows[rows].tolist()
+        seeds = [seed_for(0, "view", view, row) for row in self._filled(numbers)] if view else None
+        pixels = self.clip.pixels(map(self.images.open, self._filled(rows)), seeds)
         if name == "pixels":
-            return pixels
+            return pixels[: len(rows)]
         encode = self.clip.encode_tokens if name == "tokens" else self.clip.encode_pixels
-        return self._finite(encode(pixels), rows)
+        return self._finite(encode(pixels)[: len(rows)], rows)
 
     def encode_classes(self, texts: list[list[str]]) -> np.ndarray:
         """(1,) record: `prototypes`, the (C, D) float32 class embeddings, and `scale`, the logit scale."""
@@ -73,6 +80,13 @@ class Encoder:
 
     def _rows(self, block: int) -> range:
         return range(block * BLOCK, min((block + 1) * BLOCK, len(self.images)))
+
+    def _filled(self, rows: Sequence[int]) -> list[int]:
+        """The rows of a block, filled up with its last one if these are some rows of a data set.
+
+        The bits of an image must not depend on which others are encoded, and a short block might change them.
+        """
+        return [*rows, *[rows[-1]] * (BLOCK - len(rows) if self.rows is not None else 0)]
 
     def _finite(self, features: np.ndarray, rows: range) -> np.ndarray:
         """The features of these images.
@@ -90,9 +104,19 @@ class Encoder:
         return features
 
 
-def feature_file(images: Images, weights: Weights, cache: Path, notice: Notice = lambda file: None) -> Path:
-    """The file for the features of these images under these weights; it need not exist."""
-    return cache / f"{digest(weights.key, images.fingerprint(cache, notice))}.npy"
+def feature_file(
+    images: Images,
+    weights: Weights,
+    cache: Path,
+    notice: Notice = lambda file: None,
+    rows: np.ndarray | None = None,
+) -> Path:
+    """The file for the features of these images under these weights; it need not exist.
+
+    Args:
+        rows: (n,) ascending, of the images that are encoded; None: all.
+    """
+    return cache / f"{_key(images if rows is None else images.take(rows), weights, rows, cache, notice)}.npy"
 
 
 def text_file(classes: Sequence[str], weights: Weights, templates: tuple[str, ...], cache: Path) -> Path:
@@ -111,31 +135,39 @@ def encode(
     progress: Progress,
     names: Sequence[str] = ("features",),
     augment: int = 0,
+    rows: np.ndarray | None = None,
 ) -> Encoded:
-    """Encodes all images and all classes, or reads what the cache holds undamaged.
+    """Encodes images and all classes, or reads what the cache holds undamaged.
 
     Args:
         templates: of the texts of the classes, as in `ClassEmbeddings`.
         cache: a folder on this machine.
         names: the representations that clients read, of `clip.sites.IMAGE_READS`. Features are always computed.
         augment: augmented views per image of these representations.
+        rows: (n,) ascending, of the images that are encoded; None: all.
 
     Raises:
         InputError: an image or the weights are corrupt, or features are not finite.
         Stopped: the cache's disk is full, or files were removed from it.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    file = feature_file(images, weights, cache)
+    file = feature_file(images, weights, cache, rows=rows)
     with locked(file):  # a process that waits here finds it done
-        features, embeddings = _features(images, weights, templates, file, sizing, progress)
-        files = dict(features.files)
+        work = _Work(images if rows is None else images.take(rows), weights, rows, sizing, progress)
+        embeddings = _encode_features(work, templates, file)
+        files = {"features": file}
         for name in names if augment else [name for name in names if name != "features"]:
             files[name] = file.with_suffix(f".{name}-{augment}.npy")
             if read_array(files[name], partial(_damaged, progress)) is None:
-                _encode_views(images, weights, files[name], name, augment, sizing, progress)
+                _encode_views(work, files[name], name, augment)
             for part in cache.glob(f"{file.stem}.{name}-*-*.npy"):  # left by a killed run with more views
                 part.unlink(missing_ok=True)
-    return with_labels(images, replace(features, files=files, views=1 + augment), embeddings)
+    positions = None
+    if rows is not None:
+        positions = np.full(len(images), -1)
+        positions[rows] = np.arange(len(rows))
+    count = len(images) if rows is None else len(rows)
+    return with_labels(images, Representations(count, file.stem, files, {}, 1 + augment, positions), embeddings)
 
 
 def from_features(features: Features) -> Encoded:
@@ -194,49 +226,73 @@ class _Parts:
         return array
 
 
-def _features(
-    images: Images, weights: Weights, templates: tuple[str, ...], file: Path, sizing: Sizing, progress: Progress
-) -> tuple[Representations, ClassEmbeddings]:
-    texts_file = text_file(images.classes, weights, templates, file.parent)
-    x, texts = (read_array(each, partial(_damaged, progress)) for each in (file, texts_file))
-    blocks = range(-(-len(images) // BLOCK)) if x is None else ()
-    files = {block: file.with_suffix(f".{block:06d}.npy") for block in blocks}
-    parts = _Parts(file, len(images), files, "encoding images", progress)
+@dataclass(frozen=True)
+class _Work:
+    """The images to encode, and with what.
+
+    Attributes:
+        rows: see `Encoder`.
+    """
+
+    images: Images
+    weights: Weights
+    rows: np.ndarray | None
+    sizing: Sizing
+    progress: Progress
+
+    def key(self, cache: Path) -> str:
+        return _key(self.images, self.weights, self.rows, cache)
+
+    def blocks(self) -> range:
+        return range(-(-len(self.images) // BLOCK))
+
+    def encoders(self, pool: Pool) -> Workers:
+        return pool.workers(Encoder, self.images, self.weights, self.rows)
+
+
+def _encode_features(work: _Work, templates: tuple[str, ...], file: Path) -> ClassEmbeddings:
+    texts_file = text_file(work.images.classes, work.weights, templates, file.parent)
+    x, texts = (read_array(each, partial(_damaged, work.progress)) for each in (file, texts_file))
+    files = {block: file.with_suffix(f".{block:06d}.npy") for block in (work.blocks() if x is None else ())}
+    parts = _Parts(file, len(work.images), files, "encoding images", work.progress)
     if parts.todo or texts is None:
-        with open_pool(sizing, len(parts.todo)) as pool:
-            encoders = pool.workers(Encoder, images, weights)
+        with open_pool(work.sizing, len(parts.todo)) as pool:
+            encoders = work.encoders(pool)
             parts.write(encoders.map("encode", parts.todo))
             if texts is None:
-                texts = next(encoders.map("encode_classes", [texts_of(templates, images.classes)]))
+                texts = next(encoders.map("encode_classes", [texts_of(templates, work.images.classes)]))
                 write_array(texts_file, 1, [texts])
     if x is None:
-        _join(parts, images, weights)
-    embeddings = ClassEmbeddings(texts[0]["prototypes"], float(texts[0]["scale"]), templates)
-    return Representations(len(images), file.stem, {"features": file}), embeddings
+        _join(parts, work)
+    return ClassEmbeddings(texts[0]["prototypes"], float(texts[0]["scale"]), templates)
 
 
-def _encode_views(
-    images: Images, weights: Weights, file: Path, name: str, augment: int, sizing: Sizing, progress: Progress
-) -> None:
-    blocks = range(-(-len(images) // BLOCK))
+def _encode_views(work: _Work, file: Path, name: str, augment: int) -> None:
     # Named by the representation: the parts of a killed run of another one may be here too.
     files = {
         (view, block): file.with_suffix(f".{name}-{view}-{block:06d}.npy")
         for view in range(1 + augment)
-        for block in blocks
+        for block in work.blocks()
     }
-    parts = _Parts(file, len(images) * (1 + augment), files, f"encoding {name}", progress)
+    parts = _Parts(file, len(work.images) * (1 + augment), files, f"encoding {name}", work.progress)
     if parts.todo:
-        with open_pool(sizing, len(parts.todo)) as pool:
-            parts.write(pool.workers(Encoder, images, weights).map("encode_view", parts.todo, name))
-    _join(parts, images, weights)
+        with open_pool(work.sizing, len(parts.todo)) as pool:
+            parts.write(work.encoders(pool).map("encode_view", parts.todo, name))
+    _join(parts, work)
 
 
-def _join(parts: _Parts, images: Images, weights: Weights) -> None:
-    if feature_file(images, weights, parts.whole.parent).stem != parts.whole.name.partition(".")[0]:
+def _join(parts: _Parts, work: _Work) -> None:
+    if work.key(parts.whole.parent) != parts.whole.name.partition(".")[0]:
         parts.remove()
         raise Stopped("images were changed while they were encoded; run the same command again")
     parts.join()
+
+
+def _key(
+    images: Images, weights: Weights, rows: np.ndarray | None, cache: Path, notice: Notice = lambda file: None
+) -> str:
+    # With the rows, because augmented views are drawn by them and short blocks are filled.
+    return digest(weights.key, images.fingerprint(cache, notice), *([] if rows is None else [rows]))
 
 
 def _damaged(progress: Progress, file: Path) -> None:

@@ -7,16 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedsim.clients import Population
 from fedsim.cluster.placement import Sizing
 from fedsim.cluster.session import joined, session
 from fedsim.cluster.tasks import TaskCall, Tasks
 from fedsim.config import Config
-from fedsim.data import DATA_FIELDS, EncodedData
+from fedsim.data import DATA_FIELDS, EncodedData, encode_data, features_key, rows_to_encode
 from fedsim.errors import EXPECTED, InputError, listing
 from fedsim.events import Progress, Step
 from fedsim.methods import Method
-from fedsim.prepare import Experiment, encode_experiment, prepare, sizing_of
+from fedsim.prepare import Experiment, prepare, sizing_of
 from fedsim.reporting.report import Report
 from fedsim.simulate import simulate
 
@@ -105,26 +107,55 @@ def _calls(tasks: Tasks, experiments: list[Experiment], progress: Progress) -> l
         InputError: no machine has room for one of them.
     """
     shares = [tasks.share(_task_sizing(experiment)) for experiment in experiments]
-    groups: dict[int, list[Experiment]] = {}
-    for experiment in experiments:
-        groups.setdefault(id(experiment.data), []).append(experiment)
+    rows = [rows_to_encode(experiment.data.source, experiment.clients) for experiment in experiments]
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for index, experiment in enumerate(experiments):
+        groups.setdefault((id(experiment.data), rows[index] is None), []).append(index)
     stored = {}
-    for key, group in groups.items():
-        sizing = replace(_task_sizing(group[0]), actors=None)
-        data = encode_experiment(group[0], sizing, progress, [experiment.method for experiment in group]).encoded
+    for group in groups.values():
+        data, keys = _encoded([experiments[index] for index in group], [rows[index] for index in group], progress)
         if tasks.several_machines:
             data = replace(data, source=data.source.inline())
-        stored[key] = tasks.store(data)
+        stored |= dict(zip(group, zip([tasks.store(data)] * len(group), keys, strict=True), strict=True))
     return [
-        TaskCall((each.config, each.folder, each.method, stored[id(each.data)], each.clients), share)
-        for each, share in zip(experiments, shares, strict=True)
+        TaskCall((each.config, each.folder, each.method, *stored[index], each.clients), shares[index])
+        for index, each in enumerate(experiments)
     ]
 
 
-def _simulate(config: Config, folder: Path, method: Method, data: EncodedData, clients: Population) -> Report:
-    """Runs in a task. Its arguments are an experiment's, one by one: the data come by reference."""
+def _encoded(
+    group: list[Experiment], rows: list[np.ndarray | None], progress: Progress
+) -> tuple[EncodedData, list[str]]:
+    """The data of experiments that share them, encoded for all of their methods and rows; and the key of each.
+
+    Args:
+        rows: those to encode, of each experiment; all of them None: all.
+    """
+    first, methods = group[0], [experiment.method for experiment in group]
+    config, some = first.config, [own for own in rows if own is not None]
+    union = np.unique(np.concatenate(some)) if some else None
+    sizing = replace(_task_sizing(first), actors=None)
+    data = encode_data(first.data, config, methods, sizing, progress, union)
+    whole = data.source.representations.key
+    if union is None:
+        return data, [whole] * len(group)
+    # As `run` names them, so that a run can be resumed by either.
+    keys = {union.tobytes(): whole}
+    for own in some:
+        if own.tobytes() not in keys:
+            keys[own.tobytes()] = features_key(first.data, config.cache_dir, own)
+    return data, [keys[own.tobytes()] for own in some]
+
+
+def _simulate(config: Config, folder: Path, method: Method, data: EncodedData, key: str, clients: Population) -> Report:
+    """Runs in a task. Its arguments are an experiment's, one by one: the data come by reference.
+
+    Args:
+        key: of the features that `run` would encode; the data may have more rows, for other experiments.
+    """
     # The address is not written to config.yaml: `fedsim run` may find no cluster there.
     config = config.model_copy(update={"address": None})
+    data = replace(data, source=replace(data.source, representations=replace(data.source.representations, key=key)))
     return simulate(Experiment(config, folder, method, data, clients), lambda event: None)
 
 

@@ -16,7 +16,16 @@ from fedsim.cluster.placement import Sizing
 from fedsim.cluster.session import check_reachable
 from fedsim.config import EXECUTION, Config
 from fedsim.counts import SPLITS
-from fedsim.data import DATA_FIELDS, Data, EncodedData, cached, encode_data, load_data
+from fedsim.data import (
+    DATA_FIELDS,
+    Data,
+    EncodedData,
+    cached,
+    check_readable,
+    encode_data,
+    load_data,
+    rows_to_encode,
+)
 from fedsim.datasets import Images, Labels
 from fedsim.errors import InputError
 from fedsim.events import Progress
@@ -89,6 +98,7 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
     data = like.data if like else load_data(config)
     _check_data(config, folder, method, data)
     clients = like.clients if like and _agree(PARTITION_FIELDS, config, like.config) else _clients(config, data.source)
+    check_readable(data, config.cache_dir, rows_to_encode(data.source, clients))
     _check_share(config, data.source)
     _check_clients(config, method, clients)
     saved = Checkpoints(folder, _identity(config, splits)).load()
@@ -101,11 +111,20 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
 
 
 def encode_experiment(
-    experiment: Experiment, sizing: Sizing, progress: Progress, methods: Iterable[Method] = ()
+    experiment: Experiment,
+    sizing: Sizing,
+    progress: Progress,
+    methods: Iterable[Method] = (),
+    all_rows: bool = False,
 ) -> Experiment:
-    """The same experiment with all that its method reads encoded, and all that further methods read."""
+    """The same experiment with all that its method reads encoded, and all that further methods read.
+
+    Args:
+        all_rows: encode rows that no client has, too.
+    """
+    rows = None if all_rows else rows_to_encode(experiment.data.source, experiment.clients)
     methods = experiment.method, *methods
-    return replace(experiment, data=encode_data(experiment.data, experiment.config, methods, sizing, progress))
+    return replace(experiment, data=encode_data(experiment.data, experiment.config, methods, sizing, progress, rows))
 
 
 def evaluated_clients(config: Config, clients: Population) -> list[int]:

@@ -38,11 +38,13 @@ class Representations:
     For machines that do not share a file system, see `inline`.
 
     Attributes:
-        count: N.
+        count: N, or the number of rows in `positions` that are not negative.
         key: changes with the features, and names them in a run's folder.
         files: files of the cache.
         arrays: representations that are in no file. Generated data have an object with rows on demand here.
         views: number of views, augmented ones included.
+        positions: (rows of the data set,) int64, where the arrays have each row, if they have only some of the rows;
+            -1 for the others.
     """
 
     count: int
@@ -50,9 +52,10 @@ class Representations:
     files: dict[str, Path] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
     views: int = 1
+    positions: np.ndarray | None = None
 
     def read(self, name: str, rows: np.ndarray, views: np.ndarray | None = None) -> np.ndarray:
-        """(n,) rows -> (n, ...), a copy.
+        """(n,) rows of the data set -> (n, ...), a copy.
 
         Args:
             views: (n,) the view of each row; None: view 0.
@@ -60,11 +63,21 @@ class Representations:
         Raises:
             Stopped: the file was removed or replaced during the run.
         """
-        return self._array(name)[rows if views is None else rows + views * self.count]
+        at = self.at(rows)
+        return self._array(name)[at if views is None else at + views * self.count]
+
+    def at(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) rows of the data set -> (n,) rows of the arrays."""
+        if self.positions is None:
+            return rows
+        at = self.positions[rows]
+        if at.size and at.min() < 0:  # a negative index would silently be another row
+            raise RuntimeError(f"row {rows[at.argmin()]} was not encoded")
+        return at
 
     @property
     def features(self) -> np.ndarray:
-        """(N, D) float16 or float32; rows need not have unit length."""
+        """(N, D) float16 or float32, read with `at`; rows need not have unit length."""
         array = self._array("features")
         return array if self.views == 1 else array[: self.count]
 

@@ -435,7 +435,7 @@ from test_cache import *
 from fedsim.clip.checkpoints import EMBEDDED
 from fedsim.encoding import Encoder
 for count in (2, 12):
-    encoder = Encoder(images_of([Path({str(tmp_path / "photo.jpg")!r})] * count), find_weights(*EMBEDDED), "cpu")
+    encoder = Encoder(images_of([Path({str(tmp_path / "photo.jpg")!r})] * count), find_weights(*EMBEDDED), None, "cpu")
     encoder.encode(0)
     for view in (0, 1):
         encoder.encode_view("pixels", (view, 0))

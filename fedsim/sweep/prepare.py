@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from fedsim.config import Config
+from fedsim.data import check_readable
 from fedsim.datasets import TEST
 from fedsim.errors import InputError, listing
 from fedsim.fleets import Fleet
@@ -35,6 +36,7 @@ class Prepared:
     Attributes:
         base: experiment of the base config.
         methods: every method that a trial may train; they decide which representations are computed.
+        partitions: whether trials partition the rows, so that they may have any of them.
     """
 
     sweep: Sweep
@@ -42,6 +44,7 @@ class Prepared:
     space: Space
     base: Experiment
     methods: tuple[Method, ...]
+    partitions: bool = False
 
 
 def prepare_sweep(sweep: Sweep) -> Prepared:
@@ -80,7 +83,9 @@ def prepare_sweep(sweep: Sweep) -> Prepared:
             f"--search {listing(partitioning)} partitions the rows again in each trial, and this data "
             "set has no test split: rows that one trial trains on would be test rows of another"
         )
-    return Prepared(sweep, folder, space, base, tuple(_methods(space, config)))
+    else:
+        check_readable(base.data, config.cache_dir, None)
+    return Prepared(sweep, folder, space, base, tuple(_methods(space, config)), bool(partitioning))
 
 
 def refuse_another_sweep(folder: Path, settings: dict[str, Any], space: Space) -> None:

@@ -52,7 +52,9 @@ def search(prepared: Prepared, progress: Progress) -> SweepResult:
             settings = sweep.plain()
             refuse_another_sweep(folder, settings, prepared.space)  # again: another sweep may just have ended here
             write_sealed(folder / FILE, to_yaml(settings))
-            base = encode_experiment(prepared.base, sizing_of(config), progress, prepared.methods)
+            base = encode_experiment(
+                prepared.base, sizing_of(config), progress, prepared.methods, all_rows=prepared.partitions
+            )
             study = Study(folder, sweep.rules)
             study.describe(settings, prepared.space.defaults(config))
             _run_trials(prepared, base, study, resources, progress)

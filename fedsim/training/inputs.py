@@ -17,7 +17,7 @@ class Inputs:
         name: that of the representation: features, tokens or pixels.
         views: (n,) the augmented view of each row; None: the image itself.
         dtype: that of the result, unless it is pixels, which are bytes.
-        resident: (N, D) all features, if the device holds them.
+        resident: `Representations.features`, if the device holds them.
     """
 
     representations: Representations
@@ -35,7 +35,8 @@ class Inputs:
         """(*I) positions among the rows -> (*I, ...)."""
         at = index.cpu().numpy()
         if self.resident is not None:
-            return self.resident[torch.from_numpy(self.rows[at]).to(self.device)].to(self.dtype)
+            rows = torch.from_numpy(self.representations.at(self.rows[at]))
+            return self.resident[rows.to(self.device)].to(self.dtype)
         array = self.representations.read(self.name, self.rows[at], None if self.views is None else self.views[at])
         x = torch.from_numpy(array).to(self.device)
         return x if x.dtype == torch.uint8 else x.to(self.dtype)
