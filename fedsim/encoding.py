@@ -5,14 +5,17 @@ preprocessing, and the bytes of the images in their order; of some rows of a dat
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from fedsim.cache import Notice, locked, read_array, write_array
 from fedsim.clip.checkpoints import Weights
@@ -29,6 +32,8 @@ from fedsim.representations import ClassEmbeddings, Encoded, Representations, wi
 from fedsim.rng import seed_for
 
 BLOCK = 64  # images per call: fixed, because the sums in a tower may depend on the size of its batch
+MOST_THREADS = 16  # that decode for one GPU
+T = TypeVar("T")
 
 
 class Encoder:
@@ -40,6 +45,8 @@ class Encoder:
             rows: (n,) the row of each image in its data set; None: these are all images of the data set.
         """
         self.images, self.weights, self.rows, self.device = images, weights, rows, device
+        # A GPU encodes as fast as many CPUs decode. Without one, each CPU has an actor that decodes and encodes.
+        self.threads = 0 if device == "cpu" else min(MOST_THREADS, os.cpu_count() or 1)
         self.loaded: Clip | None = None
 
     @property
@@ -50,7 +57,7 @@ class Encoder:
     def encode(self, block: int) -> np.ndarray:
         """(n, D) float16, the features of one block of images."""
         rows = self._rows(block)
-        features = self.clip.encode_images(map(self.images.open, self._filled(rows)))
+        features = self.clip.encode_preprocessed(_ahead(self._preprocessed, self._filled(rows), self.threads))
         return self._finite(features[: len(rows)], rows)
 
     def encode_view(self, name: str, part: tuple[int, int]) -> np.ndarray:
@@ -60,7 +67,7 @@ class Encoder:
         # Independent of a run's seed: views are drawn once and cached for all runs.
         numbers = rows if self.rows is None else self.rows[rows].tolist()
         seeds = [seed_for(0, "view", view, row) for row in self._filled(numbers)] if view else None
-        pixels = self.clip.pixels(map(self.images.open, self._filled(rows)), seeds)
+        pixels = self.clip.pixels(_ahead(self.images.open, self._filled(rows), self.threads), seeds)
         if name == "pixels":
             return pixels[: len(rows)]
         encode = self.clip.encode_tokens if name == "tokens" else self.clip.encode_pixels
@@ -80,6 +87,9 @@ class Encoder:
 
     def _rows(self, block: int) -> range:
         return range(block * BLOCK, min((block + 1) * BLOCK, len(self.images)))
+
+    def _preprocessed(self, row: int) -> Tensor:
+        return self.clip.preprocess(self.images.open(row))
 
     def _filled(self, rows: Sequence[int]) -> list[int]:
         """The rows of a block, filled up with its last one if these are some rows of a data set.
@@ -102,6 +112,21 @@ class Encoder:
                 f"{(~finite).sum()} of {len(rows)} images, the first of them {first}; try other weights"
             )
         return features
+
+
+def _ahead(function: Callable[[int], T], rows: Sequence[int], threads: int) -> Iterator[T]:
+    """`map(function, rows)`, computed in threads; there are never more results than threads, as photos are large."""
+    if not threads:
+        yield from map(function, rows)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        results: deque[Future[T]] = deque()
+        for row in rows:
+            if len(results) == threads:
+                yield results.popleft().result()
+            results.append(pool.submit(function, row))
+        while results:
+            yield results.popleft().result()
 
 
 def feature_file(

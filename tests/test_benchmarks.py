@@ -196,6 +196,14 @@ def test_a_sweep_is_timed_against_a_bare_loop(flags, folder):
     assert loop > 0 and sweep > 0
 
 
+@pytest.mark.parametrize("flags", commands_of("encode"), ids=" ".join)
+def test_encoding_is_timed_against_a_plain_loop(flags):
+    (table,) = tables(printed("encode", *flags))
+    assert set(table.index) == {"tiny"} and len(table) == 4
+    speeds, ratios = (table[name].astype(float).to_numpy() for name in ("images/s", "against the loop"))
+    assert (speeds > 0).all() and ratios == pytest.approx(speeds / speeds[0], abs=0.1)
+
+
 def test_a_gpus_table_can_be_made_on_a_cpu():
     assert [] in commands_of("gpu")
     (table,) = tables(printed("gpu", "--only", "ceilings,adapter,towers"))  # the others encode all drawings

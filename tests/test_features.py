@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -19,7 +20,8 @@ from fedsim.clip.checkpoints import EMBEDDED, find_weights
 from fedsim.clip.model import Clip
 from fedsim.cluster.placement import Sizing
 from fedsim.datasets import Images
-from fedsim.encoding import BLOCK, encode, feature_file
+from fedsim.encoding import BLOCK, Encoder, _ahead, encode, feature_file
+from fedsim.errors import InputError
 from fedsim.registry import parse
 
 
@@ -204,3 +206,35 @@ np.save(sys.argv[1], Clip(weights).encode_images([Image.linear_gradient("L").con
     with torch.no_grad():
         expected = model.float().encode_image(preprocess(Image.linear_gradient("L").convert("RGB"))[None])
     assert np.allclose(np.load(tmp_path / "x.npy"), expected.numpy(), atol=2e-3)
+
+
+def test_threads_that_decode_ahead_change_no_bit_and_raise_the_error_of_the_first_bad_image(images, weights):
+    plain, threaded = (Encoder(images, weights, None, "cpu") for _ in range(2))
+    assert plain.threads == 0  # each CPU has an actor of its own
+    threaded.threads = 3
+    last = (len(images) - 1) // BLOCK
+    for block in (0, last):
+        assert np.array_equal(threaded.encode(block), plain.encode(block))
+        for name in ("pixels", "features"):
+            for view in (0, 1):
+                assert np.array_equal(*(each.encode_view(name, (view, block)) for each in (threaded, plain)))
+    files = [*images.files[:5], b"bad", *images.files[5:9], b"worse"]
+    bad = replace(images.take(np.arange(11)), files=files, names=[f"image {k}" for k in range(11)])
+    broken = Encoder(bad, weights, None, "cpu")
+    broken.threads = 3
+    with pytest.raises(InputError, match="image 5 cannot be read"):
+        broken.encode(0)
+
+
+def test_no_more_images_are_decoded_than_there_are_threads():
+    decoded, alive, most = [], set(), []
+
+    def decode(row):
+        alive.add(row)
+        most.append(len(alive))
+        decoded.append(row)
+        return row
+
+    for row in _ahead(decode, range(50), threads=4):
+        alive.remove(row)
+    assert sorted(decoded) == list(range(50)) and max(most) <= 5

@@ -70,13 +70,17 @@ class Clip:
         """exp of the temperature parameter."""
         return self.model.logit_scale.exp().item()
 
-    @torch.no_grad()  # not inference_mode: its tensors could never enter autograd again
     def encode_images(self, images: Iterable[Image.Image]) -> np.ndarray:
         """n images -> (n, D) float16, projected and not normalized, as FedCLIP's adapter reads them.
 
         With an iterator that opens images one by one, only one of them is in memory at a time.
         """
-        pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
+        return self.encode_preprocessed(map(self.preprocess, images))
+
+    @torch.no_grad()  # not inference_mode: its tensors could never enter autograd again
+    def encode_preprocessed(self, images: Iterable[torch.Tensor]) -> np.ndarray:
+        """n images, each as `preprocess` returns it -> as `encode_images`."""
+        pixels = torch.stack(list(images)).to(self.device)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         return self.model.encode_image(pixels).half().cpu().numpy()
 

@@ -1,0 +1,123 @@
+"""How fast are images encoded, from files to features: fedsim against a plain loop over a DataLoader of PyTorch?
+
+    uv run python benchmarks/encode.py
+    uv run python benchmarks/encode.py --quick      # 16 images and the embedded model: does it all run?
+
+Photos of smooth noise (JPEG, 500 x 375) and models of random weights, which cost what trained ones do. The loop has the
+same model, preprocessing and batches under `torch.inference_mode`, with 0 or 2 workers that decode. fedsim is one
+process of a pool, as on a machine with one GPU: once as it is, and once with a number of decoding threads. All have one
+thread of PyTorch, take turns and are warm: model and workers are started before. Medians of images a second.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pandas as pd
+import torch
+from _runs import parsed, parser_of
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from fedsim.clip.checkpoints import EMBEDDED, Weights, find_weights
+from fedsim.clip.model import Clip
+from fedsim.datasets import TRAIN, Images
+from fedsim.encoding import BLOCK, Encoder
+
+PHOTO = 500, 375  # pixels, as in ImageNet
+
+
+class Photos(Dataset):
+    """Preprocessed images, as any loop over a DataLoader has them."""
+
+    def __init__(self, files: list[Path], preprocess: Callable[[Image.Image], torch.Tensor]) -> None:
+        self.files, self.preprocess = files, preprocess
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with Image.open(self.files[index]) as image:
+            return self.preprocess(image)
+
+
+@torch.inference_mode()
+def plain_loop(clip: Clip, loader: DataLoader) -> np.ndarray:
+    return torch.cat([clip.model.encode_image(batch.to(clip.device)).half().cpu() for batch in loader]).numpy()
+
+
+def by_fedsim(encoder: Encoder) -> np.ndarray:
+    return np.concatenate([encoder.encode(block) for block in range(-(-len(encoder.images) // BLOCK))])
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--backbones", nargs="+", default=[EMBEDDED[0], "ViT-B-32"], help="open_clip model names")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="decoding threads of the second row of fedsim")
+    args = parsed(parser, images=16, repeats=1, backbones=[EMBEDDED[0]])
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        table = pd.DataFrame([row for name in args.backbones for row in rows(name, args, Path(folder))])
+    print(table.set_index("backbone").to_markdown(floatfmt=("", "", ".0f", ".2f")))
+
+
+def rows(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
+    weights, files = weights_of(name, folder), photos(folder / "photos", args.images)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clip = Clip(weights, device)
+    zeros = np.zeros(len(files), np.int64)
+    about = {"y": zeros, "domain": zeros, "classes": ("photo",), "domains": ("noise",)}
+    images = Images(files=files, names=list(map(str, files)), split=np.full(len(files), TRAIN, np.int8), **about)
+    work = {}
+    for workers in (0, 2):
+        loader = DataLoader(Photos(files, clip.preprocess), BLOCK, num_workers=workers, persistent_workers=workers > 0)
+        work[f"plain loop, {workers} workers"] = partial(plain_loop, clip, loader)
+    work["fedsim"] = partial(by_fedsim, Encoder(images, weights, None, device))
+    threaded = Encoder(images, weights, None, device)
+    threaded.threads = args.threads
+    work[f"fedsim, {args.threads} threads decode"] = partial(by_fedsim, threaded)
+    expected = by_fedsim(threaded)
+    for call in work.values():  # warm
+        np.testing.assert_allclose(call().astype(float), expected.astype(float), rtol=0.01, atol=0.01)
+    seconds = {kind: [] for kind in work}
+    for _ in range(args.repeats):
+        for kind, call in work.items():
+            began = time.perf_counter()
+            call()
+            seconds[kind].append(time.perf_counter() - began)
+    speeds = {kind: len(files) / median(each) for kind, each in seconds.items()}
+    first = next(iter(speeds.values()))
+    return [
+        {"backbone": name, "": kind, "images/s": speed, "against the loop": speed / first}
+        for kind, speed in speeds.items()
+    ]
+
+
+def weights_of(name: str, folder: Path) -> Weights:
+    if name == EMBEDDED[0]:
+        return find_weights(*EMBEDDED)
+    import open_clip
+
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model(name).state_dict(), folder / f"{name}.pt")
+    return find_weights(name, str(folder / f"{name}.pt"))
+
+
+def photos(folder: Path, count: int) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    rng, files = np.random.default_rng(0), [folder / f"{k}.jpg" for k in range(count)]
+    for file in files:
+        small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
+        small.resize(PHOTO, Image.Resampling.BICUBIC).save(file, quality=90)
+    return files
+
+
+if __name__ == "__main__":
+    main()
