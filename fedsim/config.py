@@ -117,7 +117,7 @@ class Config(BaseModel):
         None, description="folder of the data set; glyphs needs none"
     )
     skip_unreadable: bool = Field(False, description="leave out corrupt images and count them")
-    backbone: str | None = Field(None, description="open_clip model name (default: tiny, embedded)")
+    backbone: str | None = Field(None, description="open_clip name, hf-hub:ID, local-dir:DIR (default: tiny)")
     pretrained: str | None = Field(None, description="open_clip tag, or checkpoint file")
     prompt: Annotated[Prompt, BeforeValidator(checked_prompt)] = Field(
         None, description="text of class {}, or openai80 (default: data set's own)"

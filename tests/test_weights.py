@@ -140,6 +140,18 @@ def test_a_file_is_read_as_the_published_weights_that_it_is(folder, architecture
     assert weights.key != find_weights(model, saved(tmp_path / "mine.pt", {**state})).key or folder == "."
 
 
+@pytest.mark.parametrize("name", ["mine.pt", "mine.bin", "mine.safetensors", "training.pt"])
+def test_the_forms_of_a_checkpoint_give_the_same_features(name, architecture, tmp_path):
+    model = architecture()
+    state, file = tensors(model), tmp_path / name
+    if name.endswith(".safetensors"):
+        save_file(state, file)
+    else:  # open_clip's training saves its state_dict next to other values, of a model that was wrapped
+        wrapped = {f"module.{key}": tensor for key, tensor in state.items()}
+        saved(file, {"epoch": 3, "state_dict": wrapped} if name == "training.pt" else state)
+    assert np.array_equal(Clip(find_weights(model, str(file))).encode_images(RED), features(model, state))
+
+
 def test_what_is_assumed_of_an_unknown_file_is_said(tmp_path):
     model = "ViT-S-32-alt"  # of which no QuickGELU is known
     assert find_weights(model, saved(tmp_path / "mine.pt", tensors(model))).note == ""
@@ -230,7 +242,10 @@ def test_a_suffix_that_says_another_format_is_refused(architecture, tmp_path):
 def test_a_file_that_is_not_there_and_a_tag_that_does_not_exist_are_told_apart(tmp_path):
     assert refusal("ViT-B-32", tmp_path / "mine.pt") == f"no file {tmp_path / 'mine.pt'} for --pretrained"
     assert refusal("ViT-B-32", "mine.pt") == "no file mine.pt for --pretrained"
-    assert refusal("ViT-B-32", tmp_path) == f"--pretrained needs a checkpoint file; {tmp_path} is a folder"
+    assert refusal("ViT-B-32", tmp_path) == (
+        f"--pretrained needs a checkpoint file; {tmp_path} is a folder, which --backbone local-dir:PATH reads if it "
+        "holds an open_clip model or a CLIPModel of transformers"
+    )
     sentence = refusal("ViT-B-32", "laion2b")
     assert sentence.startswith("no file and no tag 'laion2b' for ViT-B-32; its tags: ") and "laion2b_e16" in sentence
     assert refusal("ViT-B-32", "").startswith("--backbone ViT-B-32 needs --pretrained: a checkpoint file, or a tag: op")

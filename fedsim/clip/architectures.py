@@ -23,14 +23,17 @@ def import_open_clip() -> Any:
     return open_clip
 
 
-def tokenizer_of(model: str) -> Any:
+def tokenizer_of(model: str, context_length: int | None = None) -> Any:
     """open_clip's tokenizer for an architecture.
+
+    Args:
+        context_length: tokens of a text (default: the architecture's).
 
     Raises:
         InputError: it needs a package or a vocabulary that this machine does not have.
     """
     try:
-        return import_open_clip().get_tokenizer(model)
+        return import_open_clip().get_tokenizer(model, context_length)
     except (ImportError, OSError) as error:
         raise InputError(f"the tokenizer of {model} is not on this machine: {first_line(error)}") from None
 

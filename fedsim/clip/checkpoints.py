@@ -20,7 +20,8 @@ import torch
 import torch.utils.serialization
 from torch import Tensor, nn
 
-from fedsim.clip.architectures import ASSETS, EMBEDDED, first_line, import_open_clip
+from fedsim.clip.architectures import ASSETS, EMBEDDED, first_line, import_open_clip, tokenizer_of
+from fedsim.clip.folders import HUB, LOCAL, find_folder, from_transformers, go_offline_if_unreachable, is_transformers
 from fedsim.errors import InputError, listing
 
 _serialization: Any = torch.utils.serialization.config  # a module that becomes an object when it is imported
@@ -34,12 +35,13 @@ class Weights:
     """An open_clip architecture and the file of its weights.
 
     Attributes:
-        model: open_clip's name of the architecture.
+        model: open_clip's name of the architecture, or `local-dir:PATH`.
         pretrained: an open_clip tag, or the absolute path of a file.
         file: the weights on this machine.
         key: changes with the architecture, the bytes of the weights, their activation or their preprocessing.
         about: open_clip's description of the tag or of the published file: `quick_gelu`, `mean`, ...
         note: for the user: what is assumed about a file that was not recognized.
+        architecture: arguments of open_clip's CLIP, for a `CLIPModel` of transformers; empty: `model` says it.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Weights:
     key: str
     about: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    architecture: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def quick_gelu(self) -> bool:
@@ -58,6 +61,37 @@ class Weights:
     def preprocessing(self) -> dict[str, Any]:
         """Arguments of open_clip's `create_model_and_transforms`."""
         return {f"image_{name}": self.about[name] for name in _PREPROCESSING if name in self.about}
+
+    def build(self, device: str = "cpu") -> tuple[Any, Any]:
+        """The model with random weights, and its preprocessing of images for evaluation."""
+        model, _, preprocess = import_open_clip().create_model_and_transforms(
+            # Any plain CLIP of open_clip: its whole architecture is replaced.
+            "ViT-B-32" if self.architecture else self.model,
+            load_weights=False,
+            pretrained_text=False,
+            device=device,
+            # Differs: open_clip 3 only warns when weights were trained with QuickGELU and the architecture of that
+            # name has GELU (ViT-B-32 with openai is such a pair); the features would be wrong.
+            force_quick_gelu=self.quick_gelu,
+            **self.preprocessing,
+            **self.architecture,
+        )
+        return model, preprocess
+
+    def load(self, model: nn.Module) -> None:
+        """Copies the tensors of the file into the model, strictly, without unpickling other objects."""
+        if is_torchscript(self.file):
+            model.load_state_dict(load_torchscript(self.file))
+        elif self.architecture:
+            model.load_state_dict(from_transformers(_tensors(self.file)))
+        else:
+            import_open_clip().load_checkpoint(model, str(self.file), weights_only=True)
+
+    def tokenizer(self) -> Any:
+        """Raises InputError if it needs a package or a vocabulary that this machine does not have."""
+        if self.architecture:
+            return tokenizer_of("ViT-B-32", self.architecture["text_cfg"]["context_length"])
+        return tokenizer_of(self.model)
 
 
 def find_weights(model: str, pretrained: str) -> Weights:
@@ -70,6 +104,8 @@ def find_weights(model: str, pretrained: str) -> Weights:
         file = ASSETS / "tiny.safetensors"
         config = json.loads((ASSETS / "tiny.json").read_text(encoding="utf-8"))
         return Weights(model, str(file), file, _key(config, None, file))
+    if model.startswith((HUB, LOCAL)):
+        return _in_folder(model, pretrained)
     open_clip = import_open_clip()
     if model not in open_clip.list_models():
         raise InputError(f"no backbone {model!r} in open_clip; there are: {_alike(model, open_clip.list_models())}")
@@ -92,8 +128,22 @@ def find_weights(model: str, pretrained: str) -> Weights:
     return weights
 
 
+def _in_folder(backbone: str, pretrained: str) -> Weights:
+    if pretrained:
+        raise InputError(f"--backbone {backbone} names the weights too; remove --pretrained {pretrained}")
+    folder = find_folder(backbone)
+    _format(folder.file)
+    key = _key(dict(folder.config), None, folder.file)
+    model = f"{LOCAL}{folder.path}"
+    weights = Weights(model, str(folder.file), folder.file, key, folder.about, architecture=folder.architecture)
+    _check_fits(weights)
+    return weights
+
+
 def width_of(weights: Weights) -> int:
     """D, the width of the model's features."""
+    if weights.architecture:
+        return weights.architecture["embed_dim"]
     if weights.model == EMBEDDED[0]:
         return json.loads((ASSETS / "tiny.json").read_text(encoding="utf-8"))["embed_dim"]
     return import_open_clip().get_model_config(weights.model)["embed_dim"]
@@ -121,12 +171,9 @@ def is_torchscript(file: Path) -> bool:
 
 
 def _download(model: str, tag: str, source: dict) -> Path:
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
 
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # offline: use what is on this machine, without 45 seconds of retries
-        constants.HF_HUB_OFFLINE = True
+    go_offline_if_unreachable()
     try:
         return Path(import_open_clip().pretrained.download_pretrained(source))
     except Exception as error:
@@ -148,7 +195,10 @@ def _given(model: str, pretrained: str) -> Path:
     # Absolute: trials of a sweep and workers on other machines run in other folders.
     file = Path(os.path.expanduser(pretrained)).absolute()
     if file.is_dir():
-        raise InputError(f"--pretrained needs a checkpoint file; {pretrained} is a folder")
+        raise InputError(
+            f"--pretrained needs a checkpoint file; {pretrained} is a folder, which --backbone {LOCAL}PATH reads if it "
+            "holds an open_clip model or a CLIPModel of transformers"
+        )
     if file.is_file():
         return file
     if os.sep in pretrained or file.suffix in _SUFFIXES:
@@ -252,11 +302,11 @@ def _assumption(model: str, file: Path) -> str:
 
 def _check_fits(weights: Weights) -> None:
     """Raises InputError unless the file holds the tensors of the architecture. Does not load them into memory."""
-    open_clip, file = import_open_clip(), weights.file
+    file = weights.file
     try:
         with torch.device("meta"):
-            model = open_clip.create_model(weights.model, load_weights=False, pretrained_text=False, device="meta")
-    except (RuntimeError, ImportError, OSError) as error:
+            model, _ = weights.build("meta")
+    except Exception as error:  # what a folder says of its architecture can be wrong in many ways
         raise InputError(f"open_clip cannot build {weights.model} here: {first_line(error)}") from None
     # Memory-mapped: of a checkpoint of any size, only names and shapes are read.
     with warnings.catch_warnings(), _serialization.patch({"load.mmap": zipfile.is_zipfile(file)}):
@@ -267,13 +317,26 @@ def _check_fits(weights: Weights) -> None:
                 f"{file.name} was saved from OpenAI's archive: leave {listing(_CONSTANTS)} out, and give --backbone "
                 f"{weights.model.removesuffix('-quickgelu')}-quickgelu for its activation"
             )
+        if is_transformers(state) and not weights.architecture:
+            raise InputError(
+                f"{file.name} is of a CLIPModel of transformers; give its folder, with config.json: --backbone "
+                f"{LOCAL}{file.parent}"
+            )
         try:
-            if is_torchscript(file):
-                model.load_state_dict(state)
-            else:
-                open_clip.load_checkpoint(model, str(file))
+            weights.load(model)
         except Exception:  # open_clip converts other layouts first, which fails in many ways
+            if weights.architecture:
+                state = _converted(file, state)
             raise InputError(f"{file.name} holds no weights of {weights.model}: {_difference(model, state)}") from None
+
+
+def _converted(file: Path, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    try:
+        return from_transformers(state)
+    except (LookupError, RuntimeError):
+        raise InputError(
+            f"{file.name} holds no CLIPModel of transformers: parts of its attention are missing"
+        ) from None
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fedsim.clip.architectures import first_line, import_open_clip, tokenizer_of
-from fedsim.clip.checkpoints import Weights, is_torchscript, load_torchscript
+from fedsim.clip.architectures import first_line
+from fedsim.clip.checkpoints import Weights
 from fedsim.clip.towers import ImageTower, TextTower, tokenize
 from fedsim.errors import InputError
 
@@ -40,21 +40,10 @@ class Clip:
         Args:
             state: that of a `Frozen`, which is not copied on a CPU; None: the weights are read from their file.
         """
-        torchscript = state is None and is_torchscript(weights.file)
         try:
-            model, _, self.preprocess = import_open_clip().create_model_and_transforms(
-                weights.model,
-                pretrained=None if torchscript else weights.pretrained,
-                load_weights=state is None and not torchscript,
-                device=device if state is None else "cpu",
-                # Differs: open_clip 3 only warns when weights were trained with QuickGELU and the architecture of
-                # that name has GELU (ViT-B-32 with openai is such a pair); the features would be wrong.
-                force_quick_gelu=weights.quick_gelu,
-                weights_only=True,
-                **weights.preprocessing,
-            )
-            if torchscript:
-                model.load_state_dict(load_torchscript(weights.file))
+            model, self.preprocess = weights.build(device if state is None else "cpu")
+            if state is None:
+                weights.load(model)
         except Exception as error:  # the file was checked on the driver's machine, and may differ on this one
             raise InputError(f"{weights.file} cannot be read as {weights.model}: {first_line(error)}") from error
         if state is not None:
@@ -62,7 +51,7 @@ class Clip:
             model = model.to(device)
         # Channels last: convolutional towers run 1.7 times as fast on a CPU.
         self.model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.tokenizer = tokenizer_of(weights.model)
+        self.tokenizer = weights.tokenizer()
         self.weights, self.device = weights, device
 
     @property
@@ -183,7 +172,7 @@ class Clip:
 
 def check_texts(weights: Weights, texts: Sequence[str]) -> None:
     """Raises InputError if `Clip.encode_texts` would; needs no model."""
-    tokenize(tokenizer_of(weights.model), texts)
+    tokenize(weights.tokenizer(), texts)
 
 
 def _tensors(state: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
