@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     __version__: str
 
     from fedsim.config import Config
-    from fedsim.datasets import Dataset, Features, Images
+    from fedsim.datasets import Dataset, Features, FixedDataset, Images
     from fedsim.errors import InputError
     from fedsim.fleets import Fleet
     from fedsim.methods import Backbone, Batch, Method
@@ -31,6 +31,7 @@ __all__ = [
     "Dataset",
     "Features",
     "Field",
+    "FixedDataset",
     "FixedPartition",
     "Fleet",
     "Images",
@@ -57,7 +58,7 @@ __all__ = [
 # Imported when they are first used: torch takes seconds, which `fedsim --help`, `watch` and `stop` can do without.
 _MODULES = {
     "config": ("Config",),
-    "datasets": ("Dataset", "Features", "Images"),
+    "datasets": ("Dataset", "Features", "FixedDataset", "Images"),
     "errors": ("InputError",),
     "fleets": ("Fleet",),
     "parallel_runs": ("run_all",),

@@ -5,11 +5,10 @@ wherever it is made.
 """
 
 import os
-import re
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -25,6 +24,7 @@ from pydantic import (
 from fedsim.clip.texts import Prompt, checked_prompt
 from fedsim.datasets import Dataset
 from fedsim.errors import InputError, listing
+from fedsim.fields import AbsolutePath, Names, absolute, expanded
 from fedsim.fleets import Fleet
 from fedsim.folder import safe_name
 from fedsim.methods import Method
@@ -32,6 +32,7 @@ from fedsim.partitions import Partition
 from fedsim.registry import CHECKED, KINDS, changed, name_of, numbers_are_not_truths, parse, sentence
 from fedsim.search_space import Field, Log
 from fedsim.servers import Server
+from fedsim.yaml_files import read_mapping
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 DEFAULTS = {"dataset": "glyphs", "partition": "by_domain", "method": "fedclip", "server": "fedavg", "fleet": "ideal"}
@@ -72,36 +73,13 @@ def _read(kind: str) -> BeforeValidator:
 _Fields = PlainSerializer(fields_of)
 
 
-def _expanded(value: Path | None) -> Path | None:
-    try:
-        return value and value.expanduser()
-    except RuntimeError:
-        raise InputError(f"{value}: there is no such user, or no home folder") from None
-
-
-def _absolute(value: Path | None) -> Path | None:
-    # Workers run in other folders, where a relative path would mean another file.
-    return (path := _expanded(value)) and path.absolute()
-
-
 def _not_empty(value: Any) -> Any:
     if value == "":  # pathlib takes it for the current folder; in a script it is a variable that is not set
         raise InputError("--out is empty; it expects a folder")
     return value
 
 
-def _names(value: Any) -> Any:
-    """Names separated by commas, or a sequence of names; repeated ones are dropped."""
-    if isinstance(value, str):
-        value = [name.strip() for name in value.split(",")]
-    elif not isinstance(value, list | tuple):
-        value = [] if value is None else [value]
-    # A YAML name such as 7 or true is not text.
-    names = [str(name).lower() if isinstance(name, int) else name for name in value]
-    return tuple(dict.fromkeys(name for name in names if name != ""))
-
-
-Out = Annotated[Path | None, BeforeValidator(_not_empty), AfterValidator(_expanded)]
+Out = Annotated[Path | None, BeforeValidator(_not_empty), AfterValidator(expanded)]
 
 
 class Config(BaseModel):
@@ -113,18 +91,14 @@ class Config(BaseModel):
     dataset: Annotated[InstanceOf[Dataset], _read("dataset"), _Fields] = Field(
         DEFAULTS["dataset"], description="images or features"
     )
-    data_dir: Annotated[Path | None, AfterValidator(_absolute)] = Field(
-        None, description="folder of the data set; glyphs needs none"
-    )
+    data_dir: AbsolutePath = Field(None, description="folder of the data set; glyphs needs none")
     skip_unreadable: bool = Field(False, description="leave out corrupt images and count them")
     backbone: str | None = Field(None, description="open_clip name, hf-hub:ID, local-dir:DIR (default: tiny)")
     pretrained: str | None = Field(None, description="open_clip tag, or checkpoint file")
     prompt: Annotated[Prompt, BeforeValidator(checked_prompt)] = Field(
         None, description="text of class {}, or openai80 (default: data set's own)"
     )
-    held_out: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        (), description="domains not trained on, comma-separated"
-    )
+    held_out: Names = Field((), description="domains not trained on, comma-separated")
     partition: Annotated[InstanceOf[Partition], _read("partition"), _Fields] = Field(
         DEFAULTS["partition"], description="how rows go to clients"
     )
@@ -182,7 +156,7 @@ class Config(BaseModel):
         description="seconds before a call is also given to another actor (default: 20 x the longest call so far)",
     )
     address: str | None = Field(None, description="Ray cluster, host:port or auto (default: a private one)")
-    cache_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
+    cache_dir: Annotated[Path, AfterValidator(absolute)] = Field(
         default_factory=_cache, description="encoded features; or set $FEDSIM_CACHE_DIR"
     )
     tensorboard: bool = Field(False, description="write curves for TensorBoard as the run goes on")
@@ -210,35 +184,6 @@ class Config(BaseModel):
         return Path("runs") / safe_name(parts, digest)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose values mean the same as on the command line.
-
-    YAML 1.1 reads `no` as false, 010 as eight and 1:30 as ninety. Here only true, false, null, and numbers in plain
-    decimal notation have a type; anything else is text, which the field then reads as if it came from a flag. A
-    repeated key is refused.
-    """
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key.value, str) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
-            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
-        return super().construct_mapping(node, deep)
-
-
-for _type, _form, _first in (
-    ("bool", "true|false", "tf"),
-    ("null", "null|~|", ["n", "~", ""]),
-    ("int", "0|-?[1-9][0-9]*", "-0123456789"),
-    ("float", r"-?(0|[1-9][0-9]*)\.[0-9]*([eE][-+][0-9]+)?|-?\.inf|\.nan", "-.0123456789"),
-    ("merge", "<<", "<"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_type}", re.compile(f"^(?:{_form})$"), _first)
-
-
 def read_yaml(file: str | Path) -> dict[str, Any]:
     """The fields in a YAML file, or in the embedded experiment of that name.
 
@@ -251,16 +196,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         if str(file) not in bundled:
             raise InputError(f"no config file {str(file)!r}; embedded configs: {listing(bundled)}")
         path = bundled[str(file)]
-    try:
-        fields = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"{path}, line {line}, is not YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(fields, dict):
-        raise InputError(f"{path} must be a mapping of fields to values, got {type(fields).__name__}")
-    return fields
+    return read_mapping(path, "fields to values")
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -26,8 +26,11 @@ def start(experiment: Experiment, task: Task, checkpoints: Checkpoints) -> tuple
     saved = checkpoints.load()
     if not saved:
         return _round_zero(experiment, task)
-    if saved[1].facts["features"] != experiment.encoded.source.representations.key:
-        raise InputError(f"the images or weights behind {experiment.folder} have changed; give another --out")
+    source = experiment.encoded.source
+    if saved[1].facts["features"] != source.representations.key or saved[1].classes != list(source.classes):
+        raise InputError(
+            f"the images, the class names or the weights behind {experiment.folder} have changed; give another --out"
+        )
     return saved
 
 

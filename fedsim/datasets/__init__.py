@@ -1,112 +1,22 @@
 """Data sets: labelled images, or ready-made features.
 
-A data set defines `load(root)`, which lists images without decoding them.
+A data set defines `load(root)`, which lists images without decoding them; one with a fixed number of rows defines
+`read(root)`, and its classes can be chosen and renamed.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
-import numpy as np
-from PIL import Image
+from pydantic import AfterValidator, Field
 
-from fedsim.cache import Notice, content_digests
-from fedsim.datasets._pictures import VERSION, decode
-from fedsim.errors import InputError
-from fedsim.files import digest
+from fedsim.datasets._classes import arrange_classes, at_least_two, read_names
+from fedsim.datasets._labels import TEST, TRAIN, UNASSIGNED, VAL, Features, Images, Labels
+from fedsim.fields import AbsolutePath, Names
+from fedsim.registry import component
 
-TRAIN, VAL, TEST, UNASSIGNED = 0, 1, 2, -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Labels:
-    """The labels of N rows (images or features).
-
-    Attributes:
-        y: (N,) int64, index into `classes`.
-        domain: (N,) int64, index into `domains`.
-        classes: C class names, as they go into the prompt.
-        domains: names of the visual domains.
-        split: (N,) int8: TRAIN, VAL, TEST, or UNASSIGNED for rows that the partition assigns to a split.
-        unseen_test: whether TEST rows show concepts that no other row shows, in any domain; held-out domains are then
-            evaluated on these rows only.
-        rows_per_client: for data sets that generate clients on demand: the rows of each, one client after the other;
-            `y`, `domain` and `x` are then objects that generate the rows they are indexed with. 0 for all others.
-        notes: sentences for the user, without a final full stop: what was left out or assumed.
-        template: the text of a class that belongs to the set, `{}` where its name goes; None: the default.
-    """
-
-    y: np.ndarray
-    domain: np.ndarray
-    classes: tuple[str, ...]
-    domains: tuple[str, ...]
-    split: np.ndarray
-    unseen_test: bool = False
-    rows_per_client: int = 0
-    notes: tuple[str, ...] = ()
-    template: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Images(Labels):
-    """N labelled images, which are not decoded.
-
-    Attributes:
-        files: N paths, or N encoded files as bytes.
-        names: N names, for messages.
-    """
-
-    files: Sequence[Path | bytes]
-    names: Sequence[str]
-
-    def open(self, index: int) -> Image.Image:
-        """Decodes one image, in a mode that CLIP's preprocessing converts to RGB.
-
-        Raises:
-            InputError: the file cannot be read as an image; the message gives its name and the reason.
-        """
-        try:
-            return decode(self.files[index])
-        except ValueError as error:
-            raise InputError(f"{self.names[index]} cannot be read: {error}") from None
-
-    def take(self, rows: np.ndarray) -> "Images":
-        """These rows, in this order."""
-        return replace(
-            self,
-            files=[self.files[row] for row in rows],
-            names=[self.names[row] for row in rows],
-            y=self.y[rows],
-            domain=self.domain[rows],
-            split=self.split[rows],
-        )
-
-    def fingerprint(self, cache: Path | None = None, notice: Notice = lambda file: None) -> str:
-        """A key of the images' bytes, their order and the decoding, not of names, paths and times.
-
-        Args:
-            cache: the folder that remembers the digests of files, so that unchanged files are not read again.
-        """
-        return digest(f"decoding {VERSION}", content_digests(self.files, cache, notice))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Features(Labels):
-    """N labelled features that were computed elsewhere, and the embeddings of the classes.
-
-    Attributes:
-        x: (N, D) float16 or float32, read-only; rows need not have unit length.
-        class_embeddings: (C, D) float32 or float64, unit rows: the text feature of each class.
-        logit_scale: exp of CLIP's temperature parameter, about 100 for OpenAI's weights.
-    """
-
-    x: np.ndarray
-    class_embeddings: np.ndarray
-    logit_scale: float
+__all__ = ["TEST", "TRAIN", "UNASSIGNED", "VAL", "Dataset", "Features", "FixedDataset", "Images", "Labels"]
 
 
 class Dataset(ABC):
@@ -119,3 +29,33 @@ class Dataset(ABC):
         Raises:
             InputError: a folder, a domain or a class is missing or empty.
         """
+
+
+@component
+class FixedDataset(Dataset):
+    """A data set with a fixed number of rows, whose classes can be chosen and renamed."""
+
+    classes: Annotated[Names, AfterValidator(at_least_two)] | None = Field(
+        None, description="use only these classes, comma-separated (default: all)"
+    )
+    class_names: AbsolutePath = Field(
+        None, description="file with a name in the prompt for each class, as text or YAML (default: the set's names)"
+    )
+    spaces: bool = Field(False, description="write the underscores of class names as spaces")
+    absent_classes: bool = Field(False, description="accept domains without a row of some class")
+
+    @abstractmethod
+    def read(self, root: Path | None) -> Images | Features:
+        """All rows of the data set, with the set's own names of classes; see `load`."""
+
+    def load(self, root: Path | None) -> Images | Features:
+        """The rows of the chosen classes, with the names for the prompt. Classes keep the order of the set."""
+        data = self.read(root)
+        names = self.prompt_names(root, data.classes)
+        if self.spaces:
+            names = {name: text.replace("_", " ") for name, text in names.items()}
+        return arrange_classes(data, names, self.classes, self.absent_classes)
+
+    def prompt_names(self, root: Path | None, classes: tuple[str, ...]) -> Mapping[str, str]:
+        """The name in the prompt of each class of the data set."""
+        return read_names(self.class_names, classes) if self.class_names else {name: name for name in classes}

@@ -96,7 +96,7 @@ def list_tree(
         layout: what is expected below `base`, for messages.
 
     Raises:
-        InputError: a class has no images in a domain; the folders are not domains and classes; or names clash.
+        InputError: the folders are not domains and classes, or names clash.
         OSError: a folder cannot be read.
     """
     trees, notes = _class_folders(base, parts, layout)
@@ -125,7 +125,6 @@ def list_tree(
         codes += [code] * len(found.files)
     y, domain, split = np.array(codes, np.int64).reshape(-1, 3).T.copy()
     filled = {(domains[d], classes[c]) for c, d, _ in set(codes)}
-    _refuse_gaps(base, {cell: others for cell, others in ignored.items() if cell not in filled}, classes)
     images = Images(
         files=[Path(file) for file in files],
         names=[display_name(file.removeprefix(f"{base}/")) for file in files],  # relative_to: twenty times slower
@@ -134,14 +133,18 @@ def list_tree(
         classes=tuple(classes),
         domains=tuple(domains),
         split=split.astype(np.int8),
+        other_files={cell: _by_ending(others) for cell, others in ignored.items() if others and cell not in filled},
     )
     if reals != files:
         images, about = _each_file_once(images, reals)
         notes += about
     if other := sum(ignored.values(), Counter()):
-        counts = listing(f"{count} {ending or 'without an ending'}" for ending, count in sorted(other.items()))
-        notes.append(f"left out {counted(other.total(), 'file')} not named like an image: {counts}")
+        notes.append(f"left out {counted(other.total(), 'file')} not named like an image: {_by_ending(other)}")
     return replace(images, notes=tuple(notes))
+
+
+def _by_ending(files: Counter[str]) -> str:
+    return listing(f"{count} {ending or 'without an ending'}" for ending, count in sorted(files.items()))
 
 
 def _class_folders(base: Path, parts: Sequence[Part], layout: str) -> tuple[list[dict[str, Walk]], list[str]]:
@@ -198,19 +201,6 @@ def _refuse_splits(base: Path, classes: Sequence[str], layout: str) -> None:
     plain = {name.lower() for name in classes}
     if plain <= SPLIT_FOLDERS or (plain & TRAIN_FOLDERS and plain & JUDGE_FOLDERS):
         raise InputError(f"expected {layout} in {base}; where classes should be, there are splits: {listing(classes)}")
-
-
-def _refuse_gaps(base: Path, gaps: Mapping[tuple[str, str], Counter[str]], classes: Sequence[str]) -> None:
-    """Refuses classes without images in a domain; `gaps` has the files of other endings that are there instead."""
-    if gaps:
-        counts = {
-            cell: listing(f"{n} {ending}" for ending, n in sorted(others.items())) for cell, others in gaps.items()
-        }
-        places = [f"{d}/{c} ({others})" if others else f"{d}/{c}" for (d, c), others in counts.items()]
-        raise InputError(
-            f"every class needs images in every domain of {base}; there are none in: {listing(places)}; "
-            f"images end in {listing(ENDINGS)}; the classes are: {listing(classes)}"
-        )
 
 
 def _each_file_once(images: Images, reals: Sequence[str]) -> tuple[Images, list[str]]:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import Field
 
-from fedsim.datasets import TEST, TRAIN, VAL, Dataset, Images
+from fedsim.datasets import TEST, TRAIN, VAL, FixedDataset, Images
 from fedsim.datasets._names import canonical_names
 from fedsim.datasets._tree import checked
 from fedsim.datasets._walk import display_name, folders
@@ -46,23 +45,21 @@ class Item(NamedTuple):
 
 
 @component
-class CoOp(Dataset):
+class CoOp(FixedDataset):
     """`--data-dir` is a set's folder, with its `split_zhou_*.json`, or FGVCAircraft's `variants.txt`, and its images.
 
     Classes have the order of the labels in the file, so that base and new classes are those of CoOp; train, validation
     and test rows are those of the file. The text of a class is CoOp's for the set, unless `--prompt` gives another.
     """
 
-    spaces: bool = Field(True, description="write the underscores of class names as spaces, as CoOp does")
+    spaces: bool = True  # as in CoOp's code
 
-    def load(self, root: Path | None) -> Images:
+    def read(self, root: Path | None) -> Images:
         root = checked(root, "coop")
         place, file = _find(root)
         items = _aircraft(place) if file.name == "variants.txt" else _split_file(file)
         base, paths = _locate(place, file, items)
         names = _class_names(file, items)
-        if self.spaces:
-            names = [name.replace("_", " ") for name in names]
         spelling = canonical_names("class", Counter(names), file)
         template = TEMPLATES.get(file.stem.removeprefix("split_zhou_"), DEFAULT_TEMPLATE)
         return Images(

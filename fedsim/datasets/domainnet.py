@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedsim.datasets import TEST, TRAIN, Dataset, Images
+from fedsim.datasets import TEST, TRAIN, FixedDataset, Images
 from fedsim.datasets._tree import Part, apply_lists, checked, find_domains, list_tree
 from fedsim.registry import component
 
@@ -18,7 +18,7 @@ LISTS = {"{}_train.txt": TRAIN, "{}_test.txt": TEST}
 
 
 @component
-class DomainNet(Dataset):
+class DomainNet(FixedDataset):
     """Domains `clipart`, `infograph`, `painting`, `quickdraw`, `real`, `sketch`.
 
     They are at most two folders below `--data-dir`.
@@ -32,7 +32,7 @@ class DomainNet(Dataset):
         "seeded", description="seeded: by the partition's seed; own: the set's {domain}_train.txt and {domain}_test.txt"
     )
 
-    def load(self, root: Path | None) -> Images:
+    def read(self, root: Path | None) -> Images:
         root = checked(root, "domainnet")
         base, domains = find_domains(root, DOMAINS)
         images = list_tree(base, [Part(domain, folder) for domain, folder in domains.items()])

@@ -15,7 +15,7 @@ import pyarrow.compute
 from pyarrow import dataset as arrow
 from pydantic import Field
 
-from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, Dataset, Features
+from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, Features, FixedDataset
 from fedsim.datasets._names import canonical_names
 from fedsim.errors import InputError, listing
 from fedsim.registry import component
@@ -26,7 +26,7 @@ SCALES = 5, 1000  # logit scales of real models are 14 to 120; their logarithms 
 
 
 @component
-class FeatureFiles(Dataset):
+class FeatureFiles(FixedDataset):
     """Reads `features.parquet` and `classes.parquet` in `--data-dir`, each a file or a folder of parts.
 
     Columns of `features.parquet`: `feature` (D numbers of nonzero norm: a list of half, float or double, a tensor, or
@@ -35,6 +35,7 @@ class FeatureFiles(Dataset):
     class embedding, D numbers of nonzero norm). Numbers are read as halves or floats.
     """
 
+    absent_classes: bool = True  # a class without rows competes by its prototype
     logit_scale: float | None = Field(
         None,
         gt=0,
@@ -42,7 +43,7 @@ class FeatureFiles(Dataset):
         description="exp of the tower's temperature parameter (default: as classes.parquet says, or 100)",
     )
 
-    def load(self, root: Path | None) -> Features:
+    def read(self, root: Path | None) -> Features:
         if root is None:
             raise InputError("data set features needs --data-dir, the folder of features.parquet")
         root = root.expanduser().absolute()
@@ -74,7 +75,6 @@ class FeatureFiles(Dataset):
             classes=classes,
             domains=domains,
             split=_splits(rows, features_file),
-            notes=_notes(y, classes),
             class_embeddings=class_embeddings / length,  # float64, which a run in float32 rounds once
             logit_scale=self.logit_scale or _scale_of(table),
         )
@@ -260,12 +260,6 @@ def _labels(column: pa.ChunkedArray, classes: tuple[str, ...], named: Sequence[s
             f"it has: {listing(classes)}"
         )
     return _codes(column, name_of, classes)
-
-
-def _notes(y: np.ndarray, classes: Sequence[str]) -> tuple[str, ...]:
-    absent = [classes[k] for k in np.flatnonzero(np.bincount(y, minlength=len(classes)) == 0).tolist()]
-    count = f"{len(absent)} of {len(classes)} classes"
-    return (f"{count} compete without a row in features.parquet: {listing(absent)}",) if absent else ()
 
 
 def _names_of_numbers(data: arrow.Dataset) -> list[str] | None:

@@ -5,7 +5,7 @@ Source: torchvision's ImageFolder conventions, one level deeper.
 
 from pathlib import Path
 
-from fedsim.datasets import Dataset, Images
+from fedsim.datasets import FixedDataset, Images
 from fedsim.datasets._tree import SPLIT_FOLDERS, Part, checked, list_tree
 from fedsim.datasets._walk import folders
 from fedsim.errors import InputError, listing
@@ -13,14 +13,14 @@ from fedsim.registry import component
 
 
 @component
-class Folder(Dataset):
+class Folder(FixedDataset):
     """Your images: `--data-dir` holds domain folders, and these hold class folders.
 
     A class has the name of its folder, with underscores, as in FedCLIP's code. A single folder between each domain and
     its classes, such as `images` in Office-31, is skipped.
     """
 
-    def load(self, root: Path | None) -> Images:
+    def read(self, root: Path | None) -> Images:
         root = checked(root, "folder")
         parts = [Part(folder.name, folder) for folder in folders(root)]
         if not parts:

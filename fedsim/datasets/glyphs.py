@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, Dataset, Images
+from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, FixedDataset, Images
 from fedsim.errors import InputError
 from fedsim.registry import component
 
@@ -20,7 +20,7 @@ VAL_ONE_IN = 4  # of the concepts that are not for testing
 
 
 @component
-class Glyphs(Dataset):
+class Glyphs(FixedDataset):
     """The embedded images: 15 classes, drawn in 5 styles, which are the domains.
 
     `split: images` is the protocol of PACS and FedCLIP: known kinds of things, new pictures, an unseen domain. The
@@ -37,7 +37,7 @@ class Glyphs(Dataset):
         "rows show concepts without train rows",
     )
 
-    def load(self, root: Path | None) -> Images:
+    def read(self, root: Path | None) -> Images:
         if root is not None:
             raise InputError(f"data set glyphs is embedded and takes no --data-dir, but {root} was given")
         table = pq.read_table(files("fedsim") / "assets" / "glyphs" / "glyphs.parquet")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, Dataset, Images
+from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, FixedDataset, Images
 from fedsim.datasets._names import canonical_names
 from fedsim.datasets._tree import checked
 from fedsim.errors import InputError, Stopped, listing
@@ -23,7 +23,7 @@ DOMAIN = "images"  # of sets without a domain column
 
 
 @component
-class HuggingFace(Dataset):
+class HuggingFace(FixedDataset):
     """Reads `--data-dir`, or `--dataset.hub` from the hub, which keeps its own cache of downloads.
 
     Each image is read as the bytes of its file. Splits called train, validation and test are taken as they are; a set
@@ -40,7 +40,7 @@ class HuggingFace(Dataset):
     label: str = Field("label", description="column of classes: class labels with names, or strings")
     domain: str | None = Field(None, description="column of visual domains (default: one domain)")
 
-    def load(self, root: Path | None) -> Images:
+    def read(self, root: Path | None) -> Images:
         tables = self._open(root)
         splits = {name: tables[name] for name in sorted(tables, key=lambda name: (SPLITS.get(name, 3), name))}
         where = self.hub or root

@@ -5,7 +5,7 @@ Source: the layout of torchvision's ImageFolder.
 
 from pathlib import Path
 
-from fedsim.datasets import TEST, TRAIN, VAL, Dataset, Images
+from fedsim.datasets import TEST, TRAIN, VAL, FixedDataset, Images
 from fedsim.datasets._tree import JUDGE_FOLDERS, SPLIT_FOLDERS, TRAIN_FOLDERS, Part, checked, list_tree
 from fedsim.datasets._walk import folders
 from fedsim.errors import InputError, listing
@@ -16,14 +16,14 @@ TEST_FOLDERS = {"test", "testing"}
 
 
 @component
-class ImageFolder(Dataset):
+class ImageFolder(FixedDataset):
     """`--data-dir` holds class folders, or split folders (train, val, test) that hold class folders.
 
     Without split folders the partition's seed splits the rows. With train and test alone, clients have no validation
     rows, and the last round is reported. There is one domain, so nothing can be held out but new classes.
     """
 
-    def load(self, root: Path | None) -> Images:
+    def read(self, root: Path | None) -> Images:
         root = checked(root, "image_folder")
         level = folders(root)
         splits = [folder for folder in level if folder.name.lower() in SPLIT_FOLDERS]

@@ -6,7 +6,7 @@ Source: Venkateswara et al. 2017, "Deep hashing network for unsupervised domain 
 
 from pathlib import Path
 
-from fedsim.datasets import Dataset, Images
+from fedsim.datasets import FixedDataset, Images
 from fedsim.datasets._tree import Part, checked, find_domains, list_tree
 from fedsim.registry import component
 
@@ -14,12 +14,12 @@ DOMAINS = {"Art": [], "Clipart": [], "Product": [], "Real World": ["Real"]}
 
 
 @component
-class OfficeHome(Dataset):
+class OfficeHome(FixedDataset):
     """Domains `Art`, `Clipart`, `Product`, `Real World` (or `Real_World`, `Real`), any capitals.
 
     They are at most two folders below `--data-dir`. The authors give no split.
     """
 
-    def load(self, root: Path | None) -> Images:
+    def read(self, root: Path | None) -> Images:
         base, domains = find_domains(checked(root, "office_home"), DOMAINS)
         return list_tree(base, [Part(domain, folder) for domain, folder in domains.items()])

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedsim.datasets import TRAIN, VAL, Dataset, Images
+from fedsim.datasets import TRAIN, VAL, FixedDataset, Images
 from fedsim.datasets._tree import Part, apply_lists, checked, find_domains, list_tree
 from fedsim.registry import component
 
@@ -20,7 +20,7 @@ LISTS = {"{}_train_kfold.txt": TRAIN, "{}_crossval_kfold.txt": VAL}
 
 
 @component
-class PACS(Dataset):
+class PACS(FixedDataset):
     """Domains `art_painting`, `cartoon`, `photo`, `sketch`, at most two folders below `--data-dir`.
 
     Attributes:
@@ -33,7 +33,7 @@ class PACS(Dataset):
         description="seeded: by the partition's seed; own: by the set's {domain}_*_kfold.txt",
     )
 
-    def load(self, root: Path | None) -> Images:
+    def read(self, root: Path | None) -> Images:
         root = checked(root, "pacs")
         base, domains = find_domains(root, DOMAINS)
         images = list_tree(base, [Part(domain, folder) for domain, folder in domains.items()])

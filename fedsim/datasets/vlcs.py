@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, Dataset, Images
+from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, FixedDataset, Images
 from fedsim.datasets._tree import Part, checked, find_domains, list_tree
 from fedsim.datasets._walk import folders
 from fedsim.errors import InputError, listing
@@ -23,7 +23,7 @@ SPLITS = {"train": TRAIN, "crossval": VAL, "test": TEST}
 
 
 @component
-class VLCS(Dataset):
+class VLCS(FixedDataset):
     """Domains `Caltech101`, `LabelMe`, `SUN09`, `VOC2007` (or `CALTECH`, `LABELME`, `SUN`, `PASCAL`).
 
     They are at most two folders below `--data-dir`. A domain holds class folders, or the folders `train`,
@@ -37,7 +37,7 @@ class VLCS(Dataset):
         "seeded", description="seeded: by the partition's seed; own: the set's folders train, crossval and test"
     )
 
-    def load(self, root: Path | None) -> Images:
+    def read(self, root: Path | None) -> Images:
         base, domains = find_domains(checked(root, "vlcs"), DOMAINS)
         parts = [part for domain, folder in domains.items() for part in self._parts(domain, folder)]
         numbers = {folder.name for part in parts for folder in folders(part.folder) if folder.name.isdecimal()}
