@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from fedsim import InputError
+from fedsim.clients import make_clients
 from fedsim.datasets import TEST, TRAIN, UNASSIGNED
 from fedsim.errors import Stopped
 from fedsim.registry import parse
@@ -110,3 +111,34 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
     with pytest.raises(Stopped, match="the hub's set owner/no-such-set cannot be loaded: ") as caught:
         load(None, hub="owner/no-such-set")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (datasets.Value("string"), ["zoe", "ada", "bob"] * 2),
+        (datasets.Value("int64"), [30, 10, 20] * 2),
+        (datasets.ClassLabel(names=["ada", "bob", "zoe"]), [2, 0, 1] * 2),
+    ],
+)
+def test_a_column_of_owners_gives_the_clients_of_the_partition_natural(tmp_path, kind, values):
+    images = load(saved(tmp_path / "set", "parquet", train=table(6, 0, writer=(kind, values))), owner="writer")
+    assert images.owner is not None and images.owner.tolist() == [2, 0, 1] * 2
+    population = make_clients(images, parse("partition", "natural"), None, (), 0)
+    assert [sorted(np.concatenate([c.train, c.val, c.test]).tolist()) for c in population] == [[1], [2], [0]]
+
+
+def test_owners_that_are_missing_are_refused(tmp_path):
+    root = saved(tmp_path / "set", "parquet", train=table(6, 0, writer=(datasets.Value("string"), ["zoe", None] * 3)))
+    with pytest.raises(InputError, match="column writer needs text or integers, one for each row"):
+        load(root, owner="writer")
+    with pytest.raises(InputError, match="has no column 'author'; there are: image, label, style, writer"):
+        load(root, owner="author")
+
+
+def test_images_of_chosen_classes_are_still_read_one_by_one(tmp_path):
+    images = load(saved(tmp_path / "set", "parquet", train=table(60, 0)), classes="zebra,bee")
+    assert images.classes == ("zebra", "bee") and images.y.tolist() == [0, 1] * 20
+    every = load(tmp_path / "set")
+    assert images.files[1] == every.files[2] and images.files[2:4] == [every.files[3], every.files[5]]
+    assert len(pickle.dumps(images)) < 10_000

@@ -123,7 +123,7 @@ def test_who_is_not_dealt_or_made_says_so():
         make_clients(synthetic(), parse("partition", "iid"), 5, (), 0)
     with pytest.raises(InputError, match="partition bootstrap needs a finite data set"):
         make_clients(synthetic(), parse("partition", "bootstrap"), 5, (), 0)
-    with pytest.raises(InputError, match="partition natural needs a data set that generates clients"):
+    with pytest.raises(InputError, match="partition natural needs a data set whose rows have owners"):
         make_clients(rows(), parse("partition", "natural"), 5, (), 0)
     with pytest.raises(InputError, match=r"a train share of 0\.01 of 20 rows leaves no client a train row"):
         make_clients(synthetic(), parse("partition", "natural"), 5, (), 0, train_share=0.01)

@@ -32,6 +32,7 @@ class Labels:
         rows_per_client: for data sets that generate clients on demand: the rows of each, one client after the other;
             `y`, `domain` and `x` are then objects that generate the rows they are indexed with. 0 for all others.
         notes: sentences for the user, without a final full stop: what was left out or assumed.
+        owner: (N,) int64, the number of the person or device that each row belongs to; None: not known.
         template: the text of a class that belongs to the set, `{}` where its name goes; None: the default.
     """
 
@@ -44,13 +45,15 @@ class Labels:
     rows_per_client: int = 0
     notes: tuple[str, ...] = ()
     template: str | None = None
+    owner: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.y)
 
     def take(self, rows: np.ndarray) -> Self:
         """These rows, in this order."""
-        return replace(self, y=self.y[rows], domain=self.domain[rows], split=self.split[rows])
+        owner = None if self.owner is None else self.owner[rows]
+        return replace(self, y=self.y[rows], domain=self.domain[rows], split=self.split[rows], owner=owner)
 
     def only(self, classes: Sequence[int]) -> Self:
         """The rows of these classes, which are numbered in this order."""

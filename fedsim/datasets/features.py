@@ -31,8 +31,9 @@ class FeatureFiles(FixedDataset):
 
     Columns of `features.parquet`: `feature` (D numbers of nonzero norm: a list of half, float or double, a tensor, or
     the bytes of D little-endian halves), `label` (a class name, or a row of `classes.parquet`), `domain`, and
-    optionally `split` (train, val, test or null). Columns of `classes.parquet`: `class` (a name) and `prototype` (the
-    class embedding, D numbers of nonzero norm). Numbers are read as halves or floats.
+    optionally `split` (train, val, test or null) and `owner` (text or integers: who becomes a client of the partition
+    natural). Columns of `classes.parquet`: `class` (a name) and `prototype` (the class embedding, D numbers of nonzero
+    norm). Numbers are read as halves or floats.
     """
 
     absent_classes: bool = True  # a class without rows competes by its prototype
@@ -75,6 +76,7 @@ class FeatureFiles(FixedDataset):
             classes=classes,
             domains=domains,
             split=_splits(rows, features_file),
+            owner=_owners(rows, features_file),
             class_embeddings=class_embeddings / length,  # float64, which a run in float32 rounds once
             logit_scale=self.logit_scale or _scale_of(table),
         )
@@ -280,6 +282,13 @@ def _splits(data: arrow.Dataset, file: Path) -> np.ndarray:
         given = listing(sorted(map(str, unknown)))
         raise InputError(f"features.parquet: split needs train, val, test or null, not: {given}")
     return np.array([SPLITS[name] for name in names], np.int8)
+
+
+def _owners(data: arrow.Dataset, file: Path) -> np.ndarray | None:
+    """(N,) int64, owners numbered in the order of their names."""
+    if "owner" not in data.schema.names:
+        return None
+    return np.unique(_column(data, file, "owner").to_numpy(), return_inverse=True)[1].astype(np.int64)
 
 
 def _scale_of(table: arrow.Dataset) -> float:

@@ -39,6 +39,7 @@ class HuggingFace(FixedDataset):
     image: str = Field("image", description="column of images")
     label: str = Field("label", description="column of classes: class labels with names, or strings")
     domain: str | None = Field(None, description="column of visual domains (default: one domain)")
+    owner: str | None = Field(None, description="column of owners, which become the clients of partition natural")
 
     def read(self, root: Path | None) -> Images:
         tables = self._open(root)
@@ -46,7 +47,7 @@ class HuggingFace(FixedDataset):
         where = self.hub or root
         if len(splits) > 1 and (unknown := [name for name in splits if name not in SPLITS]):
             raise InputError(f"{where} has splits other than train, validation and test: {listing(unknown)}")
-        files, names, labels, domains, codes = [], [], [], [], []
+        files, names, labels, domains, codes, owners = [], [], [], [], [], []
         for split, table in splits.items():
             self._check(table, where)
             rows = len(table)
@@ -54,6 +55,7 @@ class HuggingFace(FixedDataset):
             names += [f"{split}/{row}" for row in range(rows)]
             labels += _names_of(table, self.label, where)
             domains += _names_of(table, self.domain, where) if self.domain else [DOMAIN] * rows
+            owners += table.with_format("numpy")[self.owner][:].tolist() if self.owner and rows else []
             codes += [SPLITS[split] if len(splits) > 1 else UNASSIGNED] * rows
         y, classes = _numbers("class", labels, _order(splits, self.label), where)
         domain, domain_names = _numbers("domain", domains, [], where)
@@ -65,6 +67,7 @@ class HuggingFace(FixedDataset):
             classes=classes,
             domains=domain_names,
             split=np.array(codes, np.int8),
+            owner=self._numbered(owners, where),
         )
 
     def _open(self, root: Path | None) -> dict[str, Any]:
@@ -97,10 +100,18 @@ class HuggingFace(FixedDataset):
             raise InputError(f"expected Parquet shards, or a folder written by save_to_disk, in {root}; there are none")
         return _by_name(datasets.load_dataset("parquet", data_files=shards))
 
+    def _numbered(self, owners: list[Any], where: object) -> np.ndarray | None:
+        """(N,) owners numbered in the order of their names."""
+        if self.owner is None:
+            return None
+        if any(not isinstance(owner, str | int) for owner in owners):
+            raise InputError(f"{where}: column {self.owner} needs text or integers, one for each row")
+        return np.unique(np.array(owners), return_inverse=True)[1].astype(np.int64)
+
     def _check(self, table: Any, where: object) -> None:
         import datasets
 
-        for column in filter(None, (self.image, self.label, self.domain)):
+        for column in filter(None, (self.image, self.label, self.domain, self.owner)):
             if column not in table.features:
                 raise InputError(f"{where} has no column {column!r}; there are: {listing(table.features)}")
         if not isinstance(kind := table.features[self.image], datasets.Image):
