@@ -112,6 +112,18 @@ def test_classes_are_dealt_whole_and_evenly_by_the_seed_of_the_partition():
         partition.split(data.y, data.domain, 7, rng())
 
 
+def test_a_long_tail_falls_from_the_first_class_to_the_last():
+    data = rows(1200)  # 300 of each class
+    partition = parse("partition", {"name": "long_tail", "factor": 27, "alpha": 1.0})
+    parts = partition.split(data.y, data.domain, 4, rng(0))
+    assert np.bincount(data.y[np.concatenate(parts)]).tolist() == [300, 100, 33, 11]
+    less = np.flatnonzero((data.y > 0) | (np.arange(1200) < 800))  # 200 rows of the first class: all are used
+    parts = partition.split(data.y[less], data.domain[less], 4, rng(0))
+    assert np.bincount(data.y[less][np.concatenate(parts)]).tolist() == [200, 100, 33, 11]
+    even = parse("partition", {"name": "long_tail", "factor": 1}).split(data.y, data.domain, 4, rng(0))
+    assert sum(map(len, even)) == 1200
+
+
 def test_a_smaller_alpha_skews_labels_more():
     data = rows()
 
