@@ -810,6 +810,9 @@ def a_root(tmp_path):
             return parquet(tmp_path)
         if name == "image_folder":
             return a_tree(tmp_path, ["train", "test"])
+        if name == "imagenet":
+            (tmp_path / "classnames.txt").write_text("cat tabby\ndog beagle\n")
+            return a_tree(tmp_path, ["train", "val"])
         if name == "coop":
             return a_split_file(a_tree(tmp_path, ["images"]))
         if name == "huggingface":

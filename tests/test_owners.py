@@ -118,4 +118,4 @@ def test_a_run_has_one_client_per_owner(tmp_path, features_dir):
     root = owned(tmp_path / "set", features_dir, lambda n: [NAMES[k % 3] for k in range(n)])
     fields = {"data_dir": root, "partition": "natural", "rounds": 1, "actors": 0, "out": tmp_path / "run"}
     report = run(Config(dataset="features", held_out="photo", cache_dir=tmp_path / "cache", **fields))
-    assert sorted(set(report.tables()["partition"].to_pandas()["client"])) == [0, 1, 2, 3]
+    assert sorted(set(report.tables().partition["client"])) == [0, 1, 2, 3]

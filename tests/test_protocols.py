@@ -21,6 +21,7 @@ DEALT = sorted(set(available("partition")) - {"natural"})
 def population(partition="iid", clients=6, held_out=(), data=None, **protocol):
     named = None if partition == "by_domain" else clients
     fields = {"name": partition} | ({"min_rows": 1} if "dirichlet" in partition else {})
+    fields |= {"factor": 1, "min_rows": 5} if partition == "long_tail" else {}
     data = rows(classes=6) if data is None else data
     return make_clients(data, parse("partition", fields), named, held_out, 3, **protocol)
 
