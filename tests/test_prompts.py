@@ -28,7 +28,7 @@ def a_backbone(dtype):
     clip.model.to(dtype)
     tower = TextTower(clip.model, clip.tokenizer)
     class_embeddings = torch.from_numpy(clip.encode_texts([f"a photo of a {name}" for name in CLASSES])).to(dtype)
-    return clip, Backbone(class_embeddings, clip.logit_scale, CLASSES, "a photo of a {}", text_tower=tower)
+    return clip, Backbone(class_embeddings, clip.logit_scale, CLASSES, ("a photo of a {}",), text_tower=tower)
 
 
 @pytest.fixture(scope="module")
