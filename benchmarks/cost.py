@@ -125,7 +125,7 @@ def prepare(folder: Path, backbone: str, batch: int) -> dict:
     torch.save(model.state_dict(), folder / "random.pt")
     del model
     weights = find_weights(backbone, str(folder / "random.pt"))
-    images = Glyphs().load(None)
+    images = Glyphs(split="concepts").load(None)
     rows = np.random.default_rng(DRAWN_BY).choice(np.flatnonzero(images.split == TRAIN), batch, replace=False)
     what = (PROMPT,), folder, Sizing(actors=0), lambda event: None, ["pixels"]
     features = encode(images.take(np.sort(rows)), weights, *what)
