@@ -1,4 +1,4 @@
-"""fedsim: federated adaptation of CLIP, simulated on Ray, right to the bit. Everything public is here."""
+"""fedsim simulates federated adaptation of CLIP on Ray, reproducibly to the bit. This module is the public API."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -8,7 +8,8 @@ if TYPE_CHECKING:
 
     from fedsim.config import Config
     from fedsim.datasets import Dataset, Features, FixedDataset, Images
-    from fedsim.errors import InputError
+    from fedsim.errors import Diverged, InputError, Stopped
+    from fedsim.events import Note, Started, Step
     from fedsim.fleets import Fleet
     from fedsim.methods import Backbone, Batch, Method
     from fedsim.parallel_runs import run_all
@@ -29,6 +30,7 @@ __all__ = [
     "ClientUpdate",
     "Config",
     "Dataset",
+    "Diverged",
     "Features",
     "Field",
     "FixedDataset",
@@ -39,11 +41,15 @@ __all__ = [
     "Linear",
     "Log",
     "Method",
+    "Note",
     "Partition",
     "Reply",
     "Report",
     "RoundSum",
     "Server",
+    "Started",
+    "Step",
+    "Stopped",
     "apply_update",
     "available",
     "blocks",
@@ -59,7 +65,8 @@ __all__ = [
 _MODULES = {
     "config": ("Config",),
     "datasets": ("Dataset", "Features", "FixedDataset", "Images"),
-    "errors": ("InputError",),
+    "errors": ("Diverged", "InputError", "Stopped"),
+    "events": ("Note", "Started", "Step"),
     "fleets": ("Fleet",),
     "parallel_runs": ("run_all",),
     "methods": ("Backbone", "Batch", "Method"),

@@ -123,9 +123,9 @@ def content_digests(files: Sequence[Path | bytes], cache: Path | None, notice: N
             of these has changed. No program can set the time of the last change (ctime), so a file that was replaced
             by one of the same size and modification time (`cp -p`, `rsync -t`, `tar -x`) is read again too.
     """
+    if cache is None or not isinstance(files, list) or not all(isinstance(file, Path) for file in files):
+        return _digests(files)  # encoded images have no path to remember, and a lazy sequence is to be read once
     paths = [file for file in files if isinstance(file, Path)]
-    if cache is None or len(paths) < len(files):
-        return _digests(files)
     joined = np.frombuffer(b"\0".join(map(os.fsencode, paths)), np.uint8)
     index = cache / f"{digest(joined)}.index.npy"
     now = time.time_ns()

@@ -29,13 +29,13 @@ class Population(Sequence):
 
     Attributes:
         splits: of each training client; perhaps drawn at each access, so access them once.
-        away: (n,) test rows of each held-out domain.
+        held_out: (n,) test rows of each held-out domain.
         new: (n,) test rows of the new classes, which no client trains on; None if there are no new classes.
         new_classes: (m,) indices of the new classes.
     """
 
     splits: Sequence[Splits]
-    away: Sequence[np.ndarray]
+    held_out: Sequence[np.ndarray]
     new: np.ndarray | None = None
     new_classes: Sequence[int] = ()
 
@@ -45,7 +45,7 @@ class Population(Sequence):
         return len(self.splits)
 
     def __len__(self) -> int:
-        return len(self.splits) + len(self.away) + (self.new is not None)
+        return len(self.splits) + len(self.held_out) + (self.new is not None)
 
     def __getitem__(self, client: int) -> Client:
         if not 0 <= client < len(self):
@@ -53,7 +53,7 @@ class Population(Sequence):
         if client < self.trainers:
             return Client(client, *self.splits[client])
         nothing, split = np.empty(0, np.int64), self.split_of(client)
-        others = [*self.away] if self.new is None else [*self.away, self.new]
+        others = [*self.held_out] if self.new is None else [*self.held_out, self.new]
         return Client(client, nothing, nothing, others[client - self.trainers], split)
 
     def rows(self) -> np.ndarray | None:
@@ -61,11 +61,11 @@ class Population(Sequence):
         if not isinstance(self.splits, list):
             return None
         new = [] if self.new is None else [self.new]
-        return np.unique(np.concatenate([*self.away, *new, *(part for split in self.splits for part in split)]))
+        return np.unique(np.concatenate([*self.held_out, *new, *(part for split in self.splits for part in split)]))
 
     def split_of(self, client: int) -> str:
         """`Client.split` of a client, without drawing its rows."""
-        return "new" if client == len(self.splits) + len(self.away) else "test"
+        return "new" if client == len(self.splits) + len(self.held_out) else "test"
 
     def classes_of(self, client: Client, rows: Labels) -> np.ndarray:
         """(C,) bool, a client's label space: the classes of its rows.
@@ -116,15 +116,17 @@ def make_clients(
         raise InputError(
             f"{'shots' if shots else 'new_classes'} needs a finite data set; this one generates rows on demand"
         )
-    away = held_out_ids(rows, held_out)
-    domains = [domain for domain in range(len(rows.domains)) if domain not in away]
-    new, judged = new_of(rows.classes, new_classes), None
+    held_out_domains = held_out_indices(rows, held_out)
+    domains = [domain for domain in range(len(rows.domains)) if domain not in held_out_domains]
+    new, new_test = new_of(rows.classes, new_classes), None
     if new:
         unseen = np.isin(rows.y, new)
         own_test = (rows.split == TEST).any()
-        judged = np.flatnonzero(unseen & np.isin(rows.domain, domains) & ((rows.split == TEST) | (not own_test)))
-        if not len(judged):
-            raise InputError(f"no test rows of the new classes {listing([rows.classes[c] for c in new])} to judge by")
+        new_test = np.flatnonzero(unseen & np.isin(rows.domain, domains) & ((rows.split == TEST) | (not own_test)))
+        if not len(new_test):
+            raise InputError(
+                f"no test rows of the new classes {listing([rows.classes[c] for c in new])} to evaluate on"
+            )
         rows = replace(rows, domain=np.where(unseen, -1, rows.domain))  # of no domain, so no client gets them
     splits = partition.assign(rows, domains, clients, seed, train_share)
     # Partitions that draw clients on demand check this for all clients at once.
@@ -134,7 +136,7 @@ def make_clients(
     if shots:
         few = _FewShot(splits, rows.y, shots, seed)
         splits = list(few) if isinstance(splits, list) else few
-    return Population(splits, [partition.held_out(rows, domain) for domain in away], judged, new)
+    return Population(splits, [partition.held_out(rows, domain) for domain in held_out_domains], new_test, new)
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def new_of(classes: Sequence[str], share: float) -> list[int]:
     return list(range(len(classes) - count, len(classes)))
 
 
-def held_out_ids(rows: Labels, held_out: tuple[str, ...]) -> list[int]:
+def held_out_indices(rows: Labels, held_out: tuple[str, ...]) -> list[int]:
     """Indices of the held-out domains.
 
     Raises:

@@ -29,7 +29,7 @@ from fedsim.fleets import Fleet
 from fedsim.folder import safe_name
 from fedsim.methods import Method
 from fedsim.partitions import Partition
-from fedsim.registry import CHECKED, KINDS, changed, name_of, numbers_are_not_truths, parse, sentence
+from fedsim.registry import CHECKED, KINDS, changed, name_of, parse, reject_booleans_for_numbers, sentence
 from fedsim.search_space import Field, Log
 from fedsim.servers import Server
 from fedsim.yaml_files import read_mapping
@@ -86,7 +86,7 @@ class Config(BaseModel):
     """One experiment. Each component is given as an object, as its name, or as `{"name": ..., field: value}`."""
 
     model_config = ConfigDict(CHECKED, frozen=True, validate_default=True)
-    numbers_are_not_truths = numbers_are_not_truths
+    reject_booleans_for_numbers = reject_booleans_for_numbers
 
     dataset: Annotated[InstanceOf[Dataset], _read("dataset"), _Fields] = Field(
         DEFAULTS["dataset"], description="images or features"
@@ -94,7 +94,7 @@ class Config(BaseModel):
     data_dir: AbsolutePath = Field(None, description="folder of the data set; glyphs needs none")
     skip_unreadable: bool = Field(False, description="leave out corrupt images and count them")
     backbone: str | None = Field(None, description="open_clip name, hf-hub:ID, local-dir:DIR (default: tiny)")
-    pretrained: str | None = Field(None, description="open_clip tag, or checkpoint file")
+    pretrained: str | None = Field(None, description="open_clip tag, or path of a checkpoint file")
     prompt: Annotated[Prompt, BeforeValidator(checked_prompt)] = Field(
         None, description="text of class {}, or openai80 (default: data set's own)"
     )
@@ -104,7 +104,7 @@ class Config(BaseModel):
     )
     clients: int | None = Field(None, ge=1, le=10**8, description="number of clients; by_domain: one per domain")
     partition_seed: int = Field(0, ge=0, description="seed of the partition and the splits")
-    # Training sees the cached views in turn, another one in each round.
+    # In each round, a train row is read as one of its augmented views, drawn at random.
     augment: int = Field(0, ge=0, description="augmented views cached per image")
     train_share: float = Field(
         0.6,
@@ -113,7 +113,7 @@ class Config(BaseModel):
         description="fraction of each client's rows used for training; the rest is halved into validation and test",
     )
     shots: int | None = Field(None, ge=1, description="train rows per client and class (default: all)")
-    # The last classes by name. With half of them new, this is the protocol base-to-new.
+    # The last classes by label (clients.new_of); 0.5 gives the base-to-new protocol.
     new_classes: float = Field(0.0, ge=0, lt=1, description="fraction of classes not trained on")
     method: Annotated[InstanceOf[Method], _read("method"), _Fields] = Field(
         DEFAULTS["method"], description="what is trained"
@@ -128,9 +128,9 @@ class Config(BaseModel):
     deadline_s: float | None = Field(
         None,
         gt=0,
-        description="simulated seconds; later answers do not count",
+        description="simulated seconds per round; late updates do not count",
     )
-    # A round ends as soon as as many clients as the cohort has have answered.
+    # A round ends once `cohort` clients have responded.
     over_selection: float = Field(0.0, ge=0, description="fraction of extra clients asked")
     rounds: int = Field(200, ge=0, le=10**9, description="rounds of aggregation")  # 200: FedCLIP's README
     seed: int = Field(0, ge=0, description="seed of everything but the partition")
@@ -138,7 +138,7 @@ class Config(BaseModel):
     eval_clients: int | None = Field(None, ge=1, description="clients evaluated, drawn once (default: all)")
     engine: Literal["stacked", "reference"] = Field(
         "stacked",
-        description="many clients at once, or one by one; equal up to rounding",
+        description="clients trained together or one by one; equal up to rounding",
     )
     chunk: int | None = Field(None, ge=1, description="clients per call (default: cohort / 16, at most 64)")
     dtype: Literal["float32", "float64"] = Field("float32", description="precision")
@@ -146,7 +146,9 @@ class Config(BaseModel):
 
     out: Out = Field(None, description="folder of the run (default: a new one in runs/)")
     actors: int | None = Field(None, ge=0, description="Ray actors; 0: this process (default: as many as fit)")
-    gpus_per_actor: float | None = Field(None, ge=0, le=1, description="fraction of a GPU (default: by its memory)")
+    gpus_per_actor: float | None = Field(
+        None, ge=0, le=1, description="fraction of a GPU per actor (default: by its memory)"
+    )
     gpu_gb_per_actor: float | None = Field(
         None, gt=0, description="GPU memory per actor, GB (default: two actors per GPU)"
     )
@@ -196,7 +198,11 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         if str(file) not in bundled:
             raise InputError(f"no config file {str(file)!r}; embedded configs: {listing(bundled)}")
         path = bundled[str(file)]
-    return read_mapping(path, "fields to values")
+    fields = read_mapping(path, "fields to values")
+    for mapping in (fields, *(value for value in fields.values() if isinstance(value, dict))):
+        if odd := [key for key in mapping if not isinstance(key, str)]:
+            raise InputError(f"{path}: the name of a field must be text, got {odd[0]!r}")
+    return fields
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -205,6 +211,8 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for name, value in above.items():
         if name in KINDS:
             component, new = result.get(name, {}), _as_fields(value)
+            if not isinstance(component, str | dict) and not hasattr(component, "__pydantic_fields__"):
+                raise InputError(f"{name} must be a name or a mapping of its fields, got {component!r}")
             old = _as_fields(component)
             if new.get("name") not in (None, old.get("name", DEFAULTS[name])):
                 value = new

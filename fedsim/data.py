@@ -19,6 +19,7 @@ from fedsim.datasets._check import unreadable
 from fedsim.encoding import encode, feature_file, from_features, store, text_file
 from fedsim.errors import InputError, counted, listing
 from fedsim.events import Note, Progress
+from fedsim.files import reason
 from fedsim.methods import Method
 from fedsim.representations import Encoded
 
@@ -87,7 +88,7 @@ def load_data(config: Config) -> Data:
     try:
         source = config.dataset.load(config.data_dir)
     except OSError as error:  # a folder that this user may not read, for example
-        raise InputError(f"--data-dir cannot be read: {error.filename}: {error.strerror}") from None
+        raise InputError(f"--data-dir cannot be read: {reason(error)}") from None
     if not source.rows_per_client:  # rows that are generated on demand are never cached
         check_writable(config.cache_dir)
     if isinstance(source, Features):
@@ -124,10 +125,10 @@ def check_readable(data: Data, cache: Path, rows: np.ndarray | None) -> None:
     if not feature_file(data.source, data.weights, cache, _warn_of_damage, rows).exists():
         unknown = rows_or_all[~data.readable[rows_or_all]]
         if bad := unreadable(data.source.take(unknown)):
-            index, reason = bad[0]
+            index, fault = bad[0]
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             name = data.source.names[unknown[index]]
-            raise InputError(f"{name}{more} cannot be read ({reason}); --skip-unreadable leaves them out")
+            raise InputError(f"{name}{more} cannot be read ({fault}); --skip-unreadable leaves them out")
     data.readable[rows_or_all] = True
 
 
@@ -203,5 +204,8 @@ def _without_unreadable(images: Images) -> tuple[Images, list[str]]:
     remaining = set(zip(readable.domain.tolist(), readable.y.tolist(), strict=True))
     cells = dict.fromkeys((images.domain[index], images.y[index]) for index, _ in bad)
     if empty := [f"{images.domains[d]}/{images.classes[c]}" for d, c in cells if (d, c) not in remaining]:
-        raise InputError(f"--skip-unreadable leaves no image in: {listing(empty)}; {bad[0][1]}")
+        index, fault = bad[0]
+        raise InputError(
+            f"--skip-unreadable leaves no image in: {listing(empty)}; the first error: {images.names[index]}: {fault}"
+        )
     return readable, [images.names[index] for index, _ in bad]

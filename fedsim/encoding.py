@@ -177,7 +177,7 @@ def encode(
     """
     cache.mkdir(parents=True, exist_ok=True)
     file = feature_file(images, weights, cache, rows=rows)
-    with locked(file):  # a process that waits here finds it done
+    with locked(file):  # another process may have finished the file while this one waited
         work = _Work(images if rows is None else images.take(rows), weights, rows, sizing, progress)
         embeddings = _encode_features(work, templates, file)
         files = {"features": file}

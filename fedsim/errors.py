@@ -42,6 +42,11 @@ def code_of(error: BaseException) -> int:
     return 2 if isinstance(error, InputError) else 1
 
 
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, which may have many, or the name of the error."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
 def sentence_of(error: BaseException, after_interrupt: str = RESUMES) -> str:
     """The message for a user; `after_interrupt` says what state Ctrl-C leaves."""
     if isinstance(error, EXPECTED):

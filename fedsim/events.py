@@ -1,4 +1,4 @@
-"""What a run reports while it goes on."""
+"""What a run reports as it runs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.clients import held_out_ids
+from fedsim.clients import held_out_indices
 from fedsim.cluster.workers import Workers
 from fedsim.counts import Counts, merge
 from fedsim.errors import Diverged
 from fedsim.methods.zero_shot import ZeroShot
 from fedsim.params import Params, flatten
 from fedsim.prepare import Experiment, evaluated_clients
-from fedsim.schedule import Turn, schedule
+from fedsim.schedule import PlannedRound, schedule
 from fedsim.servers.fedavg import FedAvg
 from fedsim.state import ServerState, advance, past_versions
 from fedsim.training.task import Task
@@ -31,32 +31,32 @@ class Federation:
 
     Attributes:
         evaluated: ids of the training clients that are evaluated.
-        held_out: ids of the clients that only have test rows.
-        domains: indices of the held-out domains.
+        test_only: ids of the clients that only have test rows, of held-out domains or new classes.
+        held_out: indices of the held-out domains.
         received_names: names of the tensors that a client receives.
         payload: bytes that a client receives and sends in a round.
-        personal: clients have private tensors.
-        rows: (K,) int64, train rows of each client; -1 until they are needed, since they may have to be drawn.
+        has_private_params: clients have private tensors.
+        rows: (K,) int64, train rows of each client; -1 where not yet known, since rows may be generated on demand.
     """
 
     def __init__(self, experiment: Experiment, task: Task, workers: Workers, params: Params) -> None:
         config, clients = experiment.config, experiment.clients
         self.experiment, self.task, self.clients, self.workers = experiment, task, clients, workers
         self.evaluated = evaluated_clients(config, clients)
-        self.held_out = list(range(clients.trainers, len(clients))) if "test" in experiment.splits else []
-        self.domains = held_out_ids(experiment.data.source, config.held_out)
+        self.test_only = list(range(clients.trainers, len(clients))) if "test" in experiment.splits else []
+        self.held_out = held_out_indices(experiment.data.source, config.held_out)
         self.received_names = list(task.of(params, "shared", "server"))
         self.payload = task.payload(params, config.cohort or clients.trainers)
-        self.personal = bool(task.of(params, "private"))
+        self.has_private_params = bool(task.of(params, "private"))
         self.rows = np.full(clients.trainers, -1, np.int64)
 
-    def schedule(self, done: int) -> Iterator[Turn]:
+    def schedule(self, done: int) -> Iterator[PlannedRound]:
         """The rounds that remain after `done` rounds."""
         config = self.experiment.config
-        turns = schedule(config, self.clients.trainers, self._train_rows, *self.payload)
-        return islice(turns, done, config.rounds)
+        rounds = schedule(config, self.clients.trainers, self._train_rows, *self.payload)
+        return islice(rounds, done, config.rounds)
 
-    def train(self, state: ServerState, turn: Turn) -> tuple[ServerState, np.ndarray]:
+    def train(self, state: ServerState, planned: PlannedRound) -> tuple[ServerState, np.ndarray]:
         """One round of training.
 
         Returns:
@@ -66,46 +66,46 @@ class Federation:
             Diverged: an update, a loss or a parameter is not finite.
         """
         chunks = []
-        for version, group in groupby(turn.trained, key=itemgetter(1)):
+        for version, group in groupby(planned.trained, key=itemgetter(1)):
             stored = [(client, _last_write(state, client)) for client, _ in group]
             chunks += [(version, chunk) for chunk in self._chunks(stored)]
         if not chunks:
-            past = past_versions(state, self.received_names, turn.needed)
-            return replace(state, round=turn.round, past=past), np.empty(0, CLIENT_STATS)
+            past = past_versions(state, self.received_names, planned.needed)
+            return replace(state, round=planned.round, past=past), np.empty(0, CLIENT_STATS)
         past = state.past | {state.round: {}}
         versions = {
             version: flatten(state.params | (past[version] if self.received_names else {}))
             for version in {version for version, _ in chunks}
         }
         broadcast = flatten(self.task.server.broadcast(state.slots, self.task.of(state.params, "shared")))
-        sums = self.workers.map("train", chunks, self.task, turn.round, versions, broadcast)
+        sums = self.workers.map("train", chunks, self.task, planned.round, versions, broadcast)
         total = sum_chunks(sums, self.clients.trainers)
-        _check_sum(total, turn.round)
+        _check_sum(total, planned.round)
         if len(state.private):
             private = state.private.copy()
-            private[total.clients["client"]] = turn.round
+            private[total.clients["client"]] = planned.round
             state = replace(state, private=private)
-        state = advance(self.task.server, state, total, self.received_names, turn.needed, self.task.seed)
+        state = advance(self.task.server, state, total, self.received_names, planned.needed, self.task.seed)
         self._check_params(state)
         return state, total.clients
 
     def evaluate(self, state: ServerState) -> Counts:
         """Counts of all evaluated clients: by the shared model, or of each by its own if it has private tensors."""
-        clients = [(client, _last_write(state, client) * self.personal) for client in self.evaluated]
-        if self.personal:
-            return self._counts(self.task, state.round, state.params, clients, shared_rows=self.held_out)
-        clients += [(client, 0) for client in self.held_out]
+        clients = [(client, _last_write(state, client) * self.has_private_params) for client in self.evaluated]
+        if self.has_private_params:
+            return self._counts(self.task, state.round, state.params, clients, shared_rows=self.test_only)
+        clients += [(client, 0) for client in self.test_only]
         return self._counts(self.task, state.round, state.params, clients)
 
     def zero_shot(self) -> Counts:
         """The same by zero-shot CLIP."""
         task = Task(ZeroShot(), FedAvg(), self.task.seed, self.task.dtype)
-        return self._counts(task, 0, {}, [(client, 0) for client in [*self.evaluated, *self.held_out]])
+        return self._counts(task, 0, {}, [(client, 0) for client in [*self.evaluated, *self.test_only]])
 
     def _counts(
         self, task: Task, round: int, params: Params, clients: list[tuple[int, int]], shared_rows: Sequence[int] = ()
     ) -> Counts:
-        arguments = task, round, flatten(params), shared_rows, self.domains, self.experiment.splits
+        arguments = task, round, flatten(params), shared_rows, self.held_out, self.experiment.splits
         return merge(self.workers.map("evaluate", self._chunks(clients), *arguments))
 
     def _train_rows(self, clients: Sequence[int]) -> np.ndarray:

@@ -33,6 +33,8 @@ def _names(value: Any) -> Any:
     elif not isinstance(value, list | tuple):
         value = [] if value is None else [value]
     # A YAML name such as 7 or true is not text.
+    if not all(isinstance(name, str | int | float) for name in value):
+        return value  # pydantic names the wrong item
     names = [str(name).lower() if isinstance(name, int) else name for name in value]
     return tuple(dict.fromkeys(name for name in names if name != ""))
 

@@ -75,9 +75,8 @@ def reason(error: OSError) -> str:
     """The file or folder and what went wrong, without advice."""
     if error.errno in FULL and error.filename:
         return f"no space left in {Path(error.filename).parent}"
-    if error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error).splitlines()[0]  # pyarrow adds lines
+    text = (error.strerror or str(error) or type(error).__name__).splitlines()[0]  # pyarrow adds lines
+    return f"{error.filename}: {text}" if error.filename else text
 
 
 def pack(tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> bytes:
@@ -111,7 +110,7 @@ def read_tensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise Damaged(f"no safetensors file with a digest: {error}") from None
     if _digest(tensors, json.dumps(about)) != stated:
-        raise Damaged("its content is not what its digest was taken of")
+        raise Damaged("its content does not match its digest")
     return tensors, about
 
 

@@ -64,7 +64,7 @@ def claim(folder: Path, kind: Kind) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path, kind: Kind, patience_s: float = 0) -> Iterator[None]:
+def exclusive(folder: Path, kind: Kind, patience_s: float = 0) -> Iterator[None]:
     """Claims a folder, and holds it for as long as the block lasts.
 
     Raises:
@@ -143,7 +143,7 @@ def read_sealed(file: Path, remedy: str) -> str:
                 f"{metadata.version('fedsim')} reads format {FORMAT}; {remedy}"
             )
         if first != SEAL.format(FORMAT, digest(rest)):
-            raise Damaged("its content is not what its digest was taken of")
+            raise Damaged("its content does not match its digest")
         return rest
 
 
@@ -161,7 +161,7 @@ def intact(file: Path, remedy: str) -> Iterator[None]:
     except (Damaged, UnicodeDecodeError) as error:
         raise InputError(f"{file} is damaged ({error}); {remedy}") from None
     except OSError as error:
-        raise InputError(f"{file} cannot be read: {reason(error)}") from None
+        raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
 def start_again(folder: Path) -> str:

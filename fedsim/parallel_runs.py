@@ -1,4 +1,4 @@
-"""Many runs side by side, each one task of a cluster; `run` spreads the clients of one run instead."""
+"""Runs many experiments at once, one Ray task per run; `run` instead spreads the clients of one run."""
 
 import atexit
 from collections.abc import Iterator, Sequence

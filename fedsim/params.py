@@ -13,7 +13,7 @@ Params = dict[str, Tensor]  # on the CPU when at rest
 def flatten(params: Params) -> np.ndarray:
     """All tensors, as one (P,) vector of their dtype; a copy.
 
-    In the order of their names, and not of the dict: one that comes out of a file has an order of its own.
+    Sorted by name: a dict that is read from a file may be in another order.
     """
     if not params:
         return np.empty(0, np.float32)
@@ -22,7 +22,7 @@ def flatten(params: Params) -> np.ndarray:
 
 def unflatten(vector: np.ndarray, like: Params) -> Params:
     """The inverse of `flatten`, with the names and shapes of `like` and the dtype of the vector; a copy."""
-    # A copy: the vector may lie in Ray's shared memory, where a write in place would reach every actor.
+    # A copy: the vector may be in Ray's shared memory, where an in-place write would reach every actor.
     return {name: piece.clone() for name, piece in views(torch.from_numpy(vector.copy()), like).items()}
 
 

@@ -26,7 +26,7 @@ from fedsim.data import (
     load_data,
     rows_to_encode,
 )
-from fedsim.datasets import Images, Labels
+from fedsim.datasets import Labels
 from fedsim.errors import InputError
 from fedsim.events import Progress
 from fedsim.folder import CHECKPOINT, CONFIG, check_folder, read_sealed, refuse_another, start_again
@@ -189,7 +189,7 @@ def _clients(config: Config, rows: Labels) -> Population:
 
 def _check_data(config: Config, folder: Path, method: Method, data: Data) -> None:
     """Refuses a folder inside the data, and features where a method or the config needs images."""
-    if isinstance(data.source, Images):
+    if data.weights:  # images, which a sweep has encoded already
         # Resolved, since `images/../runs` is not in `images`, and what is below a link to it is.
         if config.data_dir and folder.resolve().is_relative_to(config.data_dir.resolve()):
             raise InputError(f"{folder} is inside --data-dir, where its files would pass for data; give another --out")
@@ -206,9 +206,9 @@ def _check_data(config: Config, folder: Path, method: Method, data: Data) -> Non
 
 def _check_clients(config: Config, method: Method, clients: Population) -> None:
     """Refuses a config that these clients cannot train or be evaluated with."""
-    for name, count in {"a cohort": config.cohort, "eval_clients": config.eval_clients}.items():
+    for name, count in {"cohort": config.cohort, "eval_clients": config.eval_clients}.items():
         if count and count > clients.trainers:
-            raise InputError(f"{name} of {count} from {clients.trainers} clients; at most all of them can train")
+            raise InputError(f"{name} of {count} from {clients.trainers} clients; it can be at most {clients.trainers}")
     check(config, clients.trainers)
     _check_evaluated(config, clients)
     if method.batch_size < method.min_batch:
@@ -221,14 +221,14 @@ def _check_share(config: Config, rows: Labels) -> None:
     """Refuses a share that has no effect, except for the default, which users do not give."""
     if config.train_share != Config.model_fields["train_share"].default and not drawn(rows).any():
         raise InputError(
-            f"--train-share {config.train_share:g} has no effect: {name_of(config.dataset)} says itself which rows are "
-            "for training, validation and test; leave it out"
+            f"--train-share {config.train_share:g} has no effect: {name_of(config.dataset)} defines its own train, "
+            "validation and test rows; leave it out"
         )
 
 
 def _check_evaluated(config: Config, clients: Population) -> None:
     """Refuses a run without a row to evaluate on, or without test rows of a held-out domain."""
-    for name, rows in zip(config.held_out, clients.away, strict=False):
+    for name, rows in zip(config.held_out, clients.held_out, strict=False):
         if not len(rows):
             raise InputError(f"held-out domain {name} has no test rows")
     ids = evaluated_clients(config, clients)

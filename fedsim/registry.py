@@ -37,7 +37,7 @@ PHRASES = {
 
 
 @field_validator("*", mode="before", check_fields=False)
-def numbers_are_not_truths(cls: type, value: Any, info: ValidationInfo) -> Any:
+def reject_booleans_for_numbers(cls: type, value: Any, info: ValidationInfo) -> Any:
     """A validator of all fields: pydantic would read `rounds: true` as 1."""
     annotation = cls.__pydantic_fields__[info.field_name].annotation
     types = annotation, *get_args(annotation)
@@ -58,7 +58,7 @@ def component(cls: type) -> type:
     Raises:
         InputError: a default, or an end of a search range, is outside the field's limits.
     """
-    cls.numbers_are_not_truths = numbers_are_not_truths
+    cls.reject_booleans_for_numbers = reject_booleans_for_numbers
     cls.__annotations__ = _inherited(cls)
     checked = dataclass(frozen=True, kw_only=True, config=CHECKED)(cls)
     for name in cls.__annotations__.keys() & checked.__pydantic_fields__.keys():
@@ -162,6 +162,8 @@ def sentence(error: ValidationError, prefix: str, names: Collection[str]) -> str
         if (current := RENAMED.get(field)) in names:
             return f"no field {field!r} in {error.title}; it is now called {current!r}"
         return f"no field {field!r} in {error.title}; available: {listing(names, 60)}"
+    if first["type"] == "missing":
+        return f"{prefix}{field} is required"
     expected = first["msg"].partition(", unable")[0].removeprefix("Input should be ")
     for words, shorter in PHRASES.items():
         expected = expected.replace(words, shorter)

@@ -1,4 +1,4 @@
-"""Seeds by purpose: every random number of a run has an address, so none depends on who ran first."""
+"""Seeds by purpose: every random number is keyed by what it is for, so none depends on the order of execution."""
 
 from hashlib import blake2b
 
@@ -7,7 +7,7 @@ import torch
 
 
 def seed_for(seed: int, purpose: str, *keys: int) -> int:
-    """A seed in [0, 2**63) of its own for each (seed, purpose, keys), e.g. (0, "batches", 3, 17)."""
+    """A different seed in [0, 2**63) for each (seed, purpose, keys), such as (0, "batches", 3, 17)."""
     address = "/".join(map(str, (seed, purpose, *keys)))
     return int.from_bytes(blake2b(address.encode(), digest_size=8).digest(), "big") >> 1
 

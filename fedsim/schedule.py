@@ -1,4 +1,4 @@
-"""The schedule: which clients are asked in each round, and whose updates count. It is known before training.
+"""Which clients are asked in each round, and whose updates count. Computed before training.
 
 Simulated time depends on rows, bytes and keyed random numbers, never on results of training. So a schedule is a pure
 function of the config: it is replayed on resume, and only clients whose updates count are trained.
@@ -23,25 +23,25 @@ from fedsim.registry import name_of
 from fedsim.rng import numpy_rng
 from fedsim.shares import decimal
 
-IN_VAIN = 10_000  # clients in a row that may miss the deadline before the run is refused
+MAX_MISSES = 10_000  # clients in a row that may miss the deadline before the run is refused
 
 RowsOf = Callable[[Sequence[int]], np.ndarray]
 Seconds = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Turn:
+class PlannedRound:
     """One step of the server: a round, or a full buffer.
 
     Attributes:
         round: 1, 2, ...
         trained: (client, version) of those whose work counts, ascending by version, then client; the version is the
             number of rounds that were done when the client was sent its parameters. Empty: no step is taken.
-        clock_s: simulated seconds from the start to the end of this turn.
-        asked: clients that were sent parameters in this turn.
-        dropped: those found in this turn to have never answered.
+        clock_s: simulated seconds from the start to the end of this round.
+        asked: clients that were sent parameters in this round.
+        dropped: clients that turned out in this round not to respond.
         late: stragglers, whose updates came too late to count.
-        needed: versions that clients are still training on whose updates will count.
+        needed: versions of the parameters from which clients still train updates that will count.
     """
 
     round: int
@@ -103,12 +103,12 @@ def check_trained(
     if not config.rounds:
         return
     asked, dropped, late, received = 0, 0, 0, 0
-    for turn in islice(schedule(config, population, rows_of, bytes_down, bytes_up), config.rounds):
+    for planned in islice(schedule(config, population, rows_of, bytes_down, bytes_up), config.rounds):
         # One by one: the first client is nearly always enough, and rows may have to be drawn.
-        if any(method.steps(int(rows_of([client])[0])) for client, _ in turn.trained):
+        if any(method.steps(int(rows_of([client])[0])) for client, _ in planned.trained):
             return
-        received += len(turn.trained)
-        asked, dropped, late = asked + turn.asked, dropped + turn.dropped, late + turn.late
+        received += len(planned.trained)
+        asked, dropped, late = asked + planned.asked, dropped + planned.dropped, late + planned.late
     if received:
         raise InputError(
             f"no client takes a local step in {config.rounds} rounds: each has fewer train rows than the "
@@ -122,8 +122,10 @@ def check_trained(
     )
 
 
-def schedule(config: Config, population: int, rows_of: RowsOf, bytes_down: int, bytes_up: int) -> Iterator[Turn]:
-    """All turns of a run, without end.
+def schedule(
+    config: Config, population: int, rows_of: RowsOf, bytes_down: int, bytes_up: int
+) -> Iterator[PlannedRound]:
+    """All rounds of a run, without end.
 
     A client is found to have dropped out when its answer would have been due, or at the deadline if that is earlier.
 
@@ -148,12 +150,14 @@ def schedule(config: Config, population: int, rows_of: RowsOf, bytes_down: int, 
     return (_buffers if config.server.buffer is not None else _rounds)(config, population, seconds)
 
 
-def _rounds(config: Config, population: int, seconds: Seconds) -> Iterator[Turn]:
-    """Turn by turn: ask a cohort, and wait for enough answers, or all, or the deadline."""
+def _rounds(config: Config, population: int, seconds: Seconds) -> Iterator[PlannedRound]:
+    """Synchronous rounds: ask a cohort, then wait for enough answers, for all, or for the deadline."""
     clock, enough = 0.0, config.cohort or population
     for round in count(1):
-        able = np.flatnonzero(config.fleet.available(population, numpy_rng(config.seed, "availability", round)))
-        asked = able[sample_cohort(len(able), min(_asked(config, population), len(able)), config.seed, round)]
+        available = np.flatnonzero(config.fleet.available(population, numpy_rng(config.seed, "availability", round)))
+        asked = available[
+            sample_cohort(len(available), min(_asked(config, population), len(available)), config.seed, round)
+        ]
         # For all clients, so that a client's outcome does not depend on which others are asked.
         jitter, answers = config.fleet.outcomes(population, numpy_rng(config.seed, "luck", round))
         jitter, answers = jitter[asked], answers[asked]
@@ -167,28 +171,30 @@ def _rounds(config: Config, population: int, seconds: Seconds) -> Iterator[Turn]
             clock += float(np.minimum(due, deadline).max(initial=0.0))
         trained = [(client, round - 1) for client in np.sort(asked[counted]).tolist()]
         dropped = int((~answers).sum())
-        yield Turn(round, trained, clock, len(asked), dropped, len(asked) - len(trained) - dropped, needed=frozenset())
+        yield PlannedRound(
+            round, trained, clock, len(asked), dropped, len(asked) - len(trained) - dropped, needed=frozenset()
+        )
 
 
-def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[Turn]:
-    """Answer by answer: ask another client for each that is done, and close the turn when the buffer is full."""
+def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[PlannedRound]:
+    """Asynchronous rounds: whenever a client answers, ask another; a round ends when the buffer is full."""
     size, concurrency = config.server.buffer, config.server.concurrency
     assert size and concurrency, "an asynchronous rule has a buffer and a concurrency"
-    clock, in_vain = 0.0, 0
+    clock, misses = 0.0, 0
     deadline = inf if config.deadline_s is None else config.deadline_s
     free = np.ones(population, bool)  # neither training nor in the buffer
     working: list[tuple[float, int, int, str]] = []  # a heap of (end, client, version, outcome): ties to the lower id
     buffer: list[tuple[int, int]] = []  # of (version, client)
     for round in count(1):
-        present = config.fleet.available(population, numpy_rng(config.seed, "availability", round))
-        choice, luck = numpy_rng(config.seed, "cohort", round), numpy_rng(config.seed, "luck", round)
-        able = np.flatnonzero(free & present).tolist()
+        available = config.fleet.available(population, numpy_rng(config.seed, "availability", round))
+        choice, draws = numpy_rng(config.seed, "cohort", round), numpy_rng(config.seed, "luck", round)
+        candidates = np.flatnonzero(free & available).tolist()
         asked = dropped = late = 0
         while len(buffer) < size:
             room = concurrency - len(working)
-            clients = np.sort([_take(able, choice) for _ in range(min(room, len(able)))]).astype(np.int64)
+            clients = np.sort([_take(candidates, choice) for _ in range(min(room, len(candidates)))]).astype(np.int64)
             if len(clients):
-                jitter, answers = config.fleet.outcomes(len(clients), luck)
+                jitter, answers = config.fleet.outcomes(len(clients), draws)
                 due = seconds(clients) * jitter
                 outcomes = np.where(~answers, "dropped", np.where(due <= deadline, "answered", "late")).tolist()
                 ends = (clock + np.minimum(due, deadline)).tolist()
@@ -201,23 +207,23 @@ def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[Turn
             clock, client, version, outcome = heappop(working)
             if outcome == "answered":
                 buffer.append((version, client))
-                in_vain = 0
+                misses = 0
                 continue
             free[client] = True
-            able += [client] * bool(present[client])
-            dropped, late, in_vain = dropped + (outcome == "dropped"), late + (outcome == "late"), in_vain + 1
-            if in_vain == IN_VAIN:
+            candidates += [client] * bool(available[client])
+            dropped, late, misses = dropped + (outcome == "dropped"), late + (outcome == "late"), misses + 1
+            if misses == MAX_MISSES:
                 raise InputError(
-                    f"of {IN_VAIN} clients asked in a row none answered (deadline_s: {config.deadline_s}); try a "
+                    f"of {MAX_MISSES} clients asked in a row none answered (deadline_s: {config.deadline_s}); try a "
                     "longer deadline_s, or another fleet"
                 )
         trained = []
-        if len(buffer) == config.server.buffer:
+        if len(buffer) == size:
             trained = [(client, version) for version, client in sorted(buffer)]
             free[[client for _, client in buffer]] = True
             buffer = []
         needed = {version for version, _ in buffer} | {v for _, _, v, outcome in working if outcome == "answered"}
-        yield Turn(round, trained, clock, asked, dropped, late, frozenset(needed))
+        yield PlannedRound(round, trained, clock, asked, dropped, late, frozenset(needed))
 
 
 def _take(pool: list[int], rng: np.random.Generator) -> int:

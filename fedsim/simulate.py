@@ -15,7 +15,7 @@ from fedsim.errors import Stopped
 from fedsim.events import Note, Progress, Started, Step
 from fedsim.federation import Federation
 from fedsim.files import reason, remove_parts, write_tensors
-from fedsim.folder import CONFIG, alone_in, write_sealed
+from fedsim.folder import CONFIG, exclusive, write_sealed
 from fedsim.formats import number, percent
 from fedsim.methods import Method
 from fedsim.prepare import ADAPTER, FILES, PAGE, Experiment, encode_experiment, prepare, sizing_of
@@ -30,23 +30,23 @@ from fedsim.training.client_store import PrivateStore
 from fedsim.training.task import Task
 from fedsim.training.worker import ClientWorker
 
-ALREADY = Note("run", "already finished; nothing was run")
+FINISHED = Note("run", "already finished; nothing was run")
 
 
 def run(config: Config, progress: Progress = lambda event: None) -> Report:
-    """Runs one experiment; actors, crashes and interruptions change its speed, never its report.
+    """Runs one experiment. The number of actors, crashes and interruptions never change its results.
 
-    The same config in the same folder resumes an interrupted run, and returns the report of a finished one. With more
-    rounds it continues, to the same bits as a run that had them from the start.
+    Running the same config in the same folder again resumes an interrupted run, or returns the report of a finished
+    one. A finished run continues with a larger `rounds`, to the same bits as a run with that many from the start.
 
     Raises:
-        InputError: the config cannot work; before Ray starts, if it can be known.
-        Diverged: training gave numbers that are not finite.
+        InputError: the config cannot work. Raised before Ray starts wherever that can be checked.
+        Diverged: training produced NaN or infinite values.
         Stopped: the run ended for an external reason, such as a full disk.
     """
     experiment = prepare(config)
     if experiment.done:
-        progress(ALREADY)
+        progress(FINISHED)
         return experiment.done
     progress(Started("run"))
     if config.actors == 0:
@@ -55,10 +55,10 @@ def run(config: Config, progress: Progress = lambda event: None) -> Report:
 
 
 def simulate(experiment: Experiment, progress: Progress) -> Report:
-    """Encodes the data, trains, and writes the report; runs in the driver actor."""
+    """Encodes the data, trains, and writes the report: in the driver actor, a task of `run_all`, or this process."""
     config, folder, sizing = experiment.config, experiment.folder, sizing_of(experiment.config)
     try:
-        with alone_in(folder, "run"):
+        with exclusive(folder, "run"):
             experiment = encode_experiment(experiment, sizing, progress)
             with open_pool(sizing, len(experiment.clients)) as pool:
                 progress(Note("workers", pool.sizes))
@@ -68,13 +68,13 @@ def simulate(experiment: Experiment, progress: Progress) -> Report:
             _write(report, folder)
             return report
     except OSError as error:  # such as a full disk, here or in an actor
-        raise Stopped(f"{reason(error)}; once that is mended, the same command resumes after the last round") from None
+        raise Stopped(f"{reason(error)}; fix this and rerun the same command to resume") from None
 
 
 def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     """Yields the report of an encoded experiment after each round, once that round is in a checkpoint.
 
-    The first is that of round 0, or of the round where an earlier run ended. Always the same object, which grows.
+    The first report is that of round 0, or of the last checkpoint. The same object is yielded each time, updated.
     """
     config, folder, data = experiment.config, experiment.folder, experiment.encoded
     store = PrivateStore(folder / "private")
@@ -87,7 +87,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     # Written only now: the method or the rule may still refuse, and the folder would be marked as taken.
     write_sealed(folder / CONFIG, to_yaml(config.plain()))
     if state.round < config.rounds:
-        (folder / PAGE).unlink(missing_ok=True)  # one of fewer rounds would pass for this run's
+        (folder / PAGE).unlink(missing_ok=True)  # a page of fewer rounds would be mistaken for this run's
     workers = pool.workers(ClientWorker, data.source, experiment.clients, data.frozen)
     federation = Federation(experiment, task, workers, state.params)
     if not report.counts:
@@ -95,19 +95,19 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
         report.add_scores(0, federation.evaluate(state))
         checkpoints.save(state, report)
     if state.round == config.rounds and not (state.round in report.counts or report.last):
-        report.last = federation.evaluate(state)  # an earlier run was interrupted here on its way to more rounds
+        report.last = federation.evaluate(state)  # an earlier run was interrupted before this evaluation
         checkpoints.save(state, report)
     store.prune([state.private, report.private])
     report.conclude(state)
     yield report
-    for turn in federation.schedule(state.round):
+    for planned in federation.schedule(state.round):
         began = time.perf_counter()
-        state, stats = federation.train(state, turn)
+        state, stats = federation.train(state, planned)
         flops = _flops(report, stats, task.method)
-        report.add_round(turn, stats, federation.payload, time.perf_counter() - began, flops)
-        if turn.round % config.eval_every == 0:
-            report.judge(state, federation.evaluate(state))
-        elif turn.round == config.rounds:
+        report.add_round(planned, stats, federation.payload, time.perf_counter() - began, flops)
+        if planned.round % config.eval_every == 0:
+            report.add_evaluation(state, federation.evaluate(state))
+        elif planned.round == config.rounds:
             report.last = federation.evaluate(state)
         checkpoints.save(state, report)
         # The files of the last round stay: the run may be resumed with more rounds.

@@ -49,6 +49,8 @@ def read_mapping(file: Path, of: str) -> dict[Any, Any]:
     """
     try:
         fields = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InputError(f"{file}, line {line}, is not YAML: {error.problem}") from None

@@ -106,8 +106,8 @@ def test_no_data_dir_is_refused(name):
 
 @pytest.mark.parametrize("name", ["folder", "pacs", "vlcs", "office_home", "domainnet"])
 def test_a_data_dir_that_is_no_folder_is_refused(name, tmp_path):
-    assert refusal(name, tmp_path / "nowhere").endswith(f"{tmp_path / 'nowhere'} is no folder")
-    assert refusal(name, a_picture(tmp_path / "x.png")).endswith("x.png is no folder")
+    assert refusal(name, tmp_path / "nowhere").endswith(f"{tmp_path / 'nowhere'} is not a folder")
+    assert refusal(name, a_picture(tmp_path / "x.png")).endswith("x.png is not a folder")
 
 
 def test_a_folder_without_folders_is_refused(tmp_path):

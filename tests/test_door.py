@@ -50,7 +50,7 @@ BAD = {
     "a choice": (["run", "--dtype", "int8"], "dtype must be 'float32' or 'float64', got 'int8'"),
     "a domain": (["run", "--held-out", "sketch"], "no domain 'sketch' to hold out; available: clipart, ink, noto"),
     "clients": (["run", "--partition", "iid", "--clients", "9999"], "9999 clients for"),
-    "a cohort": (["run", "--cohort", "40"], "a cohort of 40 from 4 clients"),
+    "a cohort": (["run", "--cohort", "40"], "cohort of 40 from 4 clients; it can be at most 4"),
     "a config": (
         ["run", "--config", "nowhere.yaml"],
         "no config file 'nowhere.yaml'; embedded configs: base_to_new, few_shot",
@@ -66,7 +66,7 @@ BAD = {
         ["run", "--backbone", "ViT-B-32", "--pretrained", "clozedai"],
         "no file and no tag 'clozedai' for ViT-B-32; its tags: openai",
     ),
-    "a data folder": (["run", "--dataset", "pacs", "--data-dir", "/nowhere"], "/nowhere is no folder"),
+    "a data folder": (["run", "--dataset", "pacs", "--data-dir", "/nowhere"], "/nowhere is not a folder"),
     "a rank": (
         ["run", "--method", "lora", "--method.rank", "200"],
         "lora.rank 200 is more than the smaller side of the text tower's transformer.resblocks.0.attn.in_proj_weight",
@@ -120,7 +120,7 @@ def test_the_exit_code_reaches_the_shell_and_ray_is_not_imported(tmp_path):
     )
     command = [sys.executable, "-c", code, "run", "--cohort", "40"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and "a cohort of 40 from 4 clients" in done.stderr
+    assert done.returncode == 2 and "cohort of 40 from 4 clients; it can be at most 4" in done.stderr
 
 
 @pytest.mark.parametrize(

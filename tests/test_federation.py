@@ -108,7 +108,7 @@ def test_classes_are_dealt_whole_and_evenly_by_the_seed_of_the_partition():
     assert all(set(data.domain[part]) == {0, 1, 2} for part in dealt)
     other = partition.split(data.y, data.domain, 4, rng(1))
     assert hands != [sorted(set(data.y[part])) for part in other]
-    with pytest.raises(InputError, match="7 clients for 6 classes; partition classes shares none"):
+    with pytest.raises(InputError, match="7 clients for 6 classes; partition classes gives each class to one client"):
         partition.split(data.y, data.domain, 7, rng())
 
 

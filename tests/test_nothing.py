@@ -64,7 +64,7 @@ def test_a_held_out_domain_without_test_rows_is_refused():
 def test_a_share_that_cuts_nothing_is_refused_and_the_default_is_not(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["run", "--dataset.split", "concepts", "--train-share", "0.9"]) == 2
-    expected = "--train-share 0.9 has no effect: glyphs says itself which rows are for training, validation and test"
+    expected = "--train-share 0.9 has no effect: glyphs defines its own train, validation and test rows"
     assert expected in capsys.readouterr().err
     prepare(Config(train_share=0.6))  # as `--config paper` has it
 

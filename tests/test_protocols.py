@@ -94,7 +94,7 @@ def test_new_classes_are_judged_on_a_sets_own_test_rows_where_it_has_some():
     some = population(data=data, new_classes=0.5)
     assert np.array_equal(some[6].test, np.flatnonzero((data.y > 2) & (split == TEST)))
     data = rows(classes=6, split=np.where(data.y < 3, TEST, 0).astype(np.int8))
-    with pytest.raises(InputError, match="no test rows of the new classes d, e, f to judge by"):
+    with pytest.raises(InputError, match="no test rows of the new classes d, e, f to evaluate on"):
         population(data=data, new_classes=0.5)
 
 

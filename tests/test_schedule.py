@@ -37,13 +37,13 @@ class Timed(Fleet):
         return np.ones(clients), np.full(clients, self.answers)
 
 
-def turns(many: int, population: int, **fields):
-    """The first turns where every client has one row; nothing is sent."""
+def rounds(many: int, population: int, **fields):
+    """The first rounds where every client has one row; nothing is sent."""
     return list(islice(schedule(Config(**fields), population, lambda ids: np.ones(len(ids)), 0, 0), many))
 
 
-def clients_of(turn) -> list[int]:
-    return [client for client, _ in turn.trained]
+def clients_of(planned) -> list[int]:
+    return [client for client, _ in planned.trained]
 
 
 # Rounds ---------------------------------------------------------------------------------------------------------
@@ -51,11 +51,11 @@ def clients_of(turn) -> list[int]:
 
 @pytest.mark.parametrize("cohort", [None, 1, 7, 50])
 def test_the_ideal_fleet_trains_the_cohort_and_the_clock_stands_still(cohort):
-    for turn in turns(4, 50, cohort=cohort, seed=3):
-        assert clients_of(turn) == sample_cohort(50, cohort, 3, turn.round)
-        assert {version for _, version in turn.trained} == {turn.round - 1}
-        assert (turn.clock_s, turn.asked, turn.dropped, turn.late) == (0.0, len(turn.trained), 0, 0)
-        assert not turn.needed  # nobody is at work on earlier parameters
+    for planned in rounds(4, 50, cohort=cohort, seed=3):
+        assert clients_of(planned) == sample_cohort(50, cohort, 3, planned.round)
+        assert {version for _, version in planned.trained} == {planned.round - 1}
+        assert (planned.clock_s, planned.asked, planned.dropped, planned.late) == (0.0, len(planned.trained), 0, 0)
+        assert not planned.needed  # nobody is at work on earlier parameters
 
 
 def test_time_is_rows_times_epochs_and_bytes_over_the_link():
@@ -68,46 +68,46 @@ def test_time_is_rows_times_epochs_and_bytes_over_the_link():
         "up_mbps": 4,
     }
     config = Config(fleet=fleet, method={"name": "fedclip", "local_epochs": 3})
-    turn = next(schedule(config, 2, lambda ids: np.array([20, 50]), 2_000_000, 3_000_000))
-    assert turn.clock_s == pytest.approx(50 * 3 / 10 + 2 + 6)  # the slower one; 8 megabits are one megabyte
+    planned = next(schedule(config, 2, lambda ids: np.array([20, 50]), 2_000_000, 3_000_000))
+    assert planned.clock_s == pytest.approx(50 * 3 / 10 + 2 + 6)  # the slower one; 8 megabits are one megabyte
 
 
 def test_a_deadline_leaves_out_exactly_the_slow_ones():
     fleet = Timed(seconds=(1, 5, 3, 4, 2))
-    first, second = turns(2, 5, fleet=fleet, deadline_s=3)
+    first, second = rounds(2, 5, fleet=fleet, deadline_s=3)
     assert clients_of(first) == [0, 2, 4] and first.late == 2 and first.asked == 5
     assert (first.clock_s, second.clock_s) == (3, 6)
-    (patient,) = turns(1, 5, fleet=fleet, deadline_s=100)
+    (patient,) = rounds(1, 5, fleet=fleet, deadline_s=100)
     assert clients_of(patient) == [0, 1, 2, 3, 4] and patient.clock_s == 5  # nobody waits for nobody
 
 
 def test_over_selection_closes_the_round_with_the_answer_that_fills_the_cohort():
     fleet = Timed(seconds=tuple(range(8, 0, -1)))  # client k takes 8 - k
     before = 0.0
-    for turn in turns(5, 8, fleet=fleet, cohort=4, over_selection=0.5):
-        asked = sample_cohort(8, 6, 0, turn.round)
-        assert clients_of(turn) == asked[-4:] and turn.asked == 6 and turn.late == 2
-        assert turn.clock_s - before == 8 - asked[-4]
-        before = turn.clock_s
-    (one,) = turns(1, 200, fleet="lognormal", cohort=100, over_selection=0.1)
+    for planned in rounds(5, 8, fleet=fleet, cohort=4, over_selection=0.5):
+        asked = sample_cohort(8, 6, 0, planned.round)
+        assert clients_of(planned) == asked[-4:] and planned.asked == 6 and planned.late == 2
+        assert planned.clock_s - before == 8 - asked[-4]
+        before = planned.clock_s
+    (one,) = rounds(1, 200, fleet="lognormal", cohort=100, over_selection=0.1)
     assert one.asked == 110  # and not 111, though 100 * 1.1 > 110
 
 
 def test_answers_at_the_same_time_count_by_client():
-    (turn,) = turns(1, 8, fleet=Timed(seconds=(1,) * 8), cohort=4, over_selection=1)
-    assert clients_of(turn) == [0, 1, 2, 3]
+    (planned,) = rounds(1, 8, fleet=Timed(seconds=(1,) * 8), cohort=4, over_selection=1)
+    assert clients_of(planned) == [0, 1, 2, 3]
 
 
 def test_who_never_answers_is_missed_when_due_or_at_the_deadline():
     silent = Timed(seconds=(1, 2, 3), answers=False)
-    (turn,) = turns(1, 3, fleet=silent)
-    assert (turn.trained, turn.dropped, turn.late, turn.clock_s) == ([], 3, 0, 3)
-    assert turns(1, 3, fleet=silent, deadline_s=2)[0].clock_s == 2
+    (planned,) = rounds(1, 3, fleet=silent)
+    assert (planned.trained, planned.dropped, planned.late, planned.clock_s) == ([], 3, 0, 3)
+    assert rounds(1, 3, fleet=silent, deadline_s=2)[0].clock_s == 2
 
 
 def test_a_round_in_which_nobody_can_be_asked_passes():
-    for turn in turns(3, 3, fleet=Timed(seconds=(1, 2, 3), there=False)):
-        assert (turn.trained, turn.asked, turn.clock_s) == ([], 0, 0.0)
+    for planned in rounds(3, 3, fleet=Timed(seconds=(1, 2, 3), there=False)):
+        assert (planned.trained, planned.asked, planned.clock_s) == ([], 0, 0.0)
 
 
 def test_a_device_is_the_same_however_many_others_there_are():
@@ -119,14 +119,14 @@ def test_a_device_is_the_same_however_many_others_there_are():
 
 def test_a_clients_luck_does_not_depend_on_who_else_is_asked():
     fields = {"fleet": UNEVEN | {"availability": 1}, "deadline_s": 0.06}
-    for everybody, some in zip(turns(5, 200, **fields), turns(5, 200, **fields, cohort=30), strict=True):
+    for everybody, some in zip(rounds(5, 200, **fields), rounds(5, 200, **fields, cohort=30), strict=True):
         assert 0 < len(some.trained) < 30
         assert clients_of(some) == sorted({*clients_of(everybody)} & {*sample_cohort(200, 30, 0, some.round)})
 
 
 def test_half_of_the_clients_are_there_at_availability_one_half():
-    for turn in turns(3, 10_000, fleet=UNEVEN | {"availability": 0.5}):
-        assert abs(turn.asked - 5000) < 250  # five standard deviations
+    for planned in rounds(3, 10_000, fleet=UNEVEN | {"availability": 0.5}):
+        assert abs(planned.asked - 5000) < 250  # five standard deviations
 
 
 def test_speeds_have_the_median_and_the_spread_that_were_asked_for():
@@ -143,28 +143,28 @@ def fedbuff(buffer: int, concurrency: int) -> dict:
 
 
 def test_a_slow_client_comes_back_with_the_parameters_it_was_sent():
-    first, second, third, fourth = turns(4, 3, fleet=Timed(seconds=(2, 3, 10)), server=fedbuff(2, 3))
+    first, second, third, fourth = rounds(4, 3, fleet=Timed(seconds=(2, 3, 10)), server=fedbuff(2, 3))
     # Clients 0 and 1 fill a buffer every 3 s while client 2 is at work; at 10 s it takes the place of one of them.
-    assert [turn.clock_s for turn in (first, second, third, fourth)] == [3, 6, 9, 11]
-    assert [turn.trained for turn in (first, second, third)] == [[(0, k), (1, k)] for k in range(3)]
-    assert [turn.needed for turn in (first, second, third)] == [{0}, {0}, {0}]
+    assert [planned.clock_s for planned in (first, second, third, fourth)] == [3, 6, 9, 11]
+    assert [planned.trained for planned in (first, second, third)] == [[(0, k), (1, k)] for k in range(3)]
+    assert [planned.needed for planned in (first, second, third)] == [{0}, {0}, {0}]
     assert fourth.trained == [(2, 0), (0, 3)] and fourth.needed == {3}  # client 1 is still at work
-    assert [turn.asked for turn in (first, second, third, fourth)] == [3, 2, 2, 2]
+    assert [planned.asked for planned in (first, second, third, fourth)] == [3, 2, 2, 2]
 
 
 def test_one_at_a_time_is_never_stale_and_takes_the_sum_of_the_times():
     before = 0.0
-    for turn in turns(50, 6, fleet=Timed(seconds=(1, 2, 3, 4, 5, 6)), server=fedbuff(1, 1)):
-        ((client, version),) = turn.trained
-        assert version == turn.round - 1 and turn.clock_s - before == client + 1
-        before = turn.clock_s
+    for planned in rounds(50, 6, fleet=Timed(seconds=(1, 2, 3, 4, 5, 6)), server=fedbuff(1, 1)):
+        ((client, version),) = planned.trained
+        assert version == planned.round - 1 and planned.clock_s - before == client + 1
+        before = planned.clock_s
 
 
 def test_staleness_grows_with_concurrency_and_is_never_negative():
     means = []
     for concurrency in (10, 40, 160):
-        made = turns(60, 400, fleet=UNEVEN, server=fedbuff(10, concurrency))
-        staleness = [turn.round - 1 - version for turn in made for _, version in turn.trained]
+        made = rounds(60, 400, fleet=UNEVEN, server=fedbuff(10, concurrency))
+        staleness = [planned.round - 1 - version for planned in made for _, version in planned.trained]
         assert len(staleness) == 600 and min(staleness) >= 0
         means.append(np.mean(staleness))
     assert means[0] + 1 < means[1] and means[1] + 4 < means[2]  # in the long run about concurrency / buffer
@@ -172,39 +172,39 @@ def test_staleness_grows_with_concurrency_and_is_never_negative():
 
 def test_a_client_is_asked_again_only_after_its_update_was_taken():
     taken: dict[int, int] = {}
-    for turn in turns(200, 30, fleet=UNEVEN, server=fedbuff(5, 20)):
-        assert len({*clients_of(turn)}) == 5
-        assert turn.trained == sorted(turn.trained, key=lambda pair: pair[::-1])
-        for client, version in turn.trained:
+    for planned in rounds(200, 30, fleet=UNEVEN, server=fedbuff(5, 20)):
+        assert len({*clients_of(planned)}) == 5
+        assert planned.trained == sorted(planned.trained, key=lambda pair: pair[::-1])
+        for client, version in planned.trained:
             assert version >= taken.get(client, 0)
-            taken[client] = turn.round
-    assert len(taken) == 30  # in the end everybody's turn comes
+            taken[client] = planned.round
+    assert len(taken) == 30  # in the end every client has trained
 
 
 def test_parameters_are_kept_as_long_as_somebody_needs_them():
-    made = turns(300, 50, fleet=UNEVEN, server=fedbuff(5, 30))
-    for k, turn in enumerate(made[:200]):
+    made = rounds(300, 50, fleet=UNEVEN, server=fedbuff(5, 30))
+    for k, planned in enumerate(made[:200]):
         later = [version for after in made[k + 1 :] for _, version in after.trained]
-        assert turn.needed == {version for version in later if version < turn.round}
+        assert planned.needed == {version for version in later if version < planned.round}
 
 
 def test_a_deadline_bounds_how_long_a_client_is_waited_for():
     fields = {"fleet": Timed(seconds=(1, 1, 1, 50)), "server": fedbuff(1, 4)}
-    assert 3 in {client for turn in turns(300, 4, **fields) for client in clients_of(turn)}
-    made = turns(300, 4, **fields, deadline_s=10)
-    assert 3 not in {client for turn in made for client in clients_of(turn)}
-    assert sum(turn.late for turn in made) == pytest.approx(made[-1].clock_s / 10, abs=1)
+    assert 3 in {client for planned in rounds(300, 4, **fields) for client in clients_of(planned)}
+    made = rounds(300, 4, **fields, deadline_s=10)
+    assert 3 not in {client for planned in made for client in clients_of(planned)}
+    assert sum(planned.late for planned in made) == pytest.approx(made[-1].clock_s / 10, abs=1)
 
 
 def test_where_nobody_can_answer_in_time_it_says_so_and_ends():
     with pytest.raises(InputError, match=r"of 10000 clients asked in a row none answered \(deadline_s: 0.5\)"):
-        turns(1, 4, fleet=Timed(seconds=(1, 2, 3, 4)), server=fedbuff(1, 2), deadline_s=0.5)
+        rounds(1, 4, fleet=Timed(seconds=(1, 2, 3, 4)), server=fedbuff(1, 2), deadline_s=0.5)
 
 
 def test_buffers_wait_for_a_round_in_which_somebody_can_be_asked():
-    made = turns(40, 2, fleet={"name": "lognormal", "availability": 0.2}, server=fedbuff(2, 2))
-    empty = [turn for turn in made if not turn.trained]
-    assert 0 < len(empty) < 40 and all(len(turn.trained) == 2 for turn in made if turn.trained)
+    made = rounds(40, 2, fleet={"name": "lognormal", "availability": 0.2}, server=fedbuff(2, 2))
+    empty = [planned for planned in made if not planned.trained]
+    assert 0 < len(empty) < 40 and all(len(planned.trained) == 2 for planned in made if planned.trained)
 
 
 def weight_of(server, rows, staleness):
@@ -228,7 +228,7 @@ BOTH = {"rounds": {"cohort": 20, "over_selection": 0.3}, "buffers": {"server": f
 
 @pytest.mark.parametrize("fields", BOTH.values(), ids=BOTH)
 def test_a_schedule_is_replayed_and_another_seed_is_another_one(fields):
-    first, again, other = (turns(30, 100, fleet=UNEVEN, **fields, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (rounds(30, 100, fleet=UNEVEN, **fields, seed=seed) for seed in (0, 0, 1))
     assert first == again
     assert all(mine.trained != theirs.trained for mine, theirs in zip(first, other, strict=True))
 
@@ -236,19 +236,19 @@ def test_a_schedule_is_replayed_and_another_seed_is_another_one(fields):
 @pytest.mark.parametrize("fields", BOTH.values(), ids=BOTH)
 @pytest.mark.parametrize("deadline_s", [None, 0.1])
 def test_the_clock_never_goes_back_and_nobody_is_asked_for_nothing(fields, deadline_s):
-    made = turns(100, 100, fleet=UNEVEN, **fields, deadline_s=deadline_s)
+    made = rounds(100, 100, fleet=UNEVEN, **fields, deadline_s=deadline_s)
     assert all(one.clock_s < next.clock_s for one, next in pairwise(made))
-    asked = sum(turn.asked for turn in made)
-    done = sum(len(turn.trained) + turn.dropped + turn.late for turn in made)
+    asked = sum(planned.asked for planned in made)
+    done = sum(len(planned.trained) + planned.dropped + planned.late for planned in made)
     assert 0 <= asked - done <= (40 if "server" in fields else 0)  # those still at work
-    assert sum(turn.dropped for turn in made) > 0
+    assert sum(planned.dropped for planned in made) > 0
 
 
 def test_a_cohort_of_10_000_from_100_000_clients():
-    for turn in turns(3, 100_000, fleet=UNEVEN, cohort=10_000, deadline_s=0.1):
-        assert turn.asked == 10_000 == len(turn.trained) + turn.dropped + turn.late
-        assert len(turn.trained) > 1000
-        assert all(type(number) is int for pair in turn.trained for number in pair)
+    for planned in rounds(3, 100_000, fleet=UNEVEN, cohort=10_000, deadline_s=0.1):
+        assert planned.asked == 10_000 == len(planned.trained) + planned.dropped + planned.late
+        assert len(planned.trained) > 1000
+        assert all(type(number) is int for pair in planned.trained for number in pair)
 
 
 @pytest.mark.parametrize(

@@ -423,7 +423,11 @@ BAD = {
     "who judges": ({"search": ("eval_clients=1:3",)}, {}, "it changes how trials are evaluated"),
     "another deal": ({"search": ("clients=3:6",)}, {}, "this data set has no test split"),
     "too large a cohort": ({"search": ("cohort",)}, {}, "a cohort of 100 from 6 clients"),
-    "a rule of many": ({"search": ("server=fedavg,krum",)}, {"cohort": 4}, "krum with f 1 wants 5 clients or more"),
+    "a rule of many": (
+        {"search": ("server=fedavg,krum",)},
+        {"cohort": 4},
+        "krum with f 1 needs at least 5 clients per round",
+    ),
     "no rounds": ({}, {"rounds": 0}, "a sweep needs --rounds 1 or more"),
     "the base config": ({}, {"cohort": 40}, "a cohort of 40 from 6 clients"),
 }

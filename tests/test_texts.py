@@ -61,8 +61,8 @@ def test_classes_whose_texts_are_the_same_tokens_are_refused_before_anything_is_
     with pytest.raises(InputError) as caught:
         run(config(**fields, cache_dir=tmp_path / "cache", method="zero_shot"))
     assert str(caught.value) == (
-        "'a picture of a &' and 'a picture of a &amp;' are the same tokens to the model, so that their classes cannot "
-        "be told apart; rename one"
+        "'a picture of a &' and 'a picture of a &amp;' have the same tokens, so the model cannot distinguish their "
+        "classes; rename one"
     )
     assert not any((tmp_path / "cache").glob("*.npy"))
 
@@ -70,14 +70,14 @@ def test_classes_whose_texts_are_the_same_tokens_are_refused_before_anything_is_
 @pytest.mark.parametrize("method", ["zero_shot", "promptfl", "lora"])
 def test_a_text_that_the_model_would_not_read_to_its_end_is_refused(method, pictures, config):
     fields = pictures(f"{LONG} cat", f"{LONG} dog")
-    with pytest.raises(InputError, match=r"' has [0-9]+ tokens; the model takes 32, start and end among them"):
+    with pytest.raises(InputError, match=r"' has [0-9]+ tokens; the model takes 32, including start and end"):
         run(config(**fields, method=method))
 
 
 def test_texts_are_checked_wherever_they_are_tokenized(clip):
     tower = clip.text_tower(blocks=False)
     for tokenize in (clip.encode_texts, tower.tokenize):
-        with pytest.raises(InputError, match="'a Crane' and 'a crane' are the same tokens to the model"):
+        with pytest.raises(InputError, match="'a Crane' and 'a crane' have the same tokens"):
             tokenize(["a Crane", "a crane"])
         with pytest.raises(InputError, match="has 34 tokens; the model takes 32"):
             tokenize(["cat " * 32])

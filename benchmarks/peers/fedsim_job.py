@@ -81,9 +81,9 @@ def on_processes(args: Namespace, out: str) -> tuple[list[float], list[float], P
     with _Processes(args.processes, Path(out)) as pool:
         workers = pool.workers(ClientWorker, experiment.data.source, experiment.clients, None)
         federation = Federation(experiment, task, workers, state.params)
-        for turn in federation.schedule(0):
+        for planned in federation.schedule(0):
             began = time.perf_counter()
-            state, _ = federation.train(state, turn)
+            state, _ = federation.train(state, planned)
             seconds.append(time.perf_counter() - began)
             ends.append(time.time())
     return ends, seconds, state.params

@@ -52,6 +52,6 @@ def _detach(console: Console, folder: Path, argv: Sequence[str], kind: Kind) -> 
     detach(folder, argv, kind)
     status = read_status(folder)
     console.print(f"-> {folder}")
-    console.print("is done" if status.ended else f"runs in process {status.pid} on {status.host}")
+    console.print("finished" if status.ended else f"runs in process {status.pid} on {status.host}")
     console.print(f"  fedsim watch {folder}\n  fedsim stop {folder}", soft_wrap=True)
     return 0

@@ -55,8 +55,8 @@ def _heads(tables: "Tables", means: list[dict[str, float]]) -> dict[str, dict[st
             "local": "local",
             "base": "base",
             "new": "new",
-            "harmonic_2": "of base, new",
-            "harmonic_3": "of all three",
+            "harmonic_2": "harmonic mean (base, new)",
+            "harmonic_3": "harmonic mean (local, base, new)",
         }
     return titles
 

@@ -35,7 +35,9 @@ class Outlet:
         except OSError as error:
             self.fault = self.fault or error
             # The rest of the buffer goes there too, or Python would fail again when it exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedsim.errors import InputError
+from fedsim.errors import InputError, first_line
 
 EMBEDDED = "tiny", "embedded"
 ASSETS = Path(__file__).parents[1] / "assets" / "tiny"
@@ -36,7 +36,3 @@ def tokenizer_of(model: str, context_length: int | None = None) -> Any:
         return import_open_clip().get_tokenizer(model, context_length)
     except (ImportError, OSError) as error:
         raise InputError(f"the tokenizer of {model} is not on this machine: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

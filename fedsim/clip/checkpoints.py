@@ -20,9 +20,9 @@ import torch
 import torch.utils.serialization
 from torch import Tensor, nn
 
-from fedsim.clip.architectures import ASSETS, EMBEDDED, first_line, import_open_clip, tokenizer_of
+from fedsim.clip.architectures import ASSETS, EMBEDDED, import_open_clip, tokenizer_of
 from fedsim.clip.folders import HUB, LOCAL, find_folder, from_transformers, go_offline_if_unreachable, is_transformers
-from fedsim.errors import InputError, listing
+from fedsim.errors import InputError, first_line, listing
 
 _serialization: Any = torch.utils.serialization.config  # a module that becomes an object when it is imported
 _PREPROCESSING = "mean", "std", "interpolation", "resize_mode"

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.clip.architectures import first_line
-from fedsim.errors import InputError, listing
+from fedsim.errors import InputError, first_line, listing
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 OPEN_CLIP, TRANSFORMERS = "open_clip_config.json", "config.json"

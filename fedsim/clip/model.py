@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fedsim.clip.architectures import first_line
 from fedsim.clip.checkpoints import Weights
 from fedsim.clip.towers import ImageTower, TextTower, tokenize
-from fedsim.errors import InputError
+from fedsim.errors import InputError, first_line
 
 
 @dataclass(frozen=True)

@@ -144,16 +144,16 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     for text in texts if hasattr(tokenizer, "encode") else ():
         if (length := len(tokenizer.encode(text)) + 2) > tokenizer.context_length:
             raise InputError(
-                f"{shortened(text)!r} has {length} tokens; the model takes {tokenizer.context_length}, start and end "
-                "among them"
+                f"{shortened(text)!r} has {length} tokens; the model takes {tokenizer.context_length}, "
+                "including start and end"
             )
     tokens = tokenizer(list(texts))
     first: dict[tuple[int, ...], str] = {}
     for text, row in zip(texts, tokens.tolist(), strict=True):
         if (other := first.setdefault(tuple(row), text)) is not text:
             raise InputError(
-                f"{shortened(other)!r} and {shortened(text)!r} are the same tokens to the model, so that their classes "
-                "cannot be told apart; rename one"
+                f"{shortened(other)!r} and {shortened(text)!r} have the same tokens, so the model cannot distinguish "
+                "their classes; rename one"
             )
     return tokens
 

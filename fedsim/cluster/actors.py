@@ -121,7 +121,7 @@ class ActorPool(Pool):
         One that was stopped, or that a network has forgotten, may never answer again; and with a single actor, or
         when all of them hang, no other can take its calls. A slow one loses what it has computed so far.
         """
-        self._count_restart(slot, f"none of {self.sizes} answers any more; is the cluster up? try `ray status`")
+        self._count_restart(slot, f"none of {self.sizes} responds; is the cluster up? try `ray status`")
         self.ray.kill(slot.actor, no_restart=False)  # a process that does not listen is ended after 5 s
         slot.due = time.monotonic() + UNKNOWN_S
 

@@ -152,7 +152,9 @@ class CallQueue:
         """Gives the calls of an actor to others as well, since the first of them is late."""
         first, *others = calls = list(slot.calls.values())
         patience_s = self.deadlines.seconds(self.kind, self.late[first.index])
-        self._record_failure(self.late, first.index, f"was late {TRIES} times, the last by {patience_s:.0f} s")
+        self._record_failure(
+            self.late, first.index, f"missed its deadline {TRIES} times, the last of {patience_s:.0f} s"
+        )
         for call in others:
             heappush(self.todo, call.index)
         for call in calls:

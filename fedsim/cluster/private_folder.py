@@ -62,7 +62,7 @@ def _locked_folder(progress: Progress) -> tuple[Path, FileLock]:
             if problems:
                 progress(Note("Ray", f"its files are below {root}, since {'; '.join(problems)}"))
             return folder, lock
-    raise InputError(f"Ray needs a folder for its files: {'; '.join(problems)}; TMPDIR may name a short, writable one")
+    raise InputError(f"Ray needs a folder for its files: {'; '.join(problems)}; set TMPDIR to a short, writable path")
 
 
 def _problem_of(root: str) -> str:

@@ -40,7 +40,7 @@ def checked(root: Path | None, name: str) -> Path:
         raise InputError(f"data set {name} needs --data-dir, a folder of images; none was given")
     root = root.expanduser().absolute()
     if not root.is_dir():
-        raise InputError(f"data set {name} needs a folder as --data-dir; {root} is no folder")
+        raise InputError(f"data set {name} needs a folder as --data-dir; {root} is not a folder")
     return root
 
 

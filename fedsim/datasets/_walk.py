@@ -87,7 +87,6 @@ def _walk(place: str, real: str, above: tuple[str, ...]) -> Iterator[tuple[str, 
                         f"{path} is a link back to {display_name(target)}, a folder that it is in; remove it"
                     )
                 yield from _walk(entry.path, target, (*above, target))
-            elif (
-                entry.is_symlink() or entry.is_file()
-            ):  # a link to nowhere is named when it is opened; a pipe would hang
+            elif entry.is_symlink() or entry.is_file():
+                # A link to nowhere is reported when it is opened. Pipes are skipped, since opening one would block.
                 yield place, entry.name, target

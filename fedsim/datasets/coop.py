@@ -60,7 +60,7 @@ class CoOp(FixedDataset):
         items = _aircraft(place) if file.name == "variants.txt" else _split_file(file)
         base, paths = _locate(place, file, items)
         names = _class_names(file, items)
-        spelling = canonical_names("class", Counter(names), file)
+        spelling = canonical_names("class", Counter(names[item.label] for item in items), file)
         template = TEMPLATES.get(file.stem.removeprefix("split_zhou_"), DEFAULT_TEMPLATE)
         return Images(
             files=[Path(path) for path in paths],
@@ -98,6 +98,8 @@ def _split_file(file: Path) -> list[Item]:
     if not isinstance(splits, dict) or (missing := [name for name in SPLITS if name not in splits]):
         given = "an object without " + listing(missing) if isinstance(splits, dict) else type(splits).__name__
         raise InputError(f"{file} needs an object with lists train, val and test, not {given}")
+    if odd := [name for name in SPLITS if not isinstance(splits[name], list)]:
+        raise InputError(f"{file} needs lists train, val and test; these are no lists: {listing(odd)}")
     return [_item(file, name, k, entry, code) for name, code in SPLITS.items() for k, entry in enumerate(splits[name])]
 
 
@@ -126,7 +128,11 @@ def _aircraft(place: Path) -> list[Item]:
 def _lines(file: Path) -> list[str]:
     if not file.is_file():
         raise InputError(f"FGVCAircraft needs variants.txt and images_variant_train, _val and _test.txt; no {file}")
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} needs to be UTF-8 text: {error}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _locate(place: Path, file: Path, items: list[Item]) -> tuple[Path, list[str]]:

@@ -5,6 +5,7 @@ Source: the library datasets, huggingface/datasets, which is an optional depende
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pydantic import Field
 from fedsim.datasets import TEST, TRAIN, UNASSIGNED, VAL, FixedDataset, Images
 from fedsim.datasets._names import canonical_names
 from fedsim.datasets._tree import checked
-from fedsim.errors import InputError, Stopped, listing
+from fedsim.errors import InputError, Stopped, first_line, listing
 from fedsim.registry import component
 
 SPLITS = {"train": TRAIN, "validation": VAL, "valid": VAL, "val": VAL, "test": TEST}
@@ -26,13 +27,13 @@ DOMAIN = "images"  # of sets without a domain column
 class HuggingFace(FixedDataset):
     """Reads `--data-dir`, or `--dataset.hub` from the hub, which keeps its own cache of downloads.
 
-    Each image is read as the bytes of its file. Splits called train, validation and test are taken as they are; a set
-    with one split leaves the split to the partition's seed.
+    Each image is read as the bytes of its file. Splits called train, validation and test are used as they are; without
+    a validation split, validation rows are drawn from the train rows. The only split of a set is split by the
+    partition's seed.
     """
 
     hub: str | None = Field(
         None,
-        pattern=r"^[^/\s]+/[^/\s]+$",
         description="a set of the hub, OWNER/NAME (default: the files in --data-dir)",
     )
     subset: str | None = Field(None, description="a configuration of the hub's set (default: its only one)")
@@ -78,6 +79,8 @@ class HuggingFace(FixedDataset):
             raise InputError(
                 "data set huggingface needs the library datasets, which is not installed: uv sync --extra huggingface"
             ) from None
+        if self.hub is not None and not re.fullmatch(r"[^/\s]+/[^/\s]+", self.hub):
+            raise InputError(f"dataset.hub must be OWNER/NAME, got {self.hub!r}")
         if (self.hub is None) == (root is None):
             raise InputError(
                 "data set huggingface needs --dataset.hub OWNER/NAME, or a folder as --data-dir, and not both"
@@ -86,10 +89,23 @@ class HuggingFace(FixedDataset):
         if self.hub:
             try:
                 return _by_name(datasets.load_dataset(self.hub, self.subset))
-            except (OSError, ValueError) as error:  # no network, no such set, no such subset
-                reason = str(error).strip().splitlines()[0]
-                raise Stopped(f"the hub's set {self.hub} cannot be loaded: {reason}") from None
+            except ValueError as error:  # no such subset
+                raise InputError(f"the hub's set {self.hub} cannot be loaded: {first_line(error)}") from None
+            except OSError as error:  # no network, or no such set: offline, the library does not tell them apart
+                raise Stopped(f"the hub's set {self.hub} cannot be loaded: {first_line(error)}") from None
         root = checked(root, "huggingface")
+        from datasets.exceptions import DatasetsError
+
+        try:
+            return self._open_folder(root)
+        except (OSError, ValueError, DatasetsError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{root} cannot be read: {first_line(error)}") from None
+
+    def _open_folder(self, root: Path) -> dict[str, Any]:
+        import datasets
+
         if (root / "dataset_dict.json").exists() or (root / "dataset_info.json").exists():
             table = datasets.load_from_disk(str(root))
             return _by_name(table) if isinstance(table, datasets.DatasetDict) else {"train": table}
@@ -118,7 +134,7 @@ class HuggingFace(FixedDataset):
             raise InputError(f"{where}: column {self.image} needs to hold images, not {kind}")
 
 
-class _Column(Sequence[bytes]):
+class _Column(Sequence[Path | bytes]):
     """The bytes of the images of several tables, read from their memory-mapped files."""
 
     def __init__(self, tables: list[Any], column: str) -> None:
@@ -141,7 +157,7 @@ class _Column(Sequence[bytes]):
         table = int(np.searchsorted(self.starts, index, "right")) - 1
         entry = self.tables[table][int(index - self.starts[table])][self.column]
         # A set may hold the path of a file in place of its bytes.
-        return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
+        return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"])
 
 
 def _by_name(splits: Any) -> dict[str, Any]:
@@ -178,9 +194,9 @@ def _numbers(
     kind: str, names: Iterable[str], order: Sequence[str], where: object
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """(N,) indices of names, in the given order or sorted, and the names that occur."""
-    found, inverse, counts = np.unique(np.array(list(names)), return_inverse=True, return_counts=True)
-    spelling = canonical_names(kind, dict(zip(found.tolist(), counts.tolist(), strict=True)), where)
+    distinct, inverse, counts = np.unique(np.array(list(names)), return_inverse=True, return_counts=True)
+    spelling = canonical_names(kind, dict(zip(distinct.tolist(), counts.tolist(), strict=True)), where)
     rank = {name: k for k, name in enumerate(order)}
     ordered = sorted(set(spelling.values()), key=lambda name: (rank.get(name, len(rank)), name))
-    index = np.array([ordered.index(spelling[name]) for name in found.tolist()], np.int64)
+    index = np.array([ordered.index(spelling[name]) for name in distinct.tolist()], np.int64)
     return index[inverse], tuple(ordered)

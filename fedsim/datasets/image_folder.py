@@ -19,8 +19,9 @@ TEST_FOLDERS = {"test", "testing"}
 class ImageFolder(FixedDataset):
     """`--data-dir` holds class folders, or split folders (train, val, test) that hold class folders.
 
-    Without split folders the partition's seed splits the rows. With train and test alone, clients have no validation
-    rows, and the last round is reported. There is one domain, so nothing can be held out but new classes.
+    Without split folders, the partition's seed splits the rows. If there is no val folder, validation rows are drawn
+    from the train rows; if there is no test folder, clients have no test rows. There is one domain, so only new classes
+    can be held out.
     """
 
     def read(self, root: Path | None) -> Images:

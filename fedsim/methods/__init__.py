@@ -156,12 +156,19 @@ class Method(ABC):
         x is (B, D) features, (B, T, D) patch tokens or (B, 3, H, W) bytes, according to `reads.image`. classes is
         `Batch.classes`; a module may ignore it, since the engine sets the logits of inactive classes to -inf.
 
+        It is called in every process under the same seed, so random initial values must come from PyTorch's global
+        generator. Only parameters are trained; persistent buffers are sent unchanged.
+
         Raises:
             InputError: the hyperparameters do not fit the backbone.
         """
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """The loss of a local step: a scalar, in nats."""
+        """The loss of a local step: a scalar, in nats.
+
+        It runs under vmap when clients are stacked, unless the method trains through a tower, so its control flow must
+        not depend on tensor values.
+        """
         return cross_entropy(module(batch.x, batch.classes), batch.y)
 
     def closed_form(self, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
@@ -192,7 +199,7 @@ def trained(module: nn.Module) -> list[str]:
 
 
 def masked(module: nn.Module) -> nn.Module:
-    """The module with the logits of inactive classes set to -inf, whatever its `forward` returns for them."""
+    """Registers a hook that sets the logits of inactive classes to -inf; returns the same module."""
     module.register_forward_hook(_mask_inactive, with_kwargs=True)
     return module
 

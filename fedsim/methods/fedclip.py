@@ -55,24 +55,24 @@ class FedCLIP(Method):
         hidden = (x @ w1.mT).add_(b1.unsqueeze(-2)).tanh_()
         gate = (hidden @ w2.mT).add_(b2.unsqueeze(-2)).softmax(dim=-1)
         gated = gate * x
-        length = torch.linalg.vector_norm(gated, dim=-1, keepdim=True).clamp_min_(1e-12)  # as in `normalize`
-        unit = gated.div_(length)
+        norm = torch.linalg.vector_norm(gated, dim=-1, keepdim=True).clamp_min_(1e-12)  # as in `normalize`
+        unit = gated.div_(norm)
 
         texts = module.text[y] if self.objective == "contrastive" else module.text
         logits = (unit @ texts.mT).mul_(module.scale)
-        losses, slope = (_contrast if self.objective == "contrastive" else _classify)(logits, y)
+        losses, grad_logits = (_contrast if self.objective == "contrastive" else _classify)(logits, y)
 
-        along = (slope @ texts).mul_(module.scale)
+        grad_unit = (grad_logits @ texts).mul_(module.scale)
         # Only the component orthogonal to the unit feature changes it.
-        gated_slope = along.addcmul_(unit, (along * unit).sum(dim=-1, keepdim=True), value=-1).div_(length)
-        gate_slope = gated_slope.mul_(x)
-        out_slope = gate_slope.sub_((gate_slope * gate).sum(dim=-1, keepdim=True)).mul_(gate)
-        hidden_slope = (out_slope @ w2).mul_(1 - hidden.square())
+        grad_gated = grad_unit.addcmul_(unit, (grad_unit * unit).sum(dim=-1, keepdim=True), value=-1).div_(norm)
+        grad_gate = grad_gated.mul_(x)
+        grad_out = grad_gate.sub_((grad_gate * gate).sum(dim=-1, keepdim=True)).mul_(gate)
+        grad_hidden = (grad_out @ w2).mul_(1 - hidden.square())
         grads = {
-            "attention.0.weight": hidden_slope.mT @ x,
-            "attention.0.bias": hidden_slope.sum(dim=-2),
-            "attention.2.weight": out_slope.mT @ hidden,
-            "attention.2.bias": out_slope.sum(dim=-2),
+            "attention.0.weight": grad_hidden.mT @ x,
+            "attention.0.bias": grad_hidden.sum(dim=-2),
+            "attention.2.weight": grad_out.mT @ hidden,
+            "attention.2.bias": grad_out.sum(dim=-2),
         }
         return losses, grads
 
@@ -81,18 +81,18 @@ def _contrast(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(M,) losses of (M, B, B) logits, where text j belongs to image j, and their derivative by the logits."""
     by_text, by_image = logits.log_softmax(dim=-1), logits.log_softmax(dim=-2)
     losses = (by_text.diagonal(0, -2, -1) + by_image.diagonal(0, -2, -1)).mean(dim=-1) / -2
-    slope = by_text.exp_().add_(by_image.exp_())
-    slope.diagonal(0, -2, -1).sub_(2)
-    return losses, slope.div_(2 * y.shape[-1])
+    grad_logits = by_text.exp_().add_(by_image.exp_())
+    grad_logits.diagonal(0, -2, -1).sub_(2)
+    return losses, grad_logits.div_(2 * y.shape[-1])
 
 
 def _classify(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(M,) losses of (M, B, C) logits for the cross-entropy over classes, and their derivative by the logits."""
     logs, targets = logits.log_softmax(dim=-1), y.unsqueeze(-1)
     losses = logs.gather(-1, targets).squeeze(-1).mean(dim=-1).neg()
-    slope = logs.exp_()
-    slope.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=slope.dtype))
-    return losses, slope.div_(y.shape[-1])
+    grad_logits = logs.exp_()
+    grad_logits.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=grad_logits.dtype))
+    return losses, grad_logits.div_(y.shape[-1])
 
 
 class _Gated(nn.Module):

@@ -21,7 +21,7 @@ class Bootstrap(Partition):
     """Rows are split once for all clients, so no client trains on a test row of another."""
 
     rows: int = Field(100, ge=2, le=2**20, description="rows of a client, of all splits together")
-    by_domain: bool = Field(True, description="each client has rows of one domain, domains in turn")
+    by_domain: bool = Field(True, description="each client has rows of one domain, clients cycle through the domains")
     alpha: float | None = Field(
         None,
         gt=0,

@@ -18,6 +18,8 @@ class Classes(FixedPartition):
     def split(self, labels, domains, clients, rng):
         count, present = require_clients(clients, len(labels), "classes"), np.unique(labels)
         if count > len(present):
-            raise InputError(f"{count} clients for {len(present)} classes; partition classes shares none")
+            raise InputError(
+                f"{count} clients for {len(present)} classes; partition classes gives each class to one client"
+            )
         groups = np.array_split(rng.permutation(present), count)
         return [np.flatnonzero(np.isin(labels, group)) for group in groups]

@@ -24,7 +24,7 @@ from fedsim.reporting.tables import (
     round_table,
     score_table,
 )
-from fedsim.schedule import Turn
+from fedsim.schedule import PlannedRound
 from fedsim.state import ServerState
 
 
@@ -104,7 +104,7 @@ class Report:
         both = {done: self.validation[done] for done in (self.chosen_round, round) if done in self.validation}
         self.chosen_round = best_round(both)
 
-    def judge(self, state: ServerState, counts: Counts) -> None:
+    def add_evaluation(self, state: ServerState, counts: Counts) -> None:
         """Adds the evaluation of a state, and keeps its tensors if its round is the best so far."""
         self.add_scores(state.round, counts)
         if self.chosen_round == state.round:
@@ -117,10 +117,15 @@ class Report:
         and needs the tensors of the best of the others.
         """
         if self.last:
-            self.judge(state, self.last)
+            self.add_evaluation(state, self.last)
 
     def add_round(
-        self, turn: Turn, clients: np.ndarray, payload: tuple[int, int], seconds: float, flops: float = float("nan")
+        self,
+        planned: PlannedRound,
+        clients: np.ndarray,
+        payload: tuple[int, int],
+        seconds: float,
+        flops: float = float("nan"),
     ) -> None:
         """Adds the costs of a round of training, and its mean loss over clients.
 
@@ -130,10 +135,10 @@ class Report:
             flops: floating-point operations; nan if they were not counted.
         """
         losses = clients["loss"][~np.isnan(clients["loss"])]
-        counts = turn.round, turn.asked, len(clients), turn.dropped, turn.late
-        sent = len(clients) * payload[1], turn.asked * payload[0]
+        counts = planned.round, planned.asked, len(clients), planned.dropped, planned.late
+        sent = len(clients) * payload[1], planned.asked * payload[0]
         loss = losses.mean() if len(losses) else np.nan
-        row = *counts, *sent, seconds, turn.clock_s, loss, clients["steps"].sum(), flops
+        row = *counts, *sent, seconds, planned.clock_s, loss, clients["steps"].sum(), flops
         self.rounds.append(np.array(row, np.float64))
 
     # In a checkpoint ---------------------------------------------------------------------------------------

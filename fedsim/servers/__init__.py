@@ -17,7 +17,7 @@ from fedsim.registry import component
 from fedsim.search_space import Field
 from fedsim.updates import RoundSum, apply_update, mean_delta
 
-Slots = dict[str, Params]
+Slots = dict[str, Params]  # by kind, such as "momentum" (without "/"), and by name of the parameter
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class ClientUpdate:
     """The result of a client's local training in a round.
 
     Attributes:
-        received, trained: the shared tensors before and after local training.
+        received: the shared tensors as the server sent them, before `start` replaces any.
+        trained: the same tensors after local training.
         client_state: what the client stores for the rule, before this round.
         sent: what `Server.broadcast` returned.
         rows: its train rows.
@@ -50,8 +51,8 @@ class Reply:
 
     Attributes:
         weight: the weight of its delta and its message in their sums.
-        message: tensors; their weighted sum is `RoundSum.message`.
-        client_state: what it stores for its next round; it is not sent.
+        message: tensors with the same names and shapes for every client; their weighted sum is `RoundSum.message`.
+        client_state: what it stores for its next round, with the names and shapes of `init`'s; it is not sent.
     """
 
     weight: float = 1.0
@@ -95,6 +96,9 @@ class Server(ABC):
     def init(self, params: Params) -> tuple[Slots, Params]:
         """The slots of the rule and the state of a client before the first round.
 
+        Both already have all the names and shapes of later rounds. It is called in every process, so the result must
+        depend on its arguments only.
+
         Args:
             params: the shared tensors at round 0.
         """
@@ -120,7 +124,8 @@ class Server(ABC):
     def gradient(self, params: Params, received: Params, client_state: Params, sent: Params) -> Params:
         """What the rule adds to a client's gradients at a local step, by parameter name.
 
-        It runs under vmap when clients are trained together, so its control flow must not depend on tensor values.
+        It runs under vmap when clients are trained together, so its control flow must not depend on tensor values. It
+        must return the same names in every call.
 
         Args:
             params: the parameters that the client trains, shared and private.

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fedsim.config import Config, Out, read_yaml
 from fedsim.errors import InputError, listing
-from fedsim.registry import CHECKED, numbers_are_not_truths, sentence
+from fedsim.registry import CHECKED, reject_booleans_for_numbers, sentence
 from fedsim.sweep.space import Space
 from fedsim.sweep.study import OBJECTIVES, PRUNERS, SAMPLERS, Pruner, Rules, Sampler
 
@@ -19,8 +19,8 @@ MAY_CHANGE = ("trials", "report_seeds")  # between two commands of one sweep: th
 
 
 def _split(value: Any) -> Any:
-    if isinstance(value, str | int):
-        value = [value]
+    if not isinstance(value, list | tuple):
+        value = [] if value is None else [value]
     parts = (part for item in value for part in (item.split(",") if isinstance(item, str) else [item]))
     return tuple(part for part in (part.strip() if isinstance(part, str) else part for part in parts) if part != "")
 
@@ -60,7 +60,7 @@ class Sweep(BaseModel):
     """A search over hyperparameters around a base config."""
 
     model_config = ConfigDict(CHECKED, frozen=True, validate_default=True)
-    numbers_are_not_truths = numbers_are_not_truths
+    reject_booleans_for_numbers = reject_booleans_for_numbers
 
     config: InstanceOf[Config] = Field(description="base config of all trials; its seed is not used")
     search: Texts = Field((), description="parameters to search, such as method.lr or method.lr=1e-5:1e-2; see below")

@@ -119,11 +119,8 @@ class TrialActor(ray.tune.Trainable):
         try:
             if self.trial and not self.refusal:
                 return self.trial.advance() | {"done": self.trial.done}
-        except (
-            InputError,
-            Diverged,
-            OSError,
-        ) as error:  # such as a full disk: a retry would end the same way
+        except (InputError, Diverged, OSError) as error:
+            # An OSError, such as a full disk, too: a retry would end the same way.
             self.refusal = _refusal(error)
         return self.refusal | {"done": True}
 

@@ -113,7 +113,7 @@ def _run_on_reporting_seeds(
 def _write_front(front: Mapping[int, dict[str, Any]], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for file in folder.glob("*.yaml"):  # trials of an earlier command that are dominated by now
-        if int(file.stem) not in front:
+        if file.stem.isdecimal() and int(file.stem) not in front:
             file.unlink()
     for number, fields in front.items():
         write_text(folder / f"{number:04d}.yaml", to_yaml(fields))

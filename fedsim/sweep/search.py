@@ -15,7 +15,7 @@ from fedsim.cluster.driver import run_in_driver_actor
 from fedsim.errors import Stopped
 from fedsim.events import Note, Progress, Started, Step
 from fedsim.files import reason
-from fedsim.folder import alone_in, write_sealed
+from fedsim.folder import exclusive, write_sealed
 from fedsim.formats import number, percent
 from fedsim.prepare import Experiment, encode_experiment, sizing_of
 from fedsim.reporting.facts import to_yaml
@@ -48,7 +48,7 @@ def search(prepared: Prepared, progress: Progress) -> SweepResult:
     try:
         sweep, folder, config = prepared.sweep, prepared.folder, prepared.sweep.config
         resources = TrialResources.of(ray, sweep)
-        with alone_in(folder, "sweep", WAIT_S):
+        with exclusive(folder, "sweep", WAIT_S):
             settings = sweep.plain()
             refuse_another_sweep(folder, settings, prepared.space)  # again: another sweep may just have ended here
             write_sealed(folder / FILE, to_yaml(settings))

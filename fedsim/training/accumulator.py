@@ -29,7 +29,7 @@ class Accumulator:
         self.total = {} if keep_deltas else views(self.delta, shared)
         # To add float32 to float64 directly would make a new tensor for every client.
         buffer = torch.empty(max(map(torch.numel, shared.values()), default=0), dtype=torch.float64, device=device)
-        self.doubled = {name: buffer[: tensor.numel()].view_as(tensor) for name, tensor in shared.items()}
+        self.float64_buffers = {name: buffer[: tensor.numel()].view_as(tensor) for name, tensor in shared.items()}
         self.deltas: dict[int, np.ndarray] | None = {} if keep_deltas else None
 
     def add(self, clients: list[int], trained: Params, replies: list[Reply]) -> None:
@@ -45,7 +45,7 @@ class Accumulator:
         for k, (client, reply) in enumerate(zip(clients, replies, strict=True)):
             self.weight += reply.weight
             for name, total in self.total.items() if not self.by_stack else ():
-                total.add_(self.doubled[name].copy_(trained[name][k]), alpha=reply.weight)
+                total.add_(self.float64_buffers[name].copy_(trained[name][k]), alpha=reply.weight)
             if self.deltas is not None:
                 self.deltas[client] = flatten({name: trained[name][k] - old for name, old in self.shared.items()})
             if reply.message:

@@ -18,7 +18,7 @@ from fedsim.files import Damaged, read_tensors, write_tensors
 from fedsim.folder import intact, start_again
 from fedsim.params import Params
 
-OURS = re.compile(r"(part-.*-)?client-\d+-round-\d+\.safetensors")  # a process that is killed may leave a part
+FILE_NAME = re.compile(r"(part-.*-)?client-\d+-round-\d+\.safetensors")  # a process that is killed may leave a part
 OPTIMIZER, RULE = "optimizer/", "rule/"  # prefixes of names in a file
 
 
@@ -68,7 +68,7 @@ class PrivateStore:
             return {}
         file = self._file(client, written)
         if not file.exists():
-            raise InputError(f"{file} is not there; every machine of the cluster must see the folder of the run")
+            raise InputError(f"{file} is missing: it was deleted, or this machine does not see the folder of the run")
         with intact(file, start_again(self.folder.parent)):
             arrays, about = read_tensors(file)
             if about != {"client": client, "round": written}:
@@ -91,7 +91,7 @@ class PrivateStore:
             if written
         }
         for file in self.folder.iterdir():
-            if OURS.fullmatch(file.name) and file.name not in names:
+            if FILE_NAME.fullmatch(file.name) and file.name not in names:
                 file.unlink(missing_ok=True)
 
     def _file(self, client: int, round: int) -> Path:

@@ -68,7 +68,7 @@ def train_stack(
     learned = trained(module)
     received = {name: tensor for name, tensor in shared.items() if name in learned}
     dtype = next((tensor.dtype for tensor in params.values()), torch.float32)
-    # One client shows whether the rule adds anything; a rule that does not costs nothing at the steps.
+    # Probed with one client: a rule that adds nothing costs nothing per step.
     adds = server.gradient({name: params[name][0] for name in learned}, received, states[0], sent)
     memory = {name: torch.stack([state[name] for state in states]) for name in states[0]} if adds else {}
     losses = torch.zeros(len(sizes), dtype=dtype, device=y.device)

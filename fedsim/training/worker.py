@@ -21,8 +21,8 @@ from fedsim.servers import ClientUpdate
 from fedsim.training.accumulator import Accumulator
 from fedsim.training.client_store import PrivateState
 from fedsim.training.inputs import Inputs
-from fedsim.training.judge import Spaces, judge
 from fedsim.training.optimizer import Optimizer
+from fedsim.training.predict import Spaces, predict
 from fedsim.training.stack import stack_size, train_stack
 from fedsim.training.task import Task, backbone_of
 from fedsim.training.train import train_client
@@ -91,14 +91,14 @@ class ClientWorker:
         like = self.module(task)[1]
         received = _to(self.device, unflatten(versions[version], like))
         shared = task.of(received, "shared")
-        client_state, names = self.rule(task)
-        sent = _to(self.device, unflatten(broadcast, names), task.dtype)
+        client_state, broadcast_like = self.rule(task)
+        sent = _to(self.device, unflatten(broadcast, broadcast_like), task.dtype)
         rows_of = {client: self.clients[client].train for client, _ in clients}
         total = Accumulator(shared, self.device, task.server.needs_deltas)
         stores = task.method.persist_optimizer or bool(client_state) or bool(task.of(like, "private"))
         stats = []
         for stack in self._train_stacks(task, round, received, sent, clients, rows_of):
-            replies = []
+            replies = []  # summed before the loop continues, because the tensors of a stack are reused for the next one
             for k, client in enumerate(stack.clients):
                 rows = len(rows_of[client])
                 steps = task.method.steps(rows) * bool(stack.params)
@@ -106,6 +106,8 @@ class ClientWorker:
                 staleness = round - 1 - version
                 update = ClientUpdate(shared, trained, stack.rule[k], sent, rows, steps, staleness, task.method)
                 reply = task.server.reply(update)
+                if reply.client_state.keys() != client_state.keys():
+                    raise TypeError(f"{name_of(task.server)}: the client_state of reply needs the names of init's")
                 if stores:
                     self._write_private(task, round, stack, k, reply.client_state)
                 replies.append(reply)
@@ -138,9 +140,9 @@ class ClientWorker:
         module, like = self.module(task)
         received = _to(self.device, unflatten(params, like))
         module.eval().load_state_dict(received)
-        entries, answers = [], []
+        entries, predictions = [], []
         reads, joint = task.method.reads.image, task.method.joint_classes
-        predict = partial(judge, module, partial(self._read, task), reads, joint, device=self.device)
+        predictions_of = partial(predict, module, partial(self._read, task), reads, joint, device=self.device)
         others = [self.clients[k] for k in shared_rows]
         for k, written in chunk:
             client = self.clients[k]
@@ -149,10 +151,12 @@ class ClientWorker:
             entries += [((k, split, rows), self._spaces(owner)) for split, rows, owner in parts if split in splits]
             if task.of(like, "private"):
                 module.load_state_dict(received | self._read_private(task, k, written).params)
-                answers += predict(entries[len(answers) :])
-        answers += predict(entries[len(answers) :])  # without private parameters: one model, all rows at once
+                predictions += predictions_of(entries[len(predictions) :])
+        predictions += predictions_of(
+            entries[len(predictions) :]
+        )  # without private parameters: one model, all rows at once
         predicted, predicted_own, confidence = (
-            np.concatenate([np.empty(0, np.int64), *parts]) for parts in zip(*answers, strict=True)
+            np.concatenate([np.empty(0, np.int64), *parts]) for parts in zip(*predictions, strict=True)
         )
         if not np.isfinite(confidence).all():
             if not round:
@@ -179,7 +183,7 @@ class ClientWorker:
         self, task: Task, round: int, received: Params, sent: Params, clients: Stored, rows_of: Rows
     ) -> TrainedStack:
         module, _ = self.module(task)
-        module.train()  # evaluation switches it off, and whether this process has evaluated is chance
+        module.train()  # `evaluate` leaves it in eval mode, and which calls came before depends on scheduling
         if constants := task.of(received, "server", "frozen"):
             module.load_state_dict(constants, strict=False)
         params, optimizer = self.room(task, len(clients))
@@ -205,16 +209,19 @@ class ClientWorker:
         y = torch.from_numpy(self.data.y[rows]).to(self.device)
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
         classes = self._classes(task, ids)
-        if task.reference:
-            with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))  # for modules with dropout, say
+        with torch.random.fork_rng(devices=[]):
+            # For modules that draw random numbers, such as dropout. vmap refuses them; a stack that trains through a
+            # tower is one client.
+            torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))
+            if task.reference:
                 own = None if classes is None else classes[0]
                 options = {"shared": list(common), "client_state": states[0], "sent": sent, "classes": own}
-                losses = [train_client(module, optimizer, x, y, task.method, task.server, rngs[0], **options)]
-        else:
-            sizes = [len(rows_of[client]) for client in ids]
-            options = task.method, task.server, rngs, states, sent, classes
-            losses = train_stack(module, params, optimizer, common, x, y, sizes, *options).tolist()
+                with torch.enable_grad():
+                    losses = [train_client(module, optimizer, x, y, task.method, task.server, rngs[0], **options)]
+            else:
+                sizes = [len(rows_of[client]) for client in ids]
+                options = task.method, task.server, rngs, states, sent, classes
+                losses = train_stack(module, params, optimizer, common, x, y, sizes, *options).tolist()
         stored = range(len(ids)) if task.method.persist_optimizer else ()
         return TrainedStack(ids, params, losses, [optimizer.moments(k) for k in stored], states)
 

@@ -22,7 +22,7 @@ class Predictions(NamedTuple):
 
 
 @torch.no_grad()
-def judge(
+def predict(
     module: nn.Module, read: Reader, level: str, joint: bool, entries: list[Entry], device: str
 ) -> list[Predictions]:
     """Predictions for the rows of each entry.
