@@ -7,12 +7,11 @@ therefore first compared with the published ones.
 import json
 import os
 import pickle
-import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,17 @@ from torch import Tensor, nn
 
 from fedsim.clip.architectures import ASSETS, EMBEDDED, import_open_clip, tokenizer_of
 from fedsim.clip.folders import HUB, LOCAL, find_folder, from_transformers, go_offline_if_unreachable, is_transformers
+from fedsim.clip.published import (
+    PREPROCESSING,
+    assumed_activation,
+    cache_folder,
+    common_preprocessing,
+    of_repository,
+    published_as,
+)
 from fedsim.errors import InputError, first_line, listing
 
 _serialization: Any = torch.utils.serialization.config  # a module that becomes an object when it is imported
-_PREPROCESSING = "mean", "std", "interpolation", "resize_mode"
 _CONSTANTS = "input_resolution", "context_length", "vocab_size"  # in OpenAI's archives, next to the weights
 _SUFFIXES = ".pt", ".pth", ".bin", ".safetensors", ".npz", ".ckpt", ".pkl"
 
@@ -60,7 +66,7 @@ class Weights:
     @property
     def preprocessing(self) -> dict[str, Any]:
         """Arguments of open_clip's `create_model_and_transforms`."""
-        return {f"image_{name}": self.about[name] for name in _PREPROCESSING if name in self.about}
+        return {f"image_{name}": self.about[name] for name in PREPROCESSING if name in self.about}
 
     def build(self, device: str = "cpu") -> tuple[Any, Any]:
         """The model with random weights, and its preprocessing of images for evaluation."""
@@ -117,12 +123,12 @@ def find_weights(model: str, pretrained: str) -> Weights:
         return weights
     file = _given(model, pretrained)
     _format(file)  # refuses a file that is no checkpoint before all of it is read
-    published = _published(file)
+    published = published_as(file)
     if published and model not in published:
         raise InputError(f"{file.name} holds the weights of {listing(published)}; --backbone is {model}")
-    about = published.get(model) or _of_repository(model, file)
-    note = "" if about else _assumption(model, file)
-    about = about or _agreed(model)
+    about = published.get(model) or of_repository(model, file)
+    note = "" if about else assumed_activation(model, file)
+    about = about or common_preprocessing(model)
     weights = Weights(model, str(file), file, _key(config, about, file), about, note)
     _check_fits(weights)
     return weights
@@ -155,7 +161,7 @@ def load_torchscript(file: Path) -> dict[str, Tensor]:
     Raises:
         InputError: its SHA-256 is unknown. Reading any other archive could run code that it contains.
     """
-    if not _published(file, whole=True):
+    if not published_as(file, whole=True):
         raise InputError(
             f"{file.name} is a TorchScript archive and, by its SHA-256, not one of OpenAI's; reading it could run "
             "code, so save its tensors alone: torch.save(model.state_dict(), FILE)"
@@ -177,7 +183,7 @@ def _download(model: str, tag: str, source: dict) -> Path:
     try:
         return Path(import_open_clip().pretrained.download_pretrained(source))
     except Exception as error:
-        folder = _cache_folder(source) if source.get("hf_hub") else "the file"
+        folder = cache_folder(source) if source.get("hf_hub") else "the file"
         raise InputError(
             f"the weights {tag!r} of {model} are not on this machine and the hub cannot be reached; run once where it "
             f"can and copy {folder} of its cache ({constants.HF_HUB_CACHE}) here, or use the embedded model: "
@@ -237,67 +243,6 @@ def _format(file: Path) -> str:
         if (format == name) != (file.suffix in suffixes):  # open_clip chooses how to read a file by its suffix
             raise InputError(f"{file.name} is in the format of {format}; rename it, so that its suffix says so")
     return format
-
-
-def _published(file: Path, whole: bool = False) -> dict[str, dict]:
-    """open_clip's descriptions of the published weights with the content of this file, by architecture.
-
-    Published weights are recognized if their URL contains their digest (OpenAI's) or its start (open_clip's releases).
-
-    Args:
-        whole: compare whole digests only, because a file whose digest has a given start can be forged.
-    """
-    with file.open("rb") as stream:
-        digest = sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    pretrained = import_open_clip().pretrained
-    published = [(model, pretrained.get_pretrained_cfg(model, tag)) for model, tag in pretrained.list_pretrained()]
-    stated = re.compile(r"/([0-9a-f]{64})/" if whole else r"(?:/|-)([0-9a-f]{64}|[0-9a-f]{8})(?:/|\.pth?$)")
-    return {
-        model: about
-        for model, about in published
-        if (match := stated.search(about.get("url", ""))) and digest.hexdigest().startswith(match[1])
-    }
-
-
-def _of_repository(model: str, file: Path) -> dict[str, Any]:
-    """open_clip's description of the tag whose Hugging Face repository is in the file's path."""
-    pretrained = import_open_clip().pretrained
-    for tag in pretrained.list_pretrained_tags_by_model(model):
-        about = pretrained.get_pretrained_cfg(model, tag)
-        if about.get("hf_hub") and not {_cache_folder(about), _repository(about)[1]}.isdisjoint(file.parts):
-            return about
-    return {}
-
-
-def _repository(about: Mapping[str, Any]) -> list[str]:
-    """Owner and name of a repository on the Hugging Face hub."""
-    return about["hf_hub"].split("/")[:2]
-
-
-def _cache_folder(about: Mapping[str, Any]) -> str:
-    """The folder of a repository in the hub's cache."""
-    return "--".join(["models", *_repository(about)])
-
-
-def _agreed(model: str) -> dict[str, Any]:
-    """The preprocessing of an architecture's published weights if it is the same for all, as for SigLIP."""
-    pretrained = import_open_clip().pretrained
-    tags = pretrained.list_pretrained_tags_by_model(model)
-    each = [{name: pretrained.get_pretrained_cfg(model, tag)[name] for name in _PREPROCESSING} for tag in tags]
-    return each[0] if each and each.count(each[0]) == len(each) else {}
-
-
-def _assumption(model: str, file: Path) -> str:
-    """The activation assumed for a file that was not recognized, if published weights of its architecture differ."""
-    open_clip = import_open_clip()
-    if open_clip.get_model_config(model).get("quick_gelu") or f"{model}-quickgelu" not in open_clip.list_models():
-        return ""
-    return (
-        f"{file.name} is read with the activation GELU, as {model} is defined; weights by OpenAI and others trained "
-        f"with QuickGELU need --backbone {model}-quickgelu"
-    )
 
 
 def _check_fits(weights: Weights) -> None:
