@@ -189,7 +189,7 @@ def bad(runs, tmp_path):
         "fewer rounds": ([short], "short is not finished: it has 1 of 9 rounds"),
         "another's config": (
             [alien],
-            "config.yaml is damaged (its content is not what its digest",
+            "config.yaml is damaged (its content does not match its digest",
         ),
         "none": ([], "compare needs the folder of at least one run"),
     }

@@ -164,7 +164,7 @@ def test_a_call_that_outruns_every_actor_stops_the_run(joined, folder):
     (folder / "meet-5").write_text("99")  # and nobody comes
     with (
         open_pool(Sizing(actors=4, call_timeout_s=SOON / 4), 4) as pool,
-        pytest.raises(Stopped, match="square of item 5 was late 4 times, the last by 2 s"),
+        pytest.raises(Stopped, match="square of item 5 missed its deadline 4 times, the last of 2 s"),
     ):
         squares(pool.workers(Squarer, folder))
 

@@ -185,8 +185,8 @@ def test_a_huge_picture_is_refused_in_a_sentence(monkeypatch):
 
 
 def test_the_cache_key_follows_how_pictures_are_decoded(monkeypatch):
-    import fedsim.datasets
+    import fedsim.datasets._labels
 
     before = an_image(FILES["P", "PNG"]).fingerprint()
-    monkeypatch.setattr(fedsim.datasets, "VERSION", 1)
+    monkeypatch.setattr(fedsim.datasets._labels, "VERSION", 1)
     assert an_image(FILES["P", "PNG"]).fingerprint() != before

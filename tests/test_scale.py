@@ -81,7 +81,7 @@ def test_a_private_file_that_is_gone_is_one_sentence(tmp_path):
     store.prune([np.array([0, 0, 0, 7])])
     assert store.read(3, 7)["w"].tolist() == [1.0, 1.0]
     store.prune([np.array([0, 0, 0, 8])])
-    with pytest.raises(InputError, match=r"client-3-round-7\.safetensors is not there; every machine"):
+    with pytest.raises(InputError, match=r"client-3-round-7\.safetensors is missing: it was deleted"):
         store.read(3, 7)
 
 
@@ -151,7 +151,9 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays_whole(config,
                 except OSError:
                     pass
 
-    with pytest.raises(Stopped, match=rf"^no space left in {ours.folder()}; once that is mended, the same command"):
+    with pytest.raises(
+        Stopped, match=rf"^no space left in {ours.folder()}; fix this and rerun the same command to resume"
+    ):
         run(ours, fill)
     assert load_checkpoint(ours.folder(), ours.experiment())[0].round == 3
     assert not list(ours.folder().glob("**/part-*"))

@@ -429,7 +429,7 @@ BAD = {
         "krum with f 1 needs at least 5 clients per round",
     ),
     "no rounds": ({}, {"rounds": 0}, "a sweep needs --rounds 1 or more"),
-    "the base config": ({}, {"cohort": 40}, "a cohort of 40 from 6 clients"),
+    "the base config": ({}, {"cohort": 40}, "cohort of 40 from 6 clients"),
 }
 
 

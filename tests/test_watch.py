@@ -283,6 +283,6 @@ def test_a_folder_without_a_run_is_refused_and_those_below_it_are_named(command,
 
 def test_what_a_detached_run_would_be_refused_for_is_said_at_once_and_leaves_nothing(flags, tmp_path):
     said = fedsim("run", *flags, "--cohort", 99, "--out", tmp_path / "run", "--detach", code=2)
-    assert "a cohort of 99 from 2 clients" in said
+    assert "cohort of 99 from 2 clients; it can be at most 2" in said
     assert "->" not in said
     assert not (tmp_path / "run").exists()
