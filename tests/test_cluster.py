@@ -257,7 +257,7 @@ def test_a_job_sweeps_on_both_machines_once_one_has_come_back_though_they_share_
     forwarded = "until (: < /dev/tcp/localhost/8265) 2> /dev/null; do sleep 0.2; done"
     # Long trials: the head's processes take over what waits for one to start elsewhere.
     search = "--search method.lr --trials 12 --pruner none --report-seeds"
-    job = f"cd && fedsim sweep {RUN} --rounds 2000 {search} --address auto --out runs/sweep"
+    job = f"cd && fedsim sweep {RUN} --rounds 500 {search} --address auto --out runs/sweep"
     told = laptop(
         f"uv run ray dashboard cluster.local.yaml > ~/forward 2>&1 & {forwarded}; "
         "export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS=http://localhost:8265; "
