@@ -55,7 +55,7 @@ def test_the_ideal_fleet_trains_the_cohort_and_the_clock_stands_still(cohort):
         assert clients_of(planned) == sample_cohort(50, cohort, 3, planned.round)
         assert {version for _, version in planned.trained} == {planned.round - 1}
         assert (planned.clock_s, planned.asked, planned.dropped, planned.late) == (0.0, len(planned.trained), 0, 0)
-        assert not planned.needed  # nobody is at work on earlier parameters
+        assert not planned.needed  # no client trains on earlier parameters
 
 
 def test_time_is_rows_times_epochs_and_bytes_over_the_link():
@@ -78,7 +78,7 @@ def test_a_deadline_leaves_out_exactly_the_slow_ones():
     assert clients_of(first) == [0, 2, 4] and first.late == 2 and first.asked == 5
     assert (first.clock_s, second.clock_s) == (3, 6)
     (patient,) = rounds(1, 5, fleet=fleet, deadline_s=100)
-    assert clients_of(patient) == [0, 1, 2, 3, 4] and patient.clock_s == 5  # nobody waits for nobody
+    assert clients_of(patient) == [0, 1, 2, 3, 4] and patient.clock_s == 5  # the last one ends the round
 
 
 def test_over_selection_closes_the_round_with_the_answer_that_fills_the_cohort():

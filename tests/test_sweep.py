@@ -270,7 +270,7 @@ SAME = {"search": ("method.lr=1e-6:1", "server.weighting=uniform,rows"), "trials
 
 @pytest.fixture(scope="module")
 def whole(ray, base, tmp_path_factory):
-    """A sweep that nobody kills."""
+    """A sweep that is not interrupted."""
     folder = tmp_path_factory.mktemp("sweep") / "whole"
     swept(sweep_of(base(rounds=8), folder, **SAME))
     return folder
