@@ -1,7 +1,7 @@
 """FedCLIP on vectors of a real CLIP: what the paper's values learn there, and why it is little.
 
     uv run python benchmarks/real_clip.py --data-dir DIR
-    uv run python benchmarks/real_clip.py --data-dir DIR --quick     # two settings, one round: does it all run?
+    uv run python benchmarks/real_clip.py --data-dir DIR --quick     # three settings, one round: does it all run?
 
 DIR holds `features.parquet` and `classes.parquet` (`--dataset features`), with unit features as most caches of CLIP
 have them. Two protocols: label skew (Dirichlet 0.1, 10 clients; own test rows) and base-to-new classes. Settings

@@ -142,8 +142,36 @@ def test_a_folder_gives_the_architecture_the_weights_and_the_preprocessing(kind,
 def test_the_key_is_of_the_folders_content_and_not_of_its_place(tmp_path):
     first, second = transformers_folder(tmp_path / "a"), transformers_folder(tmp_path / "b")
     other = transformers_folder(tmp_path / "c", vision_config=CLIP_MODEL["vision_config"] | {"layer_norm_eps": 1e-3})
-    keys = [find_weights(f"local-dir:{folder}", "").key for folder in (first, second, other)]
-    assert keys[0] == keys[1] != keys[2]
+    darker = transformers_folder(tmp_path / "d")
+    (darker / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1] * 3, "image_std": STD}))
+    keys = [find_weights(f"local-dir:{folder}", "").key for folder in (first, second, other, darker)]
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
+def test_the_key_of_a_folder_with_its_own_tokenizer_follows_that_tokenizer(tmp_path):
+    folder = open_clip_folder(tmp_path / "a")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "any"
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    keys = []
+    for text in ("{}", '{"added": 1}'):
+        (folder / "tokenizer.json").write_text(text)
+        keys.append(find_weights(f"local-dir:{folder}", "").key)
+    assert keys[0] != keys[1]
+
+
+def test_a_folder_that_asks_to_run_its_code_is_refused(tmp_path):
+    folder = open_clip_folder(tmp_path / "a")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    assert "sets trust_remote_code, which would run code of the folder" in refusal(f"local-dir:{folder}")
+
+
+def test_preprocessing_that_is_switched_off_is_refused(tmp_path):
+    folder = transformers_folder(tmp_path / "a")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "resample": 3}))
+    assert "do_normalize must not be false" in refusal(f"local-dir:{folder}")
 
 
 def test_features_of_a_clip_model_are_those_of_transformers(tmp_path):

@@ -36,3 +36,5 @@ def tokenizer_of(model: str, context_length: int | None = None) -> Any:
         return import_open_clip().get_tokenizer(model, context_length)
     except (ImportError, OSError) as error:
         raise InputError(f"the tokenizer of {model} is not on this machine: {first_line(error)}") from None
+    except Exception as error:  # what a folder says of its tokenizer can be wrong in many ways
+        raise InputError(f"the tokenizer of {model} cannot be made: {first_line(error)}") from None

@@ -139,7 +139,7 @@ def _in_folder(backbone: str, pretrained: str) -> Weights:
         raise InputError(f"--backbone {backbone} names the weights too; remove --pretrained {pretrained}")
     folder = find_folder(backbone)
     _format(folder.file)
-    key = _key(dict(folder.config), None, folder.file)
+    key = _key(dict(folder.config), folder.about or None, folder.file, *folder.tokenizer)
     model = f"{LOCAL}{folder.path}"
     weights = Weights(model, str(folder.file), folder.file, key, folder.about, architecture=folder.architecture)
     _check_fits(weights)
@@ -322,11 +322,12 @@ def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     return f"it has {len(more)} more than the {len(needed)} tensors, such as {listing(more, 1)}"
 
 
-def _key(config: dict | None, about: Mapping | None, file: Path) -> str:
+def _key(config: dict | None, about: Mapping | None, *files: Path) -> str:
     digest = blake2b(json.dumps([config, about], sort_keys=True, default=str).encode(), digest_size=16)
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

@@ -25,6 +25,16 @@ NAMES = {
 }
 PREPROCESSOR = "preprocessor_config.json"  # transformers' image preprocessing; optional
 
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+)
+_STEPS = "do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"  # of a preprocessor
+
 # transformers' defaults, which its config.json leaves out.
 _VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _VISION |= {"image_size": 224, "patch_size": 32, "num_channels": 3}
@@ -73,6 +83,13 @@ class Folder:
     architecture: Mapping[str, Any]
     about: Mapping[str, Any]
 
+    @property
+    def tokenizer(self) -> list[Path]:
+        """The files of a tokenizer other than CLIP's, which open_clip reads from the folder."""
+        if "hf_tokenizer_name" not in (self.config.get("model_cfg", {}).get("text_cfg") or {}):
+            return []
+        return [self.path / name for name in TOKENIZER if (self.path / name).is_file()]
+
 
 def find_folder(backbone: str) -> Folder:
     """The folder that `hf-hub:OWNER/NAME` or `local-dir:PATH` names; what is on the hub is downloaded.
@@ -93,6 +110,10 @@ def find_folder(backbone: str) -> Folder:
         config = _read(path / OPEN_CLIP)
         if not isinstance(config.get("model_cfg"), dict):
             raise InputError(f"{path / OPEN_CLIP} has no model_cfg, which says the architecture")
+        if _asks_to_run_code(config):
+            raise InputError(
+                f"{path / OPEN_CLIP} sets trust_remote_code, which would run code of the folder; remove it"
+            )
         return Folder(path, _weights(path, OPEN_CLIP), config, {}, {})
     if (path / TRANSFORMERS).is_file():
         config = _read(path / TRANSFORMERS)
@@ -102,6 +123,13 @@ def find_folder(backbone: str) -> Folder:
         return Folder(path, _weights(path, TRANSFORMERS), {"architecture": architecture}, architecture, about)
     names = sorted(file.name for file in path.iterdir())
     raise InputError(f"{path} has neither {OPEN_CLIP} nor {TRANSFORMERS}; there are: {listing(names) or 'no files'}")
+
+
+def _asks_to_run_code(config: Any) -> bool:
+    """Whether a config sets `trust_remote_code` anywhere, which open_clip would pass on to transformers."""
+    if isinstance(config, Mapping):
+        return bool(config.get("trust_remote_code")) or any(map(_asks_to_run_code, config.values()))
+    return isinstance(config, list) and any(map(_asks_to_run_code, config))
 
 
 def is_transformers(names: Mapping[str, Any]) -> bool:
@@ -247,5 +275,7 @@ def _preprocessing(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     resample = config.get("resample", 3)
     if resample not in _INTERPOLATIONS:
         raise InputError(f"{file}: resample needs to be 2 (bilinear) or 3 (bicubic), not {resample!r}")
+    if off := [name for name in _STEPS if config.get(name) is False]:
+        raise InputError(f"{file}: {listing(off)} must not be false, since open_clip always does it")
     named = {"mean": config.get("image_mean"), "std": config.get("image_std")}
     return {name: value for name, value in named.items() if value} | {"interpolation": _INTERPOLATIONS[resample]}

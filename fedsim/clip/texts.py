@@ -36,9 +36,9 @@ def templates_of(prompt: Prompt, of_data_set: str | None = None) -> tuple[str, .
     Args:
         of_data_set: the template that belongs to the data set, for a prompt of None.
     """
-    if isinstance(prompt, str) and prompt in NAMED:
-        return tuple(template("{}") for template in getattr(import_open_clip(), NAMED[prompt]))
     templates = checked_prompt(prompt or of_data_set or DEFAULT)
+    if isinstance(templates, str) and templates in NAMED:
+        return tuple(template("{}") for template in getattr(import_open_clip(), NAMED[templates]))
     return (templates,) if isinstance(templates, str) else templates or ()
 
 

@@ -209,10 +209,12 @@ class ClientWorker:
         y = torch.from_numpy(self.data.y[rows]).to(self.device)
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
         classes = self._classes(task, ids)
-        with torch.random.fork_rng(devices=[]):
-            # For modules that draw random numbers, such as dropout. vmap refuses them; a stack that trains through a
-            # tower is one client.
-            torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))
+        # For modules that draw random numbers, such as dropout. vmap refuses them; a stack that trains through a tower
+        # is one client.
+        draws = task.reference or task.method.reads.towers
+        with torch.random.fork_rng(devices=[], enabled=draws):
+            if draws:
+                torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))
             if task.reference:
                 own = None if classes is None else classes[0]
                 options = {"shared": list(common), "client_state": states[0], "sent": sent, "classes": own}
