@@ -34,6 +34,14 @@ while not wanted <= {node["NodeManagerHostname"] for node in ray.nodes() if node
     time.sleep(0.2)
 print("all are here:", *sorted(wanted))
 """
+RESERVE = """
+import ray
+ray.init("auto", logging_level="ERROR")
+cpus = ray.util.placement_group([{"CPU": 2, "node:__internal_head__": 0.001}], lifetime="detached", name="reserved")
+ray.get(cpus.ready())
+print("the head has no free CPU")
+"""
+SCRIPTS = {"wait.py": WAIT, "reserve.py": RESERVE}
 
 
 def plain(file):
@@ -197,7 +205,7 @@ def laptop(room, features_dir):
     config["provider"] |= {"head_ip": ADDRESS["head"], "worker_ips": [ADDRESS["w1"]]}
     config["auth"]["ssh_user"] = "root"
     config["file_mounts"]["~/fedsim/features"] = "features"
-    for name, text in {"cluster.local.yaml": yaml.safe_dump(config, sort_keys=False), "wait.py": WAIT}.items():
+    for name, text in {"cluster.local.yaml": yaml.safe_dump(config, sort_keys=False), **SCRIPTS}.items():
         room.run("laptop", f"echo {shlex.quote(text)} > fedsim/{name}")
     return lambda command, how=room.run: how("laptop", f"cd fedsim; {command}")
 
@@ -252,31 +260,32 @@ def test_the_dashboard_is_closed_to_other_machines(up):
 
 
 @pytest.mark.hosts
-def test_a_job_sweeps_on_both_machines_once_one_has_come_back_though_they_share_no_disk(up, laptop, tmp_path):
-    together(up, laptop)
-    forwarded = "until (: < /dev/tcp/localhost/8265) 2> /dev/null; do sleep 0.2; done"
-    # Long trials: the head's processes take over what waits for one to start elsewhere.
-    search = "--search method.lr --trials 12 --pruner none --report-seeds"
-    job = f"cd && fedsim sweep {RUN} --rounds 500 {search} --address auto --out runs/sweep"
-    told = laptop(
-        f"uv run ray dashboard cluster.local.yaml > ~/forward 2>&1 & {forwarded}; "
-        "export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS=http://localhost:8265; "
-        f"uv run ray job submit -- bash -c {shlex.quote(job)}"
-    )
-    assert "12 trials: 12 complete" in told, told
-    shutil.copy(up.home("head") / "runs" / "sweep" / "study.db", tmp_path)
-    asked = "SELECT value_json FROM trial_user_attributes WHERE key = 'node'"
-    machines = sqlite3.connect(tmp_path / "study.db").execute(asked).fetchall()
-    assert sorted(set(machines)) == [('"head"',), ('"w1"',)]
-
-
-@pytest.mark.hosts
 def test_clients_that_keep_something_want_a_disk_that_all_machines_share(up, laptop):
     run = f"fedsim run {RUN} --server local_only --rounds 2 --address auto --actors 4 --out ~/runs/kept"
     process = laptop(f"uv run ray exec cluster.local.yaml {shlex.quote(run)}", up.start)
     told, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode
     assert f"fedsim: /{HOME}/runs/kept is not seen by w1; clients have private state here" in told
+
+
+@pytest.mark.hosts
+def test_a_job_of_the_head_sweeps_on_another_machine_that_has_come_back_though_they_share_no_disk(up, laptop, tmp_path):
+    together(up, laptop)
+    # Ray fills the head first, so that short trials would never run elsewhere.
+    assert "the head has no free CPU" in laptop("uv run ray submit cluster.local.yaml reserve.py")
+    forwarded = "until (: < /dev/tcp/localhost/8265) 2> /dev/null; do sleep 0.2; done"
+    search = "--search method.lr --trials 6 --pruner none --report-seeds"
+    job = f"cd && fedsim sweep {RUN} --rounds 10 {search} --address auto --out runs/sweep"
+    printed = laptop(
+        f"uv run ray dashboard cluster.local.yaml > ~/forward 2>&1 & {forwarded}; "
+        "export RAY_AUTH_MODE=token RAY_API_SERVER_ADDRESS=http://localhost:8265; "
+        f"uv run ray job submit -- bash -c {shlex.quote(job)}"
+    )
+    assert "6 trials: 6 complete" in printed, printed
+    shutil.copy(up.home("head") / "runs" / "sweep" / "study.db", tmp_path)
+    query = "SELECT value_json FROM trial_user_attributes WHERE key = 'node'"
+    nodes = sqlite3.connect(tmp_path / "study.db").execute(query).fetchall()
+    assert nodes == [('"w1"',)] * 6
 
 
 @pytest.mark.hosts
