@@ -19,7 +19,7 @@ MEMORY_EVERY = 5  # times as seldom: adding up a process's pages holds it up
 
 
 class Watch(threading.Thread):
-    """Samples the tree of processes below `root` until it is told to stop.
+    """Samples the tree of processes below `root` until it is stopped.
 
     Attributes:
         peaks: MiB of PSS (a page that k processes share counts 1/k in each): of all together under `all`, of `root`

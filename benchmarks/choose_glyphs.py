@@ -6,7 +6,7 @@
 
 Each setting trains with every domain held out once; its score is the clients' validation accuracy in the chosen
 round, mean over the held-out domains. Seed 100 draws everything, so that no seed that is reported has been tuned on.
-Test rows are printed beside it, to look at afterwards, and choose nothing.
+Accuracy on test rows is printed next to it, for information; it decides nothing.
 """
 
 import itertools

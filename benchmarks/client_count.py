@@ -401,7 +401,7 @@ def about(table: pd.DataFrame, args: argparse.Namespace) -> list[str]:
     else:
         target = (
             f"{100 * args.target:g} % of the largest gain over zero-shot that the method has in the base with any "
-            "number of clients, on validation rows; so the target is each method's own, and rounds tell what the "
+            "number of clients, on validation rows; so the target is each method's own, and rounds show what the "
             "number of clients does to a method, not which is better"
         )
     return [

@@ -99,7 +99,7 @@ class Client:
         self.task = Task(parse("method", {"name": variant.method, "local_epochs": 1}), FedAvg(), seed=0)
         self.module, like = self.trainer.module(self.task)
         self.params, self.optimizer = self.trainer.room(self.task, 1)
-        self.shared = self.task.of(like, "shared")
+        self.shared = self.task.select(like, "shared")
         for name, tensor in self.params.items():
             tensor[0].copy_(like[name])
         name = "pixels" if variant.tower else self.task.method.reads.image
@@ -155,7 +155,7 @@ def counted(variant: Variant, folder: Path, clip: Clip) -> dict[str, float]:
         client.step()
     torch.backends.mha.set_fastpath_enabled(True)
     return {
-        "trained": sum(tensor.numel() for tensor in task.of(params, "shared", "private").values()),
+        "trained": sum(tensor.numel() for tensor in task.select(params, "shared", "private").values()),
         "down": down,
         "up": up,
         "flops": counter.get_total_flops(),

@@ -1,6 +1,6 @@
 """fedsim's engine against its peers, a plain loop, the arithmetic alone, and itself at other sizes: one job, one table.
 
-    uv run python benchmarks/engine.py                     # about 40 minutes on 2 cores that nobody else uses
+    uv run python benchmarks/engine.py                     # about 40 minutes on 2 otherwise idle cores
     uv run python benchmarks/engine.py --only cpu,floor    # some rows; those of an earlier run in --out are kept
     uv run python benchmarks/engine.py --quick             # 2 minutes, tiny sizes: does it all run?
     uv run python benchmarks/engine.py --table runs/engine/rows.jsonl   # no runs
@@ -234,12 +234,12 @@ def apart(weights: np.ndarray, loop: np.ndarray, start: np.ndarray) -> float:
 
 
 def brief(run: dict) -> str:
-    told = [f"{run['wall_s']:.0f} s"]
+    parts = [f"{run['wall_s']:.0f} s"]
     if "cpu_s" in run:
-        told += [f"{1000 * cpu(run):.2f} ms CPU an update", f"others {100 * run['others']:.0f} %"]
+        parts += [f"{1000 * cpu(run):.2f} ms CPU an update", f"others {100 * run['others']:.0f} %"]
     if "apart" in run:
-        told += [f"{run['apart']:.1e} apart"]
-    return ", ".join([*told, f"{round_time(run):.3f} s a round" if run["seconds"][-1] else ""]).rstrip(", ")
+        parts += [f"{run['apart']:.1e} apart"]
+    return ", ".join([*parts, f"{round_time(run):.3f} s a round" if run["seconds"][-1] else ""]).rstrip(", ")
 
 
 def read(file: Path, made: dict[str, Job]) -> list[dict]:
@@ -261,7 +261,7 @@ def table(runs: list[dict], quick: bool) -> str:
             lines.append(f"| {row.name} | {row.says} | {failed or 'not run'} | | {goal} | | |")
             continue
         (a, a_low, a_high), (b, b_low, b_high) = (median_and_range(map(row.value, some)) for some in (top, bottom))
-        verdict = "too small to tell" if quick else "met" if row.met(a / b) else "missed"
+        verdict = "too small to judge" if quick else "met" if row.met(a / b) else "missed"
         span = f"{a_low / b_high:.3g} to {a_high / b_low:.3g}"
         runs_of = f"{len(top)} / {len(bottom)}"
         lines.append(f"| {row.name} | {row.says} | {a / b:.3g} | {span} | {goal} | {verdict} | {runs_of} |")

@@ -1,4 +1,4 @@
-"""What only a GPU can tell, in one table: encoding, adapters in stacks, prompts and LoRA, memory, and the same bits.
+"""What has to be measured on a GPU, in one table: encoding, adapters in stacks, prompts and LoRA, memory, same bits.
 
     python benchmarks/gpu.py                        # under 6 minutes on one GPU; Ray is used where it is installed
     python benchmarks/gpu.py --only adapter,bits    # some sections
@@ -113,8 +113,8 @@ class Bench:
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
                 for dtype in (None, torch.bfloat16):
                     seconds = self.timed(partial(_tower, encoder.clip, pixels, dtype))
-                    told = f"{name}, the tower alone, batches of {batch}, {'bf16' if dtype else 'fp32'}"
-                    yield Line("encode", told, batch / seconds, "images/s")
+                    what = f"{name}, the tower alone, batches of {batch}, {'bf16' if dtype else 'fp32'}"
+                    yield Line("encode", what, batch / seconds, "images/s")
             yield Line("encode", f"{name}, peak memory", self.peak_gb(partial(encoder.encode, 0)), "GB")
             yield Line("encode", f"{name}, a block again", _same(encoder.encode(0), encoder.encode(0)))
             few = [images.open(k) for k in range(4)]
@@ -166,8 +166,8 @@ class Bench:
                 params = trainer.module(task)[1]
                 what = task, 1, {0: flatten(params)}, np.empty(0), (0, [(k, 0) for k in range(count)])
                 train = partial(trainer.train, *what)
-                told = f"{says}: {name}, {self.sizes.classes} classes, batch {batch}, {count} clients"
-                yield Line("towers", told, count / self.timed(train), "steps/s")
+                what = f"{says}: {name}, {self.sizes.classes} classes, batch {batch}, {count} clients"
+                yield Line("towers", what, count / self.timed(train), "steps/s")
                 yield Line("towers", f"{says}, {count} clients, peak memory", self.peak_gb(train), "GB")
                 yield Line("towers", f"{says}, {count} clients, a round again", _same(train().delta, train().delta))
 

@@ -1,10 +1,10 @@
-"""What a sweep costs beside its trials: the same trials by `fedsim sweep` and in a bare loop, one at a time.
+"""What a sweep costs on top of its trials: the same trials by `fedsim sweep` and in a bare loop, one at a time.
 
     uv run python benchmarks/sweep.py
     uv run python benchmarks/sweep.py --quick       # three trials of one round: does it all run?
 
 Both train in one process on the same features, so what differs is Optuna's storage, Ray Tune and the measures that are
-told round by round. The first trial, for which a process is started, is given apart.
+reported after each round. The first trial, for which a process is started, is given apart.
 """
 
 import shutil
@@ -31,17 +31,17 @@ def by_sweep(sweep: Sweep) -> tuple[SweepResult, float, float]:
     """What it found; seconds from the start to the end of the first trial, and, by median, of a later one."""
     ends = [time.perf_counter()]
 
-    def told(event) -> None:
+    def on_event(event) -> None:
         if event.stage == "trials" and event.done == len(ends):
             ends.append(time.perf_counter())
 
-    found = run_sweep(sweep, told)
+    found = run_sweep(sweep, on_event)
     first, *later = (after - before for before, after in pairwise(ends))
     return found, first, statistics.median(later)
 
 
 def by_loop(sweep: Sweep, found: SweepResult, folder: Path) -> float:
-    """Median seconds of a trial, with nobody told of it."""
+    """Median seconds of a trial, without progress events."""
     prepared = prepare_sweep(sweep.model_copy(update={"out": folder}))
     base = encode_experiment(prepared.base, sizing_of(sweep.config), lambda event: None)
     seconds = []

@@ -11,7 +11,7 @@ from fedsim.cli.flags import DETACH, Parser, parse_run
 from fedsim.cli.launch import launch
 from fedsim.cli.progress import plain_console, progress_bars, show_on
 from fedsim.cli.show import rich_table, show_run
-from fedsim.cli.streams import Outlet, outlets
+from fedsim.cli.streams import SafeStream, safe_streams
 from fedsim.cluster.signals import signals_as_interrupts
 
 # What imports torch is imported in functions: it takes seconds, in which `main` already handles Ctrl-C, and some
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):  # a terminal of another encoding shows a name in escapes
             stream.reconfigure(errors="backslashreplace")
     argv = sys.argv[1:] if argv is None else argv
-    with outlets() as (stdout, _), signals_as_interrupts():
+    with safe_streams() as (stdout, _), signals_as_interrupts():
         try:
             return _command(argv) or _check_printed(stdout)
         except (*EXPECTED, KeyboardInterrupt) as error:
@@ -77,11 +77,11 @@ def _command(argv: list[str]) -> int:
     return commands[argv[0]](argv[1:])
 
 
-def _check_printed(outlet: Outlet) -> int:
-    outlet.flush()
-    if outlet.fault is None or isinstance(outlet.fault, BrokenPipeError):
+def _check_printed(stream: SafeStream) -> int:
+    stream.flush()
+    if stream.fault is None or isinstance(stream.fault, BrokenPipeError):
         return 0
-    raise Stopped(f"standard output: {outlet.fault.strerror}; the work is complete, its output is not")
+    raise Stopped(f"standard output: {stream.fault.strerror}; the work is complete, its output is not")
 
 
 def run_command(argv: list[str]) -> int:

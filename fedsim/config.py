@@ -29,7 +29,7 @@ from fedsim.fleets import Fleet
 from fedsim.folder import safe_name
 from fedsim.methods import Method
 from fedsim.partitions import Partition
-from fedsim.registry import CHECKED, KINDS, changed, name_of, parse, reject_booleans_for_numbers, sentence
+from fedsim.registry import CHECKED, KINDS, first_error, name_of, parse, reject_booleans_for_numbers, replaced
 from fedsim.search_space import Field, Log
 from fedsim.servers import Server
 from fedsim.yaml_files import read_mapping
@@ -167,7 +167,7 @@ class Config(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise InputError(sentence(error, "", type(self).model_fields)) from None
+            raise InputError(first_error(error, "", type(self).model_fields)) from None
 
     def experiment(self) -> dict[str, Any]:
         """The fields that determine the result, as plain values."""
@@ -205,10 +205,10 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     return fields
 
 
-def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `below` overridden by those of `above`; a component of another name loses its earlier fields."""
-    result = dict(below)
-    for name, value in above.items():
+def merged(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `fields` overridden by those of `overrides`; a component of another name loses its earlier fields."""
+    result = dict(fields)
+    for name, value in overrides.items():
         if name in KINDS:
             component, new = result.get(name, {}), _as_fields(value)
             if not isinstance(component, str | dict) and not hasattr(component, "__pydantic_fields__"):
@@ -219,7 +219,7 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
             elif isinstance(component, str | dict):
                 value = old | new
             else:  # an object, whose class may have no name in the registry
-                value = changed(name, component, {field: each for field, each in new.items() if field != "name"})
+                value = replaced(name, component, {field: each for field, each in new.items() if field != "name"})
         result[name] = value
     return result
 

@@ -45,9 +45,9 @@ class Federation:
         self.evaluated = evaluated_clients(config, clients)
         self.test_only = list(range(clients.trainers, len(clients))) if "test" in experiment.splits else []
         self.held_out = held_out_indices(experiment.data.source, config.held_out)
-        self.received_names = list(task.of(params, "shared", "server"))
+        self.received_names = list(task.select(params, "shared", "server"))
         self.payload = task.payload(params, config.cohort or clients.trainers)
-        self.has_private_params = bool(task.of(params, "private"))
+        self.has_private_params = bool(task.select(params, "private"))
         self.rows = np.full(clients.trainers, -1, np.int64)
 
     def schedule(self, done: int) -> Iterator[PlannedRound]:
@@ -77,7 +77,7 @@ class Federation:
             version: flatten(state.params | (past[version] if self.received_names else {}))
             for version in {version for version, _ in chunks}
         }
-        broadcast = flatten(self.task.server.broadcast(state.slots, self.task.of(state.params, "shared")))
+        broadcast = flatten(self.task.server.broadcast(state.slots, self.task.select(state.params, "shared")))
         sums = self.workers.map("train", chunks, self.task, planned.round, versions, broadcast)
         total = sum_chunks(sums, self.clients.trainers)
         _check_sum(total, planned.round)

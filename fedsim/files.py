@@ -22,11 +22,11 @@ class Damaged(ValueError):
 
 
 @contextmanager
-def atomic(file: Path, lasting: bool = True) -> Iterator[BinaryIO]:
+def atomic(file: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A binary stream whose content replaces `file` once the block has ended without an error.
 
     Args:
-        lasting: the content is flushed to the disk before it gets its name, so a power cut leaves the old file or the
+        durable: the content is flushed to the disk before it gets its name, so a power cut leaves the old file or the
             new one. It takes about 10 ms on a busy disk, and is not needed for the status of a process.
 
     Raises:
@@ -37,7 +37,7 @@ def atomic(file: Path, lasting: bool = True) -> Iterator[BinaryIO]:
         with part.open("wb") as stream:
             yield stream
             stream.flush()
-            if lasting:
+            if durable:
                 os.fsync(stream.fileno())
         part.replace(file)
     except BaseException as error:
@@ -55,17 +55,17 @@ def remove_parts(folder: Path, names: Iterable[str]) -> None:
             file.unlink(missing_ok=True)
 
 
-def write_text(file: Path, text: str, lasting: bool = True) -> None:
+def write_text(file: Path, text: str, durable: bool = True) -> None:
     """Writes UTF-8 in any locale; see `atomic`."""
-    with atomic(file, lasting) as stream:
+    with atomic(file, durable) as stream:
         stream.write(text.encode())
 
 
-def digest(*things: str | np.ndarray) -> str:
+def digest(*values: str | np.ndarray) -> str:
     """A digest of strings and arrays, in this order: 32 hexadecimal digits."""
     result = blake2b(digest_size=16)
-    for thing in things:
-        data = memoryview(thing.encode() if isinstance(thing, str) else np.ascontiguousarray(thing))
+    for value in values:
+        data = memoryview(value.encode() if isinstance(value, str) else np.ascontiguousarray(value))
         result.update(f"{data.nbytes}:".encode())  # so that ("ab", "c") and ("a", "bc") differ
         result.update(data)
     return result.hexdigest()
@@ -81,11 +81,11 @@ def reason(error: OSError) -> str:
 
 def pack(tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> bytes:
     """The bytes of a safetensors file with `about` as JSON in its metadata, next to a digest of everything."""
-    whole = {name: np.require(tensor, requirements="C") for name, tensor in tensors.items()}
-    about = {**about, "digest": _digest(whole, json.dumps(about))}
+    contiguous = {name: np.require(tensor, requirements="C") for name, tensor in tensors.items()}
+    about = {**about, "digest": _digest(contiguous, json.dumps(about))}
     # One entry: safetensors writes several in any order, and the same run would not give the same bytes. Not with
     # safetensors.torch, which keeps a type in memory for each tensor size it has ever seen.
-    return save(whole, metadata={"fedsim": json.dumps(about)})
+    return save(contiguous, metadata={"fedsim": json.dumps(about)})
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:

@@ -90,7 +90,7 @@ def _check_values(cls: type, name: str) -> None:
         for value in (*default, *(search.extremes if search else ())):
             values.validate_python({name: value})
     except ValidationError as error:
-        raise InputError(sentence(error, f"{cls.__name__}.", ())) from None
+        raise InputError(first_error(error, f"{cls.__name__}.", ())) from None
 
 
 def available(kind: str) -> list[str]:
@@ -135,23 +135,23 @@ def parse(kind: str, value: Any, default: str | None = None) -> Any:
     try:
         return component(**fields)
     except ValidationError as error:
-        raise InputError(sentence(error, f"{kind}.", component.__pydantic_fields__)) from None
+        raise InputError(first_error(error, f"{kind}.", component.__pydantic_fields__)) from None
 
 
-def changed(kind: str, thing: Any, fields: dict[str, Any]) -> Any:
+def replaced(kind: str, component: Any, fields: dict[str, Any]) -> Any:
     """A copy of a component, which may be a user's own, with other values of some fields.
 
     Raises:
         InputError: no such field, or a value of the wrong type or out of its range.
     """
-    names = type(thing).__pydantic_fields__
+    names = type(component).__pydantic_fields__
     try:
-        return type(thing)(**{name: getattr(thing, name) for name in names} | fields)
+        return type(component)(**{name: getattr(component, name) for name in names} | fields)
     except ValidationError as error:
-        raise InputError(sentence(error, f"{kind}.", names)) from None
+        raise InputError(first_error(error, f"{kind}.", names)) from None
 
 
-def sentence(error: ValidationError, prefix: str, names: Collection[str]) -> str:
+def first_error(error: ValidationError, prefix: str, names: Collection[str]) -> str:
     """The first of pydantic's errors in one sentence: what was expected, what was given, what exists."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
@@ -170,8 +170,8 @@ def sentence(error: ValidationError, prefix: str, names: Collection[str]) -> str
     return f"{prefix}{field} must be {expected}, got {first['input']!r}"
 
 
-def name_of(thing: Any) -> str:
+def name_of(component: Any) -> str:
     """A component's name on the command line, which is its file's; the full name of a class from elsewhere."""
-    cls = type(thing)
+    cls = type(component)
     package, _, file = cls.__module__.rpartition(".")
     return file if package in {f"fedsim.{kind}s" for kind in KINDS} else f"{cls.__module__}.{cls.__qualname__}"

@@ -39,7 +39,7 @@ def _round_zero(experiment: Experiment, task: Task) -> tuple[ServerState, Report
     clip = data.clip() if task.method.reads.towers else None
     backbone = backbone_of(data.source, reads=task.method.reads, clip=clip)
     params = initial_params(task, backbone, config.cohort or clients.trainers)
-    slots, _ = task.server.init(task.of(params, "shared"))
+    slots, _ = task.server.init(task.select(params, "shared"))
     writers = clients.trainers if task.has_private_state(params) else 0
     state = ServerState(0, params, slots, private=np.zeros(writers, np.int64))
     facts = _facts(experiment, task, backbone, params)
@@ -65,7 +65,7 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
         "augment": source.representations.views - 1,
         "unseen_test": source.unseen_test,
         "label_space": task.method.label_space,
-        "trained_parameters": sum(tensor.numel() for tensor in task.of(params, "shared", "private").values()),
+        "trained_parameters": sum(tensor.numel() for tensor in task.select(params, "shared", "private").values()),
         "flops_per_step": per_step,
         "flops_per_row": per_row,
         "versions": environment(),

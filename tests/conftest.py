@@ -113,7 +113,7 @@ def small_clip(tmp_path):
 
 
 def run_until(round, config):
-    """A run that ends as by Ctrl-C, once it has told of this round."""
+    """A run that ends as by Ctrl-C, once this round has been reported."""
     from fedsim import run
 
     def interrupt(event):

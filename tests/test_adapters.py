@@ -16,7 +16,7 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-X, Y = draw(ROWS, WIDTH, seed=1), torch.tensor([0, 0, 2, 4, 4, 4, 0])  # nobody has classes 1 and 3
+X, Y = draw(ROWS, WIDTH, seed=1), torch.tensor([0, 0, 2, 4, 4, 4, 0])  # no row of classes 1 and 3
 
 
 @pytest.fixture

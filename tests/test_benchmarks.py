@@ -209,8 +209,8 @@ def test_a_gpus_table_can_be_made_on_a_cpu():
     assert [] in commands_of("gpu")
     (table,) = tables(printed("gpu", "--only", "ceilings,adapter,towers"))  # the others encode all drawings
     assert set(table.index) == {"ceilings", "adapter", "towers"}
-    told = table[table.what.str.endswith("again")].iloc[:, 1]
-    assert len(told) == 3 and (told == "the same bits").all()
+    bits = table[table.what.str.endswith("again")].iloc[:, 1]
+    assert len(bits) == 3 and (bits == "the same bits").all()
 
 
 @pytest.fixture(scope="module")

@@ -143,7 +143,7 @@ def test_a_run_in_this_process_computes_with_its_own_number_of_threads(config):
 
 
 class Doubler:
-    """A worker that dies of one item as often as it is told to."""
+    """A worker that dies at one item, a given number of times."""
 
     def __init__(self, folder, device):
         self.folder = folder
@@ -213,7 +213,7 @@ def test_a_gpu_has_as_many_actors_as_fit_in_its_memory_and_no_actor_is_without_o
 
 
 @pytest.mark.parametrize(
-    "sizing, nodes, told",
+    "sizing, nodes, message",
     [
         (Sizing(gpus_per_actor=0.5), [Node("a", 8.0)], "0.5 on a cluster without a GPU"),
         (Sizing(actors=5, gpus_per_actor=0.5), [Node("a", 8.0, 2)], "the cluster's GPUs have room for 4"),
@@ -222,6 +222,6 @@ def test_a_gpu_has_as_many_actors_as_fit_in_its_memory_and_no_actor_is_without_o
         (Sizing(gpu_gb_per_actor=40), [Node("a", 8.0, 1, gpu_gb=16.0)], "no node .* has room"),
     ],
 )
-def test_a_pool_that_cannot_be_placed_is_refused(sizing, nodes, told):
-    with pytest.raises(InputError, match=told):
+def test_a_pool_that_cannot_be_placed_is_refused(sizing, nodes, message):
+    with pytest.raises(InputError, match=message):
         plan(sizing, 99, nodes)

@@ -142,15 +142,15 @@ def test_every_damaged_file_is_named_and_computed_again_to_the_same_bits(damage,
     ]  # fmt: skip
     for file, content in files.items():
         file.write_bytes(damage(content, tmp_path / "trap"))
-    told = []
+    events = []
     index = next(file for file in files if "index" in file.name)
-    assert feature_file(images, weights, cache, told.append) in files
-    assert told == [index]
-    told.clear()
+    assert feature_file(images, weights, cache, events.append) in files
+    assert events == [index]
+    events.clear()
     again, scale_again = computed(
-        lambda event: told.append(event.stage) if isinstance(event, Note) and "damaged" in event.text else None
+        lambda event: events.append(event.stage) if isinstance(event, Note) and "damaged" in event.text else None
     )
-    assert sorted(told) == sorted(str(file) for file in files if file != index)
+    assert sorted(events) == sorted(str(file) for file in files if file != index)
     assert all(np.array_equal(*pair) for pair in zip(arrays, again, strict=True)) and scale == scale_again
     assert {file: file.read_bytes() for file in cache.glob("*.npy")} == files
     assert not (tmp_path / "trap").exists()
@@ -174,9 +174,9 @@ def test_a_damaged_block_of_an_interrupted_encoding_is_computed_again(damage, na
         at(cache, interrupt)
     first = min(cache.glob("*0-000000.npy" if name == "pixels" else "*.000000.npy"))
     first.write_bytes(damage(first.read_bytes(), tmp_path / "trap"))
-    told = []
-    again = at(cache, told.append)
-    assert [event.stage for event in told if isinstance(event, Note) and "damaged" in event.text] == [str(first)]
+    events = []
+    again = at(cache, events.append)
+    assert [event.stage for event in events if isinstance(event, Note) and "damaged" in event.text] == [str(first)]
     for file in right.representations.files.values():
         assert (cache / file.name).read_bytes() == file.read_bytes()
     assert again.representations.key == right.representations.key and not list(cache.glob("*00.npy"))
@@ -201,10 +201,10 @@ def test_a_whole_file_in_the_place_of_another_is_damaged(tmp_path):
     for name in "ab":
         write_array(tmp_path / f"{name}.npy", 2, [np.array([[name == "a"], [True]])])
     shutil.copy(tmp_path / "a.npy", tmp_path / "b.npy")
-    told = []
-    assert read_array(tmp_path / "a.npy", told.append).tolist() == [[True], [True]]
-    assert read_array(tmp_path / "b.npy", told.append) is None
-    assert told == [tmp_path / "b.npy"]
+    events = []
+    assert read_array(tmp_path / "a.npy", events.append).tolist() == [[True], [True]]
+    assert read_array(tmp_path / "b.npy", events.append) is None
+    assert events == [tmp_path / "b.npy"]
 
 
 def test_arrays_of_the_same_bytes_and_another_shape_have_files_of_their_own(config, tmp_path):

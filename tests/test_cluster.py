@@ -98,11 +98,11 @@ def test_a_cluster_asks_for_its_token_and_listens_to_no_stranger(file):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_all_that_an_installation_wants_is_sent(file):
+def test_all_that_an_installation_needs_is_sent(file):
     packages = {folder.parent.name for folder in PROJECT.glob("*/__init__.py")}
-    wanted = packages | {"pyproject.toml", "uv.lock", "README.md", "benchmarks"}
+    needed = packages | {"pyproject.toml", "uv.lock", "README.md", "benchmarks"}
     mounts = plain(file)["file_mounts"]
-    assert {f"~/fedsim/{name}": name for name in wanted}.items() <= mounts.items()
+    assert {f"~/fedsim/{name}": name for name in needed}.items() <= mounts.items()
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -135,15 +135,15 @@ class Room:
     def start(self, name, command):
         """A command in a login shell on a machine, by ssh; its process here, with all that it prints as output."""
         words = [*self.inside, *SSH, f"root@{ADDRESS[name]}", "--", f"bash --login -c {shlex.quote(command)}"]
-        told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, **told)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, **pipes)
 
     def run(self, name, command):
         """What such a command prints; it has to succeed."""
         process = self.start(name, command)
-        told, _ = process.communicate(timeout=WAIT_S)
-        assert process.returncode == 0, f"{name}: {command}\n{told}"
-        return told
+        output, _ = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 0, f"{name}: {command}\n{output}"
+        return output
 
     def home(self, name):
         """The home folder of a machine, as this process sees it; for reading alone."""
@@ -156,19 +156,19 @@ class Room:
 
 def uv_here():
     """The uv that is a program; pyenv's of that name is not."""
-    beside = Path(sys.base_prefix) / "bin" / "uv"
-    return os.environ.get("UV") or (str(beside) if beside.exists() else shutil.which("uv"))
+    bundled = Path(sys.base_prefix) / "bin" / "uv"
+    return os.environ.get("UV") or (str(bundled) if bundled.exists() else shutil.which("uv"))
 
 
 def missing():
     """Why there can be no machines inside this one; None where there can."""
     if sys.platform != "linux" or os.geteuid():
-        return "machines inside this one want Linux and root"
+        return "machines inside this one need Linux and root"
     tools = "unshare", "nsenter", "ip", "pgrep", "rsync", "ssh", "ssh-keygen", "/usr/sbin/sshd"
     if lacking := [tool for tool in tools if not shutil.which(tool)]:
-        return f"machines inside this one want {', '.join(lacking)}"
+        return f"machines inside this one need {', '.join(lacking)}"
     if not uv_here() or not (PROJECT / "uv.lock").exists():
-        return "machines inside this one want uv and its lock file: run the tests by `uv run pytest`"
+        return "machines inside this one need uv and its lock file: run the tests by `uv run pytest`"
     overlay = "cd /run && mkdir a b c && mount -t overlay -o lowerdir=/,upperdir=a,workdir=b x c"
     trial = ["unshare", "--mount", "--net", "--pid", "--fork", "sh", "-c", f"mount -t tmpfs x /run && {overlay}"]
     tried = subprocess.run(trial, capture_output=True, text=True)
@@ -227,8 +227,8 @@ def together(up, laptop):
 def test_a_machine_that_loses_power_in_a_run_changes_no_bit(up, laptop):
     alone = laptop(f"uv run fedsim run {RUN} --rounds 300 --actors 0 --out ~/alone", up.start)
     together(up, laptop)
-    told, _ = alone.communicate(timeout=WAIT_S)
-    assert alone.returncode == 0, told
+    output, _ = alone.communicate(timeout=WAIT_S)
+    assert alone.returncode == 0, output
     run = f"fedsim run {RUN} --rounds 300 --address auto --actors 4 --out ~/runs/across"
     across = laptop(f"uv run ray exec cluster.local.yaml {shlex.quote(run)}", up.start)
     try:
@@ -236,21 +236,21 @@ def test_a_machine_that_loses_power_in_a_run_changes_no_bit(up, laptop):
             time.sleep(0.05)
         up.say("kill w1")
         assert across.poll() is None, "the run was over before the machine was lost"
-        told, _ = across.communicate(timeout=WAIT_S)
+        output, _ = across.communicate(timeout=WAIT_S)
     finally:
         up.say("boot w1")
-    assert across.returncode == 0, told
-    assert "4 actors of 1 CPU on 2 nodes" in told
+    assert across.returncode == 0, output
+    assert "4 actors of 1 CPU on 2 nodes" in output
     laptop("uv run ray rsync-down cluster.local.yaml '~/runs' .")
     assert result(up.home("laptop") / "fedsim" / "runs" / "across") == result(up.home("laptop") / "alone")
 
 
 @pytest.mark.hosts
-def test_a_cluster_tells_nothing_to_who_guesses_its_token(up):
+def test_a_cluster_refuses_a_guessed_token(up):
     ask = "RAY_AUTH_MODE=token RAY_AUTH_TOKEN=guessed fedsim/.venv/bin/ray status --address 10.77.0.2:6379"
     stranger = up.start("w1", ask)
-    told, _ = stranger.communicate(timeout=WAIT_S)
-    assert stranger.returncode and "InvalidAuthToken" in told
+    output, _ = stranger.communicate(timeout=WAIT_S)
+    assert stranger.returncode and "InvalidAuthToken" in output
 
 
 @pytest.mark.hosts
@@ -260,12 +260,12 @@ def test_the_dashboard_is_closed_to_other_machines(up):
 
 
 @pytest.mark.hosts
-def test_clients_that_keep_something_want_a_disk_that_all_machines_share(up, laptop):
+def test_clients_with_private_state_need_a_disk_that_all_machines_share(up, laptop):
     run = f"fedsim run {RUN} --server local_only --rounds 2 --address auto --actors 4 --out ~/runs/kept"
     process = laptop(f"uv run ray exec cluster.local.yaml {shlex.quote(run)}", up.start)
-    told, _ = process.communicate(timeout=WAIT_S)
+    output, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode
-    assert f"fedsim: /{HOME}/runs/kept is not seen by w1; clients have private state here" in told
+    assert f"fedsim: /{HOME}/runs/kept is not seen by w1; clients have private state here" in output
 
 
 @pytest.mark.hosts

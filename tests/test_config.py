@@ -213,8 +213,8 @@ def no_home(cls: type) -> Path:
 
 
 def test_a_tilde_of_no_user_is_refused():
-    with pytest.raises(InputError, match="~nobody-at-all/x: there is no such user"):
-        Config(out="~nobody-at-all/x")
+    with pytest.raises(InputError, match="~no-such-user/x: there is no such user"):
+        Config(out="~no-such-user/x")
 
 
 def test_a_run_says_the_held_out_domains_of_its_config_once(config):

@@ -60,10 +60,10 @@ def refusal(name: str, root: Path | None, **options) -> str:
 @pytest.fixture
 def shared() -> Path:
     """Data that the project may look at and not keep."""
-    beside = Path(__file__).parents[2] / "shared" / "data"
-    place = Path(os.environ.get("FEDSIM_SHARED_DATA", beside))
+    default = Path(__file__).parents[2] / "shared" / "data"
+    place = Path(os.environ.get("FEDSIM_SHARED_DATA", default))
     if not place.is_dir():
-        pytest.skip("no shared data: FEDSIM_SHARED_DATA names no folder, nor is there one beside the repository")
+        pytest.skip("no shared data: FEDSIM_SHARED_DATA names no folder, and there is none next to the repository")
     return place
 
 
@@ -451,11 +451,11 @@ def test_office_home_is_found_however_real_world_is_spelled(tmp_path, real):
     assert images.names[-1] == f"{real}/Alarm_Clock/2.jpg"
 
 
-@pytest.mark.parametrize("beside", ["domain_net", "domain_net/splits"])
-def test_domainnet_reads_the_authors_lists(tmp_path, beside):
+@pytest.mark.parametrize("folder", ["domain_net", "domain_net/splits"])
+def test_domainnet_reads_the_authors_lists(tmp_path, folder):
     a_tree(tmp_path / "domain_net", DOMAINNET)
-    lists(tmp_path / beside, "{}_train.txt", DOMAINNET, ["cat/1.png 0", "dog/1.png 1"])
-    lists(tmp_path / beside, "{}_test.txt", DOMAINNET, ["cat/2.jpg 0"])  # dog/2.jpg: a duplicate, say
+    lists(tmp_path / folder, "{}_train.txt", DOMAINNET, ["cat/1.png 0", "dog/1.png 1"])
+    lists(tmp_path / folder, "{}_test.txt", DOMAINNET, ["cat/2.jpg 0"])  # dog/2.jpg: a duplicate, say
     images = load("domainnet", tmp_path, split="own")
     assert list(images.domains) == DOMAINNET
     assert images.split.tolist() == [TRAIN, TEST, TRAIN] * 6

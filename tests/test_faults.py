@@ -77,7 +77,7 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A machine of 4 CPUs, as far as Ray can tell. It is quicker than it would be to give up on what hangs."""
+    """A machine of 4 CPUs, as far as Ray knows, that gives up on a hanging process sooner than by default."""
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # as a session does
     from ray.cluster_utils import Cluster
 
@@ -109,7 +109,7 @@ def actors_of(node) -> list[int]:
 
 
 def lose(cluster, node) -> list[int]:
-    """Ends all processes of a machine at once, and tells which of them were actors."""
+    """Ends all processes of a machine at once, and returns which of them were actors."""
     actors = actors_of(node)
     for pid in [raylet(node), *descendants(raylet(node))]:
         os.kill(pid, signal.SIGKILL)
@@ -161,7 +161,7 @@ def test_the_first_answer_counts_and_that_of_a_slow_actor_is_dropped(joined, fol
 
 
 def test_a_call_that_outruns_every_actor_stops_the_run(joined, folder):
-    (folder / "meet-5").write_text("99")  # and nobody comes
+    (folder / "meet-5").write_text("99")  # and no other process comes
     with (
         open_pool(Sizing(actors=4, call_timeout_s=SOON / 4), 4) as pool,
         pytest.raises(Stopped, match="square of item 5 missed its deadline 4 times, the last of 2 s"),
@@ -352,11 +352,12 @@ def test_a_signal_ends_a_run_and_leaves_nothing_behind(number, to_all, code, fea
         time.sleep(0.01)
     started = list(descendants(process.pid))
     (os.killpg if to_all else os.kill)(process.pid, number)
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
     which = "" if number == signal.SIGINT else f" by {number.name}"
     assert (
-        told.decode().strip() == f"fedsim: interrupted{which}; the same command resumes after the last completed round"
+        stderr.decode().strip()
+        == f"fedsim: interrupted{which}; the same command resumes after the last completed round"
     )
     assert len(started) > 3
     assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]

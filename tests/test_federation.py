@@ -43,20 +43,20 @@ def an_update(weight, **delta):
 # Partitions -----------------------------------------------------------------------------------------------------
 
 
-DEALT = [name for name in available("partition") if isinstance(parse("partition", name), FixedPartition)]
-DRAWN = sorted(set(available("partition")) - set(DEALT))  # client by client
+FIXED = [name for name in available("partition") if isinstance(parse("partition", name), FixedPartition)]
+DRAWN = sorted(set(available("partition")) - set(FIXED))  # client by client
 
 
-@pytest.mark.parametrize("name", DEALT)
+@pytest.mark.parametrize("name", FIXED)
 @pytest.mark.parametrize("count", [3, 6])
 def test_every_partition_deals_rows_once_and_by_its_seed(name, count):
     data, partition = rows(classes=6), parse("partition", name)
-    dealt = partition.split(data.y, data.domain, count, rng(1))
+    parts = partition.split(data.y, data.domain, count, rng(1))
     again = partition.split(data.y, data.domain, count, rng(1))
-    everyone = np.concatenate(dealt)
-    assert len(dealt) == count and all(len(part) for part in dealt)
+    everyone = np.concatenate(parts)
+    assert len(parts) == count and all(len(part) for part in parts)
     assert len(np.unique(everyone)) == len(everyone) and set(everyone) <= set(range(len(data)))
-    assert all((a == b).all() for a, b in zip(dealt, again, strict=True))
+    assert all((a == b).all() for a, b in zip(parts, again, strict=True))
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -74,7 +74,7 @@ def test_every_partition_that_draws_gives_a_client_the_same_rows_whoever_is_aske
         make_clients(data, partition, None, (), seed=3)
 
 
-@pytest.mark.parametrize("name", sorted(set(DEALT) - {"by_domain"}))
+@pytest.mark.parametrize("name", sorted(set(FIXED) - {"by_domain"}))
 def test_partitions_say_what_number_of_clients_they_want(name):
     data, partition = rows(), parse("partition", name)
     with pytest.raises(InputError, match="needs --clients N, a number of clients from 1 to 240"):
@@ -86,26 +86,26 @@ def test_partitions_say_what_number_of_clients_they_want(name):
 def test_by_domain_gives_each_client_one_domain():
     data = rows()
     for count in (None, 6):
-        dealt = parse("partition", "by_domain").split(data.y, data.domain, count, rng())
-        assert [len(set(data.domain[part])) for part in dealt] == [1] * (count or 3)
+        parts = parse("partition", "by_domain").split(data.y, data.domain, count, rng())
+        assert [len(set(data.domain[part])) for part in parts] == [1] * (count or 3)
     with pytest.raises(InputError, match="a multiple of the 3 training domains, not 4 clients"):
         parse("partition", "by_domain").split(data.y, data.domain, 4, rng())
 
 
 def test_shards_give_a_client_few_classes_from_all_domains():
     data = rows()
-    dealt = parse("partition", {"name": "shards", "per_client": 1}).split(data.y, data.domain, 4, rng())
-    assert [len(set(data.y[part])) for part in dealt] == [1, 1, 1, 1]
-    assert [len(set(data.domain[part])) for part in dealt] == [3, 3, 3, 3]
+    parts = parse("partition", {"name": "shards", "per_client": 1}).split(data.y, data.domain, 4, rng())
+    assert [len(set(data.y[part])) for part in parts] == [1, 1, 1, 1]
+    assert [len(set(data.domain[part])) for part in parts] == [3, 3, 3, 3]
 
 
 def test_classes_are_dealt_whole_and_evenly_by_the_seed_of_the_partition():
     data, partition = rows(classes=6), parse("partition", "classes")
-    dealt = partition.split(data.y, data.domain, 4, rng(0))
-    hands = [sorted(set(data.y[part])) for part in dealt]
+    parts = partition.split(data.y, data.domain, 4, rng(0))
+    hands = [sorted(set(data.y[part])) for part in parts]
     assert [len(hand) for hand in hands] == [2, 2, 1, 1] and sorted(np.concatenate(hands)) == [0, 1, 2, 3, 4, 5]
-    assert sum(map(len, dealt)) == len(data)  # all rows of a class are its client's
-    assert all(set(data.domain[part]) == {0, 1, 2} for part in dealt)
+    assert sum(map(len, parts)) == len(data)  # all rows of a class are its client's
+    assert all(set(data.domain[part]) == {0, 1, 2} for part in parts)
     other = partition.split(data.y, data.domain, 4, rng(1))
     assert hands != [sorted(set(data.y[part])) for part in other]
     with pytest.raises(InputError, match="7 clients for 6 classes; partition classes gives each class to one client"):
@@ -128,10 +128,10 @@ def test_a_smaller_alpha_skews_labels_more():
     data = rows()
 
     def skew(alpha):
-        dealt = parse("partition", {"name": "dirichlet", "alpha": alpha, "min_rows": 1}).split(
+        parts = parse("partition", {"name": "dirichlet", "alpha": alpha, "min_rows": 1}).split(
             data.y, data.domain, 6, rng(0)
         )
-        return np.mean([np.bincount(data.y[part], minlength=4).max() / len(part) for part in dealt])
+        return np.mean([np.bincount(data.y[part], minlength=4).max() / len(part) for part in parts])
 
     assert skew(0.05) > 0.7 > 0.35 > skew(100.0)
     with pytest.raises(InputError, match="fewer than 60 rows"):
@@ -263,7 +263,7 @@ def test_every_server_leaves_its_arguments_alone_and_keeps_shapes_and_dtypes(nam
     pairs = {"shared.w": params["w"], "own.w": params["w"]} if name == "ditto" else params
     received = {n: t for n, t in pairs.items() if n != "own.w"}
     assert server.gradient(pairs, received, reply.client_state, sent).keys() <= pairs.keys()
-    clients = 5  # as many as a rule may want that leaves one of them out
+    clients = 5  # enough for a rule that leaves one of them out
     total = RoundSum(
         np.zeros(0) if server.needs_deltas else clients * weight * flatten(went).astype(np.float64),
         clients * weight,

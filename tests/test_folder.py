@@ -167,8 +167,8 @@ def test_compare_replaces_its_own_page_and_no_other_file(config, tmp_path, capsy
     run(ours)
     (tmp_path / "compare.html").write_text("mine")
     assert main(["compare", str(ours.folder()), "--out", str(tmp_path)]) == 2
-    told = f"fedsim: {tmp_path / 'compare.html'} is not a page of this version of fedsim; give another --out\n"
-    assert capsys.readouterr().err == told
+    message = f"fedsim: {tmp_path / 'compare.html'} is not a page of this version of fedsim; give another --out\n"
+    assert capsys.readouterr().err == message
     assert (tmp_path / "compare.html").read_text() == "mine"
     _, page = compare([ours.folder()], tmp_path / "pages" / "compare.html")
     assert GENERATOR in page.read_bytes()
@@ -205,7 +205,7 @@ def refused_or_same(file: Path, read, count: int = 150) -> int:
     return refused
 
 
-def told(report) -> tuple:
+def contents(report) -> tuple:
     tables = {name: getattr(report.tables(), name).to_csv() for name in COLUMNS}
     adapter = {name: tensor.numpy().tobytes() for name, tensor in report.adapter.items()}
     return tables, adapter, report.private.tobytes(), report.summary(), report.facts
@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_or_history_is_refused_and_never_believed(name, con
     ours = config(server="local_only", clients=4, rounds=2)
     run(ours)
     refused = refused_or_same(
-        ours.folder() / name, lambda: told(load_checkpoint(ours.folder(), ours.experiment())[1]), 40
+        ours.folder() / name, lambda: contents(load_checkpoint(ours.folder(), ours.experiment())[1]), 40
     )
     assert refused > 40
 
@@ -349,8 +349,8 @@ def test_a_run_prolonged_three_times_is_one_long_run(name, config, tmp_path, no_
     assert list(report.counts) == [0, 3, 6, 8] and report.chosen_round == expected.chosen_round
     assert private_of(ours, report) == private_of(whole, expected)
     assert report.experiment == expected.experiment
-    told = yaml.safe_load((ours.folder() / CONFIG).read_text())
-    assert told["rounds"] == 8
+    written = yaml.safe_load((ours.folder() / CONFIG).read_text())
+    assert written["rounds"] == 8
 
 
 def test_the_best_round_is_not_one_that_was_evaluated_only_for_being_the_last(config, tmp_path, no_page):

@@ -167,12 +167,12 @@ class Federation:
         self.scopes = {name: self.server.scope(name, self.method.scope(name)) for name in state}
         self.params, self.slots, self.clients, self.rounds = state, {}, [], 0
 
-    def of(self, params, *scopes):
+    def select(self, params, *scopes):
         return {name: tensor for name, tensor in params.items() if self.scopes[name] in scopes}
 
     def round(self, steps=3, lr=0.1):
-        shared, partials = self.of(self.params, "shared"), []
-        mine = [self.of(client, "private") for client in self.clients] or [{}] * len(self.ys)
+        shared, partials = self.select(self.params, "shared"), []
+        mine = [self.select(client, "private") for client in self.clients] or [{}] * len(self.ys)
         self.clients, self.rounds = [], self.rounds + 1
         for k, y in enumerate(self.ys):
             ours = self.params | self.server.start(shared, torch_rng(0, "start", self.rounds, k)) | mine[k]
@@ -182,12 +182,12 @@ class Federation:
                 _, grads = gradients(self.method, self.module, given, Batch(self.features.unsqueeze(0), y.unsqueeze(0)))
                 ours = ours | {name: ours[name] - lr * grads[name][0] for name in learned}
             self.clients.append(ours)
-            update = ClientUpdate(shared, self.of(ours, "shared"), {}, {}, 1, steps, 0, self.method)
+            update = ClientUpdate(shared, self.select(ours, "shared"), {}, {}, 1, steps, 0, self.method)
             message = self.server.reply(update).message
             delta = flatten({name: ours[name] - tensor for name, tensor in shared.items()})
             note, weight = np.zeros(1, CLIENT_STATS), self.weights[k]
             partials.append(RoundSum(weight * delta, weight, note, weight * flatten(message).astype(np.float64)))
-        given = self.of(self.params, "shared", "server")
+        given = self.select(self.params, "shared", "server")
         params, self.slots = self.server.step(given, self.slots, sum_chunks(partials), torch.Generator())
         assert params.keys() == given.keys()
         assert all(params[name].dtype == torch.float64 and params[name].shape == given[name].shape for name in given)
@@ -236,7 +236,7 @@ def test_the_mean_of_the_clients_weights_is_missed_by_fedit(tiny):
 
 def test_stacking_draws_the_start_of_a_pair_by_the_seed_alone(tiny):
     ours = Federation("lora_stacking", tiny[0], tiny[2], clients=1)
-    shared = ours.of(ours.params, "shared")
+    shared = ours.select(ours.params, "shared")
     reverse = dict(reversed(shared.items()))
     draws = (shared, 1), (reverse, 1), (shared, 2)
     first, again, other = (ours.server.start(params, torch_rng(seed, "start")) for params, seed in draws)

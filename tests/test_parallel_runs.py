@@ -46,7 +46,7 @@ def test_runs_side_by_side_give_the_bits_that_each_gives_alone(cluster, pair, tm
     # Of clients of two kinds, on the same data; one that keeps something; one that was interrupted; one that is done.
     pairs = [
         pair("averaged"),
-        pair("dealt", partition="iid", clients=5, cohort=2, method="probe"),
+        pair("iid", partition="iid", clients=5, cohort=2, method="probe"),
         pair("kept", server="local_only"),
         pair("interrupted", seed=1),
         pair("done", seed=2),
@@ -56,10 +56,10 @@ def test_runs_side_by_side_give_the_bits_that_each_gives_alone(cluster, pair, tm
     many = [config for _, config in pairs]
     run_until(2, many[3])
     run(many[4])
-    told = []
-    reports = dict(run_all(many, progress=told.append))
+    events = []
+    reports = dict(run_all(many, progress=events.append))
     assert sorted(reports) == [0, 1, 2, 3, 4]
-    assert [(event.done, event.total) for event in told if event.stage == "runs"] == [(k, 5) for k in range(1, 6)]
+    assert [(event.done, event.total) for event in events if event.stage == "runs"] == [(k, 5) for k in range(1, 6)]
     for place, (alone, config) in enumerate(pairs):
         assert result(config.folder()) == result(alone.folder())
         assert reports[place].experiment["seed"] == alone.seed

@@ -1,4 +1,4 @@
-"""Protocols as data: few shots, classes that nobody trains on, and what is counted of them."""
+"""Protocols as data: few shots, classes that no client trains on, and what is counted of them."""
 
 from dataclasses import fields
 
@@ -15,7 +15,7 @@ from fedsim.datasets import TEST, UNASSIGNED
 from fedsim.registry import parse
 from fedsim.reporting.metrics import calibration_error, harmonic_mean, macro_f1
 
-DEALT = sorted(set(available("partition")) - {"natural"})
+FIXED = sorted(set(available("partition")) - {"natural"})
 
 
 def population(partition="iid", clients=6, held_out=(), data=None, **protocol):
@@ -33,7 +33,7 @@ def splits(client):
 # Shots ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("partition", DEALT)
+@pytest.mark.parametrize("partition", FIXED)
 def test_a_client_keeps_a_few_train_rows_of_each_class_and_all_others(partition):
     data = rows(classes=6)
     everything, few = (population(partition, shots=shots) for shots in (None, 2))
@@ -65,7 +65,7 @@ def test_new_classes_are_the_last_by_label_whatever_their_names():
         new_of(tuple("abcde"), 0.1)
 
 
-@pytest.mark.parametrize("partition", sorted(set(DEALT) - {"classes"}))
+@pytest.mark.parametrize("partition", sorted(set(FIXED) - {"classes"}))
 def test_nobody_holds_rows_of_new_classes_but_one_more_client_who_holds_all_of_them(partition):
     data = rows(classes=6)
     some = population(partition, held_out=("oil",), new_classes=0.5)

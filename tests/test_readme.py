@@ -129,7 +129,7 @@ def test_every_other_command_is_one_that_another_test_runs():
 
 
 def parse_all(words: list[str]) -> None:
-    """Parses the `fedsim run` that another machine is told to do."""
+    """Parses the `fedsim run` that is written for another machine."""
     for word in words:
         if "fedsim run" in word:
             parse_run(shlex.split(word.partition("fedsim run")[2]))

@@ -8,7 +8,7 @@ from fedsim import InputError, component
 from fedsim.cli.help import limits_of
 from fedsim.methods import Method
 from fedsim.methods.probe import Probe
-from fedsim.registry import changed
+from fedsim.registry import replaced
 from fedsim.search_space import Choice, Field, search_of
 
 
@@ -32,7 +32,7 @@ def test_a_plain_default_keeps_limits_search_range_and_description(field):
 @pytest.mark.parametrize(("field", "value"), [("lr", -1), ("eps", 0), ("batch_size", 0), ("optimizer", "adam")])
 def test_a_value_outside_of_inherited_limits_is_refused(field, value):
     with pytest.raises(InputError, match=f"method.{field} "):
-        changed("method", Mine(), {field: value})
+        replaced("method", Mine(), {field: value})
 
 
 def test_a_default_of_a_subclass_counts_with_and_without_an_annotation():

@@ -182,7 +182,7 @@ try:
 except InputError as error:
     assert f"this process has joined the cluster at {here} already, not other:1" in str(error), error
 else:
-    raise AssertionError("it ran on another cluster than the one that it was told to join")
+    raise AssertionError("it ran on another cluster than the one that it was given")
 assert ray.is_initialized() and len(ray.nodes()) == 1
 """
 

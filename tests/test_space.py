@@ -1,4 +1,4 @@
-"""What a sweep searches: declared beside each hyperparameter, written by a user, asked for by a real Optuna study."""
+"""What a sweep searches: declared with each hyperparameter, written by a user, asked for by a real Optuna study."""
 
 import optuna
 import pytest

@@ -41,8 +41,8 @@ def features():
 
 @pytest.fixture(scope="module")
 def clients():
-    dealt, none = np.split(np.arange(sum(SIZES)), np.cumsum(SIZES)[:-1]), np.empty(0, np.int64)
-    return Population([(rows, none, none) for rows in dealt], [])
+    parts, none = np.split(np.arange(sum(SIZES)), np.cumsum(SIZES)[:-1]), np.empty(0, np.int64)
+    return Population([(rows, none, none) for rows in parts], [])
 
 
 def two_rounds(features, clients, folder, reference, **task):
@@ -52,12 +52,12 @@ def two_rounds(features, clients, folder, reference, **task):
     method = server.adapt(task.pop("method"))
     task = Task(method, **task, seed=0, private=private, reference=reference)
     params = initial_params(task, backbone_of(features))
-    slots, _ = server.init(task.of(params, "shared"))
+    slots, _ = server.init(task.select(params, "shared"))
     trainer, everyone = ClientWorker(features, clients), range(len(clients))
     partials, written = [], 0
     for round in (1, 2):
         chunk = 0, [(client, written) for client in everyone]
-        sent = flatten(server.broadcast(slots, task.of(params, "shared")))
+        sent = flatten(server.broadcast(slots, task.select(params, "shared")))
         partials.append(trainer.train(task, round, {0: flatten(params)}, sent, chunk))
         written = round * task.has_private_state(params)
     kept = [private.read(client, written) for client in everyone]
@@ -81,7 +81,7 @@ def agree(ours, theirs, rtol, atol):
 @pytest.mark.parametrize("name", [name for name in available("method") if not parse("method", name).reads.towers])
 def test_stacked_clients_are_trained_as_one_by_one(name, server, features, clients, tmp_path):
     # In float64 to twelve digits, whatever the method; the first step of Adam is the sign of a gradient, so that
-    # float32 would only tell how near to zero gradients come.
+    # in float32 the difference would only show how near to zero gradients come.
     fields = {"name": name, "batch_size": 4, "local_epochs": 2, "lr": 1e-2}
     server = {"name": server, "mu": 0.5} if server == "fedprox" else server
     task = {"method": parse("method", fields), "server": parse("server", server), "dtype": "float64"}

@@ -77,7 +77,7 @@ class Fatal(Fleet):
 
 @pytest.fixture(scope="module")
 def ray():
-    """A machine of 2 CPUs, as far as Ray can tell; these tests stand where a sweep's driver actor would."""
+    """A machine of 2 CPUs, as far as Ray knows; these tests stand where a sweep's driver actor would."""
     os.environ |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     import ray
     from ray.cluster_utils import Cluster
@@ -136,7 +136,7 @@ def flat(counts: bytes) -> Counts:
     return Counts.from_flat(np.frombuffer(counts, np.int32))
 
 
-def told(folder: Path) -> list[tuple]:
+def trials_of(folder: Path) -> list[tuple]:
     """All that a study knows of its trials but when and for how long."""
     return [
         (trial.number, trial.state, trial.params, trial.values, trial.intermediate_values, trial.user_attrs["measures"])
@@ -236,10 +236,10 @@ def test_trials_take_over_the_processes_of_those_before(done):
 
 def test_the_same_sweep_again_asks_for_no_trial(done):
     _, folder, _, sweep = done
-    before = told(folder)
+    before = trials_of(folder)
     asked = []
     swept(sweep, asked.append)
-    assert told(folder) == before and "trials" not in [event.stage for event in asked]
+    assert trials_of(folder) == before and "trials" not in [event.stage for event in asked]
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_killed_trial_goes_on_and_comes_to_the_same_bits(whole, base, tmp_path
     fleet = Fatal(file=str(tmp_path / "countdown"))
     swept(sweep_of(base(rounds=8, fleet=fleet), tmp_path / "killed", **SAME))
     assert int((tmp_path / "countdown").read_text()) < 0
-    assert told(tmp_path / "killed") == told(whole)
+    assert trials_of(tmp_path / "killed") == trials_of(whole)
     attempts = [trial.user_attrs["attempts"] for trial in study_of(tmp_path / "killed").trials]
     assert attempts == [1, 2, 1, 1, 1, 1]
     ours, theirs = (
@@ -561,7 +561,7 @@ def test_a_killed_sweep_goes_on_to_what_it_would_have_been(ray, whole, base, mis
     states = [trial.state for trial in study_of(killed.out).trials]
     assert 3 <= len(states) <= 5 and TrialState.RUNNING in states
     swept(killed)  # with one trial more: that may grow
-    assert told(killed.out) == told(whole)
+    assert trials_of(killed.out) == trials_of(whole)
 
 
 # The study itself, which knows nothing of Ray ---------------------------------------------------------------------
@@ -610,7 +610,7 @@ def test_a_study_opened_again_asks_what_it_would_have_asked(sampler, pruner, tmp
         study.describe({}, {"probe.lr": 0.5})
         follow(study, 14, steps)
     follow(Study(tmp_path / "left", rules), 14)
-    assert told(tmp_path / "left") == told(tmp_path / "whole")
+    assert trials_of(tmp_path / "left") == trials_of(tmp_path / "whole")
     first, *others = study_of(tmp_path / "whole").trials
     assert first.params == {"probe.lr": 0.5}
     assert {TrialState.PRUNED, TrialState.COMPLETE} == {trial.state for trial in others}

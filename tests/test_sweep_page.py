@@ -45,14 +45,14 @@ def a_study(*trials, objectives=("validation",), **sweep):
 
 def a_trial(*values, state=TrialState.COMPLETE, curve=(), measures=None, failed=None, **params):
     params = {name.replace("__", "."): value for name, value in params.items()}
-    told = {"measures": measures, "failed": failed, "seconds": 2.0}
+    attributes = {"measures": measures, "failed": failed, "seconds": 2.0}
     return create_trial(
         state=state,
         values=values or None,
         params=params,
         distributions={name: SPACE[name] for name in params},
         intermediate_values=dict(enumerate(curve)),
-        user_attrs={name: value for name, value in told.items() if value is not None},
+        user_attrs={name: value for name, value in attributes.items() if value is not None},
     )
 
 

@@ -1,4 +1,4 @@
-"""Terminals close, processes are killed, and somebody else looks: real processes, in sessions of their own."""
+"""Terminals close, processes are killed, and another process watches: real processes, in sessions of their own."""
 
 import json
 import os
@@ -60,10 +60,10 @@ def test_a_terminal_that_closes_does_not_end_a_detached_run(flags, config, tmp_p
         text=True,
         start_new_session=True,
     )
-    told = [line.strip() for line in iter(shell.stdout.readline, "said\n")]
+    lines = [line.strip() for line in iter(shell.stdout.readline, "said\n")]
     os.killpg(shell.pid, signal.SIGHUP)
     assert shell.wait(timeout=10) == -signal.SIGHUP
-    assert f"fedsim watch {there}" in told
+    assert f"fedsim watch {there}" in lines
     assert status(there)["ended"] is None
     assert "zero-shot CLIP" in fedsim("watch", there)  # to its end
     assert rounds_done(there) == 80

@@ -101,7 +101,7 @@ class StatusFile:
             if self.folder.is_dir() and (self.lock or self._acquire()):
                 events = {"steps": list(self.steps.values()), "notes": self.notes}
                 status = Status(**self.process, **events, began=self.began, ended=ended)
-                write_text(self.folder / STATUS, status.model_dump_json(), lasting=False)  # at each event
+                write_text(self.folder / STATUS, status.model_dump_json(), durable=False)  # at each event
 
     def _acquire(self) -> bool:
         claim(self.folder, self.kind)

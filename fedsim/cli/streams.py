@@ -8,7 +8,7 @@ from io import StringIO
 from typing import Any, TextIO
 
 
-class Outlet:
+class SafeStream:
     """A text stream that records its first error and drops all text after it.
 
     Attributes:
@@ -41,13 +41,13 @@ class Outlet:
 
 
 @contextmanager
-def outlets() -> Iterator[tuple[Outlet, Outlet]]:
-    """Replaces standard output and error by outlets within the context."""
+def safe_streams() -> Iterator[tuple[SafeStream, SafeStream]]:
+    """Replaces standard output and error by safe_streams within the context."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = made = Outlet(sys.stdout), Outlet(sys.stderr)
+    sys.stdout, sys.stderr = made = SafeStream(sys.stdout), SafeStream(sys.stderr)
     try:
         yield made
     finally:
-        for outlet in made:
-            outlet.flush()
+        for stream in made:
+            stream.flush()
         sys.stdout, sys.stderr = before

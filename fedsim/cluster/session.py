@@ -99,7 +99,7 @@ def _shared(address: str) -> Iterator[Any]:
         with handlers_restored():
             ray.init(address=address, **QUIET)
     except Exception as error:  # Ray raises a bare Exception, too
-        raise _refused(address, str(error)) from error
+        raise _cannot_join(address, str(error)) from error
     try:
         yield ray
     finally:
@@ -114,13 +114,13 @@ def _try_to_join(address: str) -> None:
             [sys.executable, "-c", program, address], capture_output=True, text=True, timeout=JOIN_S, check=True
         )
     except subprocess.TimeoutExpired:
-        raise _refused(address, f"no answer in {JOIN_S} s") from None
+        raise _cannot_join(address, f"no answer in {JOIN_S} s") from None
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"ended with code {error.returncode}"]
-        raise _refused(address, error.stderr if "Python: " in error.stderr else lines[-1]) from None
+        raise _cannot_join(address, error.stderr if "Python: " in error.stderr else lines[-1]) from None
 
 
-def _refused(address: str, reason: str) -> InputError:
+def _cannot_join(address: str, reason: str) -> InputError:
     if versions := re.findall(r"Ray: (\S+)\s+Python: (\S+)", reason):
         cluster, here = (f"Ray {ray} on Python {python}" for ray, python in versions)
         return InputError(f"the cluster at {address} runs {cluster}, this process {here}; Ray needs the same on both")

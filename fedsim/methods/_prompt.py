@@ -52,7 +52,7 @@ class PromptMethod(Method):
     def sites(self) -> tuple[Site, ...]:
         return ("text_tokens",)
 
-    def start(self, tower: TextTower) -> Tensor:
+    def initial_tokens(self, tower: TextTower) -> Tensor:
         """(L, W) tokens before training."""
         if not self.init.strip():
             return torch.empty(self.length, tower.width).normal_(std=0.02)

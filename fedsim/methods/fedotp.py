@@ -50,9 +50,9 @@ class FedOTP(PromptMethod):
 
 class _Transported(Prompted):
     def __init__(self, backbone: Backbone, method: FedOTP) -> None:
-        tokens = method.start(backbone.text)
+        tokens = method.initial_tokens(backbone.text)
         super().__init__(backbone, len(tokens), method.length_flag(len(tokens)))
-        self.together, self.own = nn.Parameter(tokens), nn.Parameter(method.start(backbone.text))
+        self.together, self.own = nn.Parameter(tokens), nn.Parameter(method.initial_tokens(backbone.text))
         fields = "entropy", "mass", "tolerance", "iterations"
         self.transport = {name: getattr(method, name) for name in fields}
 

@@ -49,7 +49,7 @@ class _LowRank(Prompted):
     untrained: Tensor  # (C, D)
 
     def __init__(self, backbone: Backbone, method: FedPGP) -> None:
-        tower, sigma = backbone.text, method.start(backbone.text)
+        tower, sigma = backbone.text, method.initial_tokens(backbone.text)
         length = len(sigma)
         super().__init__(backbone, length, method.length_flag(length))
         self.sigma = nn.Parameter(sigma)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedsim.clip.sites import Site
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, Batch, Method
-from fedsim.methods._through import Objective, Side, Sides, Through, blocks, module_key, objective, tower_of
+from fedsim.methods._tuned_towers import Objective, Side, Sides, TunedTowers, blocks, module_key, objective, tower_of
 from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search_space import Field, Log
@@ -51,11 +51,11 @@ class Finetune(Method):
     def build(self, backbone: Backbone) -> nn.Module:
         return _Whole(backbone, self.towers, self.head)
 
-    def loss(self, module: Through, batch: Batch) -> Tensor:
+    def loss(self, module: TunedTowers, batch: Batch) -> Tensor:
         return objective(self.objective, module, batch)
 
 
-class _Whole(Through):
+class _Whole(TunedTowers):
     """Holds a copy of every weight of the trained towers, under `image.` and `text.`."""
 
     def __init__(self, backbone: Backbone, towers: Sides, head: bool) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedsim.clip.sites import Site
 from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone, Batch, Method
-from fedsim.methods._through import Objective, Side, Sides, Through, blocks, module_key, objective, tower_of
+from fedsim.methods._tuned_towers import Objective, Side, Sides, TunedTowers, blocks, module_key, objective, tower_of
 from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search_space import Choice, Field, Log
@@ -68,11 +68,11 @@ class Lora(Method):
     def build(self, backbone: Backbone) -> "Paired":
         return Paired(self, backbone)
 
-    def loss(self, module: Through, batch: Batch) -> Tensor:
+    def loss(self, module: TunedTowers, batch: Batch) -> Tensor:
         return objective(self.objective, module, batch)
 
 
-class Paired(Through):
+class Paired(TunedTowers):
     """W' = W + alpha / rank * up @ down for each chosen W, with the pairs under `up.` and `down.`.
 
     After `add_merged` it is W + alpha / rank * (up @ down + merged), with zeros under `merged.`.

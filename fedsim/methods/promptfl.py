@@ -31,7 +31,7 @@ class PromptFL(PromptMethod):
 
 class _Prompt(Prompted):
     def __init__(self, backbone: Backbone, method: PromptMethod) -> None:
-        tokens = method.start(backbone.text)
+        tokens = method.initial_tokens(backbone.text)
         super().__init__(backbone, len(tokens), method.length_flag(len(tokens)))
         self.tokens = nn.Parameter(tokens)
 

@@ -40,9 +40,9 @@ class PromptFolio(PromptMethod):
 
 class _Folio(Prompted):
     def __init__(self, backbone: Backbone, method: PromptFolio) -> None:
-        tokens = method.start(backbone.text)
+        tokens = method.initial_tokens(backbone.text)
         super().__init__(backbone, len(tokens), method.length_flag(len(tokens)))
-        self.together, self.own = nn.Parameter(tokens), nn.Parameter(method.start(backbone.text))
+        self.together, self.own = nn.Parameter(tokens), nn.Parameter(method.initial_tokens(backbone.text))
         self.theta = method.theta
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fedsim.config import Config, Out, read_yaml
 from fedsim.errors import InputError, listing
-from fedsim.registry import CHECKED, reject_booleans_for_numbers, sentence
+from fedsim.registry import CHECKED, first_error, reject_booleans_for_numbers
 from fedsim.sweep.space import Space
 from fedsim.sweep.study import OBJECTIVES, PRUNERS, SAMPLERS, Pruner, Rules, Sampler
 
@@ -90,7 +90,7 @@ class Sweep(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise InputError(sentence(error, "", type(self).model_fields)) from None
+            raise InputError(first_error(error, "", type(self).model_fields)) from None
 
     @property
     def rules(self) -> Rules:

@@ -20,7 +20,7 @@ import optuna
 
 from fedsim.config import Config
 from fedsim.errors import InputError, listing
-from fedsim.registry import KINDS, changed, find, name_of, parse
+from fedsim.registry import KINDS, find, name_of, parse, replaced
 from fedsim.search_space import Choice, Plain, Span, search_of
 from fedsim.sweep.syntax import all_values, check_searchable, parse_candidates, parse_range, with_values
 
@@ -244,7 +244,7 @@ class _Base:
         """A component with some fields; the others are the base config's when it has that component."""
         current = getattr(self.config, kind)
         if name_of(current) == component:
-            return changed(kind, current, fields)
+            return replaced(kind, current, fields)
         return parse(kind, {"name": component} | fields)
 
     def class_of(self, kind: str, component: str) -> type:

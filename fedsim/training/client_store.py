@@ -37,7 +37,7 @@ class PrivateState:
     rule: Params = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tensors: Params) -> "PrivateState":
+    def from_tensors(cls, tensors: Params) -> "PrivateState":
         """The inverse of `tensors`."""
         optimizer, rule = (
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -93,7 +93,7 @@ def train_stack(
     return (losses.cpu() / steps).where(steps > 0, torch.nan)
 
 
-def groups(sizes: Sequence[int], batch: int, least: int) -> Iterator[tuple[int, int, int]]:
+def groups(sizes: Sequence[int], batch: int, min_batch: int) -> Iterator[tuple[int, int, int]]:
     """The steps of one epoch: the offset of the batch, and the first client and the last (exclusive) of a group whose
     batches have one size.
 
@@ -101,12 +101,12 @@ def groups(sizes: Sequence[int], batch: int, least: int) -> Iterator[tuple[int, 
 
     Args:
         sizes: train rows of each client, descending.
-        least: a last batch with fewer rows is skipped.
+        min_batch: a last batch with fewer rows is skipped.
     """
     for offset in range(0, sizes[0], batch):
         lengths = [min(batch, size - offset) for size in sizes]
         first = 0
-        while first < len(sizes) and lengths[first] >= max(1, least):
+        while first < len(sizes) and lengths[first] >= max(1, min_batch):
             last = first
             while last < len(sizes) and lengths[last] == lengths[first]:
                 last += 1
@@ -124,7 +124,7 @@ def gradients(method: Method, module: nn.Module, params: Params, batch: Batch) -
     Returns:
         (M,) losses in nats; and the gradient of each trained parameter, (M, *shape), by its name.
     """
-    with _refused(method):
+    with _one_sentence(method):
         closed = method.closed_form(module, params, batch)
         return by_autograd(method, module, params, batch) if closed is None else closed
 
@@ -174,12 +174,12 @@ class _Objective(nn.Module):
 
 
 def _added(server: Server, params: Params, received: Params, states: Params, sent: Params) -> Params:
-    with _refused(server):
+    with _one_sentence(server):
         return vmap(server.gradient, in_dims=(0, None, 0, None))(params, received, states, sent)
 
 
 @contextmanager
-def _refused(component: object) -> Iterator[None]:
+def _one_sentence(component: object) -> Iterator[None]:
     """Turns the long errors of torch.func into one sentence that says what cannot be stacked, and why."""
     try:
         yield

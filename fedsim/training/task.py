@@ -41,22 +41,22 @@ class Task:
         """Who holds the tensor of this name."""
         return self.server.scope(name, self.method.scope(name))
 
-    def of(self, params: Params, *scopes: Scope) -> Params:
+    def select(self, params: Params, *scopes: Scope) -> Params:
         """The tensors of the given scopes."""
         return {name: tensor for name, tensor in params.items() if self.scope(name) in scopes}
 
     def has_private_state(self, params: Params) -> bool:
         """Whether clients have a private state."""
-        client_state = self.server.init(self.of(params, "shared"))[1]
-        return self.method.persist_optimizer or bool(client_state) or bool(self.of(params, "private"))
+        client_state = self.server.init(self.select(params, "shared"))[1]
+        return self.method.persist_optimizer or bool(client_state) or bool(self.select(params, "private"))
 
     def payload(self, params: Params, cohort: int) -> tuple[int, int]:
         """Bytes that a client receives and sends in a round with `cohort` clients."""
-        shared = self.of(params, "shared")
+        shared = self.select(params, "shared")
         slots, client_state = self.server.init(shared)
         sent = self.server.broadcast(slots, shared)
         message = self.server.reply(ClientUpdate(shared, shared, client_state, sent, 1, 1, 0, self.method)).message
-        return self.server.payload(shared, self.of(params, "server"), sent, message, cohort)
+        return self.server.payload(shared, self.select(params, "server"), sent, message, cohort)
 
     def build(self, backbone: Backbone) -> nn.Module:
         """The module of round 0, the same in every process: PyTorch's default initialisation under the run's seed.

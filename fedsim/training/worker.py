@@ -67,9 +67,9 @@ class ClientWorker:
         self.trained_classes = clients.trained_classes(data)
         self.clip = lru_cache(maxsize=1)(self._clip)
         self.module = lru_cache(maxsize=4)(self._module)
-        self.room = lru_cache(maxsize=4)(self._room)
+        self.buffers = lru_cache(maxsize=4)(self._buffers)
         self.resident = lru_cache(maxsize=1)(self._resident)
-        self.rule = lru_cache(maxsize=4)(self._rule)
+        self.rule_tensors = lru_cache(maxsize=4)(self._rule_tensors)
 
     def train(
         self,
@@ -90,12 +90,12 @@ class ClientWorker:
         version, clients = chunk
         like = self.module(task)[1]
         received = _to(self.device, unflatten(versions[version], like))
-        shared = task.of(received, "shared")
-        client_state, broadcast_like = self.rule(task)
+        shared = task.select(received, "shared")
+        client_state, broadcast_like = self.rule_tensors(task)
         sent = _to(self.device, unflatten(broadcast, broadcast_like), task.dtype)
         rows_of = {client: self.clients[client].train for client, _ in clients}
         total = Accumulator(shared, self.device, task.server.needs_deltas)
-        stores = task.method.persist_optimizer or bool(client_state) or bool(task.of(like, "private"))
+        stores = task.has_private_state(like)
         stats = []
         for stack in self._train_stacks(task, round, received, sent, clients, rows_of):
             replies = []  # summed before the loop continues, because the tensors of a stack are reused for the next one
@@ -149,7 +149,7 @@ class ClientWorker:
             parts = [("val", client.val, client), (client.split, client.test, client)]
             parts += [(other.split, other.test, other) for other in others]
             entries += [((k, split, rows), self._spaces(owner)) for split, rows, owner in parts if split in splits]
-            if task.of(like, "private"):
+            if task.select(like, "private"):
                 module.load_state_dict(received | self._read_private(task, k, written).params)
                 predictions += predictions_of(entries[len(predictions) :])
         predictions += predictions_of(
@@ -174,7 +174,7 @@ class ClientWorker:
     ) -> Iterator[TrainedStack]:
         # Clients with similar numbers of rows share a stack, so that most of their batches have equal sizes.
         ordered = sorted(clients, key=lambda pair: (-len(rows_of[pair[0]]), pair[0]))
-        size = 1 if task.reference else stack_size(task.of(received, "shared", "private"), task.method, self.device)
+        size = 1 if task.reference else stack_size(task.select(received, "shared", "private"), task.method, self.device)
         for first in range(0, len(ordered), size):
             yield self._train_stack(task, round, received, sent, ordered[first : first + size], rows_of)
 
@@ -184,23 +184,23 @@ class ClientWorker:
     ) -> TrainedStack:
         module, _ = self.module(task)
         module.train()  # `evaluate` leaves it in eval mode, and which calls came before depends on scheduling
-        if constants := task.of(received, "server", "frozen"):
+        if constants := task.select(received, "server", "frozen"):
             module.load_state_dict(constants, strict=False)
-        params, optimizer = self.room(task, len(clients))
+        params, optimizer = self.buffers(task, len(clients))
         optimizer.reset()
         for name in params:
             params[name].copy_(received[name])
-        common = task.of(received, "shared")  # the tensors with which all clients of the stack start alike
+        common = task.select(received, "shared")  # the tensors with which all clients of the stack start alike
         states = []
         for k, (client, written) in enumerate(clients):
             private = self._read_private(task, client, written)
-            started = task.server.start(task.of(received, "shared"), torch_rng(task.seed, "start", round, client))
+            started = task.server.start(task.select(received, "shared"), torch_rng(task.seed, "start", round, client))
             for name, tensor in (started | private.params).items():
                 params[name][k] = tensor
                 common.pop(name, None)
             if private.optimizer:
                 optimizer.load(k, private.optimizer)
-            states.append(private.rule or self.rule(task)[0])
+            states.append(private.rule or self.rule_tensors(task)[0])
         ids = [client for client, _ in clients]
         rows = np.concatenate([rows_of[client] for client in ids])
         x = self._inputs(task, rows, self._views(task, round, ids, rows_of))
@@ -250,7 +250,7 @@ class ClientWorker:
         """Stores the private state of the stack's k-th client after a round."""
         client = stack.clients[k]
         private = PrivateState(
-            params={name: tensor[k] for name, tensor in task.of(stack.params, "private").items()},
+            params={name: tensor[k] for name, tensor in task.select(stack.params, "private").items()},
             optimizer=stack.optimizer[k] if task.method.persist_optimizer else {},
             rule=rule,
         )
@@ -266,7 +266,7 @@ class ClientWorker:
         if not written:
             return PrivateState()
         assert task.private is not None
-        return PrivateState.of(_to(self.device, task.private.read(client, written)))
+        return PrivateState.from_tensors(_to(self.device, task.private.read(client, written)))
 
     def _read(self, task: Task, rows: np.ndarray) -> Tensor:
         return self._inputs(task, rows).whole()
@@ -283,16 +283,16 @@ class ClientWorker:
             return None
         return torch.tensor(x, device=self.device)
 
-    def _rule(self, task: Task) -> tuple[Params, Params]:
+    def _rule_tensors(self, task: Task) -> tuple[Params, Params]:
         """A client's first memory for the server rule; and what the rule sends, for its names and shapes."""
-        shared = task.of(self.module(task)[1], "shared")
+        shared = task.select(self.module(task)[1], "shared")
         slots, client_state = task.server.init(shared)
         return _to(self.device, client_state), task.server.broadcast(slots, shared)
 
-    def _room(self, task: Task, clients: int) -> tuple[Params, Optimizer]:
+    def _buffers(self, task: Task, clients: int) -> tuple[Params, Optimizer]:
         """The tensors of a stack, reused because fresh memory is slow; on the readable path those of the module."""
         module, _ = self.module(task)
-        params = task.of(module.state_dict(), "shared", "private")
+        params = task.select(module.state_dict(), "shared", "private")
         params = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
         if not task.reference:
             params = {

@@ -30,7 +30,7 @@ class Thing:
     classes: tuple[str, ...]
     above: tuple[str, ...]
     tags: tuple[str, ...]
-    weight: float = 1.0  # how often it is drawn, beside what its captions say
+    weight: float = 1.0  # how often it is drawn, next to what its captions say
 
     @property
     def captions(self) -> tuple[str, ...]:

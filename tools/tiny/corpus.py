@@ -140,7 +140,7 @@ def unpack_debian(package: str, folder: Path) -> Path:
 
 
 def wordnet(folder: Path) -> WordNet:
-    """WordNet, unpacked beside its archive."""
+    """WordNet, unpacked next to its archive."""
     target = folder / "wordnet"
     if not target.exists():
         with tarfile.open(fetch(WORDNET, folder)) as archive:

@@ -64,7 +64,7 @@ CLASSES = {
     "bike": ("bike", "vehicle"),
 }
 
-SUBGROUPS = {  # CLDR subgroup -> class; the subgroups of faces, hands and people are told by prefix
+SUBGROUPS = {  # CLDR subgroup -> class; the subgroups of faces, hands and people are recognised by prefix
     "animal-mammal": "mammal",
     "animal-bird": "bird",
     "animal-bug": "bug",
@@ -223,7 +223,7 @@ PHOTO_CLASSES = {
 }
 
 PROMPT = "a picture of a {}"  # what FedCLIP and fedsim begin with
-HELD_OUT_PHOTOS = {  # ImageNet names of held-out concepts, which no word of the name tells
+HELD_OUT_PHOTOS = {  # ImageNet names of held-out concepts, which no word of the name reveals
     "airliner",
     "warplane",
     "wing",
@@ -330,7 +330,7 @@ _STATES = (
     "advanced free premium android ios bluetooth wifi usb code cancel clock time heart favorite "
     "favourite badge box low high medium"
 )
-MODIFIERS = frozenset(_STATES.split())  # by such words interfaces tell states of one picture
+MODIFIERS = frozenset(_STATES.split())  # by such words interfaces name states of one picture
 
 _PHYSICAL = {5, 6, 8, 13, 17, 19, 20}  # animal artifact body food object phenomenon plant
 _PERSON = 18
@@ -521,7 +521,7 @@ class WordNet:
         return tagged + [name for name in rest if " " not in name]
 
     def hypernyms(self, name: str) -> list[str]:
-        """What lies above the first physical sense of a name, from near to far; may be empty."""
+        """What is above the first physical sense of a name, from near to far; may be empty."""
         words = name.split()
         tries = [words, words[-2:], words[-1:]] if len(words) < 3 else [words, words[-2:]]
         for part in tries:

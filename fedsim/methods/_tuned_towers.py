@@ -35,7 +35,7 @@ def module_key(name: str) -> str:
     return name.replace(".", "/")
 
 
-class Through(nn.Module):
+class TunedTowers(nn.Module):
     """CLIP with the weights of one or both towers replaced by `weights`. The towers stay frozen, outside state_dict.
 
     Differs: batch norms keep the running statistics of the pretrained model, while code that puts all of CLIP in
@@ -88,7 +88,7 @@ class Through(nn.Module):
         return self.temperature() * normalize(image, dim=-1) @ self.texts(indices).T
 
 
-def objective(kind: Objective, module: Through, batch: Batch) -> Tensor:
+def objective(kind: Objective, module: TunedTowers, batch: Batch) -> Tensor:
     if kind == "cross_entropy":
         return cross_entropy(module(batch.x, batch.classes), batch.y)
     # Only the classes in the batch are encoded: texts dominate the cost of a step through the text tower.
