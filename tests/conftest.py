@@ -51,11 +51,17 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
 
+# Files whose tests of Ray kill processes and wait for what the others do.
+PROCESSES = "test_cluster", "test_faults", "test_session", "test_watch"
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items) -> None:
-    """Files run side by side, each in one process; tests of Ray one after the other, for each takes all CPUs."""
+    """Files run in parallel, each in one process; tests of Ray in two, because much of their time is spent waiting."""
     for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.path.stem
+        group = item.path.stem
+        if item.get_closest_marker("ray"):
+            group = "ray-processes" if group in PROCESSES else "ray"
         item.add_marker(pytest.mark.xdist_group(group))
 
 
