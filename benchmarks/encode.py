@@ -110,12 +110,12 @@ def weights_of(name: str, folder: Path) -> Weights:
     return find_weights(name, str(folder / f"{name}.pt"))
 
 
-def photos(folder: Path, count: int) -> list[Path]:
+def photos(folder: Path, count: int, size: tuple[int, int] = PHOTO, seed: int = 0) -> list[Path]:
     folder.mkdir(exist_ok=True)
-    rng, files = np.random.default_rng(0), [folder / f"{k}.jpg" for k in range(count)]
+    rng, files = np.random.default_rng(seed), [folder / f"{k}.jpg" for k in range(count)]
     for file in files:
         small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
-        small.resize(PHOTO, Image.Resampling.BICUBIC).save(file, quality=90)
+        small.resize(size, Image.Resampling.BICUBIC).save(file, quality=90)
     return files
 
 

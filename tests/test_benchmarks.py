@@ -205,6 +205,22 @@ def test_encoding_is_timed_against_a_plain_loop(flags):
     assert (speeds > 0).all() and ratios == pytest.approx(speeds / speeds[0], abs=0.1)
 
 
+@pytest.mark.parametrize("flags", commands_of("paper"), ids=" ".join)
+def test_the_papers_experiment_is_scaled_by_what_its_loop_passes_through_the_towers(flags):
+    text = printed("paper", *flags)
+    parts, ratios = tables(text)
+    count, each, hours = (parts[name].str.replace(",", "").astype(float) for name in ("count", "ms each", "hours"))
+    train, part = 1228 + 1406 + 1002 + 2357, 409 + 468 + 334 + 785  # 60 and 20 percent of PACS's domains
+    images = 3 * (train + 2 * part) + 9991  # of one round's evaluations, over the four held-out domains
+    assert count.tolist() == [200 * 3 * train, 200 * images, 200 * 4 * 10, 9991, 4, 4 * 200]
+    assert hours.to_numpy() == pytest.approx(count * each / 3.6e6, rel=0.01, abs=1e-3)
+    assert f"{200 * (3 * train + images):,} against 9,991" in text
+    published = parts.index == "published loop"
+    there = ratios["ratio"].str.replace(",", "").astype(float)
+    assert there["with encoding"] == pytest.approx(hours[published].sum() / hours[~published].sum(), rel=0.02, abs=0.6)
+    assert 0 < there["with encoding"] <= there["features already there"]
+
+
 def test_a_gpus_table_can_be_made_on_a_cpu():
     assert [] in commands_of("gpu")
     (table,) = tables(printed("gpu", "--only", "ceilings,adapter,towers"))  # the others encode all drawings
