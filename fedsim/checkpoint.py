@@ -32,8 +32,12 @@ class Checkpoints:
     What a save writes does not grow with the number of rounds.
     """
 
-    def __init__(self, folder: Path, experiment: dict[str, Any]) -> None:
-        self.folder, self.experiment = folder, experiment
+    def __init__(self, folder: Path, experiment: dict[str, Any], fixed_rounds: bool = False) -> None:
+        """
+        Args:
+            fixed_rounds: each round depends on how many there are, so that other `rounds` are another experiment.
+        """
+        self.folder, self.experiment, self.fixed_rounds = folder, experiment, fixed_rounds
         self.saved = -1  # the last round in the history
         self.history = _History(folder / HISTORY)
 
@@ -64,7 +68,7 @@ class Checkpoints:
 
         Raises:
             InputError: a file is damaged or missing, or belongs to another experiment (the message names the fields),
-                or has more rounds than the config.
+                or has more rounds than the config, or other ones where their number is fixed.
         """
         file, remedy = self.folder / NAME, start_again(self.folder)
         if not file.exists():
@@ -77,6 +81,12 @@ class Checkpoints:
                 raise Damaged(f"it lacks {error}, as that of another version of fedsim may") from None
         rounds = self.experiment["rounds"]
         refuse_another(self.folder, before | {"rounds": rounds}, self.experiment)
+        if self.fixed_rounds and before["rounds"] != rounds:
+            raise InputError(
+                f"{self.folder} holds a run of {before['rounds']} rounds, whose step sizes depend on that number "
+                f"(--method.schedule {self.experiment['method'].get('schedule')}), so it cannot continue with --rounds "
+                f"{rounds}; give --rounds {before['rounds']}, or another --out"
+            )
         if round > rounds:
             raise InputError(
                 f"{self.folder} holds {round} rounds of this experiment, more than --rounds {rounds}; "

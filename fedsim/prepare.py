@@ -101,7 +101,7 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
     check_readable(data, config.cache_dir, rows_to_encode(data.source, clients))
     _check_share(config, data.source)
     _check_clients(config, method, clients)
-    saved = Checkpoints(folder, _identity(config, splits)).load()
+    saved = Checkpoints(folder, _identity(config, splits), config.method.fixed_rounds).load()
     if not saved and not (like and _agree(MODEL_FIELDS, config, like.config)):
         _check_model(config, method, data, clients)
     if not like:
@@ -214,6 +214,11 @@ def _check_clients(config: Config, method: Method, clients: Population) -> None:
     if method.batch_size < method.min_batch:
         raise InputError(
             f"--method.batch-size must be {method.min_batch} or more with this method, got {method.batch_size}"
+        )
+    if not method.lr_in(max(1, config.rounds), config.rounds):
+        raise InputError(
+            f"--method.schedule {method.schedule} with --method.lr-decay {method.lr_decay:g} lowers the step size to 0 "
+            f"in {config.rounds} rounds; give a larger decay, or fewer --rounds"
         )
 
 

@@ -37,7 +37,8 @@ def run(config: Config, progress: Progress = lambda event: None) -> Report:
     """Runs one experiment. The number of actors, crashes and interruptions never change its results.
 
     Running the same config in the same folder again resumes an interrupted run, or returns the report of a finished
-    one. A finished run continues with a larger `rounds`, to the same bits as a run with that many from the start.
+    one. A finished run continues with a larger `rounds`, to the same bits as a run with that many from the start;
+    one whose step sizes depend on the number of rounds (`schedule` cosine) does not continue.
 
     Raises:
         InputError: the config cannot work. Raised before Ray starts wherever that can be checked.
@@ -78,8 +79,9 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     """
     config, folder, data = experiment.config, experiment.folder, experiment.encoded
     store = PrivateStore(folder / "private")
-    task = Task(experiment.method, config.server, config.seed, config.dtype, store, config.engine == "reference")
-    checkpoints = Checkpoints(folder, experiment.identity())
+    one_by_one = config.engine == "reference"
+    task = Task(experiment.method, config.server, config.seed, config.dtype, config.rounds, store, one_by_one)
+    checkpoints = Checkpoints(folder, experiment.identity(), config.method.fixed_rounds)
     state, report = start(experiment, task, checkpoints)
     if len(state.private):
         pool.check_shared_folder(folder)

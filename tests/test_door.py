@@ -92,6 +92,10 @@ BAD = {
         ["run", "--server", "fedper"],
         "fedper makes some shared tensors private, but none of this method's names begin with 'head'",
     ),
+    "a schedule that ends": (
+        ["run", "--method.schedule", "step", "--method.lr-decay", "1e-200", "--rounds", "30"],
+        "--method.schedule step with --method.lr-decay 1e-200 lowers the step size to 0 in 30 rounds",
+    ),
     "adam under scaffold": (["run", "--server", "scaffold"], "--method.optimizer sgd"),
     "new classes": (["run", "--new-classes", "0.01"], "new_classes 0.01 of 15 classes is none"),
     "a prompt": (

@@ -32,7 +32,7 @@ RNG = torch.Generator()
 
 
 def weight_of(server, rows):
-    return server.reply(ClientUpdate({}, {}, {}, {}, rows, 1, 0, parse("method", "probe"))).weight
+    return server.reply(ClientUpdate({}, {}, {}, {}, rows, 1, 0, parse("method", "probe"), 1e-3)).weight
 
 
 def an_update(weight, **delta):
@@ -256,7 +256,7 @@ def test_every_server_leaves_its_arguments_alone_and_keeps_shapes_and_dtypes(nam
     went = {"w": torch.tensor([3.0, 4.0])}
     start, kept = server.init(params)
     sent, method = server.broadcast(start, params), parse("method", "probe")
-    update = ClientUpdate(params, {"w": params["w"] + went["w"]}, kept, sent, 8, 2, 0, method)
+    update = ClientUpdate(params, {"w": params["w"] + went["w"]}, kept, sent, 8, 2, 0, method, method.lr)
     reply = server.reply(update)
     weight, message = reply.weight, reply.message
     assert reply.client_state.keys() == kept.keys()

@@ -182,7 +182,7 @@ class Federation:
                 _, grads = gradients(self.method, self.module, given, Batch(self.features.unsqueeze(0), y.unsqueeze(0)))
                 ours = ours | {name: ours[name] - lr * grads[name][0] for name in learned}
             self.clients.append(ours)
-            update = ClientUpdate(shared, self.select(ours, "shared"), {}, {}, 1, steps, 0, self.method)
+            update = ClientUpdate(shared, self.select(ours, "shared"), {}, {}, 1, steps, 0, self.method, self.method.lr)
             message = self.server.reply(update).message
             delta = flatten({name: ours[name] - tensor for name, tensor in shared.items()})
             note, weight = np.zeros(1, CLIENT_STATS), self.weights[k]

@@ -58,7 +58,9 @@ def a_round(server, params, slots, states, cohort, population):
 def replied(server, received, trained, state=None, sent=None, client=None, staleness=0, method=SGD_METHOD):
     """What a client replies that has trained."""
     rows, steps = (client.rows, client.steps) if client else (1, 1)
-    return server.reply(ClientUpdate(received, trained, state or {}, sent or {}, rows, steps, staleness, method))
+    return server.reply(
+        ClientUpdate(received, trained, state or {}, sent or {}, rows, steps, staleness, method, method.lr)
+    )
 
 
 def a_chunk(server, k, client, delta, reply=None):
@@ -449,7 +451,10 @@ def halves(state):
 
 
 @pytest.mark.parametrize("lam", [0.0, 2.0])
-@pytest.mark.parametrize("fields", [{"name": "probe"}, {"name": "fedclip", "optimizer": "sgd", "lr": 0.01}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"name": "probe"}, {"name": "fedclip", "optimizer": "sgd", "lr": 0.01}, {"name": "probe", "clip_norm": 0.1}],
+)
 def test_the_shared_half_of_ditto_is_fedavgs_and_with_lam_0_the_own_half_trains_alone(fields, lam):
     method = parse("method", fields | {"batch_size": 4, "local_epochs": 2})
     server = parse("server", {"name": "ditto", "lam": lam})

@@ -208,7 +208,7 @@ def test_buffers_wait_for_a_round_in_which_somebody_can_be_asked():
 
 
 def weight_of(server, rows, staleness):
-    return server.reply(ClientUpdate({}, {}, {}, {}, rows, 1, staleness, find("method", "probe")())).weight
+    return server.reply(ClientUpdate({}, {}, {}, {}, rows, 1, staleness, find("method", "probe")(), 1e-3)).weight
 
 
 def test_fedbuff_divides_by_the_number_of_updates_and_not_by_their_scales():

@@ -10,6 +10,8 @@ from fedsim.registry import available, parse
 
 # By hand from the authors' repositories, at the commits that the docstrings name: what the program trains with.
 SGD = {"optimizer": "sgd", "momentum": 0.9}
+PER_ROUND = {"schedule": "cosine", "warmup_rounds": 0}  # CosineAnnealingLR, one step per round
+CONSTANT = {"schedule": "constant", "warmup_rounds": 0}
 PROGRAMS = {
     # readme.md: methods/fed_at_clip.py --iters 200 --wk_iters 1 --lr 5e-05
     "fedclip": {"optimizer": "adam", "lr": 5e-5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
@@ -22,25 +24,31 @@ PROGRAMS = {
     # scripts/fedotp_cifar100.sh, configs/trainers/GLP_OT/vit_b16.yaml
     "fedotp": SGD
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 4}
-    | {"entropy": 0.1, "mass": 0.8, "tolerance": 1e-3, "iterations": 100},
+    | {"entropy": 0.1, "mass": 0.8, "tolerance": 1e-3, "iterations": 100}
+    | CONSTANT,
     # federated_main.py, configs/trainers/PLOT/vit_b16.yaml
     "fedpgp": SGD
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 2, "length": 16}
-    | {"rank": 4, "contrast": 1.0, "temperature": 0.5},
-    # Launch_FL.py, config/defaults.py
+    | {"rank": 4, "contrast": 1.0, "temperature": 0.5}
+    | CONSTANT,
+    # Launch_FL.py, config/defaults.py, federated/utils.py
     "fedtpg": SGD
     | {"lr": 3e-3, "weight_decay": 1e-5, "batch_size": 200, "local_epochs": 1, "length": 4, "heads": 4}
-    | {"persist_optimizer": True, "label_space": "client"},
+    | {"persist_optimizer": True, "label_space": "client"}
+    | PER_ROUND,
     # Launch_FL.py --model_name coop --w 8
     "kgcoop": SGD
     | {"lr": 3e-3, "weight_decay": 1e-5, "batch_size": 200, "local_epochs": 1, "length": 4, "pull": 8.0}
-    | {"persist_optimizer": True, "label_space": "client"},
+    | {"persist_optimizer": True, "label_space": "client"}
+    | PER_ROUND,
     # main_imagenet.py, configs/imagenet.yaml
     "tip_adapter": {"optimizer": "adamw", "lr": 1e-3, "eps": 1e-4, "weight_decay": 0.01, "batch_size": 256}
     | {"alpha": 1.17, "beta": 1.0, "shots": 16},
-    # system/main.py, the batch from scripts/p37/p37_gs_lorat_sd_all_pfl.sh
+    # system/main.py, flcore/clients/clientlora.py, the batch from scripts/p37/p37_gs_lorat_sd_all_pfl.sh
     "lora": {"optimizer": "adamw", "lr": 5e-5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-    | {"batch_size": 32, "local_epochs": 1, "rank": 2, "alpha": 16.0, "towers": "text", "objective": "contrastive"},
+    | {"batch_size": 32, "local_epochs": 1, "rank": 2, "alpha": 16.0, "towers": "text", "objective": "contrastive"}
+    | {"clip_norm": 1.0}
+    | CONSTANT,
     # clip_adapter.py
     "clip_adapter": {"reduction": 4, "ratio": 0.2},
 }

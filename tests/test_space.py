@@ -94,6 +94,7 @@ def test_what_is_searched_unless_it_is_said_is_what_the_method_and_the_rule_decl
         "fedclip.beta2=0.9,0.98,0.99,0.999",
         "fedclip.local_epochs=1:5:linear",
         "fedclip.lr=1e-05:0.01:log",
+        "fedclip.schedule=constant,cosine",
         "fedclip.weight_decay=1e-05:1.0:log",
         "fedprox.mu=0.001:1.0:log",
     ]
@@ -151,7 +152,7 @@ BAD = {
     "components said twice": (["method=fedclip,probe", "method=fedclip,lora"], "method is given twice"),
     "a field": (
         ["method.gamma"],
-        "no field 'gamma' in fedclip; fields with a declared range: fedclip.lr, fedclip.momentum, fedclip.beta1",
+        "no field 'gamma' in fedclip; fields with a declared range: fedclip.lr, fedclip.schedule, fedclip.momentum",
     ),
     "a field of no candidate": (["method=fedclip,probe", "method.rank"], "no field 'rank' in fedclip, probe; fields"),
     "a field of the config": (

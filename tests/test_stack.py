@@ -130,10 +130,10 @@ def test_the_closed_form_of_fedclips_gradient_is_autograds(objective, alike):
 
 def test_batches_of_one_size_go_together_and_short_ones_are_skipped():
     # Of 9, 9, 5 and 4 rows in batches of 4: all four, then 4, 4 and 1 rows, then 1 and 1.
-    assert list(groups([9, 9, 5, 4], 4, least=1)) == [(0, 0, 4), (4, 0, 2), (4, 2, 3), (8, 0, 2)]
-    assert list(groups([9, 9, 5, 4], 4, least=2)) == [(0, 0, 4), (4, 0, 2)]
-    assert list(groups([3, 1], 4, least=2)) == [(0, 0, 1)]
-    assert list(groups([1], 4, least=2)) == []
+    assert list(groups([9, 9, 5, 4], 4, min_batch=1)) == [(0, 0, 4), (4, 0, 2), (4, 2, 3), (8, 0, 2)]
+    assert list(groups([9, 9, 5, 4], 4, min_batch=2)) == [(0, 0, 4), (4, 0, 2)]
+    assert list(groups([3, 1], 4, min_batch=2)) == [(0, 0, 1)]
+    assert list(groups([1], 4, min_batch=2)) == []
 
 
 def test_a_stack_is_as_large_as_memory_allows_and_never_empty():
@@ -275,7 +275,7 @@ def test_clients_that_are_stepped_together_move_as_each_would_alone(fields):
             grads = {n: torch.randn(last - first, *v.shape[1:], generator=draw) for n, v in params.items()}
             optimizer.step(grads, first, last)
         ways[together] = params | optimizer.moments(2)
-        optimizer.reset()
+        optimizer.reset(lr=0.1)
         assert not any(tensor.any() for k in range(3) for tensor in optimizer.moments(k).values())
     for name, tensor in ways[True].items():
         torch.testing.assert_close(tensor, ways[False][name], rtol=1e-6, atol=1e-7)

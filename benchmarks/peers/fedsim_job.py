@@ -122,7 +122,7 @@ def _train_rows(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
 
 def _begin(experiment: Experiment) -> tuple[Task, ServerState]:
     asked = experiment.config
-    task = Task(asked.method, asked.server, asked.seed, asked.dtype)
+    task = Task(asked.method, asked.server, asked.seed, asked.dtype, asked.rounds)
     return task, ServerState(0, initial_params(task, backbone_of(experiment.data.source)))
 
 

@@ -25,11 +25,11 @@ class PromptMethod(Method):
     configs/trainers/CoOp), momentum and weight decay those of Dassl, on which it and the federated codes are built. The
     step size 1e-3 is that of PromptFL, FedOTP and FedPGP; CoOp's is 2e-3.
 
-    Differs: here the step size is constant, and every client's optimizer is reset in each round. The codes of PromptFL,
-    PromptFolio, FedOTP and FedPGP have one SGD optimizer and one scheduler, which the clients step in turn, local epoch
-    by local epoch, so a client continues with the momentum of the previous one. With FedOTP and FedPGP the step size is
-    constant (gamma 1). With PromptFL and PromptFolio it oscillates: 1e-5 in the very first local epoch, then a cosine
-    with a half period of 5 local epochs, from the full step to 0 and back.
+    Differs: here every client's optimizer is reset in each round. The codes of PromptFL, PromptFolio, FedOTP and FedPGP
+    have one SGD optimizer and one scheduler, which the clients step in turn, local epoch by local epoch, so a client
+    continues with the momentum of the previous one. With FedOTP and FedPGP the step size is constant (gamma 1), as it
+    is here. With PromptFL and PromptFolio it oscillates: 1e-5 in the very first local epoch, then a cosine with a half
+    period of 5 local epochs, from the full step to 0 and back. `schedule` goes by round, so the default is constant.
     Differs: the four codes crop and flip images at random, as `--augment` does; the default here does not.
     """
 

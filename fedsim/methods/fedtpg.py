@@ -11,7 +11,7 @@ from torch.nn.functional import gelu
 
 from fedsim.clip.sites import Site
 from fedsim.errors import InputError
-from fedsim.methods import Backbone, Method
+from fedsim.methods import Backbone, Method, Schedule
 from fedsim.methods._prompt import Prompted
 from fedsim.registry import component
 from fedsim.search_space import Choice, Field, Log
@@ -24,12 +24,15 @@ class FedTPG(Method):
     The program is Launch_FL.py with config/defaults.py and config/utils.py, as in its published log. Its 500 rounds and
     uniform averaging are set in the experiment.
 
-    Differs: the code decays the step size with a cosine over the rounds, from 3e-3 to 0; here it is constant. Its
-    network reads bare class names, here the prompted ones: `--prompt {}` is as in the code.
+    The step size follows a cosine over the rounds, from 3e-3 toward 0 (federated/utils.py). The code steps a client's
+    scheduler in the rounds in which it trains: the same as here if all clients do, as in the log.
+
+    Differs: the code's network reads bare class names, here the prompted ones: `--prompt {}` is as in the code.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = "sgd"
     lr: float = Field(3e-3, search=Log(1e-4, 1e-1))
+    schedule: Schedule = "cosine"
     momentum: float = 0.9
     weight_decay: float = 1e-5
     batch_size: int = Field(200, search=Choice((32, 64, 128, 200)))

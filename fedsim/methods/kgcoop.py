@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fedsim.methods import Batch
+from fedsim.methods import Batch, Schedule
 from fedsim.methods.promptfl import PromptFL, _Prompt
 from fedsim.registry import component
 from fedsim.search_space import Choice, Field, Linear
@@ -19,17 +19,18 @@ from fedsim.search_space import Choice, Field, Linear
 class KgCoOp(PromptFL):
     """Defaults are those of FedTPG's program with `--model_name coop --w 8`.
 
-    Its 500 rounds and uniform averaging are set in the experiment.
+    Its 500 rounds and uniform averaging are set in the experiment. The step size follows a cosine over the rounds; the
+    program steps a client's scheduler in the rounds in which it trains, the same as here if all clients do.
 
-    Differs: the program decays the step size with a cosine over the rounds; here it is constant. The
-    program pulls toward one text per data set, here toward `--prompt`. We read it but did not run it: as published, it
-    fails at a call with one argument too many.
+    Differs: the program pulls toward one text per data set, here toward `--prompt`. We read it but did not run it: as
+    published, it fails at a call with one argument too many.
 
     The paper's own code, without federation (htyao89/KgCoOp, commit c43ccc3, scripts/base2new_train.sh), has the same
     weight, a step of 2e-3, batches of 128, and tokens initialized with "a photo of a" (`--method.init`).
     """
 
     lr: float = 3e-3
+    schedule: Schedule = "cosine"
     weight_decay: float = 1e-5
     local_epochs: int = 1
     batch_size: int = Field(200, search=Choice((32, 64, 128, 200)))

@@ -42,11 +42,12 @@ class Lora(Method):
 
     Differs: pairs are added to attention only, as in Hu et al.; the scripts add them to the MLPs and the projection
     too, here `modules: all`. They also choose a step size per data set, from 1e-6 to 5e-5.
-    Differs: the code clips gradients to a norm of 1, and its AdamW persists over rounds, here `persist_optimizer`.
+    Differs: in the code AdamW persists over rounds, here `persist_optimizer`.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
     lr: float = Field(5e-5, search=Log(1e-5, 1e-2))
+    clip_norm: float | None = 1.0
     objective: Objective = Field(
         "contrastive", description="CLIP's loss over the texts of the batch, or cross-entropy over all classes"
     )

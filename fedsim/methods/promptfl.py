@@ -18,9 +18,9 @@ class PromptFL(PromptMethod):
     The script is scripts/main_pipeline.sh (64 clients, 20 rounds) with configs/trainers/CoOp/vit_b16_ep50.yaml. Its
     averaging is uniform.
 
-    Differs: the step size is constant, see `PromptMethod`. We read the code but did not run it, since two modules that
-    it imports were not published. As published, it averages references to a single model, so a round ends with what its
-    last client has trained; here it ends with the mean.
+    Differs: the code's step size oscillates from one local epoch to the next, see `PromptMethod`. We read the code but
+    did not run it, since two modules that it imports were not published. As published, it averages references to a
+    single model, so a round ends with what its last client has trained; here it ends with the mean.
     """
 
     local_epochs: int = 5

@@ -20,7 +20,7 @@ class PromptFolio(PromptMethod):
     the file's step size 2e-3 and 5 local epochs apply, not the 1e-3 and 1 of the command line. Its 10 rounds and 10
     clients, and averaging by rows, are set in the experiment.
 
-    Differs: the step size is constant, see `PromptMethod`; in the code 2e-3 is its maximum.
+    Differs: the code's step size oscillates from one local epoch to the next, see `PromptMethod`; 2e-3 is its maximum.
     """
 
     lr: float = 2e-3

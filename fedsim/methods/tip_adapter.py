@@ -26,7 +26,7 @@ class TipAdapter(Method):
     alpha and beta are the start of its search, which uses test rows for ImageNet and validation rows for other sets.
     Its 20 epochs correspond to the rounds of an experiment.
 
-    Differs: the code decays the step size with a cosine over all steps; here it is constant.
+    Differs: the code decays the step size with a cosine over all steps, here constant (`schedule: cosine`: by round).
     Differs: the published cache has a key per training image, which a federation would have to send. Here each class
     has one key, which stands for `shots` images and starts at the class embedding: round 0 ranks as zero-shot CLIP.
     """

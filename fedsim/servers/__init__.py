@@ -33,6 +33,7 @@ class ClientUpdate:
         steps: its local steps; 0 if it has too few rows for one.
         staleness: rounds completed since the parameters were sent.
         method: the method as adapted by the rule.
+        lr: the step size of its local steps, which `Method.schedule` may have lowered.
     """
 
     received: Params
@@ -43,6 +44,7 @@ class ClientUpdate:
     steps: int
     staleness: int
     method: Method
+    lr: float
 
 
 @dataclass(frozen=True)

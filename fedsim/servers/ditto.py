@@ -85,6 +85,12 @@ class _Twins(Method):
             grads |= {f"{half}.{name}": grad for name, grad in closed[1].items()}
         return losses[0] + losses[1], grads
 
+    def clipped(self, grads: Params) -> Params:
+        """The gradients of each half, clipped on their own: the shared model trains as without the personal one."""
+        clip = super().clipped
+        halves = ({name: g for name, g in grads.items() if name.startswith(f"{half}.")} for half in HALVES)
+        return {name: grad for half in halves for name, grad in clip(half).items()}
+
     def scope(self, name: str):
         half, _, inside = name.partition(".")
         scope = self.inner.scope(inside)

@@ -35,6 +35,11 @@ class Scaffold(Server):
                 "scaffold computes mean gradients from deltas, which momentum would lengthen; "
                 f"set --method.momentum 0, not {method.momentum:g}"
             )
+        if method.clip_norm is not None:
+            raise InputError(
+                "scaffold computes mean gradients from deltas, which clipping would shorten; "
+                f"set --method.clip-norm none, not {method.clip_norm:g}"
+            )
         return method
 
     def init(self, params):
@@ -51,7 +56,7 @@ class Scaffold(Server):
         past, sent = update.client_state, update.sent
         if not update.steps:
             return Reply(message={name: torch.zeros_like(value) for name, value in past.items()}, client_state=past)
-        length = update.steps * update.method.lr
+        length = update.steps * update.lr
         mean = {PREFIX + name: (tensor - update.trained[name]) / length for name, tensor in update.received.items()}
         variate = {name: past[name] - sent[name] + mean[name] for name in past}
         return Reply(message={name: variate[name] - past[name] for name in past}, client_state=variate)

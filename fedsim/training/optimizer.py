@@ -20,6 +20,7 @@ class Optimizer:
     """Steps the parameters of M clients in place by their gradients.
 
     Attributes:
+        lr: the step size; the method's, unless `reset` has set that of a round.
         state: tensors by kind and parameter, (M, *shape): `first`, `second` and `steps` (M,) for adam and adamw,
             `momentum` for sgd with momentum.
         together: whether one call per parameter steps all clients whose step counts are equal. A GPU needs that; on a
@@ -33,7 +34,7 @@ class Optimizer:
             together: default: whether the parameters are on a GPU.
         """
         first = next(iter(params.values()), torch.empty(0))
-        self.method, self.params, self.count = method, params, len(first)
+        self.method, self.params, self.count, self.lr = method, params, len(first), method.lr
         self.together = first.is_cuda if together is None else together
         self.state: dict[str, Params] = {}
         if method.optimizer != "sgd":
@@ -49,8 +50,9 @@ class Optimizer:
         for tensor in self.views[""]:
             assert tensor.is_contiguous()  # the CPU kernels walk raw memory
 
-    def reset(self) -> None:
-        """Sets all state to zero."""
+    def reset(self, lr: float) -> None:
+        """Sets all state to zero, and the step size."""
+        self.lr = lr
         self.taken = [0] * self.count
         for tensors in self.state.values():
             for tensor in tensors.values():
@@ -96,7 +98,7 @@ class Optimizer:
 
     def _kernel(self, views: dict[str, list[Tensor]], grads: list[Tensor]) -> None:
         method, params = self.method, views[""]
-        common = {"lr": method.lr, "weight_decay": method.weight_decay, "maximize": False}
+        common = {"lr": self.lr, "weight_decay": method.weight_decay, "maximize": False}
         if method.optimizer == "sgd":
             # Momentum starts at zero, so the first step needs no special case.
             options = {"momentum": method.momentum, "dampening": 0.0, "nesterov": False, "is_first_step": False}

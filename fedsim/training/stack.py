@@ -87,7 +87,7 @@ def train_stack(
                 state = {name: tensor[first:last] for name, tensor in memory.items()}
                 extra = _added(server, {name: group[name] for name in learned}, received, state, sent)
                 grads = {name: grads[name] + extra[name] if name in extra else grads[name] for name in learned}
-            optimizer.step({name: grads[name] for name in learned}, first, last)
+            optimizer.step(method.clipped({name: grads[name] for name in learned}), first, last)
             losses[first:last] += loss
             steps[first:last] += 1
     return (losses.cpu() / steps).where(steps > 0, torch.nan)

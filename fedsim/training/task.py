@@ -26,6 +26,7 @@ class Task:
     Attributes:
         method: the method as the server rule adapts it (`Server.adapt`).
         dtype: that of the parameters: float32 or float64.
+        rounds: of the run in all, on which the step size of a round may depend.
         private: where clients store their private state.
         reference: train client by client, on the readable path.
     """
@@ -34,6 +35,7 @@ class Task:
     server: Server
     seed: int
     dtype: str = "float32"
+    rounds: int = 1
     private: PrivateStore | None = None
     reference: bool = False
 
@@ -55,7 +57,9 @@ class Task:
         shared = self.select(params, "shared")
         slots, client_state = self.server.init(shared)
         sent = self.server.broadcast(slots, shared)
-        message = self.server.reply(ClientUpdate(shared, shared, client_state, sent, 1, 1, 0, self.method)).message
+        message = self.server.reply(
+            ClientUpdate(shared, shared, client_state, sent, 1, 1, 0, self.method, self.method.lr)
+        ).message
         return self.server.payload(shared, self.select(params, "server"), sent, message, cohort)
 
     def build(self, backbone: Backbone) -> nn.Module:

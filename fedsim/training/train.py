@@ -53,6 +53,7 @@ def train_client(
             with torch.no_grad():
                 extra = server.gradient(params, received, client_state or {}, sent or {})
                 grads = {n: g + extra[n] if n in extra else g for n, g in zip(params, grads, strict=True)}
-            optimizer.step({name: grad.unsqueeze(0) for name, grad in grads.items()})
+                grads = method.clipped({name: grad.unsqueeze(0) for name, grad in grads.items()})
+            optimizer.step(grads)
             losses.append(loss.detach())
     return torch.stack(losses).mean().item() if losses else float("nan")

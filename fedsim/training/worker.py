@@ -88,6 +88,7 @@ class ClientWorker:
             chunk: the version that the clients received, and the clients.
         """
         version, clients = chunk
+        lr = task.method.lr_in(version + 1, task.rounds)  # of a late client: as when it was sent the parameters
         like = self.module(task)[1]
         received = _to(self.device, unflatten(versions[version], like))
         shared = task.select(received, "shared")
@@ -97,14 +98,14 @@ class ClientWorker:
         total = Accumulator(shared, self.device, task.server.needs_deltas)
         stores = task.has_private_state(like)
         stats = []
-        for stack in self._train_stacks(task, round, received, sent, clients, rows_of):
+        for stack in self._train_stacks(task, round, lr, received, sent, clients, rows_of):
             replies = []  # summed before the loop continues, because the tensors of a stack are reused for the next one
             for k, client in enumerate(stack.clients):
                 rows = len(rows_of[client])
                 steps = task.method.steps(rows) * bool(stack.params)
                 trained = {name: stack.params[name][k] for name in shared}
                 staleness = round - 1 - version
-                update = ClientUpdate(shared, trained, stack.rule[k], sent, rows, steps, staleness, task.method)
+                update = ClientUpdate(shared, trained, stack.rule[k], sent, rows, steps, staleness, task.method, lr)
                 reply = task.server.reply(update)
                 if reply.client_state.keys() != client_state.keys():
                     raise TypeError(f"{name_of(task.server)}: the client_state of reply needs the names of init's")
@@ -170,24 +171,24 @@ class ClientWorker:
         return torch.from_numpy(protocol), torch.from_numpy(own)
 
     def _train_stacks(
-        self, task: Task, round: int, received: Params, sent: Params, clients: Stored, rows_of: Rows
+        self, task: Task, round: int, lr: float, received: Params, sent: Params, clients: Stored, rows_of: Rows
     ) -> Iterator[TrainedStack]:
         # Clients with similar numbers of rows share a stack, so that most of their batches have equal sizes.
         ordered = sorted(clients, key=lambda pair: (-len(rows_of[pair[0]]), pair[0]))
         size = 1 if task.reference else stack_size(task.select(received, "shared", "private"), task.method, self.device)
         for first in range(0, len(ordered), size):
-            yield self._train_stack(task, round, received, sent, ordered[first : first + size], rows_of)
+            yield self._train_stack(task, round, lr, received, sent, ordered[first : first + size], rows_of)
 
     @torch.no_grad()
     def _train_stack(
-        self, task: Task, round: int, received: Params, sent: Params, clients: Stored, rows_of: Rows
+        self, task: Task, round: int, lr: float, received: Params, sent: Params, clients: Stored, rows_of: Rows
     ) -> TrainedStack:
         module, _ = self.module(task)
         module.train()  # `evaluate` leaves it in eval mode, and which calls came before depends on scheduling
         if constants := task.select(received, "server", "frozen"):
             module.load_state_dict(constants, strict=False)
         params, optimizer = self.buffers(task, len(clients))
-        optimizer.reset()
+        optimizer.reset(lr)
         for name in params:
             params[name].copy_(received[name])
         common = task.select(received, "shared")  # the tensors with which all clients of the stack start alike
