@@ -221,6 +221,15 @@ def test_the_papers_experiment_is_scaled_by_what_its_loop_passes_through_the_tow
     assert 0 < there["with encoding"] <= there["features already there"]
 
 
+@pytest.mark.parametrize("flags", commands_of("towers"), ids=" ".join)
+def test_a_step_through_the_text_tower_is_timed_against_the_published_way(flags):
+    (table,) = tables(printed("towers", *flags))  # fails itself where the two ways have other gradients
+    assert list(table.index[::2]) == ["PromptFL", "FedTPG", "LoRA, text"]
+    seconds, ratios = (table[name].astype(float).to_numpy() for name in ("s a step", "against fedsim"))
+    assert (seconds > 0).all() and (ratios[1::2] == 1).all()
+    assert ratios[::2] == pytest.approx(seconds[::2] / seconds[1::2], rel=0.05)  # of seconds with four digits
+
+
 def test_a_gpus_table_can_be_made_on_a_cpu():
     assert [] in commands_of("gpu")
     (table,) = tables(printed("gpu", "--only", "ceilings,adapter,towers"))  # the others encode all drawings
