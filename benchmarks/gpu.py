@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -31,6 +32,7 @@ from fedsim import Config, run
 from fedsim.clients import Population
 from fedsim.clip.checkpoints import EMBEDDED, find_weights, width_of
 from fedsim.clip.model import Clip
+from fedsim.clip.precision import autocast
 from fedsim.clip.texts import DEFAULT
 from fedsim.cluster.worker import device_of
 from fedsim.datasets import TRAIN, Features, Images
@@ -46,6 +48,7 @@ from fedsim.training.worker import ClientWorker
 
 ROWS, WIDTH, CLASSES = 64, 512, 7  # of a client of the adapter's job: two local steps of 32 rows
 SAME = {True: "the same bits", False: "OTHER BITS"}
+PRECISIONS = "fp32", "bf16"
 PHOTO = 500, 375  # pixels of a picture, as in ImageNet and PACS's order of size
 
 
@@ -111,9 +114,9 @@ class Bench:
             for batch in (BLOCK, 4 * BLOCK):
                 pixels = torch.randn(batch, 3, size, size, device=self.device)
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
-                for dtype in (None, torch.bfloat16):
-                    seconds = self.timed(partial(_tower, encoder.clip, pixels, dtype))
-                    what = f"{name}, the tower alone, batches of {batch}, {'bf16' if dtype else 'fp32'}"
+                for precision in PRECISIONS:
+                    seconds = self.timed(partial(_tower, Clip(weights.at(precision), self.device), pixels))
+                    what = f"{name}, the tower alone, batches of {batch}, {precision}"
                     yield Line("encode", what, batch / seconds, "images/s")
             yield Line("encode", f"{name}, peak memory", self.peak_gb(partial(encoder.encode, 0)), "GB")
             yield Line("encode", f"{name}, a block again", _same(encoder.encode(0), encoder.encode(0)))
@@ -157,8 +160,10 @@ class Bench:
         """A local step of methods through the frozen text tower, in a round of several clients."""
         batch = 4 if self.device == "cpu" else 32
         name = self.sizes.backbones[-1]
-        frozen = Clip(self.weights(name)).frozen()
-        for method, says in {"promptfl": "PromptFL, 16 tokens", "lora": "LoRA of the text tower"}.items():
+        clips = {precision: Clip(self.weights(name).at(precision)).frozen() for precision in PRECISIONS}
+        methods = {"promptfl": "PromptFL, 16 tokens", "lora": "LoRA of the text tower"}
+        for (method, about), precision in product(methods.items(), PRECISIONS):
+            frozen, says = clips[precision], f"{about}, {precision}"
             for count in self.sizes.tower_clients:
                 features, clients = self.made(count, frozen.weights, batch)
                 task = Task(parse("method", {"name": method, "batch_size": batch, "local_epochs": 1}), FedAvg(), seed=0)
@@ -299,8 +304,8 @@ class Bench:
 
 
 @torch.no_grad()
-def _tower(clip: Clip, pixels: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    with torch.autocast(pixels.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+def _tower(clip: Clip, pixels: torch.Tensor) -> torch.Tensor:
+    with autocast(clip.weights.precision, clip.device):
         return clip.model.encode_image(pixels)
 
 

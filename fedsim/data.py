@@ -25,7 +25,8 @@ from fedsim.representations import Encoded
 
 MOST = 0.5  # of the rows: if more are in use, all are encoded, once for all partitions
 # The fields of Config that decide what is loaded and encoded.
-DATA_FIELDS = "dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prompt", "augment", "cache_dir"
+BACKBONE_FIELDS = "backbone", "pretrained", "precision"
+DATA_FIELDS = "dataset", "data_dir", "skip_unreadable", *BACKBONE_FIELDS, "prompt", "augment", "cache_dir"
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,15 @@ def load_data(config: Config) -> Data:
     if not source.rows_per_client:  # rows that are generated on demand are never cached
         check_writable(config.cache_dir)
     if isinstance(source, Features):
-        if config.backbone or config.pretrained or config.prompt:
+        if config.backbone or config.pretrained or config.prompt or config.precision != "fp32":
             raise InputError(
-                "the data set has features, which are encoded already; remove --backbone, --pretrained and --prompt"
+                "the data set has features, which are encoded already; remove --backbone, --pretrained, --precision "
+                "and --prompt"
             )
         data = from_features(source)
         return Data(data, [], None, data.class_embeddings.templates, np.empty(0, bool))
     templates = templates_of(config.prompt, source.template)
-    weights, skipped = _find_weights(config), []
+    weights, skipped = _find_weights(config).at(config.precision), []
     if not text_file(source.classes, weights, templates, config.cache_dir).exists():
         for texts in texts_of(templates, source.classes):
             check_texts(weights, texts)

@@ -1,7 +1,7 @@
 """Images to representations: once, by a pool of workers, resumable, into files that are memory-mapped.
 
 A file is named by a key of everything that determines its content: the architecture, the bytes of the weights, the
-preprocessing, and the bytes of the images in their order; of some rows of a data set, these rows as well.
+preprocessing, the precision, and the bytes of the images in their order; of some rows of a data set, these rows too.
 """
 
 import os
@@ -77,13 +77,17 @@ class Encoder:
         """(1,) record: `prototypes`, the (C, D) float32 class embeddings, and `scale`, the logit scale."""
         embeddings = self.clip.encode_classes(texts)
         if not np.isfinite(embeddings).all():
-            raise InputError(f"{self._name} gives text features that are NaN or infinite; try other weights")
+            raise InputError(f"{self._name} gives text features that are NaN or infinite; {self._remedy}")
         kind = np.dtype([("prototypes", embeddings.dtype, embeddings.shape), ("scale", np.float64)])
         return np.array([(embeddings, self.clip.logit_scale)], kind)
 
     @property
     def _name(self) -> str:
         return f"backbone {self.weights.model} ({Path(self.weights.pretrained).name})"
+
+    @property
+    def _remedy(self) -> str:
+        return "try other weights" + " or --precision fp32" * (self.weights.precision != "fp32")
 
     def _rows(self, block: int) -> range:
         return range(block * BLOCK, min((block + 1) * BLOCK, len(self.images)))
@@ -109,7 +113,7 @@ class Encoder:
             first = self.images.names[rows[int(finite.argmin())]]
             raise InputError(
                 f"{self._name} gives features that half precision cannot hold (NaN, or above 65,504) for "
-                f"{(~finite).sum()} of {len(rows)} images, the first of them {first}; try other weights"
+                f"{(~finite).sum()} of {len(rows)} images, the first of them {first}; {self._remedy}"
             )
         return features
 

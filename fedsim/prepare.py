@@ -91,6 +91,7 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
     _check_experiment(folder, config)
     check_reachable(config.address)
     method = config.server.adapt(config.method)
+    _check_precision(config, method)
     if config.gpus_per_actor and config.address is None and not torch.cuda.is_available():
         raise InputError(f"--gpus-per-actor {config.gpus_per_actor:g}, but torch finds no GPU on this machine")
     if like and not _agree(DATA_FIELDS, config, like.config):
@@ -185,6 +186,17 @@ def _clients(config: Config, rows: Labels) -> Population:
         shots=config.shots,
         new_classes=config.new_classes,
     )
+
+
+def _check_precision(config: Config, method: Method) -> None:
+    """Refuses half precision in reference runs, and fp16 where gradients would pass through it."""
+    if config.precision != "fp32" and config.dtype != "float32":
+        raise InputError(f"--dtype {config.dtype} needs --precision fp32, got {config.precision}")
+    if config.precision == "fp16" and method.reads.towers:
+        raise InputError(
+            f"method {name_of(config.method)} trains through CLIP's towers, where gradients can be too small for fp16; "
+            "give --precision bf16 or fp32"
+        )
 
 
 def _check_data(config: Config, folder: Path, method: Method, data: Data) -> None:

@@ -51,6 +51,12 @@ def test_every_method_gives_the_same_bits_again(name, small, vit, tmp_path):
     assert one == two
 
 
+@pytest.mark.parametrize("method", ["fedotp", {"name": "lora", "towers": "both"}, "finetune"], ids=str)
+def test_towers_in_bf16_give_the_same_bits_again(method, small, vit, tmp_path):
+    one, two = twice(small, tmp_path, method=method, precision="bf16", **vit)
+    assert one == two
+
+
 @pytest.mark.parametrize("name", available("server"))
 def test_every_server_rule_gives_the_same_bits_again(name, small, tmp_path):
     fields = {"partition": "iid", "clients": 12, "fleet": "lognormal"} | first_that_fits(name, small, tmp_path)

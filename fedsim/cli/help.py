@@ -23,7 +23,8 @@ LISTS = {f"{kind}s": kind for kind in KINDS}
 # The first field of each group, in the order of Config.
 GROUPS = {"dataset": "data", "held_out": "clients", "method": "training and evaluation", "engine": "execution"}
 METAVARS = {"data_dir": "DIR", "out": "DIR", "cache_dir": "DIR", "held_out": "DOMAINS", "prompt": "TEXT"}
-METAVARS |= {"backbone": "NAME", "pretrained": "NAME", "dtype": "NAME", "engine": "NAME", "address": "ADDR"}
+METAVARS |= {"backbone": "NAME", "pretrained": "NAME", "precision": "NAME", "dtype": "NAME", "engine": "NAME"}
+METAVARS |= {"address": "ADDR"}
 
 
 def run_help() -> str:

@@ -10,7 +10,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fedsim.clip.architectures import ASSETS, EMBEDDED, import_open_clip, tokenizer_of
 from fedsim.clip.folders import HUB, LOCAL, find_folder, from_transformers, go_offline_if_unreachable, is_transformers
+from fedsim.clip.precision import Precision
 from fedsim.clip.published import (
     PREPROCESSING,
     assumed_activation,
@@ -44,10 +45,12 @@ class Weights:
         model: open_clip's name of the architecture, or `local-dir:PATH`.
         pretrained: an open_clip tag, or the absolute path of a file.
         file: the weights on this machine.
-        key: changes with the architecture, the bytes of the weights, their activation or their preprocessing.
+        key: changes with the architecture, the bytes of the weights, their activation, their preprocessing or the
+            precision.
         about: open_clip's description of the tag or of the published file: `quick_gelu`, `mean`, ...
         note: for the user: what is assumed about a file that was not recognized.
         architecture: arguments of open_clip's CLIP, for a `CLIPModel` of transformers; empty: `model` says it.
+        precision: in which the towers compute.
     """
 
     model: str
@@ -57,6 +60,7 @@ class Weights:
     about: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     architecture: Mapping[str, Any] = field(default_factory=dict)
+    precision: Precision = "fp32"
 
     @property
     def quick_gelu(self) -> bool:
@@ -67,6 +71,10 @@ class Weights:
     def preprocessing(self) -> dict[str, Any]:
         """Arguments of open_clip's `create_model_and_transforms`."""
         return {f"image_{name}": self.about[name] for name in PREPROCESSING if name in self.about}
+
+    def at(self, precision: Precision) -> "Weights":
+        """The same weights, which are for fp32, for towers that compute in this precision."""
+        return self if precision == "fp32" else replace(self, precision=precision, key=f"{self.key}-{precision}")
 
     def build(self, device: str = "cpu") -> tuple[Any, Any]:
         """The model with random weights, and its preprocessing of images for evaluation."""

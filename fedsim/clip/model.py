@@ -5,13 +5,16 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import normalize
 
 from fedsim.clip.checkpoints import Weights
+from fedsim.clip.precision import autocast, check_device
 from fedsim.clip.towers import ImageTower, TextTower, tokenize
 from fedsim.errors import InputError, first_line
 
@@ -32,13 +35,17 @@ class Frozen:
 
 
 class Clip:
-    """One frozen CLIP on one device, in evaluation mode and float32."""
+    """One frozen CLIP on one device, in evaluation mode; its weights are float32."""
 
     def __init__(self, weights: Weights, device: str = "cpu", state: dict[str, np.ndarray] | None = None) -> None:
         """
         Args:
             state: that of a `Frozen`, which is not copied on a CPU; None: the weights are read from their file.
+
+        Raises:
+            InputError: the file cannot be read on this machine, or the device does not have the precision.
         """
+        check_device(weights.precision, device)
         try:
             model, self.preprocess = weights.build(device if state is None else "cpu")
             if state is None:
@@ -70,7 +77,8 @@ class Clip:
         """n images, each as `preprocess` returns it -> as `encode_images`."""
         pixels = torch.stack(list(images)).to(self.device)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return self.model.encode_image(pixels).half().cpu().numpy()
+        with self._autocast():
+            return self.model.encode_image(pixels).half().cpu().numpy()
 
     def pixels(self, images: Iterable[Image.Image], seeds: Sequence[int] | None = None) -> np.ndarray:
         """n images -> (n, 3, H, W) uint8, resized and cropped as for evaluation, and not normalized.
@@ -108,17 +116,18 @@ class Clip:
             InputError: the image tower has no patch tokens.
         """
         self.check_tokens()
-        visual = self.model.visual
+        visual, x = self.model.visual, self.image_tower().normalized(torch.from_numpy(pixels).to(self.device))
         visual.output_tokens = True
         try:
-            _, tokens = self.image_tower().encode(torch.from_numpy(pixels).to(self.device))
+            with self._autocast():
+                _, tokens = visual(x)
+                return (tokens if visual.proj is None else tokens @ visual.proj).half().cpu().numpy()
         finally:
             visual.output_tokens = False
-        return (tokens if visual.proj is None else tokens @ visual.proj).half().cpu().numpy()
 
     def image_tower(self) -> ImageTower:
         normalise = self.preprocess.transforms[-1]
-        return ImageTower(self.model.visual, normalise.mean, normalise.std)
+        return ImageTower(self.model.visual, normalise.mean, normalise.std, self.weights.precision)
 
     def text_tower(self, blocks: bool) -> TextTower:
         """
@@ -128,7 +137,7 @@ class Clip:
         Raises:
             InputError: prompts cannot be trained through this tower.
         """
-        return TextTower(self.model, self.tokenizer, self.weights.model, blocks)
+        return TextTower(self.model, self.tokenizer, self.weights.model, blocks, self.weights.precision)
 
     def frozen(self) -> Frozen:
         """See `Frozen`."""
@@ -136,6 +145,9 @@ class Clip:
             name: _channels_last(tensor.cpu()).contiguous().numpy() for name, tensor in self.model.state_dict().items()
         }
         return Frozen(self.weights, state)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return autocast(self.weights.precision, self.device)
 
     def _view(self, image: Image.Image, seed: int) -> Image.Image:
         from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
@@ -154,7 +166,9 @@ class Clip:
             InputError: a text is longer than the model's context, or two texts have the same tokens.
         """
         tokens = tokenize(self.tokenizer, texts).to(self.device)
-        return self.model.encode_text(tokens, normalize=True).float().cpu().numpy()
+        with self._autocast():
+            features = self.model.encode_text(tokens)
+        return normalize(features.float(), dim=-1).cpu().numpy()
 
     def encode_classes(self, texts: Sequence[Sequence[str]]) -> np.ndarray:
         """(C, D) float32, unit rows: the embeddings of C classes.

@@ -1,7 +1,8 @@
 """CLIP's two towers as functions, for methods that train through them.
 
 A tower is a plain object, not an `nn.Module`: a module that holds one does not own its frozen weights, so these neither
-travel nor are copied per client. Weights that a method changes are passed with each call, by name.
+travel nor are copied per client. Weights that a method changes are passed with each call, by name. In half precision,
+a tower takes and returns float32 all the same, and so do the gradients that pass through it.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedsim.clip.precision import Precision, autocast
 from fedsim.errors import InputError, shortened
 from fedsim.params import Params
 
@@ -23,8 +25,11 @@ class ImageTower:
         weights: the frozen tensors by open_clip's names, such as `conv1.weight`.
     """
 
-    def __init__(self, visual: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, visual: nn.Module, mean: Sequence[float], std: Sequence[float], precision: Precision = "fp32"
+    ) -> None:
         self._module = visual
+        self._precision: Precision = precision
         like = next(visual.parameters())
         # The same bits as torchvision's ToTensor and Normalize.
         self._mean, self._std = (
@@ -38,8 +43,12 @@ class ImageTower:
         Args:
             weights: tensors that replace the frozen ones of the same names.
         """
+        return _call(self._module, self._precision, weights, self.normalized(pixels))
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, 3, H, W), as the tower reads them."""
         x = pixels.to(self._mean.dtype).div(255).sub(self._mean).div(self._std)
-        return _call(self._module, weights, x.contiguous(memory_format=torch.channels_last))
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 class TextTower:
@@ -51,7 +60,14 @@ class TextTower:
         context: number of tokens in the longest text, start and end included.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, name: str = "this backbone", blocks: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        name: str = "this backbone",
+        blocks: bool = True,
+        precision: Precision = "fp32",
+    ) -> None:
         """
         Args:
             model: open_clip's model, whose weights are shared, not copied.
@@ -72,6 +88,7 @@ class TextTower:
             )
         self._module, self._tokenizer = _Text(text), tokenizer
         self._blocks = blocks
+        self._precision: Precision = precision
         self.weights: Params = dict(self._module.named_parameters())
         self.context, self.width = text.positional_embedding.shape
 
@@ -130,7 +147,7 @@ class TextTower:
         """
         if weights and not self._blocks:
             raise TypeError("a method that changes weights of the text tower needs `text_blocks` among its sites")
-        return _call(self._module, weights, start, rests, ends)
+        return _call(self._module, self._precision, weights, start, rests, ends)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
@@ -235,5 +252,7 @@ def _packing(ends: tuple[int, ...], before: int, device: torch.device) -> _Packi
     return _Packing(*(tensor.to(device) for tensor in packing))
 
 
-def _call(module: nn.Module, weights: Params | None, *args: Tensor) -> Tensor:
-    return functional_call(module, weights, args) if weights else module(*args)
+def _call(module: nn.Module, precision: Precision, weights: Params | None, *args: Tensor) -> Tensor:
+    with autocast(precision, args[0].device.type):
+        out = functional_call(module, weights, args) if weights else module(*args)
+    return out if precision == "fp32" else out.float()

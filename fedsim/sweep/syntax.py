@@ -11,7 +11,8 @@ from fedsim.search_space import Choice, Span
 SEEDS = ("seed", "partition_seed")
 EVALUATION = ("eval_clients", "eval_every")
 SAME_RESULT = (*EXECUTION, "chunk", "engine", "threads_per_actor")
-DATA = ("dataset", "data_dir", "skip_unreadable", "backbone", "pretrained", "prompt", "held_out", "augment")
+BACKBONE = ("backbone", "pretrained", "precision")
+DATA = ("dataset", "data_dir", "skip_unreadable", *BACKBONE, "prompt", "held_out", "augment")
 
 
 def check_searchable(field: str) -> None:
