@@ -7,7 +7,7 @@
 #
 #     tests/hosts.sh PATH...    # what of this machine each of them sees, read-only; it takes commands from stdin:
 #     boot NAME                 # its disk is as it was left; "NAME is up" when its sshd answers
-#     kill NAME                 # the power goes: nobody is told anything
+#     kill NAME                 # power loss: no process gets a signal
 #     NAME COMMAND              # in a login shell, by ssh
 #
 # In the environment: UV_CACHE_DIR is seen by each as if it were its own, and what it writes there stays with it; uv's
@@ -106,7 +106,7 @@ machine() { # in its namespaces; becomes its sshd
     hostname "$name"
     for other in "${!address[@]}"; do echo "${address[$other]} $other"; done > etc/hosts
     echo "127.0.0.1 localhost" >> etc/hosts
-    rm -f etc/resolv.conf # a name that nobody knows is then unknown at once
+    rm -f etc/resolv.conf # an unknown host name then fails at once
     exec chroot . /usr/sbin/sshd -D -e -f /dev/null -h /etc/ssh/room_key \
         -o UsePAM=no -o PermitRootLogin=prohibit-password -o PidFile=none -o MaxStartups=100
 }

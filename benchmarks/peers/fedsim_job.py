@@ -59,7 +59,7 @@ def config(args: Namespace, out: str) -> Config:
 def simulated(args: Namespace, out: str) -> tuple[list[float], list[float], Params]:
     """A run: when each round ended, how long it took, and the last weights.
 
-    The last round's end is left out, for evaluation may come before it is told.
+    The last round's end is left out, because evaluation may precede its event.
     """
     ends: list[float] = []
 
@@ -115,7 +115,7 @@ def _train_rows(experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
     """(C, n, D) float32 and (C, n), as fedsim's trainers see them."""
     rows = [experiment.clients[k].train for k in range(experiment.clients.trainers)]
     if {len(mine) for mine in rows} != {ROWS}:
-        raise SystemExit(f"the common job wants {ROWS} train rows of every client")
+        raise SystemExit(f"the common job needs {ROWS} train rows for each client")
     x, y = experiment.data.source.representations.features, experiment.data.source.y
     return np.stack([x[mine] for mine in rows]).astype(np.float32), np.stack([y[mine] for mine in rows])
 

@@ -62,7 +62,7 @@ def loss_of(adapter: nn.Module, x: Tensor, y: Tensor, text: Tensor) -> Tensor:
 
 
 def adam(params, lr: float = 5e-5, fused: bool | None = None) -> torch.optim.Optimizer:
-    """As in FedCLIP's code; made anew for every client and round."""
+    """As in FedCLIP's code; a new one for each client and round."""
     return torch.optim.Adam(params, lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, fused=fused)
 
 
