@@ -25,7 +25,7 @@ from fedsim.clip.precision import Precision
 from fedsim.clip.texts import Prompt, checked_prompt
 from fedsim.datasets import Dataset
 from fedsim.errors import InputError, listing
-from fedsim.fields import AbsolutePath, Names, absolute, expanded
+from fedsim.fields import LOGGERS, AbsolutePath, Loggers, Names, absolute, expanded
 from fedsim.fleets import Fleet
 from fedsim.folder import safe_name
 from fedsim.methods import Method
@@ -46,7 +46,7 @@ EXECUTION = (
     "call_timeout_s",
     "address",
     "cache_dir",
-    "tensorboard",
+    "loggers",
 )
 
 
@@ -164,7 +164,7 @@ class Config(BaseModel):
     cache_dir: Annotated[Path, AfterValidator(absolute)] = Field(
         default_factory=_cache, description="encoded features; or set $FEDSIM_CACHE_DIR"
     )
-    tensorboard: bool = Field(False, description="write curves for TensorBoard as the run goes on")
+    loggers: Loggers = Field((), description=f"{','.join(LOGGERS)} (default: none)")
 
     def __init__(self, **values: Any) -> None:
         try:

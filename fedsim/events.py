@@ -1,6 +1,6 @@
 """What a run reports as it runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Progress = Callable[["Event"], None]
@@ -41,3 +41,15 @@ class Note(Event):
     """Something to know about a stage, printed once."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class RoundValues(Event):
+    """The values of a round for loggers; only a run with loggers reports them.
+
+    Attributes:
+        values: by name, such as `accuracy/validation`.
+    """
+
+    round: int
+    values: Mapping[str, float]

@@ -1,11 +1,13 @@
-"""Types of fields that the config and components share."""
+"""Types of fields that the config, components and sweeps share."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
 
-from fedsim.errors import InputError
+from fedsim.errors import InputError, listing
+
+LOGGERS = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # and the package that each needs
 
 
 def expanded(value: Path | None) -> Path | None:
@@ -39,5 +41,26 @@ def _names(value: Any) -> Any:
     return tuple(dict.fromkeys(name for name in names if name != ""))
 
 
+def split(value: Any) -> Any:
+    """The parts of texts with commas, or of a sequence of these; none is empty."""
+    if not isinstance(value, list | tuple):
+        value = [] if value is None else [value]
+    parts = (part for item in value for part in (item.split(",") if isinstance(item, str) else [item]))
+    return tuple(part for part in (part.strip() if isinstance(part, str) else part for part in parts) if part != "")
+
+
+def each_in(kind: str, known: Any) -> AfterValidator:
+    """Refuses names that are not among the known ones."""
+
+    def check(names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in known:
+                raise InputError(f"no {kind} {name!r}; available: {listing(known)}")
+        return names
+
+    return AfterValidator(check)
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Loggers = Annotated[tuple[str, ...], BeforeValidator(split), each_in("logger", LOGGERS)]
 AbsolutePath = Annotated[Path | None, AfterValidator(absolute)]

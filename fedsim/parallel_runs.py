@@ -19,6 +19,7 @@ from fedsim.errors import EXPECTED, InputError, listing
 from fedsim.events import Progress, Step
 from fedsim.methods import Method
 from fedsim.prepare import Experiment, prepare, sizing_of
+from fedsim.reporting.loggers import Loggers
 from fedsim.reporting.report import Report
 from fedsim.simulate import simulate
 
@@ -156,7 +157,8 @@ def _simulate(config: Config, folder: Path, method: Method, data: EncodedData, k
     # The address is not written to config.yaml: `fedsim run` may find no cluster there.
     config = config.model_copy(update={"address": None})
     data = replace(data, source=replace(data.source, representations=replace(data.source.representations, key=key)))
-    return simulate(Experiment(config, folder, method, data, clients), lambda event: None)
+    with Loggers(config, folder, None) as loggers:
+        return simulate(Experiment(config, folder, method, data, clients), loggers.progress)
 
 
 def _task_sizing(experiment: Experiment) -> Sizing:

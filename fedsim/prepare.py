@@ -33,6 +33,7 @@ from fedsim.folder import CHECKPOINT, CONFIG, check_folder, read_sealed, refuse_
 from fedsim.methods import Backbone, Method
 from fedsim.partitions import drawn
 from fedsim.registry import name_of
+from fedsim.reporting.loggers import check_loggers
 from fedsim.reporting.parquet import FILES as TABLES
 from fedsim.reporting.report import Report
 from fedsim.schedule import check, check_trained
@@ -85,11 +86,13 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
 
     Raises:
         InputError: the config cannot work, or its folder holds another experiment.
+        Stopped: the folder's disk is full, or the server of a logger does not answer.
     """
     folder = config.folder().absolute()
     check_folder(folder, "run")
     _check_experiment(folder, config)
     check_reachable(config.address)
+    check_loggers(config.loggers)
     method = config.server.adapt(config.method)
     _check_precision(config, method)
     if config.gpus_per_actor and config.address is None and not torch.cuda.is_available():

@@ -19,8 +19,8 @@ from fedsim.folder import CONFIG, exclusive, write_sealed
 from fedsim.formats import number, percent
 from fedsim.methods import Method
 from fedsim.prepare import ADAPTER, FILES, PAGE, Experiment, encode_experiment, prepare, sizing_of
-from fedsim.reporting.event_file import EventFile
 from fedsim.reporting.facts import to_yaml
+from fedsim.reporting.loggers import Loggers, round_values
 from fedsim.reporting.page import write_page
 from fedsim.reporting.parquet import write_tables
 from fedsim.reporting.report import Report
@@ -43,16 +43,17 @@ def run(config: Config, progress: Progress = lambda event: None) -> Report:
     Raises:
         InputError: the config cannot work. Raised before Ray starts wherever that can be checked.
         Diverged: training produced NaN or infinite values.
-        Stopped: the run ended for an external reason, such as a full disk.
+        Stopped: the run ended for an external reason, such as a full disk or a logger that does not start.
     """
     experiment = prepare(config)
-    if experiment.done:
-        progress(FINISHED)
-        return experiment.done
-    progress(Started("run"))
-    if config.actors == 0:
-        return simulate(experiment, progress)
-    return run_in_driver_actor(simulate, (experiment,), config.address, progress)
+    with Loggers(config, experiment.folder, progress) as loggers:
+        if experiment.done:
+            progress(FINISHED)
+            return _log_finished(experiment.done, experiment, loggers.progress)
+        progress(Started("run"))
+        if config.actors == 0:
+            return simulate(experiment, loggers.progress)
+        return run_in_driver_actor(simulate, (experiment,), config.address, loggers.progress)
 
 
 def simulate(experiment: Experiment, progress: Progress) -> Report:
@@ -63,7 +64,7 @@ def simulate(experiment: Experiment, progress: Progress) -> Report:
             experiment = encode_experiment(experiment, sizing, progress)
             with open_pool(sizing, len(experiment.clients)) as pool:
                 progress(Note("workers", pool.sizes))
-                for report in _logged(rounds(experiment, pool), config, folder):
+                for report in _with_values(rounds(experiment, pool), config, progress):
                     if report.rounds:
                         progress(Step("training", len(report.rounds), config.rounds, _note(report)))
             _write(report, folder)
@@ -118,17 +119,23 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
         yield report
 
 
-def _logged(reports: Iterator[Report], config: Config, folder: Path) -> Iterator[Report]:
-    """The same reports, written to an event file if the config asks for it."""
-    if not config.tensorboard:
-        yield from reports
-        return
-    first = next(reports)
-    with EventFile(folder, first) as file:
-        yield first
-        for report in reports:
-            file.update(report)
-            yield report
+def _with_values(reports: Iterator[Report], config: Config, progress: Progress) -> Iterator[Report]:
+    """The same reports; with loggers, the values of their rounds become events, those before a resumed one as well."""
+    reported = 0
+    for report in reports:
+        for event in round_values(report, reported) if config.loggers else ():
+            progress(event)
+        reported = len(report.rounds) + 1
+        yield report
+
+
+def _log_finished(report: Report, experiment: Experiment, progress: Progress) -> Report:
+    """Logs the rounds of a finished run that its loggers lack."""
+    if experiment.config.loggers:
+        with exclusive(experiment.folder, "run"):
+            for event in round_values(report, 0):
+                progress(event)
+    return report
 
 
 def _flops(report: Report, stats: np.ndarray, method: Method) -> float:

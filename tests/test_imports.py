@@ -20,7 +20,7 @@ ORDER = """
 """.split()  # noqa: SIM905
 
 # The same within fedsim/reporting: from counts to tables, and from tables to what is shown.
-REPORTING = "metrics tables report facts event_file parquet plots html remarks page compare".split()  # noqa: SIM905
+REPORTING = "metrics tables report facts loggers parquet plots html remarks page compare".split()  # noqa: SIM905
 
 
 def stage(module: str) -> int:

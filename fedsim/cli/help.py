@@ -24,7 +24,7 @@ LISTS = {f"{kind}s": kind for kind in KINDS}
 GROUPS = {"dataset": "data", "held_out": "clients", "method": "training and evaluation", "engine": "execution"}
 METAVARS = {"data_dir": "DIR", "out": "DIR", "cache_dir": "DIR", "held_out": "DOMAINS", "prompt": "TEXT"}
 METAVARS |= {"backbone": "NAME", "pretrained": "NAME", "precision": "NAME", "dtype": "NAME", "engine": "NAME"}
-METAVARS |= {"address": "ADDR"}
+METAVARS |= {"address": "ADDR", "loggers": "NAMES"}
 
 
 def run_help() -> str:

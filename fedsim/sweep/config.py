@@ -9,20 +9,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fedsim.config import Config, Out, read_yaml
 from fedsim.errors import InputError, listing
+from fedsim.fields import LOGGERS, Loggers, each_in, split
 from fedsim.registry import CHECKED, first_error, reject_booleans_for_numbers
 from fedsim.sweep.space import Space
 from fedsim.sweep.study import OBJECTIVES, PRUNERS, SAMPLERS, Pruner, Rules, Sampler
 
-LOGGERS = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # and the package that each needs
 PRUNED_BY = ("validation",), ("worst_tenth",)  # a cost only grows, so no trial can fall behind in it
 MAY_CHANGE = ("trials", "report_seeds")  # between two commands of one sweep: they do not affect what is proposed
-
-
-def _split(value: Any) -> Any:
-    if not isinstance(value, list | tuple):
-        value = [] if value is None else [value]
-    parts = (part for item in value for part in (item.split(",") if isinstance(item, str) else [item]))
-    return tuple(part for part in (part.strip() if isinstance(part, str) else part for part in parts) if part != "")
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -38,21 +31,10 @@ def _check_objectives(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _each_in(kind: str, known: Any) -> AfterValidator:
-    def check(names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in known:
-                raise InputError(f"no {kind} {name!r}; available: {listing(known)}")
-        return names
-
-    return AfterValidator(check)
-
-
-Seeds = Annotated[tuple[int, ...], BeforeValidator(_split), AfterValidator(_check_seeds)]
+Seeds = Annotated[tuple[int, ...], BeforeValidator(split), AfterValidator(_check_seeds)]
 Objectives = Annotated[
-    tuple[str, ...], BeforeValidator(_split), _each_in("objective", OBJECTIVES), AfterValidator(_check_objectives)
+    tuple[str, ...], BeforeValidator(split), each_in("objective", OBJECTIVES), AfterValidator(_check_objectives)
 ]
-Loggers = Annotated[tuple[str, ...], BeforeValidator(_split), _each_in("logger", LOGGERS)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
@@ -81,7 +63,7 @@ class Sweep(BaseModel):
     sweep_seed: int = Field(0, ge=0, description="seed of the sampler")
     at_once: int | None = Field(None, ge=1, description="concurrent trials (default: as many as fit)")
     retries: int = Field(2, ge=0, description="how often a trial is restarted after its process has died")
-    loggers: Loggers = Field(("tensorboard",), description=f"{listing(LOGGERS)}")
+    loggers: Loggers = Field(("tensorboard",), description=",".join(LOGGERS))
     out: Annotated[Out, AfterValidator(lambda value: value and value.absolute())] = Field(
         None, description="folder of the sweep (default: sweeps/ and a name made from its settings)"
     )

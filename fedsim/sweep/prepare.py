@@ -1,9 +1,7 @@
 """Everything about a sweep that can be refused before Ray starts and before anything is written."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ from fedsim.fleets import Fleet
 from fedsim.folder import check_folder, read_sealed, refuse_another_version
 from fedsim.methods import Method
 from fedsim.prepare import PARTITION_FIELDS, Experiment, evaluated_clients, prepare
-from fedsim.sweep.config import LOGGERS, MAY_CHANGE, PRUNED_BY, Sweep
+from fedsim.reporting.loggers import check_loggers
+from fedsim.sweep.config import MAY_CHANGE, PRUNED_BY, Sweep
 from fedsim.sweep.space import Space
 from fedsim.sweep.trial import EVALUATED_ON, config_of
 
@@ -52,6 +51,7 @@ def prepare_sweep(sweep: Sweep) -> Prepared:
 
     Raises:
         InputError: the sweep cannot work.
+        Stopped: the server of a logger does not answer.
     """
     config = sweep.config
     space = Space.parse(sweep.search, config)
@@ -66,8 +66,7 @@ def prepare_sweep(sweep: Sweep) -> Prepared:
     _check_costs(sweep.objective, space, fleets)
     if not config.rounds:
         raise InputError("a sweep needs --rounds 1 or more")
-    for name in sweep.loggers:
-        _check_logger(name)
+    check_loggers(sweep.loggers)
     folder = sweep.folder().absolute()
     check_folder(folder, "sweep")
     refuse_another_sweep(folder, sweep.plain(), space)
@@ -166,13 +165,3 @@ def _methods(space: Space, config: Config) -> Iterator[Method]:
             if dimension.path[1] != "name" and name in (None, dimension.name.partition(".")[0]):
                 for value in dimension.range.extremes:
                     yield config_of(config, {"method": fields | {dimension.path[1]: value}}).method
-
-
-def _check_logger(name: str) -> None:
-    if find_spec(LOGGERS[name]) is None:
-        raise InputError(f"logger {name} needs the package {LOGGERS[name]}, which is not installed")
-    if name == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
-        import wandb  # pyright: ignore[reportMissingImports] - of the user's
-
-        if not wandb.api.api_key:
-            raise InputError("logger wandb needs an account (`wandb login`), or WANDB_MODE=offline")

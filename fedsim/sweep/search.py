@@ -19,6 +19,7 @@ from fedsim.folder import exclusive, write_sealed
 from fedsim.formats import number, percent
 from fedsim.prepare import Experiment, encode_experiment, sizing_of
 from fedsim.reporting.facts import to_yaml
+from fedsim.reporting.loggers import mlflow_uri
 from fedsim.sweep.config import Sweep
 from fedsim.sweep.prepare import ACCURACIES, FILE, Prepared, prepare_sweep, refuse_another_sweep
 from fedsim.sweep.resources import TrialResources
@@ -148,8 +149,7 @@ def _logger(name: str, folder: Path) -> Any:
     if name == "mlflow":
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        return MLflowLoggerCallback(tracking_uri=uri, experiment_name=folder.name)
+        return MLflowLoggerCallback(tracking_uri=mlflow_uri(folder), experiment_name=folder.name)
     from ray.air.integrations.wandb import WandbLoggerCallback
 
     return WandbLoggerCallback(project="fedsim", group=folder.name, dir=str(folder))
