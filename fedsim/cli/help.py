@@ -38,9 +38,10 @@ def run_help() -> str:
         f"other defaults apply: those marked glyphs, {values}."
     )
     lines = ["usage: fedsim run [--config FILE] [--detach] [--FIELD VALUE ...]", "", *wrap(intro, WIDTH)]
-    lines += ["", "components (fedsim help NAME prints one, with its fields --KIND.FIELD):"]
+    lines += ["", "components, the default first (fedsim help NAME: one with its --KIND.FIELD):"]
     for kind, default in DEFAULTS.items():
-        lines += _entry(flag(kind), f"{', '.join(available(kind))} (default: {default})", 14)
+        names = sorted(available(kind), key=lambda name, default=default: name != default)
+        lines += _entry(flag(kind), ", ".join(names), 14)
     for name, field in Config.model_fields.items():
         if name in GROUPS:
             lines.append(f"{GROUPS[name]}:")
