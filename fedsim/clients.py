@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedsim.datasets import TEST, Labels
+from fedsim.datasets import TEST, Labels, vocabularies
 from fedsim.errors import InputError, listing
 from fedsim.partitions import Partition, Splits
 from fedsim.rng import numpy_rng
@@ -118,14 +118,14 @@ def make_clients(
         )
     held_out_domains = held_out_indices(rows, held_out)
     domains = [domain for domain in range(len(rows.domains)) if domain not in held_out_domains]
-    new, new_test = new_of(rows.classes, new_classes), None
+    new, new_test = new_of(rows.classes, new_classes, rows.class_domain), None
     if new:
         unseen = np.isin(rows.y, new)
         own_test = (rows.split == TEST).any()
         new_test = np.flatnonzero(unseen & np.isin(rows.domain, domains) & ((rows.split == TEST) | (not own_test)))
         if not len(new_test):
             raise InputError(
-                f"no test rows of the new classes {listing([rows.classes[c] for c in new])} to evaluate on"
+                f"no test rows of the new classes {listing([rows.class_labels[c] for c in new])} to evaluate on"
             )
         rows = replace(rows, domain=np.where(unseen, -1, rows.domain))  # of no domain, so no client gets them
     splits = partition.assign(rows, domains, clients, seed, train_share)
@@ -160,18 +160,26 @@ class _FewShot(Sequence):
         return np.sort(by_class[rank < self.shots]), val, test
 
 
-def new_of(classes: Sequence[str], share: float) -> list[int]:
+def new_of(classes: Sequence[str], share: float, class_domain: Sequence[int] = ()) -> list[int]:
     """Indices of the new classes, which no client trains on: the last by label; their number is rounded down.
 
+    In a suite, these are the last of each data set.
+
     Source: the base-to-new protocol of CoCoOp, Zhou et al. 2022, arXiv 2203.05557, where the second half is new.
+
+    Args:
+        class_domain: see `Labels`.
 
     Raises:
         InputError: the number is rounded down to 0.
     """
-    count = part(len(classes), share)
-    if share and not count:
-        raise InputError(f"new_classes {share:g} of {len(classes)} classes is none; one needs {1 / len(classes):.3g}")
-    return list(range(len(classes) - count, len(classes)))
+    new = []
+    for group in vocabularies(len(classes), class_domain):
+        count = part(len(group), share)
+        if share and not count:
+            raise InputError(f"new_classes {share:g} of {len(group)} classes is none; one needs {1 / len(group):.3g}")
+        new += group[len(group) - count :]
+    return new
 
 
 def held_out_indices(rows: Labels, held_out: tuple[str, ...]) -> list[int]:

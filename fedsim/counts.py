@@ -22,7 +22,8 @@ class Counts:
     """Counts of some clients on some rows. Validation rows are in `scores` alone.
 
     The prediction is the most probable of all trained classes, or of the new ones where the row is of a new class. For
-    `correct_own` it is the most probable of the client's own classes.
+    `correct_own` it is the most probable of the client's own classes. In a suite, only classes of the row's data set
+    are considered.
 
     Attributes:
         scores: (cells, 6) int32, by client, domain and split, as in `COLUMNS`: domain and split are indices.

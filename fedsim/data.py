@@ -11,12 +11,12 @@ from fedsim.cache import check_writable
 from fedsim.clients import Population
 from fedsim.clip.checkpoints import EMBEDDED, Weights, find_weights, width_of
 from fedsim.clip.model import Clip, Frozen, check_texts
-from fedsim.clip.texts import templates_of, texts_of
+from fedsim.clip.texts import Templates, templates_of, texts_of
 from fedsim.cluster.placement import Sizing
 from fedsim.config import Config
 from fedsim.datasets import Features, Images, Labels
 from fedsim.datasets._check import unreadable
-from fedsim.encoding import encode, feature_file, from_features, store, text_file
+from fedsim.encoding import encode, feature_file, from_features, store, text_file, vocabularies_of
 from fedsim.errors import InputError, counted, listing
 from fedsim.events import Note, Progress
 from fedsim.files import reason
@@ -44,7 +44,7 @@ class Data:
     source: Images | Encoded
     skipped: list[str]
     weights: Weights | None
-    templates: tuple[str, ...]
+    templates: Templates
     readable: np.ndarray
 
     @property
@@ -102,9 +102,10 @@ def load_data(config: Config) -> Data:
         return Data(data, [], None, data.class_embeddings.templates, np.empty(0, bool))
     templates = templates_of(config.prompt, source.template)
     weights, skipped = _find_weights(config).at(config.precision), []
-    if not text_file(source.classes, weights, templates, config.cache_dir).exists():
-        for texts in texts_of(templates, source.classes):
-            check_texts(weights, texts)
+    for classes, own in vocabularies_of(source, templates):
+        if not text_file(classes, weights, own, config.cache_dir).exists():
+            for texts in texts_of(own, classes):
+                check_texts(weights, texts)
     # Images are left out before clients get them; otherwise only those that clients have need to be readable.
     if config.skip_unreadable and not feature_file(source, weights, config.cache_dir, _warn_of_damage).exists():
         source, skipped = _without_unreadable(source)

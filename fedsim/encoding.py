@@ -20,11 +20,11 @@ from torch import Tensor
 from fedsim.cache import Notice, locked, read_array, write_array
 from fedsim.clip.checkpoints import Weights
 from fedsim.clip.model import Clip
-from fedsim.clip.texts import texts_of
+from fedsim.clip.texts import Templates, templates_for, texts_of
 from fedsim.cluster.placement import Sizing
 from fedsim.cluster.pool import open_pool
 from fedsim.cluster.workers import Pool, Workers
-from fedsim.datasets import Features, Images
+from fedsim.datasets import Features, Images, Labels, vocabularies
 from fedsim.errors import InputError, Stopped
 from fedsim.events import Note, Progress, Step
 from fedsim.files import digest
@@ -148,7 +148,17 @@ def feature_file(
     return cache / f"{_key(images if rows is None else images.take(rows), weights, rows, cache, notice)}.npy"
 
 
-def text_file(classes: Sequence[str], weights: Weights, templates: tuple[str, ...], cache: Path) -> Path:
+def vocabularies_of(data: Labels, templates: Templates) -> list[tuple[list[str], Templates]]:
+    """Classes that compete with each other, and their templates: of all, or of each data set of a suite.
+
+    Each is encoded alone, so that a class of a suite has the same bits as in its own data set, and may have the same
+    text as one of another.
+    """
+    groups = vocabularies(len(data.classes), data.class_domain)
+    return [([data.classes[label] for label in group], templates_for(templates, group)) for group in groups]
+
+
+def text_file(classes: Sequence[str], weights: Weights, templates: Templates, cache: Path) -> Path:
     """The file for the embeddings of these classes; it need not exist."""
     averaged = [f"mean of {len(templates)}"] if len(templates) > 1 else []
     texts = chain.from_iterable(texts_of(templates, classes))
@@ -158,7 +168,7 @@ def text_file(classes: Sequence[str], weights: Weights, templates: tuple[str, ..
 def encode(
     images: Images,
     weights: Weights,
-    templates: tuple[str, ...],
+    templates: Templates,
     cache: Path,
     sizing: Sizing,
     progress: Progress,
@@ -279,21 +289,26 @@ class _Work:
         return pool.workers(Encoder, self.images, self.weights, self.rows)
 
 
-def _encode_features(work: _Work, templates: tuple[str, ...], file: Path) -> ClassEmbeddings:
-    texts_file = text_file(work.images.classes, work.weights, templates, file.parent)
-    x, texts = (read_array(each, partial(_damaged, work.progress)) for each in (file, texts_file))
+def _encode_features(work: _Work, templates: Templates, file: Path) -> ClassEmbeddings:
+    groups = vocabularies_of(work.images, templates)
+    text_files = [text_file(classes, work.weights, own, file.parent) for classes, own in groups]
+    x, *read = (read_array(each, partial(_damaged, work.progress)) for each in (file, *text_files))
+    texts = {k: array for k, array in enumerate(read) if array is not None}
+    missing = [k for k in range(len(groups)) if k not in texts]
     files = {block: file.with_suffix(f".{block:06d}.npy") for block in (work.blocks() if x is None else ())}
     parts = _Parts(file, len(work.images), files, "encoding images", work.progress)
-    if parts.todo or texts is None:
+    if parts.todo or missing:
         with open_pool(work.sizing, len(parts.todo)) as pool:
             encoders = work.encoders(pool)
             parts.write(encoders.map("encode", parts.todo))
-            if texts is None:
-                texts = next(encoders.map("encode_classes", [texts_of(templates, work.images.classes)]))
-                write_array(texts_file, 1, [texts])
+            to_encode = [texts_of(own, classes) for classes, own in (groups[k] for k in missing)]
+            for k, array in zip(missing, encoders.map("encode_classes", to_encode), strict=True):
+                texts[k] = array
+                write_array(text_files[k], 1, [array])
     if x is None:
         _join(parts, work)
-    return ClassEmbeddings(texts[0]["prototypes"], float(texts[0]["scale"]), templates)
+    vectors = np.concatenate([texts[k][0]["prototypes"] for k in range(len(groups))])
+    return ClassEmbeddings(vectors, float(texts[0][0]["scale"]), templates)
 
 
 def _encode_views(work: _Work, file: Path, name: str, augment: int) -> None:

@@ -18,13 +18,13 @@ class ClassEmbeddings:
     Attributes:
         vectors: (C, D) float32 or float64, unit rows: the text feature of each class.
         logit_scale: exp of CLIP's temperature parameter, about 100 for OpenAI's weights.
-        templates: the text of a class, with `{}` for its name; of several, `vectors` are the normalized means of the
-            text features. Unknown, and "{}", for ready-made features.
+        templates: the text of a class, with `{}` for its name, or in a suite C of them, one for each class; of several,
+            `vectors` are the normalized means of the text features. Unknown, and "{}", for ready-made features.
     """
 
     vectors: np.ndarray
     logit_scale: float
-    templates: tuple[str, ...] = ("{}",)
+    templates: tuple[str | tuple[str, ...], ...] = ("{}",)
 
 
 @dataclass(frozen=True)

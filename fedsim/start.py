@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from fedsim.checkpoint import Checkpoints
-from fedsim.errors import InputError, listing
+from fedsim.clip.texts import describe
+from fedsim.errors import InputError
 from fedsim.methods import Backbone
 from fedsim.params import Params
 from fedsim.prepare import Experiment, evaluated_clients, reads_of
@@ -13,7 +14,6 @@ from fedsim.reporting.facts import environment
 from fedsim.reporting.report import Report, holdings
 from fedsim.rng import numpy_rng
 from fedsim.state import ServerState
-from fedsim.training.contexts import ClientContexts
 from fedsim.training.flops import flops_of
 from fedsim.training.task import Task, backbone_of, initial_params
 
@@ -28,7 +28,7 @@ def start(experiment: Experiment, task: Task, checkpoints: Checkpoints) -> tuple
     if not saved:
         return _round_zero(experiment, task)
     source = experiment.encoded.source
-    if saved[1].facts["features"] != source.representations.key or saved[1].classes != list(source.classes):
+    if saved[1].facts["features"] != source.representations.key or saved[1].classes != list(source.class_labels):
         raise InputError(
             f"the images, the class names or the weights behind {experiment.folder} have changed; give another --out"
         )
@@ -44,8 +44,8 @@ def _round_zero(experiment: Experiment, task: Task) -> tuple[ServerState, Report
     writers = clients.trainers if task.has_private_state(params) else 0
     state = ServerState(0, params, slots, private=np.zeros(writers, np.int64))
     facts = _facts(experiment, task, backbone, params)
-    names = config.experiment(), list(data.source.domains), list(data.source.classes), list(config.held_out)
-    report = Report(*names, facts, adapter=state.params, private=state.private)
+    names = config.experiment(), list(data.source.domains), list(data.source.class_labels), list(config.held_out)
+    report = Report(*names, facts, list(data.source.class_domain), adapter=state.params, private=state.private)
     shown = [*evaluated_clients(config, clients), *range(clients.trainers, len(clients))]
     report.holdings = holdings(data.source, (clients[client] for client in shown))
     return state, report
@@ -54,10 +54,8 @@ def _round_zero(experiment: Experiment, task: Task) -> tuple[ServerState, Report
 def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Params) -> dict[str, Any]:
     """What the page says of the data, the model and the software."""
     source, skipped = experiment.encoded.source, experiment.data.skipped
-    client = experiment.clients[0]
-    sample = numpy_rng(task.seed, "flops").permutation(client.train)[: task.method.batch_size]
-    context = ClientContexts(source, experiment.clients, "cpu").of(task, 1, [client])
-    per_step, per_row = flops_of(task, backbone, source, sample, context and context.part(0))
+    sample = numpy_rng(task.seed, "flops").permutation(experiment.clients[0].train)[: task.method.batch_size]
+    per_step, per_row = flops_of(task, backbone, source, sample)
     facts = {
         "images": f"{source.rows_per_client} a client, made on demand" if source.rows_per_client else len(source),
         "width": experiment.data.width,
@@ -74,8 +72,7 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
         "versions": environment(),
     }
     if experiment.data.weights:  # of ready-made features, the texts are not known
-        templates = source.class_embeddings.templates
-        facts["class_texts"] = templates[0] if len(templates) == 1 else f"normalized mean of: {listing(templates)}"
+        facts["class_texts"] = describe(source.class_embeddings.templates)
     if assumptions := experiment.data.assumptions():
         facts["data_notes"] = "; ".join(assumptions)
     return facts

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from fedsim.clip.checkpoints import Weights
 from fedsim.clip.precision import autocast, check_device
-from fedsim.clip.towers import ImageTower, TextTower, tokenize
+from fedsim.clip.towers import ImageTower, TextTower, tokenize_distinct
 from fedsim.errors import InputError, first_line
 
 
@@ -165,7 +165,7 @@ class Clip:
         Raises:
             InputError: a text is longer than the model's context, or two texts have the same tokens.
         """
-        tokens = tokenize(self.tokenizer, texts).to(self.device)
+        tokens = tokenize_distinct(self.tokenizer, texts).to(self.device)
         with self._autocast():
             features = self.model.encode_text(tokens)
         return normalize(features.float(), dim=-1).cpu().numpy()
@@ -185,7 +185,7 @@ class Clip:
 
 def check_texts(weights: Weights, texts: Sequence[str]) -> None:
     """Raises InputError if `Clip.encode_texts` would; needs no model."""
-    tokenize(weights.tokenizer(), texts)
+    tokenize_distinct(weights.tokenizer(), texts)
 
 
 def _tensors(state: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:

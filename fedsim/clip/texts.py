@@ -1,15 +1,19 @@
-"""The texts of the classes: one template with `{}` for the name, or several, whose text features are averaged."""
+"""The texts of the classes: one template with `{}` for the name, or several, whose text features are averaged.
 
-from collections.abc import Iterable, Sequence
+In a suite of data sets, each class has the template of its set.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 from fedsim.clip.architectures import import_open_clip
-from fedsim.errors import InputError, shortened
+from fedsim.errors import InputError, listing, shortened
 
 DEFAULT = "a picture of a {}"
 NAMED = {"openai80": "OPENAI_IMAGENET_TEMPLATES"}  # open_clip's names of lists of templates
 
 Prompt = str | tuple[str, ...] | None
+Templates = tuple[str | tuple[str, ...], ...]  # each of all classes, or C of them, one for each class
 
 
 def checked_prompt(value: Any) -> Prompt:
@@ -30,21 +34,36 @@ def checked_prompt(value: Any) -> Prompt:
     return templates[0] if len(templates) == 1 else tuple(templates)
 
 
-def templates_of(prompt: Prompt, of_data_set: str | None = None) -> tuple[str, ...]:
+def templates_of(prompt: Prompt, of_data_set: str | tuple[str | None, ...] | None = None) -> Templates:
     """The templates that a prompt stands for.
 
     Args:
-        of_data_set: the template that belongs to the data set, for a prompt of None.
+        of_data_set: the template that belongs to the data set, or to each of its classes, for a prompt of None.
     """
+    if prompt is None and isinstance(of_data_set, tuple):
+        checked = {template: templates_of(None, template)[0] for template in set(of_data_set)}
+        return (tuple(str(checked[template]) for template in of_data_set),)
     templates = checked_prompt(prompt or of_data_set or DEFAULT)
     if isinstance(templates, str) and templates in NAMED:
         return tuple(template("{}") for template in getattr(import_open_clip(), NAMED[templates]))
     return (templates,) if isinstance(templates, str) else templates or ()
 
 
-def texts_of(templates: Iterable[str], classes: Sequence[str]) -> list[list[str]]:
+def texts_of(templates: Templates, classes: Sequence[str]) -> list[list[str]]:
     """For each template, the texts of all classes."""
-    return [[template.format(name) for name in classes] for template in templates]
+    by_class = [[each] * len(classes) if isinstance(each, str) else each for each in templates]
+    return [[template.format(name) for template, name in zip(each, classes, strict=True)] for each in by_class]
+
+
+def templates_for(templates: Templates, classes: Sequence[int]) -> Templates:
+    """The templates of some of the classes."""
+    return tuple(each if isinstance(each, str) else tuple(each[label] for label in classes) for each in templates)
+
+
+def describe(templates: Templates) -> str:
+    """The templates in words."""
+    words = [each if isinstance(each, str) else listing(map(repr, dict.fromkeys(each)), 40) for each in templates]
+    return words[0] if len(words) == 1 else f"normalized mean of: {listing(words)}"
 
 
 def _check(template: str) -> None:

@@ -12,11 +12,22 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from fedsim.datasets._classes import arrange_classes, at_least_two, read_names
-from fedsim.datasets._labels import TEST, TRAIN, UNASSIGNED, VAL, Features, Images, Labels
+from fedsim.datasets._labels import TEST, TRAIN, UNASSIGNED, VAL, Features, Images, Labels, vocabularies
 from fedsim.fields import AbsolutePath, Names
 from fedsim.registry import component
 
-__all__ = ["TEST", "TRAIN", "UNASSIGNED", "VAL", "Dataset", "Features", "FixedDataset", "Images", "Labels"]
+__all__ = [
+    "TEST",
+    "TRAIN",
+    "UNASSIGNED",
+    "VAL",
+    "Dataset",
+    "Features",
+    "FixedDataset",
+    "Images",
+    "Labels",
+    "vocabularies",
+]
 
 
 class Dataset(ABC):

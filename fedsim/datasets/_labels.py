@@ -25,7 +25,7 @@ class Labels:
         y: (N,) int64, index into `classes`.
         domain: (N,) int64, index into `domains`.
         classes: C class names, as they go into the prompt.
-        domains: names of the visual domains.
+        domains: names of the visual domains, or of the data sets of a suite.
         split: (N,) int8: TRAIN, VAL, TEST, or UNASSIGNED for rows that the partition assigns to a split.
         unseen_test: whether TEST rows show concepts that no other row shows, in any domain; held-out domains are then
             evaluated on these rows only.
@@ -33,7 +33,10 @@ class Labels:
             `y`, `domain` and `x` are then objects that generate the rows they are indexed with. 0 for all others.
         notes: sentences for the user, without a final full stop: what was left out or assumed.
         owner: (N,) int64, the number of the person or device that each row belongs to; None: not known.
-        template: the text of a class that belongs to the set, `{}` where its name goes; None: the default.
+        template: the text of a class that belongs to the set, `{}` where its name goes, or C of them, one for each
+            class; None: the default.
+        class_domain: of a suite, (C,) the domain that each class belongs to, ascending: a row's class is one of its
+            domain, and only these compete for it. Empty: all classes compete in every domain.
     """
 
     y: np.ndarray
@@ -44,11 +47,25 @@ class Labels:
     unseen_test: bool = False
     rows_per_client: int = 0
     notes: tuple[str, ...] = ()
-    template: str | None = None
+    template: str | tuple[str | None, ...] | None = None
+    class_domain: tuple[int, ...] = ()
     owner: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.y)
+
+    @property
+    def class_labels(self) -> tuple[str, ...]:
+        """C class names for tables: with the domain in a suite, where two data sets may have a class of one name."""
+        if not self.class_domain:
+            return self.classes
+        return tuple(f"{self.domains[k]}/{name}" for k, name in zip(self.class_domain, self.classes, strict=True))
+
+    def competing(self, rows: np.ndarray) -> np.ndarray:
+        """(C,) bool, the classes that compete for these rows: all, or in a suite those of their domains."""
+        if not self.class_domain or not len(rows):
+            return np.ones(len(self.classes), bool)
+        return np.isin(self.class_domain, self.domain[rows])
 
     def take(self, rows: np.ndarray) -> Self:
         """These rows, in this order."""
@@ -60,7 +77,21 @@ class Labels:
         number = np.full(len(self.classes), -1, np.int64)
         number[classes] = np.arange(len(classes))
         taken = self.take(np.flatnonzero(number[self.y] >= 0))
-        return replace(taken, y=number[taken.y], classes=tuple(self.classes[label] for label in classes))
+        template = self.template
+        return replace(
+            taken,
+            y=number[taken.y],
+            classes=tuple(self.classes[label] for label in classes),
+            template=tuple(template[label] for label in classes) if isinstance(template, tuple) else template,
+            class_domain=tuple(self.class_domain[label] for label in classes if self.class_domain),
+        )
+
+
+def vocabularies(classes: int, class_domain: Sequence[int]) -> list[list[int]]:
+    """The indices of the classes that compete with each other: of all, or in a suite of each domain's."""
+    if not len(class_domain):
+        return [list(range(classes))]
+    return [np.flatnonzero(np.equal(class_domain, domain)).tolist() for domain in np.unique(class_domain)]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedsim.clip.sites import Reads, Site, reads_of
-from fedsim.clip.texts import DEFAULT
+from fedsim.clip.texts import DEFAULT, Templates, texts_of
 from fedsim.clip.towers import ImageTower, TextTower
 from fedsim.errors import InputError
 from fedsim.params import Params
@@ -36,15 +36,16 @@ class Backbone:
     Attributes:
         class_embeddings: (C, D) unit rows, the text feature of each class.
         logit_scale: exp of CLIP's temperature parameter.
-        classes: the C class names.
-        templates: the text of a class, with `{}` in place of its name; of several, the text features are averaged.
+        classes: the C class names; in a suite, two data sets may have the same.
+        templates: the text of a class, with `{}` in place of its name, or in a suite C of them, one for each class; of
+            several, the text features are averaged.
         text_tower, image_tower: None unless the method's sites need them.
     """
 
     class_embeddings: Tensor
     logit_scale: float
     classes: tuple[str, ...] = ()
-    templates: tuple[str, ...] = (DEFAULT,)
+    templates: Templates = (DEFAULT,)
     text_tower: TextTower | None = None
     image_tower: ImageTower | None = None
 
@@ -54,8 +55,8 @@ class Backbone:
         return self.class_embeddings.shape[1]
 
     @property
-    def prompt(self) -> str:
-        """The template, for methods that need one text of a class.
+    def texts(self) -> list[str]:
+        """The texts of the C classes, for methods that need one text of a class.
 
         Raises:
             InputError: there are several.
@@ -65,7 +66,7 @@ class Backbone:
                 "training through the text tower needs one text of a class, and --prompt gives "
                 f"{len(self.templates)} templates; give one"
             )
-        return self.templates[0]
+        return texts_of(self.templates, self.classes)[0]
 
     @property
     def text(self) -> TextTower:
@@ -80,28 +81,6 @@ class Backbone:
         return self.image_tower
 
 
-class ClientContext(NamedTuple):
-    """Whose rows are trained on or evaluated. For a stack of M clients, `domain` and `counts` have a leading M.
-
-    Attributes:
-        domain: () int64, index of the domain of the client's rows; -1 if they are of several.
-        counts: (C,) int64, its train rows by class; zeros for held-out domains and new classes, which have none.
-        total: (C,) int64, the sum of the counts of all clients that train.
-        round: in which it was sent its parameters, from 1; in an evaluation, the number of rounds done.
-        rounds: their number in total; None unless `Method.fixed_rounds`, since a run may continue with more.
-    """
-
-    domain: Tensor
-    counts: Tensor
-    total: Tensor
-    round: int
-    rounds: int | None = None
-
-    def part(self, index: int | slice) -> "ClientContext":
-        """That of a client of the stack, or of several."""
-        return self._replace(domain=self.domain[index], counts=self.counts[index])
-
-
 class Batch(NamedTuple):
     """The input of a local step. For a stack of M clients, every tensor has a leading M.
 
@@ -109,13 +88,11 @@ class Batch(NamedTuple):
         x: (B, ...) the representation that the method reads: features, patch tokens or pixels.
         y: (B,) class indices.
         classes: (C,) bool, the classes that compete; None: all.
-        client: whose rows they are; None unless `Method.reads_client`.
     """
 
     x: Tensor
     y: Tensor
     classes: Tensor | None = None
-    client: ClientContext | None = None
 
 
 # The optimizers for which a hyperparameter is searched.
@@ -171,9 +148,6 @@ class Method(ABC):
     # Whether the logit of a class depends on which other classes are active; each label space is then evaluated
     # separately.
     joint_classes: ClassVar[bool] = False
-    # Whether `loss` and `logits` get the client; each is then evaluated separately. A server that learns `total`, the
-    # counts of all clients, is not among the bytes that are counted.
-    reads_client: ClassVar[bool] = False
 
     label_space: Literal["all", "client"] = Field(
         "all", description="classes that compete in a client's loss: all training classes, or only the client's own"
@@ -209,13 +183,7 @@ class Method(ABC):
         It runs under vmap when clients are stacked, unless the method trains through a tower, so its control flow must
         not depend on tensor values.
         """
-        return cross_entropy(self.logits(module, batch.x, batch.classes, batch.client), batch.y)
-
-    def logits(
-        self, module: nn.Module, x: Tensor, classes: Tensor | None = None, client: ClientContext | None = None
-    ) -> Tensor:
-        """(B, C) logits, as they are evaluated; x, classes and client as in `Batch`."""
-        return module(x, classes)
+        return cross_entropy(module(batch.x, batch.classes), batch.y)
 
     def closed_form(self, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
         """Losses and gradients of M clients without autograd; None (the default): `loss` runs under autograd.

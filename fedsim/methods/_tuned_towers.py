@@ -54,7 +54,7 @@ class TunedTowers(nn.Module):
         if self.text_tower:
             if not backbone.classes:
                 raise InputError("training through the text tower needs the names of the classes; there are none")
-            tokens = self.text_tower.tokenize([backbone.prompt.format(name) for name in backbone.classes])
+            tokens = self.text_tower.tokenize(backbone.texts)
             self.register_buffer("tokens", tokens, persistent=False)
         else:
             self.register_buffer("class_embeddings", backbone.class_embeddings, persistent=False)

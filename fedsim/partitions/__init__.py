@@ -37,8 +37,10 @@ class Partition(ABC):
         """
 
     def held_out(self, rows: Labels, domain: int) -> np.ndarray:
-        """The test rows of a held-out domain."""
-        return np.flatnonzero((rows.domain == domain) & ((rows.split == TEST) | (not rows.unseen_test)))
+        """The test rows of a held-out domain: all, or the set's own where they differ from the others in kind."""
+        own = (rows.domain == domain) & (rows.split == TEST)
+        only_own = rows.unseen_test or (rows.class_domain and own.any())
+        return np.flatnonzero(own if only_own else rows.domain == domain)
 
 
 class FixedPartition(Partition):

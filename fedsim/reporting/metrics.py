@@ -16,7 +16,11 @@ CLOCK = "simulated seconds since the start"
 
 
 def summarize(
-    scores: pd.DataFrame, labels: pd.DataFrame, calibration: pd.DataFrame, held_out: Sequence[str]
+    scores: pd.DataFrame,
+    labels: pd.DataFrame,
+    calibration: pd.DataFrame,
+    held_out: Sequence[str],
+    suite: bool = False,
 ) -> dict[str, float]:
     """The means of one evaluation, of one model in one round; nan where it has no such rows.
 
@@ -38,6 +42,10 @@ def summarize(
     new: accuracy on test rows of new classes, for which only new classes compete.
     harmonic_2: harmonic mean of base and new (CoCoOp, Zhou et al. 2022, arXiv 2203.05557).
     harmonic_3: harmonic mean of local, base and new (FedTPG, Qiu et al. 2024, arXiv 2310.06123).
+
+    Args:
+        suite: domains are data sets with classes of their own; local, base and new are then means over the data sets,
+            as in FedTPG's code (boschresearch/FedTPG, commit f141c29, federated/server.py).
     """
     held = scores.domain.isin(held_out)
     test, new = scores.split == "test", scores.split == "new"
@@ -56,8 +64,12 @@ def summarize(
         means |= {f1: macro_f1(groups[group][0]), ece: calibration_error(groups[group][1])}
     if not new.any():
         return means
-    local = means["personalization_own"]
-    base, unseen = (pooled_accuracy(scores[rows]) for rows in (test & ~held, new))
+    if suite:
+        local = _mean_over_domains(scores[test & ~held].assign(correct=scores.correct_own))
+        base, unseen = (float(accuracy_per_domain(scores[rows]).mean()) for rows in (test & ~held, new))
+    else:
+        local = means["personalization_own"]
+        base, unseen = (pooled_accuracy(scores[rows]) for rows in (test & ~held, new))
     means |= {"local": local, "base": base, "new": unseen}
     return means | {"harmonic_2": harmonic_mean(base, unseen), "harmonic_3": harmonic_mean(local, base, unseen)}
 
@@ -92,6 +104,12 @@ def accuracy_per_domain(scores: pd.DataFrame) -> pd.Series:
     """Accuracy in [0, 1] by (round, domain), over all clients and splits of the given rows."""
     counts = scores.groupby(["round", "domain"])[["correct", "total"]].sum()
     return (counts.correct / counts.total).dropna()
+
+
+def _mean_over_domains(scores: pd.DataFrame) -> float:
+    """Mean over domains of the mean accuracy over clients of the domain."""
+    domains = [accuracy_per_client(rows).mean() for _, rows in scores.groupby("domain")]
+    return float(np.mean(domains)) if domains else float("nan")
 
 
 def pooled_accuracy(scores: pd.DataFrame) -> float:

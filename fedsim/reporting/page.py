@@ -75,6 +75,8 @@ def _summary(tables: Tables) -> dict[str, pd.DataFrame]:
         f"Top-1 accuracy in percent, round {tables.chosen_round}; the difference of the two in percentage points. "
         f"Unless other classes are named, {_trained_classes(tables)} compete"
     )
+    if tables.class_domain and tables.new_classes:
+        caption += "; local, base and new are means over the data sets"
     return {caption: _in_percent(table.rename(index=labels).rename_axis("accuracy"))}
 
 
@@ -83,7 +85,7 @@ def _by_group(tables: Tables) -> dict[str, pd.DataFrame]:
     groups = {
         "own": ("own test rows", _trained_classes(tables)),
         "held_out": ("held-out domains", _trained_classes(tables)),
-        "new": ("new classes", f"the {len(tables.new_classes)} new classes"),
+        "new": ("new classes", _competing(tables, "new", len(tables.new_classes))),
     }
     rows = {}
     for group, (name, competing) in groups.items():
@@ -103,7 +105,14 @@ def _by_group(tables: Tables) -> dict[str, pd.DataFrame]:
 
 def _trained_classes(tables: Tables) -> str:
     count = len(tables.classes) - len(tables.new_classes)
-    return f"the {count} trained classes" if tables.new_classes else f"all {count} classes"
+    return _competing(tables, "trained" if tables.new_classes else "", count)
+
+
+def _competing(tables: Tables, kind: str, count: int) -> str:
+    """`the 8 trained classes`, or in a suite those of one data set."""
+    if tables.class_domain:
+        return f"the {f'{kind} classes'.strip()} of the row's data set ({count} in all)"
+    return f"the {count} {kind} classes" if kind else f"all {count} classes"
 
 
 def _in_percent(table: pd.DataFrame) -> pd.DataFrame:

@@ -22,7 +22,7 @@ FILES = (FACTS, *(f"{name}.parquet" for name in COLUMNS))
 
 def write_tables(tables: Tables, folder: Path) -> None:
     """Writes `FILES` next to the config of a run."""
-    about = {"domains": tables.domains, "classes": tables.classes, "facts": tables.facts}
+    about = {name: getattr(tables, name) for name in ("domains", "classes", "class_domain", "facts")}
     write_sealed(folder / FACTS, to_yaml(about))
     for name in COLUMNS:
         write_table(folder / f"{name}.parquet", getattr(tables, name))

@@ -40,7 +40,8 @@ def remarks_of_page(tables: Tables) -> str:
         text += f" Each of {models} clients has its own model: {accuracy} is the mean over their models."
     if new:
         text += (
-            f" No client trains on the {len(new)} new classes, the last by label; rows of these classes "
+            f" No client trains on the {len(new)} new classes, the last by label"
+            f"{' of each data set' if tables.class_domain else ''}; rows of these classes "
             "in held-out domains are not evaluated."
         )
     if skipped := tables.facts.get("skipped"):

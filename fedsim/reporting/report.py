@@ -37,6 +37,7 @@ class Report:
         domains, classes: names, by index.
         held_out: names of the held-out domains.
         facts: about the data, the device and the versions of packages.
+        class_domain: of a suite, the index of the data set that each class belongs to.
         counts: by evaluated round.
         validation: by evaluated round, the mean accuracy that the chosen round has the highest of.
         zero_shot: counts of zero-shot CLIP.
@@ -53,6 +54,7 @@ class Report:
     classes: list[str]
     held_out: list[str]
     facts: dict[str, Any]
+    class_domain: list[int] = field(default_factory=list)
     counts: dict[int, Counts] = field(default_factory=dict)
     validation: dict[int, float] = field(default_factory=dict)
     zero_shot: Counts = field(default_factory=Counts)
@@ -145,7 +147,10 @@ class Report:
 
     def about(self) -> dict[str, Any]:
         """The fields that are no arrays and do not change."""
-        return {name: getattr(self, name) for name in ("experiment", "domains", "classes", "held_out", "facts")}
+        return {
+            name: getattr(self, name)
+            for name in ("experiment", "domains", "classes", "held_out", "facts", "class_domain")
+        }
 
     def first_entry(self) -> dict[str, np.ndarray]:
         """The arrays that never change, for the history."""

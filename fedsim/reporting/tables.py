@@ -1,7 +1,7 @@
 """A run as tidy tables: all that its page, its Parquet files and comparisons are made from."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -43,6 +43,7 @@ class Tables:
         calibration: one row per model, round, group of rows and bin of confidence.
         rounds: costs and training loss, one row per round.
         partition: how many rows each client has, by domain, label and split.
+        class_domain: of a suite, the index of the data set that each class belongs to.
     """
 
     experiment: dict[str, Any]
@@ -55,6 +56,7 @@ class Tables:
     calibration: pd.DataFrame
     rounds: pd.DataFrame
     partition: pd.DataFrame
+    class_domain: list[int] = field(default_factory=list)
 
     def of(self, model: str, round: int | None = None) -> "Tables":
         """The same with the evaluations of one model alone, and of one round where it is given."""
@@ -91,14 +93,15 @@ class Tables:
     @property
     def new_classes(self) -> list[str]:
         """Names of the classes that no client trains on."""
-        return [self.classes[index] for index in new_of(self.classes, self.experiment.get("new_classes", 0.0))]
+        share = self.experiment.get("new_classes", 0.0)
+        return [self.classes[index] for index in new_of(self.classes, share, self.class_domain)]
 
     def summary(self, model: str = TRAINED, round: int | None = None) -> dict[str, float]:
         """`summarize` of zero-shot CLIP, or of the trained model in a round (default: the chosen one)."""
         if model == TRAINED and round is None:
             round = self.chosen_round
         tables = self.of(model, round)
-        return summarize(tables.scores, tables.labels, tables.calibration, self.held_out)
+        return summarize(tables.scores, tables.labels, tables.calibration, self.held_out, bool(self.class_domain))
 
 
 def score_table(evaluations: Iterable[Evaluation], domains: Sequence[str]) -> pd.DataFrame:
