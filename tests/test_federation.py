@@ -124,6 +124,28 @@ def test_a_long_tail_falls_from_the_first_class_to_the_last():
     assert sum(map(len, even)) == 1200
 
 
+def test_pachinko_draws_domains_then_their_classes_until_all_rows_are_used():
+    # Domains as coarse labels: 20 domains of 5 classes of their own, 20 rows each, as in CIFAR-100.
+    labels = np.repeat(np.arange(100), 20)
+    domains = labels // 5
+
+    def shares(**fields):
+        """Of the first 10 of 20 clients: the largest share of a domain, and of a class in that domain."""
+        parts = parse("partition", {"name": "pachinko", **fields}).split(labels, domains, 20, rng(0))
+        assert [len(part) for part in parts] == [100] * 20 and sorted(np.concatenate(parts)) == list(range(2000))
+        by_class = [np.bincount(labels[part], minlength=100).reshape(20, 5) for part in parts[:10]]
+        home = [counts[counts.sum(axis=1).argmax()] for counts in by_class]
+        return np.mean([counts.sum() for counts in home]) / 100, np.mean(
+            [counts.max() / counts.sum() for counts in home]
+        )
+
+    coarse, fine = shares()
+    even, _ = shares(alpha=1000.0)
+    _, skewed = shares(beta=0.1)
+    assert coarse > 0.4 > 0.15 > even and skewed > 0.4 > 0.35 > fine
+    shares(alpha=1e-3, beta=1e-3)  # whose shares are rounded to 0 for all but a few
+
+
 def test_a_smaller_alpha_skews_labels_more():
     data = rows()
 
