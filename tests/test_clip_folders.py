@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from hashlib import sha256
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import open_clip
@@ -319,3 +322,65 @@ def test_a_repository_that_cannot_be_reached_is_one_sentence(tmp_path):
     said = from_hub(tmp_path).stderr.strip()
     assert said.startswith("hf-hub:lab/clip is not on this machine and cannot be read from the hub (")
     assert said.endswith("here, or use the embedded model: --backbone tiny") and "\n" not in said
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub of one repository, lab/clip: yields the folder it serves, its address, and the files it has given."""
+    given, folder = [], tmp_path / "served"
+
+    class Hub(SimpleHTTPRequestHandler):
+        def do_HEAD(self):
+            name = self.path.rpartition("/")[2]
+            file = folder / name
+            known = self.path == f"/lab/clip/resolve/main/{name}" and file.is_file()
+            self.send_response(200 if known else 404)
+            content = file.read_bytes() if known else b""
+            about = {"X-Repo-Commit": "1" * 40, "ETag": f'"{sha256(content).hexdigest()}"'}
+            for header, value in (about if known else {"X-Error-Code": "EntryNotFound"}).items():
+                self.send_header(header, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if known and self.command == "GET":
+                self.wfile.write(content)
+                given.append(name)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}", given
+        server.shutdown()
+
+
+def test_a_repository_with_another_tokenizer_is_read_with_its_files_and_none_of_its_code(hub, tmp_path):
+    folder, address, given = hub
+    open_clip_folder(folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "lab/clip"
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenization_lab.py", "README.md"):
+        (folder / name).write_text(json.dumps({"file": name}))
+    program = "from fedsim.clip.checkpoints import find_weights; print(find_weights('hf-hub:lab/clip', '').key)"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": address, "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == find_weights(f"local-dir:{folder}", "").key, done.stderr
+    assert sorted(given) == [
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_a_hub_that_does_not_answer_is_asked_again_later_in_the_same_process(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    refusal("hf-hub:lab/clip")
+    assert constants.HF_HUB_OFFLINE is False

@@ -2,10 +2,13 @@
 
 import logging
 import warnings
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fedsim.clip.folders import LOCAL
+from fedsim.clip.hub import hub_or_cache
 from fedsim.errors import InputError, first_line
 
 EMBEDDED = "tiny", "embedded"
@@ -32,8 +35,11 @@ def tokenizer_of(model: str, context_length: int | None = None) -> Any:
     Raises:
         InputError: it needs a package or a vocabulary that this machine does not have.
     """
+    open_clip = import_open_clip()
+    text = {} if model.startswith(LOCAL) else (open_clip.get_model_config(model) or {}).get("text_cfg", {})
     try:
-        return import_open_clip().get_tokenizer(model, context_length)
+        with hub_or_cache() if "hf_tokenizer_name" in text else nullcontext():
+            return open_clip.get_tokenizer(model, context_length)
     except (ImportError, OSError) as error:
         raise InputError(f"the tokenizer of {model} is not on this machine: {first_line(error)}") from None
     except Exception as error:  # what a folder says of its tokenizer can be wrong in many ways

@@ -20,7 +20,8 @@ import torch.utils.serialization
 from torch import Tensor, nn
 
 from fedsim.clip.architectures import ASSETS, EMBEDDED, import_open_clip, tokenizer_of
-from fedsim.clip.folders import HUB, LOCAL, find_folder, from_transformers, go_offline_if_unreachable, is_transformers
+from fedsim.clip.folders import HUB, LOCAL, find_folder, from_transformers, is_transformers
+from fedsim.clip.hub import hub_or_cache
 from fedsim.clip.precision import Precision
 from fedsim.clip.published import (
     PREPROCESSING,
@@ -92,12 +93,16 @@ class Weights:
         )
         return model, preprocess
 
-    def load(self, model: nn.Module) -> None:
-        """Copies the tensors of the file into the model, strictly, without unpickling other objects."""
+    def load(self, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Copies the tensors of the file into the model, strictly, without unpickling other objects.
+
+        Args:
+            tensors: what `_tensors` has read of the file (default: it is read here).
+        """
         if is_torchscript(self.file):
-            model.load_state_dict(load_torchscript(self.file))
+            model.load_state_dict(tensors or load_torchscript(self.file))
         elif self.architecture:
-            model.load_state_dict(from_transformers(_tensors(self.file)))
+            model.load_state_dict(from_transformers(tensors or _tensors(self.file)))
         else:
             import_open_clip().load_checkpoint(model, str(self.file), weights_only=True)
 
@@ -187,9 +192,9 @@ def is_torchscript(file: Path) -> bool:
 def _download(model: str, tag: str, source: dict) -> Path:
     from huggingface_hub import constants
 
-    go_offline_if_unreachable()
     try:
-        return Path(import_open_clip().pretrained.download_pretrained(source))
+        with hub_or_cache():
+            return Path(import_open_clip().pretrained.download_pretrained(source))
     except Exception as error:
         folder = cache_folder(source) if source.get("hf_hub") else "the file"
         raise InputError(
@@ -276,7 +281,7 @@ def _check_fits(weights: Weights) -> None:
                 f"{LOCAL}{file.parent}"
             )
         try:
-            weights.load(model)
+            weights.load(model, state)
         except Exception:  # open_clip converts other layouts first, which fails in many ways
             if weights.architecture:
                 state = _converted(file, state)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsim.clip.hub import hub_or_cache
 from fedsim.errors import InputError, first_line, listing
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -86,7 +87,7 @@ class Folder:
     @property
     def tokenizer(self) -> list[Path]:
         """The files of a tokenizer other than CLIP's, which open_clip reads from the folder."""
-        if "hf_tokenizer_name" not in (self.config.get("model_cfg", {}).get("text_cfg") or {}):
+        if not _has_tokenizer(self.config):
             return []
         return [self.path / name for name in TOKENIZER if (self.path / name).is_file()]
 
@@ -125,6 +126,13 @@ def find_folder(backbone: str) -> Folder:
     raise InputError(f"{path} has neither {OPEN_CLIP} nor {TRANSFORMERS}; there are: {listing(names) or 'no files'}")
 
 
+def _has_tokenizer(config: Mapping[str, Any]) -> bool:
+    """Whether an open_clip config names a tokenizer of transformers in place of CLIP's."""
+    model = config.get("model_cfg")
+    text = model.get("text_cfg") if isinstance(model, Mapping) else None
+    return isinstance(text, Mapping) and "hf_tokenizer_name" in text
+
+
 def _asks_to_run_code(config: Any) -> bool:
     """Whether a config sets `trust_remote_code` anywhere, which open_clip would pass on to transformers."""
     if isinstance(config, Mapping):
@@ -157,24 +165,19 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _download(backbone: str, name: str) -> Path:
-    """The folder of a repository in the hub's cache, where a file with the architecture and one of weights are now."""
-    from huggingface_hub import constants, hf_hub_download
+    """The folder of a repository in the hub's cache, where all files that fedsim reads are now."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError
 
-    go_offline_if_unreachable()
     reason: Exception = FileNotFoundError("no such repository")
     try:
-        for config, names in NAMES.items():
-            for weights in names:
-                try:
-                    path = Path(hf_hub_download(name, config)).parent
-                    hf_hub_download(name, weights)
-                except EntryNotFoundError as error:
-                    reason = error
-                    continue
-                if config == TRANSFORMERS:
-                    _try_download(name, PREPROCESSOR)
-                return path
+        with hub_or_cache():
+            for config, names in NAMES.items():
+                for weights in names:
+                    try:
+                        return _download_files(name, config, weights)
+                    except EntryNotFoundError as error:
+                        reason = error
     except Exception as error:
         reason = error
     raise InputError(
@@ -184,22 +187,24 @@ def _download(backbone: str, name: str) -> Path:
     ) from reason
 
 
+def _download_files(name: str, config: str, weights: str) -> Path:
+    """The folder of a repository in the hub's cache; of other files than these two, it may lack any."""
+    from huggingface_hub import hf_hub_download
+
+    file = Path(hf_hub_download(name, config))
+    hf_hub_download(name, weights)
+    others = (PREPROCESSOR,) if config == TRANSFORMERS else TOKENIZER if _has_tokenizer(_read(file)) else ()
+    for other in others:
+        _try_download(name, other)
+    return file.parent
+
+
 def _try_download(name: str, file: str) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     with suppress(EntryNotFoundError):
         hf_hub_download(name, file)
-
-
-def go_offline_if_unreachable() -> None:
-    """Makes huggingface_hub use what is on this machine, without 45 seconds of retries, if the hub does not answer."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:
-        constants.HF_HUB_OFFLINE = True
 
 
 def _read(file: Path) -> dict[str, Any]:
