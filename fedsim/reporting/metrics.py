@@ -117,14 +117,14 @@ def pooled_accuracy(scores: pd.DataFrame) -> float:
     return float(scores.correct.sum() / scores.total.sum()) if scores.total.sum() else float("nan")
 
 
-def tail_of(clients: int, share: float = 0.1) -> int:
-    """How many of this number of clients are the worst ones; at least one."""
-    return max(1, part(clients, share))
+def tail_of(clients: int) -> int:
+    """How many of this number of clients are the worst tenth: rounded down, but at least one."""
+    return max(1, part(clients, 0.1))
 
 
-def tail_mean(accuracy: pd.Series, share: float = 0.1) -> float:
-    """Mean of the worst clients, which the mean over all hides; see `tail_of`."""
-    return float(accuracy.sort_values().iloc[: tail_of(len(accuracy), share)].mean())
+def tail_mean(accuracy: pd.Series) -> float:
+    """Mean of the worst tenth of the clients, which the mean over all hides; see `tail_of`."""
+    return float(accuracy.sort_values().iloc[: tail_of(len(accuracy))].mean())
 
 
 def macro_f1(labels: pd.DataFrame) -> float:
