@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fedsim.errors import Diverged, InputError, Stopped
     from fedsim.events import Note, Started, Step
     from fedsim.fleets import Fleet
-    from fedsim.methods import Backbone, Batch, Method
+    from fedsim.methods import Backbone, Batch, ClientContext, Method
     from fedsim.parallel_runs import run_all
     from fedsim.params import unflatten
     from fedsim.partitions import FixedPartition, Partition
@@ -27,6 +27,7 @@ __all__ = [
     "Backbone",
     "Batch",
     "Choice",
+    "ClientContext",
     "ClientUpdate",
     "Config",
     "Dataset",
@@ -69,7 +70,7 @@ _MODULES = {
     "events": ("Note", "Started", "Step"),
     "fleets": ("Fleet",),
     "parallel_runs": ("run_all",),
-    "methods": ("Backbone", "Batch", "Method"),
+    "methods": ("Backbone", "Batch", "ClientContext", "Method"),
     "params": ("unflatten",),
     "partitions": ("FixedPartition", "Partition"),
     "registry": ("available", "component"),

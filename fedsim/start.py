@@ -14,6 +14,7 @@ from fedsim.reporting.facts import environment
 from fedsim.reporting.report import Report, holdings
 from fedsim.rng import numpy_rng
 from fedsim.state import ServerState
+from fedsim.training.contexts import ClientContexts
 from fedsim.training.flops import flops_of
 from fedsim.training.task import Task, backbone_of, initial_params
 
@@ -54,8 +55,10 @@ def _round_zero(experiment: Experiment, task: Task) -> tuple[ServerState, Report
 def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Params) -> dict[str, Any]:
     """What the page says of the data, the model and the software."""
     source, skipped = experiment.encoded.source, experiment.data.skipped
-    sample = numpy_rng(task.seed, "flops").permutation(experiment.clients[0].train)[: task.method.batch_size]
-    per_step, per_row = flops_of(task, backbone, source, sample)
+    client = experiment.clients[0]
+    sample = numpy_rng(task.seed, "flops").permutation(client.train)[: task.method.batch_size]
+    context = ClientContexts(source, experiment.clients, "cpu").of(task, 1, [client])
+    per_step, per_row = flops_of(task, backbone, source, sample, context and context.part(0))
     facts = {
         "images": f"{source.rows_per_client} a client, made on demand" if source.rows_per_client else len(source),
         "width": experiment.data.width,

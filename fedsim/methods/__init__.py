@@ -81,6 +81,28 @@ class Backbone:
         return self.image_tower
 
 
+class ClientContext(NamedTuple):
+    """Whose rows are trained on or evaluated. For a stack of M clients, `domain` and `counts` have a leading M.
+
+    Attributes:
+        domain: () int64, index of the domain of the client's rows; -1 if they are of several.
+        counts: (C,) int64, its train rows by class; zeros for held-out domains and new classes, which have none.
+        total: (C,) int64, the sum of the counts of all clients that train.
+        round: in which it was sent its parameters, from 1; in an evaluation, the number of rounds done.
+        rounds: their number in total; None unless `Method.fixed_rounds`, since a run may continue with more.
+    """
+
+    domain: Tensor
+    counts: Tensor
+    total: Tensor
+    round: int
+    rounds: int | None = None
+
+    def part(self, index: int | slice) -> "ClientContext":
+        """That of a client of the stack, or of several."""
+        return self._replace(domain=self.domain[index], counts=self.counts[index])
+
+
 class Batch(NamedTuple):
     """The input of a local step. For a stack of M clients, every tensor has a leading M.
 
@@ -88,11 +110,13 @@ class Batch(NamedTuple):
         x: (B, ...) the representation that the method reads: features, patch tokens or pixels.
         y: (B,) class indices.
         classes: (C,) bool, the classes that compete; None: all.
+        client: whose rows they are; None unless `Method.reads_client`.
     """
 
     x: Tensor
     y: Tensor
     classes: Tensor | None = None
+    client: ClientContext | None = None
 
 
 # The optimizers for which a hyperparameter is searched.
@@ -148,6 +172,9 @@ class Method(ABC):
     # Whether the logit of a class depends on which other classes are active; each label space is then evaluated
     # separately.
     joint_classes: ClassVar[bool] = False
+    # Whether `loss` and `logits` get the client; each is then evaluated separately. A server that learns `total`, the
+    # counts of all clients, is not among the bytes that are counted.
+    reads_client: ClassVar[bool] = False
 
     label_space: Literal["all", "client"] = Field(
         "all", description="classes that compete in a client's loss: all training classes, or only the client's own"
@@ -183,7 +210,13 @@ class Method(ABC):
         It runs under vmap when clients are stacked, unless the method trains through a tower, so its control flow must
         not depend on tensor values.
         """
-        return cross_entropy(module(batch.x, batch.classes), batch.y)
+        return cross_entropy(self.logits(module, batch.x, batch.classes, batch.client), batch.y)
+
+    def logits(
+        self, module: nn.Module, x: Tensor, classes: Tensor | None = None, client: ClientContext | None = None
+    ) -> Tensor:
+        """(B, C) logits, as they are evaluated; x, classes and client as in `Batch`."""
+        return module(x, classes)
 
     def closed_form(self, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
         """Losses and gradients of M clients without autograd; None (the default): `loss` runs under autograd.

@@ -48,7 +48,7 @@ class FedCLIP(Method):
 
     def closed_form(self, module: "_Gated", params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
         """Five matrix products per step, without a graph; None if some logits are masked."""
-        x, y, classes = batch
+        x, y, classes = batch.x, batch.y, batch.classes
         if self.objective == "cross_entropy" and classes is not None:
             return None
         w1, b1, w2, b2 = (params[f"attention.{name}"] for name in ("0.weight", "0.bias", "2.weight", "2.bias"))

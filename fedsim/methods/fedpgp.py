@@ -34,7 +34,7 @@ class FedPGP(PromptMethod):
 
     def loss(self, module: "_LowRank", batch: Batch) -> Tensor:
         """Cross-entropy, and a contrast that pulls shared texts toward the untrained ones and off the private ones."""
-        x, y, classes = batch
+        x, y, classes = batch.x, batch.y, batch.classes
         shared, private = module.texts(module.sigma, classes), module.texts(module.tokens(), classes)
         untrained = module.untrained[module.active(classes)]
         cosines = torch.stack([(untrained * shared).sum(dim=-1), (shared * private).sum(dim=-1)], dim=1)

@@ -45,7 +45,7 @@ class KgCoOp(PromptFL):
     )
 
     def loss(self, module: _Prompt, batch: Batch) -> Tensor:
-        x, y, classes = batch
+        x, y, classes = batch.x, batch.y, batch.classes
         texts = module.texts(module.tokens, classes)
         # Over the active classes only, since a client may not know the names of the others.
         cosines = (texts * module.class_embeddings[module.active(classes)]).sum(dim=-1)

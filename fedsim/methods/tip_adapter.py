@@ -53,7 +53,7 @@ class TipAdapter(Method):
         return _Keyed(backbone, self.alpha * self.shots, self.beta)
 
     def loss(self, module: "_Keyed", batch: Batch) -> Tensor:
-        x, y, classes = batch
+        x, y, classes = batch.x, batch.y, batch.classes
         if self.objective == "cross_entropy":
             return cross_entropy(module(x, classes), y)
         one_hot = (y.unsqueeze(-1) == torch.arange(len(module.keys), device=y.device)).to(x.dtype)

@@ -9,7 +9,7 @@ import torch
 from pydantic import InstanceOf
 from torch import Tensor, nn
 
-from fedsim.methods import Backbone, Batch, Method, masked
+from fedsim.methods import Backbone, Batch, ClientContext, Method, masked
 from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search_space import Field, Log
@@ -59,6 +59,14 @@ class _Twins(Method):
         return self.inner.joint_classes
 
     @property
+    def reads_client(self) -> bool:
+        return self.inner.reads_client
+
+    @property
+    def fixed_rounds(self) -> bool:
+        return self.inner.fixed_rounds
+
+    @property
     def sites(self):
         return self.inner.sites
 
@@ -72,6 +80,11 @@ class _Twins(Method):
 
     def loss(self, module: "_Pair", batch: Batch) -> Tensor:
         return self.inner.loss(module.shared, batch) + self.inner.loss(module.own, batch)
+
+    def logits(
+        self, module: "_Pair", x: Tensor, classes: Tensor | None = None, client: ClientContext | None = None
+    ) -> Tensor:
+        return self.inner.logits(module.own, x, classes, client)
 
     def closed_form(self, module: "_Pair", params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
         """The closed form of each half, if the inner method has one."""

@@ -7,13 +7,15 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsim.methods import Backbone, Batch, trained
+from fedsim.methods import Backbone, Batch, ClientContext, trained
 from fedsim.representations import Encoded
 from fedsim.training.inputs import Inputs
 from fedsim.training.task import Task
 
 
-def flops_of(task: Task, backbone: Backbone, data: Encoded, rows: np.ndarray) -> tuple[float, float]:
+def flops_of(
+    task: Task, backbone: Backbone, data: Encoded, rows: np.ndarray, client: ClientContext | None = None
+) -> tuple[float, float]:
     """The operations of a local step that do not depend on its batch, and the operations per row of the batch.
 
     They are those of the forward and backward pass of `Method.loss` under autograd: matrix products, convolutions and
@@ -22,6 +24,7 @@ def flops_of(task: Task, backbone: Backbone, data: Encoded, rows: np.ndarray) ->
 
     Args:
         rows: train rows, in any order; a whole batch if there are as many.
+        client: whose rows they are, for methods that read it.
     """
     module = task.build(backbone)
     if not trained(module):
@@ -34,7 +37,7 @@ def flops_of(task: Task, backbone: Backbone, data: Encoded, rows: np.ndarray) ->
         ).whole()
         y = torch.from_numpy(data.y[batch])
         with Operations() as operations:
-            task.method.loss(module.train(), Batch(x, y)).backward()
+            task.method.loss(module.train(), Batch(x, y, client=client)).backward()
         return operations.total
 
     # At least two rows, because some methods skip a batch of one; few images, because each passes through a tower.

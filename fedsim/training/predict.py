@@ -5,11 +5,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fedsim.methods import ClientContext
 
 Spaces = tuple[Tensor, Tensor]  # (C,) bool each: the classes of the protocol, and the client's own
-Entry = tuple[tuple[int, str, np.ndarray], Spaces]  # a client, a split and its rows; and the label spaces
+# A client, a split and its rows; the label spaces; and the client, for methods that read it.
+Entry = tuple[tuple[int, str, np.ndarray], Spaces, ClientContext | None]
 Reader = Callable[[np.ndarray], Tensor]
+Model = Callable[[Tensor, Tensor | None, ClientContext | None], Tensor]  # as `Method.logits`, of a module
 BLOCK = {"features": 4096, "tokens": 256, "pixels": 64}  # rows of one forward pass, by what the method reads
 
 
@@ -23,7 +27,7 @@ class Predictions(NamedTuple):
 
 @torch.no_grad()
 def predict(
-    module: nn.Module, read: Reader, level: str, joint: bool, entries: list[Entry], device: str
+    model: Model, read: Reader, level: str, joint: bool, entries: list[Entry], device: str
 ) -> list[Predictions]:
     """Predictions for the rows of each entry.
 
@@ -34,35 +38,39 @@ def predict(
     """
     if not entries:
         return []
-    sizes = [len(rows) for (_, _, rows), _ in entries]
-    masks = [torch.stack(part).to(device) for part in zip(*(spaces for _, spaces in entries), strict=True)]
-    if not joint:
-        rows = np.concatenate([rows for (_, _, rows), _ in entries])
-        predictions = _predict(module, read, level, rows, np.repeat(np.arange(len(sizes)), sizes), masks)
+    sizes = [len(rows) for (_, _, rows), *_ in entries]
+    masks = [torch.stack(part).to(device) for part in zip(*(spaces for _, spaces, _ in entries), strict=True)]
+    if not joint and all(client is None for *_, client in entries):
+        rows = np.concatenate([rows for (_, _, rows), *_ in entries])
+        predictions = _predict(model, read, level, rows, np.repeat(np.arange(len(sizes)), sizes), masks)
         pieces = (np.split(part, np.cumsum(sizes)[:-1]) for part in predictions)
         return [Predictions(*parts) for parts in zip(*pieces, strict=True)]
     predictions = []
-    for k, ((_, _, rows), _) in enumerate(entries):
+    for k, ((_, _, rows), _, client) in enumerate(entries):
         entry, by_space = np.full(len(rows), k), []
+        if not joint:
+            predictions.append(_predict(model, read, level, rows, entry, masks, client=client))
+            continue
         for mask in masks if not torch.equal(masks[0][k], masks[1][k]) else masks[:1]:
-            by_space.append(_predict(module, read, level, rows, entry, [mask, mask], mask[k]))
+            by_space.append(_predict(model, read, level, rows, entry, [mask, mask], mask[k], client))
         predictions.append(by_space[0]._replace(own=by_space[-1].protocol))
     return predictions
 
 
 def _predict(
-    module: nn.Module,
+    model: Model,
     read: Reader,
     level: str,
     rows: np.ndarray,
     entry: np.ndarray,
     masks: list[Tensor],
     classes: Tensor | None = None,
+    client: ClientContext | None = None,
 ) -> Predictions:
     """Predictions for rows within two label spaces, those of each row's entry."""
     size, blocks = BLOCK[level], []
     for first in range(0, max(1, len(rows)), size):  # one block of logits at a time
-        logits = module(read(rows[first : first + size]), classes)
+        logits = model(read(rows[first : first + size]), classes, client)
         index = torch.from_numpy(entry[first : first + size]).to(logits.device)
         protocol, own = (logits.masked_fill(~mask[index], -torch.inf) for mask in masks)
         confidence = protocol.softmax(dim=1).amax(dim=1).float()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from fedsim.errors import InputError
-from fedsim.methods import Batch, Method, trained
+from fedsim.methods import Batch, ClientContext, Method, trained
 from fedsim.params import Params
 from fedsim.servers import Server
 from fedsim.training.inputs import Inputs
@@ -45,6 +45,7 @@ def train_stack(
     states: Sequence[Params],
     sent: Params,
     classes: Tensor | None = None,
+    client: ClientContext | None = None,
 ) -> Tensor:
     """Trains M clients in place, each on its own rows.
 
@@ -60,6 +61,7 @@ def train_stack(
         states: each client's memory for the server rule.
         sent: what the rule sends besides the parameters.
         classes: (M, C) bool, the classes that compete in each client's loss; None: all.
+        client: the M clients, for methods that read them.
 
     Returns:
         (M,) mean loss over each client's local steps, in nats; nan where it took none.
@@ -78,7 +80,8 @@ def train_stack(
         for offset, first, last in groups(sizes, method.batch_size, method.min_batch):
             rows = [order[offset : offset + method.batch_size] for order in orders[first:last]]
             index = torch.stack(rows).to(y.device)
-            batch = Batch(x[index], y[index], None if classes is None else classes[first:last])
+            masks = None if classes is None else classes[first:last]
+            batch = Batch(x[index], y[index], masks, client and client.part(slice(first, last)))
             group = {name: tensor[first:last] for name, tensor in params.items()}
             # Before the first step all clients have the same parameters, and one large product serves them all.
             same = received if epoch == 0 and offset == 0 else {}
@@ -137,13 +140,14 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
     shapes = {name: tensor.dim() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     stacked = [{n: 0 if v.dim() > shapes[n] else None for n, v in tensors.items()} for tensors in (learned, fixed)]
 
-    def loss(learned: Params, fixed: Params, x: Tensor, y: Tensor, classes: Tensor | None) -> Tensor:
+    def loss(learned: Params, fixed: Params, batch: Batch) -> Tensor:
         tensors = {f"module.{name}": tensor for name, tensor in (learned | fixed).items()}
-        return functional_call(objective, tensors, (Batch(x, y, classes),))
+        return functional_call(objective, tensors, (batch,))
 
     if not method.reads.towers:
-        in_dims = (*stacked, 0, 0, None if batch.classes is None else 0)
-        grads, losses = vmap(grad_and_value(loss), in_dims=in_dims)(learned, fixed, *batch)
+        clients = batch.client and ClientContext._make((0, 0, None, None, None))
+        each = Batch._make((0, 0, None if batch.classes is None else 0, clients))  # the dimension of the clients
+        grads, losses = vmap(grad_and_value(loss), in_dims=(*stacked, each))(learned, fixed, batch)
         return losses, grads
     # The step of one client through a tower is large enough, and the towers do not support vmap.
     results: list[list[Tensor]] = []
@@ -151,11 +155,16 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
         live = {n: (v if stacked[0][n] is None else v[k]).detach().requires_grad_() for n, v in learned.items()}
         rest = {n: v if stacked[1][n] is None else v[k] for n, v in fixed.items()}
         with torch.enable_grad():
-            value = loss(live, rest, batch.x[k], batch.y[k], None if batch.classes is None else batch.classes[k])
+            value = loss(live, rest, _of_client(batch, k))
         grads = torch.autograd.grad(value, list(live.values()), materialize_grads=True)
         results.append([value.detach(), *grads])
     losses, *grads = [_stacked(list(tensors)) for tensors in zip(*results, strict=True)]
     return losses, dict(zip(learned, grads, strict=True))
+
+
+def _of_client(batch: Batch, k: int) -> Batch:
+    classes = None if batch.classes is None else batch.classes[k]
+    return Batch(batch.x[k], batch.y[k], classes, batch.client and batch.client.part(k))
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -39,6 +39,10 @@ class Task:
     private: PrivateStore | None = None
     reference: bool = False
 
+    def lr(self, round: int) -> float:
+        """The step size of clients that were sent their parameters in this round."""
+        return self.method.lr_in(round, self.rounds)
+
     def scope(self, name: str) -> Scope:
         """Who holds the tensor of this name."""
         return self.server.scope(name, self.method.scope(name))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedsim.methods import Batch, Method
+from fedsim.methods import Batch, ClientContext, Method
 from fedsim.params import Params
 from fedsim.servers import Server
 from fedsim.training.inputs import Inputs
@@ -24,6 +24,7 @@ def train_client(
     client_state: Params | None = None,
     sent: Params | None = None,
     classes: Tensor | None = None,
+    client: ClientContext | None = None,
 ) -> float:
     """Trains the module in place on one client's rows. `stack.train_stack` must give the same results.
 
@@ -36,6 +37,7 @@ def train_client(
         shared: names of the tensors that the client received; None: all.
         client_state, sent: the client's memory for the rule, and what the rule sends besides the parameters.
         classes: (C,) bool, the classes that compete in the loss; None: all.
+        client: the client, for methods that read it.
 
     Returns:
         The mean loss over local steps, in nats; nan if there was no step.
@@ -48,7 +50,7 @@ def train_client(
         for rows in order.split(method.batch_size):
             if len(rows) < method.min_batch:
                 continue
-            loss = method.loss(module, Batch(x[rows], y[rows], classes))
+            loss = method.loss(module, Batch(x[rows], y[rows], classes, client))
             grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
             with torch.no_grad():
                 extra = server.gradient(params, received, client_state or {}, sent or {})

@@ -20,9 +20,10 @@ from fedsim.rng import numpy_rng, seed_for, torch_rng
 from fedsim.servers import ClientUpdate
 from fedsim.training.accumulator import Accumulator
 from fedsim.training.client_store import PrivateState
+from fedsim.training.contexts import ClientContexts
 from fedsim.training.inputs import Inputs
 from fedsim.training.optimizer import Optimizer
-from fedsim.training.predict import Spaces, predict
+from fedsim.training.predict import Entry, Spaces, predict
 from fedsim.training.stack import stack_size, train_stack
 from fedsim.training.task import Task, backbone_of
 from fedsim.training.train import train_client
@@ -30,6 +31,7 @@ from fedsim.updates import CLIENT_STATS, ChunkSum
 
 Stored = list[tuple[int, int]]  # ids of clients, each with the round that last wrote its private state, or 0
 Rows = dict[int, np.ndarray]  # train rows by client
+NO_ROWS = np.empty(0, np.int64)
 RESIDENT_BYTES = 1 << 30  # the features that a worker holds on its GPU take at most this
 
 
@@ -65,6 +67,7 @@ class ClientWorker:
         self.frozen = frozen
         self.device = device
         self.trained_classes = clients.trained_classes(data)
+        self.contexts = ClientContexts(data, clients, device)
         self.clip = lru_cache(maxsize=1)(self._clip)
         self.module = lru_cache(maxsize=4)(self._module)
         self.buffers = lru_cache(maxsize=4)(self._buffers)
@@ -88,7 +91,7 @@ class ClientWorker:
             chunk: the version that the clients received, and the clients.
         """
         version, clients = chunk
-        lr = task.method.lr_in(version + 1, task.rounds)  # of a late client: as when it was sent the parameters
+        sent_in = version + 1  # the round in which the clients were sent the parameters
         like = self.module(task)[1]
         received = _to(self.device, unflatten(versions[version], like))
         shared = task.select(received, "shared")
@@ -98,14 +101,16 @@ class ClientWorker:
         total = Accumulator(shared, self.device, task.server.needs_deltas)
         stores = task.has_private_state(like)
         stats = []
-        for stack in self._train_stacks(task, round, lr, received, sent, clients, rows_of):
+        for stack in self._train_stacks(task, round, sent_in, received, sent, clients, rows_of):
             replies = []  # summed before the loop continues, because the tensors of a stack are reused for the next one
             for k, client in enumerate(stack.clients):
                 rows = len(rows_of[client])
                 steps = task.method.steps(rows) * bool(stack.params)
                 trained = {name: stack.params[name][k] for name in shared}
                 staleness = round - 1 - version
-                update = ClientUpdate(shared, trained, stack.rule[k], sent, rows, steps, staleness, task.method, lr)
+                update = ClientUpdate(
+                    shared, trained, stack.rule[k], sent, rows, steps, staleness, task.method, task.lr(sent_in)
+                )
                 reply = task.server.reply(update)
                 if reply.client_state.keys() != client_state.keys():
                     raise TypeError(f"{name_of(task.server)}: the client_state of reply needs the names of init's")
@@ -143,7 +148,8 @@ class ClientWorker:
         module.eval().load_state_dict(received)
         entries, predictions = [], []
         reads, joint = task.method.reads.image, task.method.joint_classes
-        predictions_of = partial(predict, module, partial(self._read, task), reads, joint, device=self.device)
+        model = partial(task.method.logits, module)
+        predictions_of = partial(predict, model, partial(self._read, task), reads, joint, device=self.device)
         others = [self.clients[k] for k in shared_rows]
         for k, written in chunk:
             client = self.clients[k]
@@ -151,7 +157,7 @@ class ClientWorker:
             parts += [(other.split, other.test, other) for other in others]
             for split, rows, owner in parts:
                 if split in splits:
-                    entries += [((k, split, own), self._spaces(owner, own)) for own in self._by_vocabulary(rows)]
+                    entries += [self._entry(task, round, k, split, own, owner) for own in self._by_vocabulary(rows)]
             if task.select(like, "private"):
                 module.load_state_dict(received | self._read_private(task, k, written).params)
                 predictions += predictions_of(entries[len(predictions) :])
@@ -165,7 +171,12 @@ class ClientWorker:
             if not round:
                 raise InputError(f"method {name_of(task.method)} predicts NaN before it is trained")
             raise Diverged.in_round(round, "a prediction of the trained model")
-        return tally([entry for entry, _ in entries], predicted, predicted_own, confidence, self.data, held_out)
+        return tally([entry for entry, *_ in entries], predicted, predicted_own, confidence, self.data, held_out)
+
+    def _entry(self, task: Task, round: int, k: int, split: str, rows: np.ndarray, owner: Client) -> Entry:
+        """Some rows of `owner`, to be predicted with the parameters of client k."""
+        context = self.contexts.of(task, round, [owner])
+        return (k, split, rows), self._spaces(owner, rows), context and context.part(0)
 
     def _by_vocabulary(self, rows: np.ndarray) -> list[np.ndarray]:
         """The rows in parts for which the same classes compete: in a suite, those of each data set."""
@@ -181,24 +192,24 @@ class ClientWorker:
         return torch.from_numpy(protocol & competing), torch.from_numpy(own & competing)
 
     def _train_stacks(
-        self, task: Task, round: int, lr: float, received: Params, sent: Params, clients: Stored, rows_of: Rows
+        self, task: Task, round: int, sent_in: int, received: Params, sent: Params, clients: Stored, rows_of: Rows
     ) -> Iterator[TrainedStack]:
         # Clients with similar numbers of rows share a stack, so that most of their batches have equal sizes.
         ordered = sorted(clients, key=lambda pair: (-len(rows_of[pair[0]]), pair[0]))
         size = 1 if task.reference else stack_size(task.select(received, "shared", "private"), task.method, self.device)
         for first in range(0, len(ordered), size):
-            yield self._train_stack(task, round, lr, received, sent, ordered[first : first + size], rows_of)
+            yield self._train_stack(task, round, sent_in, received, sent, ordered[first : first + size], rows_of)
 
     @torch.no_grad()
     def _train_stack(
-        self, task: Task, round: int, lr: float, received: Params, sent: Params, clients: Stored, rows_of: Rows
+        self, task: Task, round: int, sent_in: int, received: Params, sent: Params, clients: Stored, rows_of: Rows
     ) -> TrainedStack:
         module, _ = self.module(task)
         module.train()  # `evaluate` leaves it in eval mode, and which calls came before depends on scheduling
         if constants := task.select(received, "server", "frozen"):
             module.load_state_dict(constants, strict=False)
         params, optimizer = self.buffers(task, len(clients))
-        optimizer.reset(lr)
+        optimizer.reset(task.lr(sent_in))
         for name in params:
             params[name].copy_(received[name])
         common = task.select(received, "shared")  # the tensors with which all clients of the stack start alike
@@ -220,6 +231,7 @@ class ClientWorker:
         y = torch.from_numpy(self.data.y[rows]).to(self.device)
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
         classes = self._classes(task, ids, rows_of)
+        context = self.contexts.of(task, sent_in, [Client(k, rows_of[k], NO_ROWS, NO_ROWS) for k in ids])
         # For modules that draw random numbers, such as dropout. vmap refuses them; a stack that trains through a tower
         # is one client.
         draws = task.reference or task.method.reads.towers
@@ -229,11 +241,12 @@ class ClientWorker:
             if task.reference:
                 own = None if classes is None else classes[0]
                 options = {"shared": list(common), "client_state": states[0], "sent": sent, "classes": own}
+                options["client"] = context and context.part(0)
                 with torch.enable_grad():
                     losses = [train_client(module, optimizer, x, y, task.method, task.server, rngs[0], **options)]
             else:
                 sizes = [len(rows_of[client]) for client in ids]
-                options = task.method, task.server, rngs, states, sent, classes
+                options = task.method, task.server, rngs, states, sent, classes, context
                 losses = train_stack(module, params, optimizer, common, x, y, sizes, *options).tolist()
         stored = range(len(ids)) if task.method.persist_optimizer else ()
         return TrainedStack(ids, params, losses, [optimizer.moments(k) for k in stored], states)
