@@ -815,6 +815,10 @@ def a_root(tmp_path):
             return a_tree(tmp_path, ["train", "val"])
         if name == "coop":
             return a_split_file(a_tree(tmp_path, ["images"]))
+        if name == "suite":
+            for member in ("one", "two"):
+                a_split_file(a_tree(tmp_path / member, ["images"]))
+            return tmp_path
         if name == "huggingface":
             return parquet_shards(tmp_path)
         domains = {
