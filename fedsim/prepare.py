@@ -230,8 +230,7 @@ def _check_clients(config: Config, method: Method, clients: Population) -> None:
         raise InputError(
             f"--method.batch-size must be {method.min_batch} or more with this method, got {method.batch_size}"
         )
-    last = max(1, config.rounds)
-    if not method.lr_in(last, last):
+    if config.rounds and not method.lr_in(config.rounds, config.rounds):
         raise InputError(
             f"--method.schedule {method.schedule} with --method.lr-decay {method.lr_decay:g} lowers the step size to 0 "
             f"in {config.rounds} rounds; give a larger decay, or fewer --rounds"
