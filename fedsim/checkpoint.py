@@ -83,9 +83,9 @@ class Checkpoints:
         refuse_another(self.folder, before | {"rounds": rounds}, self.experiment)
         if self.fixed_rounds and before["rounds"] != rounds:
             raise InputError(
-                f"{self.folder} holds a run of {before['rounds']} rounds, whose step sizes depend on that number "
-                f"(--method.schedule {self.experiment['method'].get('schedule')}), so it cannot continue with --rounds "
-                f"{rounds}; give --rounds {before['rounds']}, or another --out"
+                f"{self.folder} holds a run of {before['rounds']} rounds, each of which depends on that number (as "
+                f"with --method.schedule cosine), so it cannot continue with --rounds {rounds}; give --rounds "
+                f"{before['rounds']}, or another --out"
             )
         if round > rounds:
             raise InputError(

@@ -7,7 +7,7 @@ from conftest import CLASSES, DOMAINS
 from test_stack import agree, clients, features, two_rounds  # noqa: F401
 from torch.nn.functional import cross_entropy, normalize
 
-from fedsim import Backbone, ClientContext, Method, component, run
+from fedsim import Backbone, ClientContext, InputError, Method, component, run
 from fedsim.clients import make_clients
 from fedsim.methods.probe import Probe
 from fedsim.registry import find, parse
@@ -136,7 +136,10 @@ def test_a_client_is_described_by_its_domain_its_rounds_and_its_train_rows(confi
         assert context.counts.sum() == rows and context.total.sum() == 72 + 72
 
     SEEN.clear()
-    run(config(method=Hurried(), partition="iid", clients=3, engine="reference", rounds=2, out=tmp_path / "hurried"))
+    fields = {"method": Hurried(), "partition": "iid", "clients": 3, "engine": "reference", "out": tmp_path / "hurried"}
+    run(config(**fields, rounds=2))
+    with pytest.raises(InputError, match="holds a run of 2 rounds, each of which depends on that number"):
+        run(config(**fields, rounds=3))
     assert {context.rounds for context in SEEN} == {2}
     assert {int(context.domain) for context in SEEN} == {-1, DOMAINS.index("ink")}  # -1: rows of two domains
 
