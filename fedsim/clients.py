@@ -177,7 +177,9 @@ def new_of(classes: Sequence[str], share: float, class_domain: Sequence[int] = (
     for group in vocabularies(len(classes), class_domain):
         count = part(len(group), share)
         if share and not count:
-            raise InputError(f"new_classes {share:g} of {len(group)} classes is none; one needs {1 / len(group):.3g}")
+            raise InputError(
+                f"new_classes {share:g} of {len(group)} classes rounds down to none; give {1 / len(group):.3g} or more"
+            )
         new += group[len(group) - count :]
     return new
 

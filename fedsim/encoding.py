@@ -335,7 +335,8 @@ def _join(parts: _Parts, work: _Work) -> None:
 def _key(
     images: Images, weights: Weights, rows: np.ndarray | None, cache: Path, notice: Notice = lambda file: None
 ) -> str:
-    # With the rows, because augmented views are drawn by them and short blocks are filled.
+    # With the rows, because augmented views are drawn by them and short blocks are filled. For the same reason a file
+    # of all images does not stand in for one of some rows: its last block is not filled, and may have other bits.
     return digest(weights.key, images.fingerprint(cache, notice), *([] if rows is None else [rows]))
 
 

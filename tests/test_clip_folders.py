@@ -213,7 +213,7 @@ def test_a_run_trains_through_the_towers_of_a_folder(tmp_path, config):
 
 def test_what_a_folder_lacks_is_said(tmp_path):
     assert refusal("local-dir:") == "--backbone local-dir: needs a folder or a repository"
-    assert refusal(f"local-dir:{tmp_path / 'no'}").endswith(f"{tmp_path / 'no'} is no folder")
+    assert refusal(f"local-dir:{tmp_path / 'no'}").endswith(f"{tmp_path / 'no'} is not a folder")
     assert refusal(f"local-dir:{tmp_path}") == (
         f"{tmp_path} has neither open_clip_config.json nor config.json; there are: no files"
     )

@@ -180,10 +180,10 @@ def bad(runs, tmp_path):
         "a file": ([tmp_path / "file"], "file is a file"),
         "no run": (
             [tmp_path],
-            "is no finished run of fedsim: it lacks config.yaml, facts.yaml, scores.parquet, labels.parquet",
+            "is not a finished run of fedsim: it lacks config.yaml, facts.yaml, scores.parquet, labels.parquet",
         ),
         "no table": ([like("half", "scores.parquet", "checkpoint.safetensors")], "it lacks scores.parquet"),
-        "unfinished": ([like("going", *tables)], "going is no finished run of fedsim: it lacks scores.parquet,"),
+        "unfinished": ([like("going", *tables)], "going is not a finished run of fedsim: it lacks scores.parquet,"),
         "cut short": ([cut], "scores.parquet is damaged ("),
         "other columns": ([other], "other/scores.parquet is damaged (it has no digest)"),
         "fewer rounds": ([short], "short is not finished: it has 1 of 9 rounds"),

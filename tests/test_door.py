@@ -97,7 +97,7 @@ BAD = {
         "--method.schedule step with --method.lr-decay 1e-200 lowers the step size to 0 in 30 rounds",
     ),
     "adam under scaffold": (["run", "--server", "scaffold"], "--method.optimizer sgd"),
-    "new classes": (["run", "--new-classes", "0.01"], "new_classes 0.01 of 15 classes is none"),
+    "new classes": (["run", "--new-classes", "0.01"], "new_classes 0.01 of 15 classes rounds down to none"),
     "a prompt": (
         ["run", "--prompt", "a picture"],
         "prompt needs {} once, where the class name goes, and no other braces, not 'a picture'",

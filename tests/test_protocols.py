@@ -61,7 +61,7 @@ def test_new_classes_are_the_last_by_label_whatever_their_names():
     assert new_of(tuple("edcba"), 0.5) == [3, 4]  # of five the base has three, as the protocol has it
     assert new_of(tuple("abcde"), 0.0) == []
     assert len(new_of(range(100), 0.29)) == 29
-    with pytest.raises(InputError, match=r"new_classes 0\.1 of 5 classes is none; one needs 0\.2"):
+    with pytest.raises(InputError, match=r"new_classes 0\.1 of 5 classes rounds down to none; give 0\.2 or more"):
         new_of(tuple("abcde"), 0.1)
 
 

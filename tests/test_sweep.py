@@ -391,7 +391,7 @@ BAD = {
         "seeds 2 are both tuning and",
     ),
     "no seeds": ({"tuning_seeds": ()}, {}, "--tuning-seeds needs at least one seed"),
-    "a seed twice": ({"tuning_seeds": "1,1"}, {}, "seeds must be different integers >= 0, got 1, 1"),
+    "a seed twice": ({"tuning_seeds": "1,1"}, {}, "seeds must be distinct integers >= 0, got 1, 1"),
     "an objective": ({"objective": "test"}, {}, "no objective 'test'; available: validation, worst_tenth, bytes"),
     "one twice": ({"objective": "bytes,bytes"}, {}, "each once, got bytes, bytes"),
     "a clock that stands": ({"objective": ("validation", "clock_s")}, {}, "clock_s needs a fleet whose clients take"),

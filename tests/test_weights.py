@@ -216,13 +216,15 @@ def test_what_is_no_checkpoint_is_said_in_our_own_words_and_never_unpickled(arch
         (tmp_path / name).write_bytes(content)
     saved(tmp_path / "trap.pt", {"state_dict": Trap(tmp_path / "trap")})
     saved(tmp_path / "list.pt", [torch.zeros(1)])
-    assert refusal(model, tmp_path / "text.pt").startswith("text.pt is no checkpoint: it begins with b'hello, th'; exp")
+    assert refusal(model, tmp_path / "text.pt").startswith(
+        "text.pt is not a checkpoint: it begins with b'hello, th'; exp"
+    )
     assert refusal(model, tmp_path / "empty.pt") == "empty.pt is empty; --pretrained needs a checkpoint file"
     for name in ("old.pkl", "trap.pt"):
         assert refusal(model, tmp_path / name).startswith(f"{name} holds Python objects besides tensors, which are ne")
     assert not (tmp_path / "trap").exists()
     assert refusal(model, tmp_path / "list.pt") == "list.pt is damaged, or holds no state_dict of tensors"
-    assert refusal(model, tmp_path / "cut.pt").startswith("cut.pt is no checkpoint: it begins with b'PK")
+    assert refusal(model, tmp_path / "cut.pt").startswith("cut.pt is not a checkpoint: it begins with b'PK")
 
 
 def test_tensors_that_do_not_fit_are_named_with_their_shapes(architecture, tmp_path):

@@ -129,7 +129,7 @@ def detach(folder: Path, argv: Sequence[str], kind: Kind = "run") -> None:
                 start_new_session=True,
             )
     except OSError as error:
-        raise Stopped(f"{reason(error)}. Fix this and rerun the same command.") from None
+        raise Stopped(f"{reason(error)}; fix this and rerun the same command") from None
     while not (folder / STATUS).exists() and child.poll() is None:
         time.sleep(POLL_S)
     if child.poll():

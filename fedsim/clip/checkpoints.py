@@ -249,7 +249,7 @@ def _format(file: Path) -> str:
         format = "PyTorch"
     else:
         raise InputError(
-            f"{file.name} is no checkpoint: it begins with {start!r}; expected are safetensors, a state_dict by "
+            f"{file.name} is not a checkpoint: it begins with {start!r}; expected: safetensors, a state_dict by "
             "torch.save, or OpenAI's TorchScript archive"
         )
     for name, suffixes in {"safetensors": (".safetensors",), "NumPy": (".npz",)}.items():

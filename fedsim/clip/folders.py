@@ -106,7 +106,7 @@ def find_folder(backbone: str) -> Folder:
         # Absolute: trials of a sweep and workers on other machines run in other folders.
         path = Path(os.path.expanduser(backbone.removeprefix(LOCAL))).absolute()
     if not path.is_dir():
-        raise InputError(f"--backbone {backbone}: {path} is no folder")
+        raise InputError(f"--backbone {backbone}: {path} is not a folder")
     if (path / OPEN_CLIP).is_file():
         config = _read(path / OPEN_CLIP)
         if not isinstance(config.get("model_cfg"), dict):

@@ -39,7 +39,7 @@ def read_tables(folder: Path) -> Tables:
     # First of all, since an earlier version wrote other files.
     config = {} if CONFIG in missing else yaml.safe_load(read_sealed(folder / CONFIG, remedy))
     if missing:
-        raise InputError(f"{folder} is no finished run of fedsim: it lacks {listing(missing)}")
+        raise InputError(f"{folder} is not a finished run of fedsim: it lacks {listing(missing)}")
     about = yaml.safe_load(read_sealed(folder / FACTS, remedy))
     tables = {}
     for name, columns in COLUMNS.items():

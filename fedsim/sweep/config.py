@@ -20,7 +20,7 @@ MAY_CHANGE = ("trials", "report_seeds")  # between two commands of one sweep: th
 
 def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0:
-        raise InputError(f"seeds must be different integers >= 0, got {listing(seeds)}")
+        raise InputError(f"seeds must be distinct integers >= 0, got {listing(seeds)}")
     return seeds
 
 

@@ -61,7 +61,7 @@ def search(prepared: Prepared, progress: Progress) -> SweepResult:
             _run_trials(prepared, base, study, resources, progress)
             return conclude(prepared, study, resources, progress)
     except OSError as error:  # such as a full disk
-        raise Stopped(f"{reason(error)}. Fix this and rerun the same command to resume.") from None
+        raise Stopped(f"{reason(error)}; fix this and rerun the same command to resume") from None
 
 
 def _run_trials(

@@ -206,17 +206,19 @@ class ClientWorker:
     ) -> TrainedStack:
         module, _ = self.module(task)
         module.train()  # `evaluate` leaves it in eval mode, and which calls came before depends on scheduling
+        # For each stack again, since a module may change its buffers while it trains one.
         if constants := task.select(received, "server", "frozen"):
             module.load_state_dict(constants, strict=False)
         params, optimizer = self.buffers(task, len(clients))
         optimizer.reset(task.lr(sent_in))
         for name in params:
             params[name].copy_(received[name])
-        common = task.select(received, "shared")  # the tensors with which all clients of the stack start alike
+        shared = task.select(received, "shared")
+        common = dict(shared)  # the tensors with which all clients of the stack start alike
         states = []
         for k, (client, written) in enumerate(clients):
             private = self._read_private(task, client, written)
-            started = task.server.start(task.select(received, "shared"), torch_rng(task.seed, "start", round, client))
+            started = task.server.start(shared, torch_rng(task.seed, "start", round, client))
             for name, tensor in (started | private.params).items():
                 params[name][k] = tensor
                 common.pop(name, None)
