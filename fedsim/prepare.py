@@ -230,6 +230,11 @@ def _check_clients(config: Config, method: Method, clients: Population) -> None:
         raise InputError(
             f"--method.batch-size must be {method.min_batch} or more with this method, got {method.batch_size}"
         )
+    if config.rounds and method.warmup_rounds > config.rounds:
+        raise InputError(
+            f"--method.warmup-rounds can be at most --rounds {config.rounds}, got {method.warmup_rounds}: the step "
+            "size would never reach --method.lr"
+        )
     if config.rounds and not method.lr_in(config.rounds, config.rounds):
         raise InputError(
             f"--method.schedule {method.schedule} with --method.lr-decay {method.lr_decay:g} lowers the step size to 0 "

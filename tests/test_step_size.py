@@ -154,6 +154,8 @@ def test_scaffold_computes_its_variates_with_the_step_size_of_the_round(config, 
     assert torch.equal(states[0].slots["variate"]["weight"], states[1].slots["variate"]["weight"])
     with pytest.raises(InputError, match=r"which clipping would shorten; set --method\.clip-norm none, not 1"):
         run(config(method=PLAIN | {"clip_norm": 1.0}, server="scaffold"))
+    with pytest.raises(InputError, match=r"--method\.warmup-rounds can be at most --rounds 1, got 2"):
+        run(config(method=PLAIN | {"warmup_rounds": 2}, rounds=1))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "exponential"])

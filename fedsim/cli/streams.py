@@ -42,7 +42,7 @@ class SafeStream:
 
 @contextmanager
 def safe_streams() -> Iterator[tuple[SafeStream, SafeStream]]:
-    """Replaces standard output and error by safe_streams within the context."""
+    """Replaces standard output and error by `SafeStream`s within the context."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = made = SafeStream(sys.stdout), SafeStream(sys.stderr)
     try:

@@ -36,7 +36,7 @@ class Labels:
         template: the text of a class that belongs to the set, `{}` where its name goes, or C of them, one for each
             class; None: the default.
         class_domain: of a suite, (C,) the domain that each class belongs to, ascending: a row's class is one of its
-            domain, and only these compete for it. Empty: all classes compete in every domain.
+            domain, and only these compete for it in an evaluation. Empty: all classes compete in every domain.
     """
 
     y: np.ndarray

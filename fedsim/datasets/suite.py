@@ -66,10 +66,11 @@ def _member(name: str, value: Any) -> dict[str, Any]:
 class Suite(Dataset):
     """`--data-dir` holds the folders of the members; each becomes a domain with classes of its own.
 
-    Classes of one set compete with each other only, in training and in evaluation. Each class has the text of its set,
-    unless `--prompt` gives another. New classes are the last of each set; with these, local, base and new are means
-    over the sets, as in FedTPG. A held-out set with its own test rows is tested on these. Partition `domain_classes`
-    gives each client classes of one set. Tables show the class banded of the member dtd as dtd/banded.
+    Classes of one set compete with each other only; in the training of a client with rows of several sets (partition
+    iid, for example) the classes of all of these compete. Each class has the text of its set, unless `--prompt` gives
+    another. New classes are the last of each set; with these, local, base and new are means over the sets, as in
+    FedTPG. A held-out set with its own test rows is tested on these. Partition `domain_classes` gives each client
+    classes of one set. Tables show the class banded of the member dtd as dtd/banded.
 
     In YAML, `members` maps names to folders or to fields: `{dtd: dtd, pets: {folder: oxford_pets, name: coop}}`.
     """

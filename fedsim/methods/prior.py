@@ -20,7 +20,7 @@ class Prior(ZeroShot):
     """
 
     smoothing: float = Field(
-        1.0, gt=0, search=Log(0.01, 100.0), description="rows that are added to each class of a client"
+        1.0, ge=1e-6, le=1e6, search=Log(0.01, 100.0), description="rows that are added to each class of a client"
     )
 
     reads_client = True

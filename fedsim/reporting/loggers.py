@@ -1,9 +1,9 @@
 """The accuracies and costs of a run's rounds in TensorBoard, MLflow and Weights & Biases, as the run goes on.
 
-The process that starts a run listens to its events and logs them: no round waits for a server, and no result depends
-on one. Every command on a folder reports all rounds since round 0, from which a logger takes those that its record
-lacks: an interrupted run that is resumed has each round once, and so has a run that was first without loggers.
-"""
+The process that starts a run listens to its events and logs them; no result depends on it. With `--actors 0` this
+process also trains, so the next round starts once a round has been logged; the driver actor of other runs does not
+wait. Every command on a folder reports all rounds since round 0, from which a logger takes those that its record lacks:
+an interrupted run that is resumed has each round once, and so has a run that was first without loggers."""
 
 from __future__ import annotations
 

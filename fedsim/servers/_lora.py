@@ -8,7 +8,7 @@ from pydantic import InstanceOf
 from torch import Tensor
 
 from fedsim.errors import InputError
-from fedsim.methods import Backbone, Batch, Method, Scope
+from fedsim.methods import Backbone, Batch, ClientContext, Method, Scope
 from fedsim.methods.lora import Lora, Paired
 from fedsim.params import Params
 from fedsim.registry import component, name_of
@@ -39,6 +39,10 @@ class Merged(Method):
     def sites(self):
         return self.inner.sites
 
+    @property
+    def reads_client(self) -> bool:
+        return self.inner.reads_client
+
     def build(self, backbone: Backbone) -> Paired:
         module = self.inner.build(backbone)
         module.add_merged()
@@ -46,6 +50,11 @@ class Merged(Method):
 
     def loss(self, module: Paired, batch: Batch) -> Tensor:
         return self.inner.loss(module, batch)
+
+    def logits(
+        self, module: Paired, x: Tensor, classes: Tensor | None = None, client: ClientContext | None = None
+    ) -> Tensor:
+        return self.inner.logits(module, x, classes, client)
 
     def scope(self, name: str) -> Scope:
         return "frozen" if name.startswith("merged.") else self.inner.scope(name)
