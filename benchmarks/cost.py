@@ -98,7 +98,7 @@ class Client:
         self.trainer = ClientWorker(self.features, Population([(self.rows, nothing, nothing)], []), frozen)
         self.task = Task(parse("method", {"name": variant.method, "local_epochs": 1}), FedAvg(), seed=0)
         self.module, like = self.trainer.module(self.task)
-        self.params, self.optimizer = self.trainer.room(self.task, 1)
+        self.params, self.optimizer = self.trainer.buffers(self.task, 1)
         self.shared = self.task.select(like, "shared")
         for name, tensor in self.params.items():
             tensor[0].copy_(like[name])

@@ -97,7 +97,7 @@ class Config(BaseModel):
     backbone: str | None = Field(None, description="open_clip name, hf-hub:ID, local-dir:DIR (default: tiny)")
     pretrained: str | None = Field(None, description="open_clip tag, or path of a checkpoint file")
     # bf16 and fp16 are torch.autocast's. What is trained, its gradients, its optimizer and the loss stay float32.
-    precision: Precision = Field("fp32", description="precision of both CLIP towers; fp16: for GPUs")
+    precision: Precision = Field("fp32", description="of both CLIP towers")
     prompt: Annotated[Prompt, BeforeValidator(checked_prompt)] = Field(
         None, description="text of class {}, or openai80 (default: data set's own)"
     )
@@ -144,7 +144,7 @@ class Config(BaseModel):
         description="clients trained together or one by one; equal up to rounding",
     )
     chunk: int | None = Field(None, ge=1, description="clients per call (default: cohort / 16, at most 64)")
-    dtype: Literal["float32", "float64"] = Field("float32", description="precision of trained tensors")
+    dtype: Literal["float32", "float64"] = Field("float32", description="of trained tensors")
     threads_per_actor: int = Field(1, ge=1, description="PyTorch threads; not 1: other rounding")
 
     out: Out = Field(None, description="folder of the run (default: a new one in runs/)")
@@ -158,7 +158,7 @@ class Config(BaseModel):
     call_timeout_s: float | None = Field(
         None,
         gt=0,
-        description="seconds before a call is also given to another actor (default: 20 x the longest so far)",
+        description="seconds until a call is repeated (default: 20 x longest)",
     )
     address: str | None = Field(None, description="Ray cluster, host:port or auto (default: a private one)")
     cache_dir: Annotated[Path, AfterValidator(absolute)] = Field(

@@ -261,6 +261,7 @@ def test_the_dashboard_is_closed_to_other_machines(up):
 
 @pytest.mark.hosts
 def test_clients_with_private_state_need_a_disk_that_all_machines_share(up, laptop):
+    together(up, laptop)
     run = f"fedsim run {RUN} --server local_only --rounds 2 --address auto --actors 4 --out ~/runs/kept"
     process = laptop(f"uv run ray exec cluster.local.yaml {shlex.quote(run)}", up.start)
     output, _ = process.communicate(timeout=WAIT_S)
