@@ -37,8 +37,9 @@ print("all are here:", *sorted(wanted))
 RESERVE = """
 import ray
 ray.init("auto", logging_level="ERROR")
-cpus = ray.util.placement_group([{"CPU": 2, "node:__internal_head__": 0.001}], lifetime="detached", name="reserved")
-ray.get(cpus.ready())
+(head,) = (node["Resources"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"])
+bundle = {"CPU": head["CPU"], "node:__internal_head__": 0.001}
+ray.get(ray.util.placement_group([bundle], lifetime="detached", name="reserved").ready())
 print("the head has no free CPU")
 """
 SCRIPTS = {"wait.py": WAIT, "reserve.py": RESERVE}

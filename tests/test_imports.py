@@ -95,6 +95,12 @@ def test_every_module_has_its_place():
     assert there == set(ORDER)
 
 
+def test_every_module_can_be_read_in_one_sitting():
+    files = list(Path(fedsim.__file__).parent.rglob("*.py"))
+    lines = {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert len(files) > 100 and not {file: count for file, count in lines.items() if count > 350}
+
+
 def test_every_text_file_is_read_and_written_in_an_encoding_that_is_named():
     root = Path(fedsim.__file__).parents[1]
     for path in (path for folder in ("fedsim", "benchmarks", "tools") for path in (root / folder).rglob("*.py")):

@@ -46,8 +46,7 @@ class Weights:
         model: open_clip's name of the architecture, or `local-dir:PATH`.
         pretrained: an open_clip tag, or the absolute path of a file.
         file: the weights on this machine.
-        key: changes with the architecture, the bytes of the weights, their activation, their preprocessing or the
-            precision.
+        key: changes with the architecture, bytes, activation and preprocessing of the weights, and the precision.
         about: open_clip's description of the tag or of the published file: `quick_gelu`, `mean`, ...
         note: for the user: what is assumed about a file that was not recognized.
         architecture: arguments of open_clip's CLIP, for a `CLIPModel` of transformers; empty: `model` says it.

@@ -73,6 +73,7 @@ class ClientWorker:
         self.buffers = lru_cache(maxsize=4)(self._buffers)
         self.resident = lru_cache(maxsize=1)(self._resident)
         self.rule_tensors = lru_cache(maxsize=4)(self._rule_tensors)
+        self.stores = lru_cache(maxsize=4)(lambda task: task.has_private_state(self.module(task)[1]))
 
     def train(
         self,
@@ -99,7 +100,6 @@ class ClientWorker:
         sent = _to(self.device, unflatten(broadcast, broadcast_like), task.dtype)
         rows_of = {client: self.clients[client].train for client, _ in clients}
         total = Accumulator(shared, self.device, task.server.needs_deltas)
-        stores = task.has_private_state(like)
         stats = []
         for stack in self._train_stacks(task, round, sent_in, received, sent, clients, rows_of):
             replies = []  # summed before the loop continues, because the tensors of a stack are reused for the next one
@@ -114,7 +114,7 @@ class ClientWorker:
                 reply = task.server.reply(update)
                 if reply.client_state.keys() != client_state.keys():
                     raise TypeError(f"{name_of(task.server)}: the client_state of reply needs the names of init's")
-                if stores:
+                if self.stores(task):
                     self._write_private(task, round, stack, k, reply.client_state)
                 replies.append(reply)
                 stats.append((client, rows, steps, stack.losses[k], reply.weight))
