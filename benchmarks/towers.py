@@ -94,7 +94,9 @@ def compare(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str,
     for kind, tower in {"published way": Padded, "fedsim": TextTower}.items():
         work[kind] = partial(step, name, clip, tower, names, pixels if kind == "published way" else features, y)
     first, ours = (call() for call in work.values())  # warm, and the same
-    torch.testing.assert_close(ours, first, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(ours[0], first[0], rtol=1e-4, atol=0)
+    for key, grad in first[1].items():  # of float32, so that the smallest entries are rounding
+        torch.testing.assert_close(ours[1][key], grad, rtol=0, atol=1e-3 * float(grad.abs().max()))
     seconds = {kind: [] for kind in work}
     for _ in range(args.repeats):
         for kind, call in work.items():
