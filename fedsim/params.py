@@ -36,3 +36,8 @@ def views(vector: Tensor, like: Params) -> Params:
 def payload_bytes(params: Params) -> int:
     """Bytes of the tensors as they travel."""
     return sum(tensor.numel() * tensor.element_size() for tensor in params.values())
+
+
+def moved(params: Params, device: str, dtype: str | None = None) -> Params:
+    """The tensors on a device, and perhaps in another dtype."""
+    return {name: tensor.to(device, getattr(torch, dtype) if dtype else None) for name, tensor in params.items()}

@@ -15,7 +15,7 @@ from fedsim import run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.errors import InputError, Stopped
 from fedsim.training.client_store import PrivateStore
-from fedsim.training.worker import ClientWorker
+from fedsim.training.trainer import Trainer
 
 SLOW = {"name": "lognormal", "availability": 0.8, "dropout": 0.1}
 
@@ -109,7 +109,7 @@ def test_simulated_time_is_the_same_to_the_bit_after_a_kill_and_on_actors(server
 
 def test_a_buffer_of_stale_updates_is_trained_from_what_each_client_was_sent(config, monkeypatch):
     sent_by_version, mixed = {}, []
-    train = ClientWorker.train
+    train = Trainer.train
 
     def watch(self, task, round, sent, *others):
         for version, vector in sent.items():
@@ -117,7 +117,7 @@ def test_a_buffer_of_stale_updates_is_trained_from_what_each_client_was_sent(con
         mixed.append(len(sent))
         return train(self, task, round, sent, *others)
 
-    monkeypatch.setattr(ClientWorker, "train", watch)
+    monkeypatch.setattr(Trainer, "train", watch)
     server = {"name": "fedbuff", "buffer": 2, "concurrency": 6}
     run(config(clients=6, partition="iid", rounds=6, fleet=SLOW, server=server))
     assert max(mixed) > 1  # parameters of several rounds in one buffer

@@ -22,8 +22,9 @@ from fedsim.registry import parse
 from fedsim.reporting.report import Report
 from fedsim.simulate import rounds
 from fedsim.training.client_store import PrivateStore
+from fedsim.training.models import Models
 from fedsim.training.task import Task
-from fedsim.training.worker import ClientWorker
+from fedsim.training.trainer import Trainer
 
 # Folder, name of the split file and folder of the images, as in CoOp's DATASETS.md; and a number of classes.
 LAYOUTS = {
@@ -225,9 +226,10 @@ def test_a_client_trains_among_the_classes_of_its_set(sets, suite, tmp_path):
 def test_the_classes_of_a_client_with_rows_of_two_sets_compete_together(suite):
     config = suite(partition="iid", clients=2, method="fedclip")
     experiment = prepare(config)
-    worker = ClientWorker(encoded(config), experiment.clients)
-    masks = worker._classes(Task(config.method, config.server, 0), [0], {0: np.array([0, len(worker.data) - 1])})
-    domain = np.array(worker.data.class_domain)
+    data = encoded(config)
+    trainer = Trainer(Models(data), experiment.clients)
+    masks = trainer._classes(Task(config.method, config.server, 0), [0], {0: np.array([0, len(data) - 1])})
+    domain = np.array(data.class_domain)
     assert masks is not None and masks.tolist() == [(domain != 1).tolist()]
 
 

@@ -20,6 +20,7 @@ from fedsim.params import Params
 
 FILE_NAME = re.compile(r"(part-.*-)?client-\d+-round-\d+\.safetensors")  # a process that is killed may leave a part
 OPTIMIZER, RULE = "optimizer/", "rule/"  # prefixes of names in a file
+Stored = list[tuple[int, int]]  # ids of clients, each with the round that last wrote its private state, or 0
 
 
 @dataclass(frozen=True)

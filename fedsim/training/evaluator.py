@@ -1,0 +1,102 @@
+"""Evaluates chunks of clients."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.clients import Client, Population
+from fedsim.counts import Counts, tally
+from fedsim.errors import Diverged, InputError
+from fedsim.params import moved, unflatten
+from fedsim.registry import name_of
+from fedsim.training.client_store import Stored
+from fedsim.training.contexts import ClientContexts
+from fedsim.training.models import Models
+from fedsim.training.predict import Entry, Spaces, predict
+from fedsim.training.task import Task
+
+
+class Evaluator:
+    """Counts what the clients of a chunk predict correctly."""
+
+    def __init__(self, models: Models, clients: Population) -> None:
+        self.models, self.clients = models, clients
+        self.data, self.device = models.data, models.device
+        self.trained_classes = clients.trained_classes(self.data)
+        self.contexts = ClientContexts(self.data, clients, self.device)
+
+    def evaluate(
+        self,
+        task: Task,
+        round: int,
+        params: np.ndarray,
+        shared_rows: Sequence[int],
+        held_out: Sequence[int],
+        splits: Sequence[str],
+        chunk: Stored,
+    ) -> Counts:
+        """Counts of a chunk of clients on their own validation and test rows.
+
+        Args:
+            params: (P,) all parameters as the server has them.
+            shared_rows: ids of clients that do not train; every client of the chunk is evaluated on their rows too.
+            held_out: indices of the held-out domains.
+            splits: those of `counts.SPLITS` that are evaluated; rows of the others are not read.
+
+        Raises:
+            Diverged: a prediction is NaN, after some rounds of training.
+            InputError: the same in round 0.
+        """
+        module, like = self.models.module(task)
+        received = moved(unflatten(params, like), self.device)
+        module.eval().load_state_dict(received)
+        entries, predictions = [], []
+        reads, joint = task.method.reads.image, task.method.joint_classes
+        model = partial(task.method.logits, module)
+        predictions_of = partial(predict, model, partial(self._read, task), reads, joint, device=self.device)
+        others = [self.clients[k] for k in shared_rows]
+        for k, written in chunk:
+            client = self.clients[k]
+            parts = [("val", client.val, client), (client.split, client.test, client)]
+            parts += [(other.split, other.test, other) for other in others]
+            for split, rows, owner in parts:
+                if split in splits:
+                    entries += [self._entry(task, round, k, split, own, owner) for own in self._by_vocabulary(rows)]
+            if task.select(like, "private"):
+                module.load_state_dict(received | self.models.private(task, k, written).params)
+                predictions += predictions_of(entries[len(predictions) :])
+        predictions += predictions_of(
+            entries[len(predictions) :]
+        )  # without private parameters: one model, all rows at once
+        predicted, predicted_own, confidence = (
+            np.concatenate([np.empty(0, np.int64), *parts]) for parts in zip(*predictions, strict=True)
+        )
+        if not np.isfinite(confidence).all():
+            if not round:
+                raise InputError(f"method {name_of(task.method)} predicts NaN before it is trained")
+            raise Diverged.in_round(round, "a prediction of the trained model")
+        return tally([entry for entry, *_ in entries], predicted, predicted_own, confidence, self.data, held_out)
+
+    def _entry(self, task: Task, round: int, k: int, split: str, rows: np.ndarray, owner: Client) -> Entry:
+        """Some rows of `owner`, to be predicted with the parameters of client k."""
+        context = self.contexts.of(task, round, [owner])
+        return (k, split, rows), self._spaces(owner, rows), context and context.part(0)
+
+    def _by_vocabulary(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The rows in parts for which the same classes compete: in a suite, those of each data set."""
+        if not self.data.class_domain or not len(rows):
+            return [rows]
+        domain = self.data.domain[rows]
+        return [rows[domain == each] for each in np.unique(domain)]
+
+    def _spaces(self, client: Client, rows: np.ndarray) -> Spaces:
+        own = self.clients.classes_of(client, self.data)
+        protocol = own if client.split == "new" else self.trained_classes
+        competing = self.data.competing(rows)
+        return torch.from_numpy(protocol & competing), torch.from_numpy(own & competing)
+
+    def _read(self, task: Task, rows: np.ndarray) -> Tensor:
+        return self.models.inputs(task, rows).whole()
