@@ -6,13 +6,13 @@ a tower takes and returns float32 all the same, and so do the gradients that pas
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedsim.clip.packing import packing_of
 from fedsim.clip.precision import Precision, autocast
 from fedsim.errors import InputError, shortened
 from fedsim.params import Params
@@ -185,9 +185,6 @@ def tokenize_distinct(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     return tokens
 
 
-TOGETHER = 64  # texts per start: attention, which is quadratic, would cost more than further texts save
-
-
 class _Text(nn.Module):
     """open_clip's `encode_text` for texts with a common start."""
 
@@ -207,7 +204,7 @@ class _Text(nn.Module):
         if not rests.is_floating_point():
             start, rests = self.token_embedding(start), self.token_embedding(rests)
         before = len(start)
-        packing = _packing(tuple(ends.tolist()), before, rests.device)
+        packing = packing_of(tuple(ends.tolist()), before, rests.device)
         start = start + self.positional_embedding[:before]
         rests = rests[packing.texts, packing.tokens] + self.positional_embedding[before + packing.tokens]
         x = torch.cat([start.expand(len(rests), -1, -1), rests], dim=1)
@@ -216,49 +213,6 @@ class _Text(nn.Module):
         if self.text_projection is None:
             return x
         return self.text_projection(x) if isinstance(self.text_projection, nn.Linear) else x @ self.text_projection
-
-
-class _Packing(NamedTuple):
-    """How the rests of n texts share R sequences: a start, then slots of one text each, with L tokens in all.
-
-    Attributes:
-        texts, tokens: (R, L) the text and its token at each place after the start.
-        mask: (S + L, S + L) of 0 and -inf: the tokens that each token must not attend to, S of them in the start.
-        rows, columns: (n,) the sequence and the place of each text's end.
-    """
-
-    texts: Tensor
-    tokens: Tensor
-    mask: Tensor
-    rows: Tensor
-    columns: Tensor
-
-
-@lru_cache(maxsize=16)
-def _packing(ends: tuple[int, ...], before: int, device: torch.device) -> _Packing:
-    """Texts of similar length, to the positions `ends` of their ends, have the same slot of different sequences.
-
-    All sequences then have the same slots, one mask serves them, and hardly a token is padding.
-    """
-    count = len(ends)
-    rows = max(1, -(-count // TOGETHER) if before else count)
-    by_length = sorted(range(count), key=lambda text: -ends[text])
-    # (slots, rows); the last slot may have more places than there are texts left, and repeats one.
-    slots = torch.tensor(by_length + by_length[-1:] * (-count % rows), dtype=torch.long).view(-1, rows)
-    at = torch.tensor(ends, dtype=torch.long)
-    lengths = at[slots[:, 0]] + 1
-    slot = torch.arange(len(slots)).repeat_interleave(lengths)
-    first = lengths.cumsum(0) - lengths
-    tokens = torch.arange(len(slot)) - first[slot]
-    owner = torch.cat([torch.full((before,), -1), slot])
-    order = torch.arange(len(owner))
-    visible = (order[:, None] >= order) & ((owner[:, None] == owner) | (owner == -1))
-    mask = torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)
-    place = torch.empty(count, dtype=torch.long)
-    place[by_length] = torch.arange(count)
-    columns = before + first[place // rows] + at
-    packing = slots.T[:, slot], tokens.expand(rows, -1), mask, place % rows, columns
-    return _Packing(*(tensor.to(device) for tensor in packing))
 
 
 def _call(module: nn.Module, precision: Precision, weights: Params | None, *args: Tensor) -> Tensor:
