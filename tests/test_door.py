@@ -79,6 +79,10 @@ BAD = {
         ["run", "--method", "fedotp"],
         "needs patch tokens, and tiny's image tower (EfficientNet) has none; use a ViT",
     ),
+    "blocks": (
+        ["run", "--method", "fedvpt"],
+        "needs the blocks of open_clip's VisionTransformer, and tiny's image tower is timm's EfficientNet",
+    ),
     "matrices": (
         ["run", "--method", "lora", "--method.towers", "image"],
         "lora needs attention matrices in the image tower, which has none",

@@ -26,6 +26,10 @@ PROGRAMS = {
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 4}
     | {"entropy": 0.1, "mass": 0.8, "tolerance": 1e-3, "iterations": 100}
     | CONSTANT,
+    # code/federated_main.py --trainer VPT, code/configs/datasets/cifar100.yaml
+    "fedvpt": SGD
+    | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 16, "depth": 1}
+    | CONSTANT,
     # federated_main.py, configs/trainers/PLOT/vit_b16.yaml
     "fedpgp": SGD
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 2, "length": 16}

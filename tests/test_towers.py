@@ -20,6 +20,8 @@ from fedsim.cluster.session import session
 from fedsim.registry import parse
 
 KINDS = "animal", "vehicle"
+IN_IMAGES = {"visual_tokens", "image_blocks"}
+IN_BLOCKS = {"visual_tokens"}  # of a vision transformer, which the embedded model does not have
 TOWERED = [name for name in available("method") if parse("method", name).reads.towers]
 
 
@@ -60,7 +62,7 @@ def test_what_is_read_follows_from_where_parameters_attach():
 
 def test_every_method_says_where_it_attaches_and_reads_no_more():
     reads = {name: parse("method", name).reads for name in available("method")}
-    through_the_image = {name for name in reads if "image_blocks" in parse("method", name).sites}
+    through_the_image = {name for name in reads if IN_IMAGES & set(parse("method", name).sites)}
     assert {name for name, read in reads.items() if read.image == "pixels"} == through_the_image
     assert reads["fedclip"] == reads["probe"] == Reads("features", "features")
     assert reads["promptfl"] == Reads("features", "embeddings") and reads["lora"] == Reads("features", "blocks")
@@ -81,10 +83,12 @@ def test_a_tower_that_is_not_declared_is_not_there(config):
 
 
 @pytest.mark.parametrize("name", [name for name in TOWERED if parse("method", name).reads.image != "tokens"])
-def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_kill(name, small, tmp_path):
+def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_kill(name, small, small_clip, tmp_path):
     # The readable path must agree to rounding, and a resumed run to the bit.
     slow = {"towers": "text"} if name == "finetune" else {}  # the image tower has a test of its own
-    fields = {"method": {"name": name, "batch_size": 8, "local_epochs": 1, **slow}}
+    fields: dict = {"method": {"name": name, "batch_size": 8, "local_epochs": 1, **slow}}
+    if IN_BLOCKS & set(parse("method", name).sites):
+        fields |= zip(("backbone", "pretrained"), small_clip("towers", "vit").values(), strict=True)
     whole = run(small(**fields, out=tmp_path / "whole"))
 
     ours = small(**fields, out=tmp_path / "killed")

@@ -127,7 +127,8 @@ class Clip:
 
     def image_tower(self) -> ImageTower:
         normalise = self.preprocess.transforms[-1]
-        return ImageTower(self.model.visual, normalise.mean, normalise.std, self.weights.precision)
+        visual, about = self.model.visual, self.weights
+        return ImageTower(visual, normalise.mean, normalise.std, about.model, about.precision)
 
     def text_tower(self, blocks: bool) -> TextTower:
         """

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedsim.clip.insertions import Insertions, replaced, through
 from fedsim.clip.packing import packing_of
 from fedsim.clip.precision import Precision, autocast
 from fedsim.errors import InputError, shortened
@@ -26,9 +27,14 @@ class ImageTower:
     """
 
     def __init__(
-        self, visual: nn.Module, mean: Sequence[float], std: Sequence[float], precision: Precision = "fp32"
+        self,
+        visual: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        name: str = "this backbone",
+        precision: Precision = "fp32",
     ) -> None:
-        self._module = visual
+        self._module, self._name = visual, name
         self._precision: Precision = precision
         like = next(visual.parameters())
         # The same bits as torchvision's ToTensor and Normalize.
@@ -37,18 +43,70 @@ class ImageTower:
         )
         self.weights: Params = dict(visual.named_parameters())
 
-    def encode(self, pixels: Tensor, weights: Params | None = None) -> Tensor:
+    @property
+    def width(self) -> int:
+        """W, that of a token in its blocks."""
+        return self._vit.class_embedding.shape[0]
+
+    @property
+    def depth(self) -> int:
+        """The number of its blocks."""
+        return len(self._vit.transformer.resblocks)
+
+    @property
+    def _vit(self) -> Any:
+        """
+        Raises:
+            InputError: it is not open_clip's vision transformer, so nothing can be inserted.
+        """
+        visual = self._module
+        if not hasattr(visual, "class_embedding"):
+            kind = type(getattr(visual, "trunk", visual))
+            raise InputError(
+                f"this method needs the blocks of open_clip's VisionTransformer, and {self._name}'s image tower is "
+                f"{kind.__module__.partition('.')[0]}'s {kind.__name__}; use a ViT, such as ViT-B-32"
+            )
+        return visual
+
+    def encode(self, pixels: Tensor, weights: Params | None = None, insertions: Insertions | None = None) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) features, projected and not normalized.
 
         Args:
             weights: tensors that replace the frozen ones of the same names.
+            insertions: what is inserted into its blocks.
+
+        Raises:
+            InputError: nothing can be inserted into this tower.
         """
-        return _call(self._module, self._precision, weights, self.normalized(pixels))
+        x = self.normalized(pixels)
+        if insertions is None:
+            return _call(self._module, self._precision, weights, x)
+        named = {f"vit.{name}": weight for name, weight in (weights or {}).items()}
+        return _call(_Inserted(self._vit), self._precision, named, x, insertions)
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, 3, H, W), as the tower reads them."""
         x = pixels.to(self._mean.dtype).div(255).sub(self._mean).div(self._std)
         return x.contiguous(memory_format=torch.channels_last)
+
+
+class _Inserted(nn.Module):
+    """open_clip's vision transformer with insertions."""
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, x: Tensor, insertions: Insertions) -> Tensor:
+        vit, tokens = self.vit, insertions.tokens
+        x = vit._embeds(x)
+        length = x.shape[1]
+        # In CLIP, a layer norm precedes the first block; it treats each token by itself.
+        x = replaced(x, length, vit.ln_pre(tokens[0].to(x.dtype)))
+        x = through(vit.transformer, x, length, insertions)
+        # Pooled without the inserted tokens, which matters if the feature is a mean over patches.
+        pooled, _ = vit._pool(x[:, :length])
+        return pooled if vit.proj is None else pooled @ vit.proj
 
 
 class TextTower:
@@ -215,7 +273,7 @@ class _Text(nn.Module):
         return self.text_projection(x) if isinstance(self.text_projection, nn.Linear) else x @ self.text_projection
 
 
-def _call(module: nn.Module, precision: Precision, weights: Params | None, *args: Tensor) -> Tensor:
+def _call(module: nn.Module, precision: Precision, weights: Params | None, *args: Any) -> Tensor:
     with autocast(precision, args[0].device.type):
         out = functional_call(module, weights, args) if weights else module(*args)
     return out if precision == "fp32" else out.float()
