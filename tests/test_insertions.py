@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from open_clip.transformer import QuickGELU, VisionTransformer
+from open_clip import get_tokenizer
+from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
 from torch import nn
 from torch.nn.functional import gelu, layer_norm, normalize
 
@@ -10,9 +11,9 @@ from fedsim import Backbone, InputError
 from fedsim.clip.checkpoints import EMBEDDED, find_weights
 from fedsim.clip.insertions import Insertions
 from fedsim.clip.model import Clip
-from fedsim.clip.towers import ImageTower
-from fedsim.methods import Batch
-from fedsim.registry import parse
+from fedsim.clip.towers import ImageTower, TextTower
+from fedsim.methods import Batch, trained
+from fedsim.registry import available, parse
 from fedsim.training.task import Task, initial_params
 
 CLASSES = "cat", "hot air balloon", "owl", "pig"
@@ -26,6 +27,7 @@ KINDS = {
     "layer scale": {"ls_init_value": 0.1},
     "norms of queries and keys": {"qk_norm": True},
 }
+INSERTED = [name for name in available("method") if "visual_tokens" in parse("method", name).sites]
 STATISTICS = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
@@ -115,12 +117,56 @@ def test_in_half_precision_tokens_are_float32_in_and_out():
     assert torch.autograd.grad(out.sum(), tokens)[0].dtype == torch.float32
 
 
+@pytest.fixture(scope="module")
+def texts():
+    """A model of open_clip with a causal text tower of four blocks, in float64, and the tower."""
+    clip = Clip(find_weights(*EMBEDDED))
+    return clip.model.double(), TextTower(clip.model, clip.tokenizer)
+
+
+def one_by_one(model, start, rests, ends, tokens):
+    """Text features with deep tokens, each text by itself and through all blocks of open_clip."""
+    features = []
+    for rest, end in zip(rests, ends, strict=True):
+        x = torch.cat([start, tokens[0], rest[: end + 1]])[None]
+        x = x + model.positional_embedding[: x.shape[1]]
+        causal = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype).triu(1)
+        for k, block in enumerate(model.transformer.resblocks):
+            if 0 < k < len(tokens):
+                x = torch.cat([x[:, :1], tokens[k][None], x[:, 1 + tokens.shape[1] :]], dim=1)
+            x = block(x, attn_mask=causal)
+        features.append(model.ln_final(x[0, -1]) @ model.text_projection)
+    return torch.stack(features)
+
+
+@pytest.mark.parametrize(("count", "depth"), [(3, 1), (3, 2), (70, 4)])  # 70 texts share two sequences
+def test_tokens_of_packed_texts_are_those_of_each_text_by_itself(count, depth, texts):
+    model, tower = texts
+    names = [f"{'very ' * (k % 4)}small drawing {k}." for k in range(count)]
+    tokens, rows = draw(depth, 3, tower.width).requires_grad_(), tower.tokenize(names)
+    embedded, ends = tower.embed(rows), tower.ends(rows)
+    call = embedded[0, :1], embedded[:, 1:], ends - 1
+    features = tower.encode_after(*call, insertions=Insertions(tokens))
+    expected = one_by_one(model, *call, tokens)
+    torch.testing.assert_close(features, expected, rtol=1e-10, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), tokens)[0] for out in (features, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    assert (ours.abs().amax(dim=(1, 2)) > 1e-6).all()
+
+
 # Methods --------------------------------------------------------------------------------------------------------
 
 
-def a_backbone(**options):
-    visual, tower = a_vit(**options)
-    return visual, Backbone(normalize(draw(4, 6, seed=7), dim=1), 20.0, CLASSES, image_tower=tower)
+@pytest.fixture(scope="module")
+def backbones(texts):
+    """Makes an image tower of open_clip and a backbone with it and with the text tower."""
+
+    def make():
+        visual, image = a_vit(output_dim=256)
+        embeddings = normalize(draw(4, 256, seed=7), dim=1)
+        return visual, Backbone(embeddings, 20.0, CLASSES, ("a photo of a {}.",), texts[1], image)
+
+    return make
 
 
 def built(name, backbone, **fields):
@@ -129,8 +175,8 @@ def built(name, backbone, **fields):
     return method, method.build(backbone).double()
 
 
-def test_fedvpt_without_tokens_is_zero_shot_clip():
-    visual, backbone = a_backbone()
+def test_fedvpt_without_tokens_is_zero_shot_clip(backbones):
+    visual, backbone = backbones()
     _, module = built("fedvpt", backbone, depth=2)
     features = normalize(visual(backbone.image.normalized(pixels())), dim=1)
     zero_shot = 20 * features @ backbone.class_embeddings.T
@@ -139,30 +185,123 @@ def test_fedvpt_without_tokens_is_zero_shot_clip():
     torch.testing.assert_close(module(pixels()), zero_shot, rtol=1e-12, atol=1e-12)
 
 
+def test_maple_starts_as_the_written_prompt(texts, backbones):
+    tower = texts[1]
+    _, module = built("maple", backbones()[1], depth=1)
+    written = tower.tokenize([f"a photo of a {name}." for name in CLASSES])
+    expected = tower.encode_after(written[0, :0], written, tower.ends(written))
+    torch.testing.assert_close(module.texts(module.tokens), normalize(expected, dim=1), rtol=1e-10, atol=1e-12)
+
+
+def test_maple_at_depth_1_has_the_texts_of_promptfl_and_without_visual_tokens_its_logits(backbones):
+    _, backbone = backbones()
+    _, maple = built("maple", backbone, depth=1, init="one small drawing of", words="")
+    _, promptfl = built("promptfl", backbone, init="one small drawing of")
+    assert torch.equal(maple.tokens[0], promptfl.tokens)
+    assert torch.equal(maple.texts(maple.tokens), promptfl.texts(promptfl.tokens))
+    features = backbone.image.encode(pixels())
+    assert torch.equal(maple.logits(features, maple.texts(maple.tokens)), promptfl(features))
+
+
+def test_a_zero_projection_trains_the_text_side_as_promptfl_but_still_inserts_visual_tokens(backbones):
+    _, backbone = backbones()
+    fields, y = {"init": "one small drawing of"}, torch.tensor([0, 2, 3])
+    method, maple = built("maple", backbone, depth=1, words="", **fields)
+    _, promptfl = built("promptfl", backbone, **fields)
+    maple.projections.load_state_dict({name: 0 * tensor for name, tensor in maple.projections.state_dict().items()})
+    features = backbone.image.encode(pixels(), insertions=Insertions(torch.zeros(1, 4, 16, dtype=torch.float64)))
+    # Tokens of zeros take part in attention, so the image features are not those of the frozen tower.
+    assert not torch.allclose(features, backbone.image.encode(pixels()), atol=1e-3)
+    (ours,) = torch.autograd.grad(method.loss(maple, Batch(pixels(), y)), [maple.tokens])
+    (theirs,) = torch.autograd.grad(method.loss(promptfl, Batch(features, y)), [promptfl.tokens])
+    torch.testing.assert_close(ours[0], theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_the_visual_tokens_of_maple_are_projected_from_those_of_the_text_block_by_block(backbones):
+    visual, backbone = backbones()
+    _, module = built("maple", backbone, depth=2)
+    state = module.state_dict()
+    weights = [(state[f"projections.{k}.weight"], state[f"projections.{k}.bias"]) for k in range(2)]
+    tokens = torch.stack([state["tokens"][k] @ weights[k][0].T + weights[k][1] for k in range(2)])
+    features = written_out(visual, backbone.image.normalized(pixels()), tokens)
+    expected = 20 * normalize(features, dim=1) @ module.texts(module.tokens).T
+    torch.testing.assert_close(module(pixels()), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_projections_after_the_first_start_alike(backbones):
+    state = built("maple", backbones()[1], depth=3)[1].state_dict()
+    weights = [state[f"projections.{k}.weight"] for k in range(3)]
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Towers of the widths of ViT-B/16, with 9 blocks of little else."""
+    torch.manual_seed(0)
+    text = TextTransformer(layers=9, mlp_ratio=0.01).requires_grad_(False)
+    visual = VisionTransformer(32, 32, width=768, layers=9, heads=1, mlp_ratio=0.01).requires_grad_(False)
+    towers = TextTower(text, get_tokenizer("ViT-B-16")), ImageTower(visual, *STATISTICS)
+    return Backbone(torch.eye(512)[:4], 100.0, CLASSES, ("a photo of a {}.",), *towers)
+
+
+@pytest.mark.parametrize(
+    ("name", "shared", "private"),
+    [
+        ("fedvpt", 16 * 768, 0),
+        ("maple", 9 * (2 * 512 + 512 * 768 + 768), 0),  # 3,555,072
+    ],
+)
+def test_as_many_numbers_travel_and_stay_as_published(name, shared, private, wide):
+    task = Task(parse("method", name), parse("server", "fedavg"), seed=0)
+    params = initial_params(task, wide)
+    assert sum(tensor.numel() for tensor in task.select(params, "shared").values()) == shared
+    assert sum(tensor.numel() for tensor in task.select(params, "private").values()) == private
+    assert task.payload(params, cohort=2) == (4 * shared, 4 * shared)
+
+
 @pytest.mark.parametrize(("depth", "blocks"), [(1, 1), (2, 2), (12, 3)])
-def test_the_tokens_of_fedvpt_travel_and_nothing_else(depth, blocks):
-    _, backbone = a_backbone()
-    task = Task(parse("method", {"name": "fedvpt", "length": 5, "depth": depth}), parse("server", "fedavg"), seed=0)
-    params = initial_params(task, backbone)
-    assert {name: tensor.shape for name, tensor in params.items()} == {"tokens": (blocks, 5, 16)}
-    assert task.payload(params, cohort=2) == (4 * blocks * 5 * 16, 4 * blocks * 5 * 16)
-    assert task.scope("tokens") == "shared"
+@pytest.mark.parametrize("name", ["fedvpt", "maple"])
+def test_a_depth_beyond_the_tower_is_all_of_it(name, depth, blocks, backbones):
+    assert len(built(name, backbones()[1], depth=depth)[1].tokens) == blocks
 
 
-def test_a_few_steps_of_fedvpt_lower_the_loss():
-    _, backbone = a_backbone()
-    method, module = built("fedvpt", backbone, depth=2)
+@pytest.mark.parametrize("name", INSERTED)
+def test_a_few_steps_lower_the_loss(name, backbones):
+    method, module = built(name, backbones()[1])
     batch, losses = Batch(pixels(8), torch.arange(8) % 4), []
     for _ in range(5):
         losses.append(method.loss(module, batch))
-        (grad,) = torch.autograd.grad(losses[-1], [module.tokens])
-        module.tokens.data -= 0.1 * grad
+        params = [module.get_parameter(name) for name in trained(module)]
+        for parameter, grad in zip(params, torch.autograd.grad(losses[-1], params), strict=True):
+            parameter.data -= 0.03 * grad
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", ["fedvpt"])
+@pytest.mark.parametrize("name", INSERTED)
+def test_half_precision_is_near_and_gradients_are_float32(name):
+    clip = Clip(find_weights(*EMBEDDED))
+    visual, _ = a_vit(torch.float32, output_dim=256)
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        towers = (
+            TextTower(clip.model, clip.tokenizer, precision=precision),
+            ImageTower(visual, *STATISTICS, "", precision),
+        )
+        backbone = Backbone(normalize(draw(4, 256, seed=7).float(), dim=1), 20.0, CLASSES, ("a {}",), *towers)
+        torch.manual_seed(0)
+        method = parse("method", name)
+        module = method.build(backbone)
+        losses[precision] = method.loss(module, Batch(pixels(), torch.tensor([0, 2, 3])))
+        grads = torch.autograd.grad(losses[precision], list(module.parameters()))
+        assert {grad.dtype for grad in grads} == {torch.float32}
+    assert 0 < abs(losses["bf16"] / losses["fp32"] - 1) < 3e-2
+
+
+@pytest.mark.parametrize("name", INSERTED)
 def test_a_tower_without_such_blocks_is_one_sentence(name):
-    backbone = Backbone(torch.eye(4), 1.0, CLASSES, image_tower=Clip(find_weights(*EMBEDDED)).image_tower())
+    clip = Clip(find_weights(*EMBEDDED))
+    towers = clip.text_tower(blocks=False), clip.image_tower()
+    backbone = Backbone(torch.eye(256)[:4], 1.0, CLASSES, ("a photo of a {}.",), *towers)
     with pytest.raises(InputError) as refusal:
         parse("method", name).build(backbone)
     assert str(refusal.value) == (

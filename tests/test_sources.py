@@ -30,6 +30,10 @@ PROGRAMS = {
     "fedvpt": SGD
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 16, "depth": 1}
     | CONSTANT,
+    # train.py, configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml
+    "maple": SGD
+    | {"lr": 3.5e-3, "weight_decay": 5e-4, "batch_size": 4, "init": "a photo", "words": "of a", "depth": 9}
+    | PER_ROUND,
     # federated_main.py, configs/trainers/PLOT/vit_b16.yaml
     "fedpgp": SGD
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 2, "length": 16}

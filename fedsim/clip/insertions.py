@@ -10,23 +10,25 @@ class Insertions(NamedTuple):
     """
     Attributes:
         tokens: (d, n, W) n tokens for each of the first d blocks. The first n are added to the input, after the patches
-            of an image; in front of each further block, n others replace what has become of them.
+            of an image or after the first token of a text; in front of each further block, n others replace what has
+            become of them.
     """
 
     tokens: Tensor
 
 
-def through(transformer: Any, x: Tensor, place: int, insertions: Insertions) -> Tensor:
+def through(transformer: Any, x: Tensor, place: int, insertions: Insertions, mask: Tensor | None = None) -> Tensor:
     """The blocks of an open_clip transformer, (B, T, W) -> (B, T, W).
 
     Args:
         x: the input, which has the first n tokens.
         place: the position of the first of the n tokens.
+        mask: (T, T) that is added to the scores of attention.
     """
     for index, block in enumerate(transformer.resblocks):
         if 0 < index < len(insertions.tokens):
             x = replaced(x, place, insertions.tokens[index])
-        x = block(x)
+        x = block(x, attn_mask=mask)
     return x
 
 

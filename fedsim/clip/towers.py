@@ -115,6 +115,7 @@ class TextTower:
     Attributes:
         weights: the frozen tensors, such as `transformer.resblocks.0.attn.in_proj_weight`.
         width: W, that of a token embedding.
+        depth: the number of its blocks.
         context: number of tokens in the longest text, start and end included.
     """
 
@@ -149,6 +150,7 @@ class TextTower:
         self._precision: Precision = precision
         self.weights: Params = dict(self._module.named_parameters())
         self.context, self.width = text.positional_embedding.shape
+        self.depth = len(text.transformer.resblocks)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """n texts -> (n, T) int64 with start and end, T as short as the longest text allows.
@@ -188,7 +190,14 @@ class TextTower:
         common = min(common, int(ends.min()))
         return self.encode_after(texts[0, :common], texts[:, common:], ends - common, weights)
 
-    def encode_after(self, start: Tensor, rests: Tensor, ends: Tensor, weights: Params | None = None) -> Tensor:
+    def encode_after(
+        self,
+        start: Tensor,
+        rests: Tensor,
+        ends: Tensor,
+        weights: Params | None = None,
+        insertions: Insertions | None = None,
+    ) -> Tensor:
         """Text features of n texts with a common start, which is computed once.
 
         In a causal tower, the start of a text does not depend on what follows. The rests are therefore concatenated
@@ -199,13 +208,15 @@ class TextTower:
             start: (S,) tokens or (S, W) embeddings; S may be 0.
             rests: (n, T) tokens or (n, T, W) embeddings.
             ends: (n,) positions of the end-of-text tokens within the rests.
+            weights: tensors that replace the frozen ones of the same names.
+            insertions: what is inserted; tokens come after the first of the start, which must have one.
 
         Returns:
             (n, D).
         """
         if weights and not self._blocks:
             raise TypeError("a method that changes weights of the text tower needs `text_blocks` among its sites")
-        return _call(self._module, self._precision, weights, start, rests, ends)
+        return _call(self._module, self._precision, weights, start, rests, ends, insertions)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
@@ -258,15 +269,21 @@ class _Text(nn.Module):
         self.positional_embedding = text.positional_embedding
         self.text_projection = text.text_projection
 
-    def forward(self, start: Tensor, rests: Tensor, ends: Tensor) -> Tensor:
+    def forward(self, start: Tensor, rests: Tensor, ends: Tensor, insertions: Insertions | None = None) -> Tensor:
         if not rests.is_floating_point():
             start, rests = self.token_embedding(start), self.token_embedding(rests)
+        if insertions is not None:
+            start = torch.cat([start[:1], insertions.tokens[0], start[1:]])
         before = len(start)
         packing = packing_of(tuple(ends.tolist()), before, rests.device)
         start = start + self.positional_embedding[:before]
         rests = rests[packing.texts, packing.tokens] + self.positional_embedding[before + packing.tokens]
         x = torch.cat([start.expand(len(rests), -1, -1), rests], dim=1)
-        x = self.transformer(x, attn_mask=packing.mask.to(x.dtype))
+        mask = packing.mask.to(x.dtype)
+        if insertions is None:
+            x = self.transformer(x, attn_mask=mask)
+        else:
+            x = through(self.transformer, x, 1, insertions, mask)
         x = self.ln_final(x[packing.rows, packing.columns])
         if self.text_projection is None:
             return x

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from fedsim.clip.insertions import Insertions
 from fedsim.clip.sites import Site
 from fedsim.clip.towers import TextTower
 from fedsim.errors import InputError
@@ -74,10 +75,11 @@ class Prompted(nn.Module):
     ends: Tensor  # (C,)
     class_embeddings: Tensor  # (C, D)
 
-    def __init__(self, backbone: Backbone, length: int, length_flag: str) -> None:
+    def __init__(self, backbone: Backbone, length: int, length_flag: str, words: str = "") -> None:
         """
         Args:
             length_flag: the flag that sets `length`, for the message.
+            words: constant text between the tokens and the class name.
 
         Raises:
             InputError: the longest class name does not fit after the tokens.
@@ -85,7 +87,7 @@ class Prompted(nn.Module):
         super().__init__()
         self.tower, self.scale = backbone.text, backbone.logit_scale
         # Differs: CoOp's code replaces underscores by spaces; here class names are those of the class embeddings.
-        names = [f"{name}." for name in backbone.classes]
+        names = [f"{words} {name}." if words else f"{name}." for name in backbone.classes]
         if not names:
             raise InputError("a prompt needs the names of the classes; there are none")
         tokens = self.tower.tokenize(names)
@@ -106,11 +108,14 @@ class Prompted(nn.Module):
         return classes.nonzero().flatten()
 
     def texts(self, tokens: Tensor, classes: Tensor | None = None) -> Tensor:
-        """(L, W) tokens -> (n, D) unit rows, the text features of the n active classes with these tokens."""
+        """(L, W) tokens, or (d, L, W) for each of the first d blocks -> (n, D) unit rows, the text features of the n
+        active classes with these tokens.
+        """
         active = self.active(classes)
-        names = self.names[active]
-        start = torch.cat([self.names[0, :1], tokens])
-        return normalize(self.tower.encode_after(start, names[:, 1:], self.ends[active] - 1), dim=-1)
+        first, rests, ends = self.names[0, :1], self.names[active][:, 1:], self.ends[active] - 1
+        if tokens.dim() == 2:
+            return normalize(self.tower.encode_after(torch.cat([first, tokens]), rests, ends), dim=-1)
+        return normalize(self.tower.encode_after(first, rests, ends, insertions=Insertions(tokens)), dim=-1)
 
     def logits(self, x: Tensor, texts: Tensor, classes: Tensor | None = None) -> Tensor:
         """(B, D) image features and (n, D) text features of the active classes -> (B, C)."""

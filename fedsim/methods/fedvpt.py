@@ -41,7 +41,7 @@ class FedVPT(Method):
         1,
         ge=1,
         search=Choice((1, 3, 6, 9, 12)),
-        description="first blocks that have tokens of their own; with more than the tower has, all",
+        description="number of first blocks, each with its own tokens (all, if the tower has fewer)",
     )
 
     @property
