@@ -27,7 +27,8 @@ KINDS = {
     "layer scale": {"ls_init_value": 0.1},
     "norms of queries and keys": {"qk_norm": True},
 }
-INSERTED = [name for name in available("method") if "visual_tokens" in parse("method", name).sites]
+SITES = {"visual_tokens", "image_adapters"}
+INSERTED = [name for name in available("method") if SITES & set(parse("method", name).sites)]
 STATISTICS = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
@@ -234,6 +235,75 @@ def test_projections_after_the_first_start_alike(backbones):
     assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
 
 
+def hooked(model, visual, backbone, module, first):
+    """Logits of pFedMMA by open_clip's own forward passes, with adapters added by hooks and gradients unscaled."""
+    state = {name: tensor.requires_grad_() for name, tensor in module.state_dict().items()}
+
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def hook(block, side, k):
+        def added(_, args, out):
+            hidden = linear(block.ln_1(args[0]), f"adapters.{side}.{k}.down").relu()
+            return out + 0.01 * linear(linear(hidden, f"shared.{k}").relu(), f"adapters.{side}.{k}.up")
+
+        return block.register_forward_hook(added)
+
+    towers = {"image": visual.transformer.resblocks, "text": model.transformer.resblocks}
+    hooks = [
+        hook(block, side, k) for side, blocks in towers.items() for k, block in enumerate(list(blocks)[first[side] :])
+    ]
+    image = normalize(visual(backbone.image.normalized(pixels())), dim=1)
+    tokens = get_tokenizer("ViT-B-32", context_length=32)([f"a photo of a {name}." for name in CLASSES])
+    logits = 20 * image @ model.encode_text(tokens, normalize=True).T
+    for handle in hooks:
+        handle.remove()
+    return logits, state
+
+
+@pytest.mark.parametrize(("blocks", "first"), [(2, {"image": 1, "text": 2}), (12, {"image": 0, "text": 1})])
+def test_pfedmma_adds_what_hooks_add_to_open_clips_blocks_and_its_gradients_are_not_scaled(
+    blocks, first, texts, backbones
+):
+    visual, backbone = backbones()
+    _, module = built("pfedmma", backbone, blocks=blocks, width=4, scale=0.01)
+    expected, state = hooked(texts[0], visual, backbone, module, first)
+    logits, weight = module(pixels()), draw(3, 4, seed=8)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    parameters = dict(module.named_parameters())
+    ours = torch.autograd.grad((logits * weight).sum(), list(parameters.values()))
+    theirs = torch.autograd.grad((expected * weight).sum(), [state[name] for name in parameters])
+    for mine, natural in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, natural / 0.01, rtol=1e-7, atol=1e-9)
+
+
+def test_adapters_that_add_nothing_are_zero_shot_clip(texts, backbones):
+    visual, backbone = backbones()
+    _, module = built("pfedmma", backbone)
+    image = normalize(visual(backbone.image.normalized(pixels())), dim=1)
+    tokens = get_tokenizer("ViT-B-32", context_length=32)([f"a photo of a {name}." for name in CLASSES])
+    zero_shot = 20 * image @ texts[0].encode_text(tokens, normalize=True).T
+    assert not torch.allclose(module(pixels()), zero_shot, atol=1e-6)
+    for name, parameter in module.named_parameters():
+        if ".up." in name:
+            nn.init.zeros_(parameter)
+    torch.testing.assert_close(module(pixels()), zero_shot, rtol=1e-10, atol=1e-10)
+
+
+def test_insertions_of_nothing_change_no_bit(texts, backbones):
+    _, backbone = backbones()
+    tokens = texts[1].tokenize([f"a photo of a {name}." for name in CLASSES])
+    ends = texts[1].ends(tokens)
+    assert torch.equal(backbone.image.encode(pixels(), insertions=Insertions()), backbone.image.encode(pixels()))
+    assert torch.equal(texts[1].encode(tokens, ends, insertions=Insertions()), texts[1].encode(tokens, ends))
+
+
+def test_the_projections_of_pfedmma_travel_and_its_adapters_stay(backbones):
+    method, module = built("pfedmma", backbones()[1])
+    scopes = {name.partition(".")[0]: method.scope(name) for name in module.state_dict()}
+    assert scopes == {"adapters": "private", "shared": "shared"}
+
+
 @pytest.fixture(scope="module")
 def wide():
     """Towers of the widths of ViT-B/16, with 9 blocks of little else."""
@@ -249,6 +319,7 @@ def wide():
     [
         ("fedvpt", 16 * 768, 0),
         ("maple", 9 * (2 * 512 + 512 * 768 + 768), 0),  # 3,555,072
+        ("pfedmma", 8_448, 674_560 - 8_448),
     ],
 )
 def test_as_many_numbers_travel_and_stay_as_published(name, shared, private, wide):

@@ -34,6 +34,10 @@ PROGRAMS = {
     "maple": SGD
     | {"lr": 3.5e-3, "weight_decay": 5e-4, "batch_size": 4, "init": "a photo", "words": "of a", "depth": 9}
     | PER_ROUND,
+    # scripts/base2new.sh, configs/trainers/pFedMMA/vit_b16.yaml: blocks 5 to 12
+    "pfedmma": SGD
+    | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "blocks": 8, "width": 32, "scale": 1e-3}
+    | CONSTANT,
     # federated_main.py, configs/trainers/PLOT/vit_b16.yaml
     "fedpgp": SGD
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 2, "length": 16}

@@ -20,8 +20,8 @@ from fedsim.cluster.session import session
 from fedsim.registry import parse
 
 KINDS = "animal", "vehicle"
-IN_IMAGES = {"visual_tokens", "image_blocks"}
-IN_BLOCKS = {"visual_tokens"}  # of a vision transformer, which the embedded model does not have
+IN_IMAGES = {"visual_tokens", "image_adapters", "image_blocks"}
+IN_BLOCKS = {"visual_tokens", "image_adapters"}  # of a vision transformer, which the embedded model does not have
 TOWERED = [name for name in available("method") if parse("method", name).reads.towers]
 
 
@@ -57,6 +57,7 @@ def test_what_is_read_follows_from_where_parameters_attach():
     assert reads_of(["text_tokens"]) == Reads("features", "embeddings")
     assert reads_of(["text_tokens", "patch_tokens"]) == Reads("tokens", "embeddings")
     assert reads_of(["text_blocks", "text_tokens", "image_blocks"]) == Reads("pixels", "blocks")
+    assert reads_of(["image_adapters", "text_adapters"]) == Reads("pixels", "embeddings")
     assert not reads_of(["image_feature"]).towers and reads_of(["text_tokens"]).towers
 
 

@@ -1,9 +1,15 @@
-"""What a method inserts into the blocks of a frozen tower: tokens in front of the first blocks."""
+"""What a method inserts into the blocks of a frozen tower: tokens in front of some, functions after others."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+# (block, x, y) -> (B, T, W), what the next block reads, where the open_clip block has read x and returned y. A sequence
+# of the text tower holds several texts, so a function treats each token by itself.
+After = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 class Insertions(NamedTuple):
@@ -12,9 +18,11 @@ class Insertions(NamedTuple):
         tokens: (d, n, W) n tokens for each of the first d blocks. The first n are added to the input, after the patches
             of an image or after the first token of a text; in front of each further block, n others replace what has
             become of them.
+        after: the function after a block, by the index of the block.
     """
 
-    tokens: Tensor
+    tokens: Tensor | None = None
+    after: Mapping[int, After] = MappingProxyType({})
 
 
 def through(transformer: Any, x: Tensor, place: int, insertions: Insertions, mask: Tensor | None = None) -> Tensor:
@@ -25,10 +33,12 @@ def through(transformer: Any, x: Tensor, place: int, insertions: Insertions, mas
         place: the position of the first of the n tokens.
         mask: (T, T) that is added to the scores of attention.
     """
+    tokens, after = insertions
     for index, block in enumerate(transformer.resblocks):
-        if 0 < index < len(insertions.tokens):
-            x = replaced(x, place, insertions.tokens[index])
-        x = block(x, attn_mask=mask)
+        if tokens is not None and 0 < index < len(tokens):
+            x = replaced(x, place, tokens[index])
+        y = block(x, attn_mask=mask)
+        x = after[index](block, x, y) if index in after else y
     return x
 
 

@@ -9,7 +9,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Site = Literal["image_feature", "head", "patch_tokens", "visual_tokens", "image_blocks", "text_tokens", "text_blocks"]
+Site = Literal[
+    "image_feature",
+    "head",
+    "patch_tokens",
+    "visual_tokens",
+    "image_adapters",
+    "image_blocks",
+    "text_tokens",
+    "text_adapters",
+    "text_blocks",
+]
 
 ImageRead = Literal["features", "tokens", "pixels"]
 TextRead = Literal["features", "embeddings", "blocks"]
@@ -18,8 +28,17 @@ IMAGE_READS: tuple[ImageRead, ...] = "features", "tokens", "pixels"
 TEXT_READS: tuple[TextRead, ...] = "features", "embeddings", "blocks"
 
 # What a site needs of an image and of a class; the first of the above for sites that are not named here.
-IMAGE_OF: dict[Site, ImageRead] = {"patch_tokens": "tokens", "visual_tokens": "pixels", "image_blocks": "pixels"}
-TEXT_OF: dict[Site, TextRead] = {"text_tokens": "embeddings", "text_blocks": "blocks"}
+IMAGE_OF: dict[Site, ImageRead] = {
+    "patch_tokens": "tokens",
+    "visual_tokens": "pixels",
+    "image_adapters": "pixels",
+    "image_blocks": "pixels",
+}
+TEXT_OF: dict[Site, TextRead] = {
+    "text_tokens": "embeddings",
+    "text_adapters": "embeddings",
+    "text_blocks": "blocks",
+}
 
 
 @dataclass(frozen=True)

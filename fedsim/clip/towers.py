@@ -98,11 +98,12 @@ class _Inserted(nn.Module):
         self.vit = vit
 
     def forward(self, x: Tensor, insertions: Insertions) -> Tensor:
-        vit, tokens = self.vit, insertions.tokens
+        vit = self.vit
         x = vit._embeds(x)
         length = x.shape[1]
-        # In CLIP, a layer norm precedes the first block; it treats each token by itself.
-        x = replaced(x, length, vit.ln_pre(tokens[0].to(x.dtype)))
+        if insertions.tokens is not None:
+            # In CLIP, a layer norm precedes the first block; it treats each token by itself.
+            x = replaced(x, length, vit.ln_pre(insertions.tokens[0].to(x.dtype)))
         x = through(vit.transformer, x, length, insertions)
         # Pooled without the inserted tokens, which matters if the feature is a mean over patches.
         pooled, _ = vit._pool(x[:, :length])
@@ -173,22 +174,24 @@ class TextTower:
         """(n, T) tokens -> (n, T, W), without position embeddings."""
         return self._module.token_embedding(tokens).detach()
 
-    def encode(self, texts: Tensor, ends: Tensor, weights: Params | None = None) -> Tensor:
+    def encode(
+        self, texts: Tensor, ends: Tensor, weights: Params | None = None, insertions: Insertions | None = None
+    ) -> Tensor:
         """Text features, projected and not normalized.
 
         Args:
             texts: (n, T) tokens, or (n, T, W) embeddings.
             ends: (n,) positions of their end-of-text tokens.
-            weights: tensors that replace the frozen ones of the same names.
+            weights, insertions: as in `encode_after`.
 
         Returns:
             (n, D).
         """
-        if texts.is_floating_point():
-            return self.encode_after(texts[0, :0], texts, ends, weights)
-        common = int((texts == texts[0]).all(dim=0).long().cumprod(0).sum()) if len(texts) > 1 else 0
-        common = min(common, int(ends.min()))
-        return self.encode_after(texts[0, :common], texts[:, common:], ends - common, weights)
+        common = 0
+        if not texts.is_floating_point() and len(texts) > 1:
+            same = int((texts == texts[0]).all(dim=0).long().cumprod(0).sum())
+            common = min(same, int(ends.min()))
+        return self.encode_after(texts[0, :common], texts[:, common:], ends - common, weights, insertions)
 
     def encode_after(
         self,
@@ -272,7 +275,7 @@ class _Text(nn.Module):
     def forward(self, start: Tensor, rests: Tensor, ends: Tensor, insertions: Insertions | None = None) -> Tensor:
         if not rests.is_floating_point():
             start, rests = self.token_embedding(start), self.token_embedding(rests)
-        if insertions is not None:
+        if insertions is not None and insertions.tokens is not None:
             start = torch.cat([start[:1], insertions.tokens[0], start[1:]])
         before = len(start)
         packing = packing_of(tuple(ends.tolist()), before, rests.device)

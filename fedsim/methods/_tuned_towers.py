@@ -1,4 +1,4 @@
-"""Base of methods that change the weights of CLIP's towers: their logits and loss."""
+"""Base of methods that change the weights of CLIP's towers, or what passes through their blocks: logits and loss."""
 
 from typing import Literal
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from fedsim.clip.insertions import Insertions
 from fedsim.clip.sites import Site
 from fedsim.clip.towers import ImageTower, TextTower
 from fedsim.errors import InputError
@@ -36,7 +37,7 @@ def module_key(name: str) -> str:
 
 
 class TunedTowers(nn.Module):
-    """CLIP with the weights of one or both towers replaced by `weights`. The towers stay frozen, outside state_dict.
+    """CLIP with `weights` and `insertions` in one or both towers, which stay frozen, outside state_dict.
 
     Differs: batch norms keep the running statistics of the pretrained model, while code that puts all of CLIP in
     training mode updates them: they belong to the towers, which all clients of a process share.
@@ -61,7 +62,11 @@ class TunedTowers(nn.Module):
 
     def weights(self, side: Side) -> Params:
         """The tensors that replace a tower's frozen ones, by the tower's names."""
-        raise NotImplementedError
+        return {}
+
+    def insertions(self, side: Side) -> Insertions | None:
+        """What is inserted into a tower."""
+        return None
 
     def temperature(self) -> Tensor | float:
         """The factor by which cosines are multiplied."""
@@ -72,7 +77,8 @@ class TunedTowers(nn.Module):
         if not self.text_tower:
             return self.class_embeddings[indices]
         tokens = self.tokens[indices]
-        return normalize(self.text_tower.encode(tokens, self.text_tower.ends(tokens), self.weights("text")), dim=-1)
+        changes = self.weights("text"), self.insertions("text")
+        return normalize(self.text_tower.encode(tokens, self.text_tower.ends(tokens), *changes), dim=-1)
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, ...) -> (B, C)
         if not self.text_tower or classes is None or classes.all():
@@ -84,8 +90,9 @@ class TunedTowers(nn.Module):
 
     def score(self, x: Tensor, indices: Tensor | slice) -> Tensor:
         """(B, n) logits of the classes at these indices; only their texts are encoded."""
-        image = self.image_tower.encode(x, self.weights("image")) if self.image_tower else x
-        return self.temperature() * normalize(image, dim=-1) @ self.texts(indices).T
+        if self.image_tower:
+            x = self.image_tower.encode(x, self.weights("image"), self.insertions("image"))
+        return self.temperature() * normalize(x, dim=-1) @ self.texts(indices).T
 
 
 def objective(kind: Objective, module: TunedTowers, batch: Batch) -> Tensor:
