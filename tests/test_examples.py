@@ -4,13 +4,9 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
-
-from fedsim import run
 
 PROJECT = Path(__file__).parents[1]
 # Where the README says that an example is saved.
@@ -29,17 +25,6 @@ def test_contributing_names_files_that_exist():
     files = {file.name for folder in folders for file in (PROJECT / folder).rglob("*.py")} | {"NAME.py"}
     text = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\w+\.py\b", text)) <= files
-
-
-def test_the_method_that_contributing_shows_trains(config, tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", (PROJECT / "CONTRIBUTING.md").read_text("utf-8"), flags=re.DOTALL)
-    (tmp_path / "balanced.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    fields = {"partition": "dirichlet", "clients": 4}
-    balanced = run(config(method=import_module("balanced").Balanced(lr=0.01), **fields))
-    shared = {"name": "probe", "lr": 0.01, "schedule": "cosine", "clip_norm": 1.0}
-    probe = run(config(method=shared, out=tmp_path / "probe", **fields))
-    assert not torch.equal(balanced.adapter["weight"], probe.adapter["weight"])
 
 
 @pytest.mark.ray
