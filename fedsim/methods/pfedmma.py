@@ -33,6 +33,7 @@ class PFedMMA(Method):
     are not the last of the image tower.
     Differs: the program encodes the class texts for its very first evaluation, with the adapters of the first client,
     and uses these in every later evaluation, of all clients; here each evaluation encodes those of its client.
+    Unread: whether the paper scales the gradients as its code does; the values here are those of the code.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = "sgd"
