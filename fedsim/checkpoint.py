@@ -84,8 +84,8 @@ class Checkpoints:
         if self.fixed_rounds and before["rounds"] != rounds:
             raise InputError(
                 f"{self.folder} holds a run of {before['rounds']} rounds, each of which depends on that number (as "
-                f"with --method.schedule cosine), so it cannot continue with --rounds {rounds}; give --rounds "
-                f"{before['rounds']}, or another --out"
+                "with --method.schedule cosine or --server.average beta), so it cannot continue with --rounds "
+                f"{rounds}; give --rounds {before['rounds']}, or another --out"
             )
         if round > rounds:
             raise InputError(
@@ -109,7 +109,10 @@ class Checkpoints:
 
 
 def load_checkpoint(folder: Path, experiment: dict[str, Any]) -> tuple[ServerState, Report] | None:
-    """`Checkpoints.load`, with the evaluation of the last round in the report."""
+    """`Checkpoints.load`, with the evaluation of the last round in the report.
+
+    The report's adapter is then what clients are sent, also if the server rule evaluates other tensors.
+    """
     saved = Checkpoints(folder, experiment).load()
     if saved:
         state, report = saved

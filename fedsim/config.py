@@ -172,6 +172,11 @@ class Config(BaseModel):
         except ValidationError as error:
             raise InputError(first_error(error, "", type(self).model_fields)) from None
 
+    @property
+    def fixed_rounds(self) -> bool:
+        """Whether each round depends on `rounds`, so that a run cannot be continued with more."""
+        return self.method.fixed_rounds or self.server.fixed_rounds
+
     def experiment(self) -> dict[str, Any]:
         """The fields that determine the result, as plain values."""
         return {name: value for name, value in self.plain().items() if name not in EXECUTION}

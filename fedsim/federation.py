@@ -79,7 +79,8 @@ class Federation:
         }
         broadcast = flatten(self.task.server.broadcast(state.slots, self.task.select(state.params, "shared")))
         sums = self.workers.map("train", chunks, self.task, planned.round, versions, broadcast)
-        total = sum_chunks(sums, self.clients.trainers)
+        rounds = self.task.rounds if self.task.server.fixed_rounds else None
+        total = replace(sum_chunks(sums, self.clients.trainers), round=planned.round, rounds=rounds)
         _check_sum(total, planned.round)
         if len(state.private):
             private = state.private.copy()
@@ -91,11 +92,16 @@ class Federation:
 
     def evaluate(self, state: ServerState) -> Counts:
         """Counts of all evaluated clients: by the shared model, or of each by its own if it has private tensors."""
+        params = self.reported(state).params
         clients = [(client, _last_write(state, client) * self.has_private_params) for client in self.evaluated]
         if self.has_private_params:
-            return self._counts(self.task, state.round, state.params, clients, shared_rows=self.test_only)
+            return self._counts(self.task, state.round, params, clients, shared_rows=self.test_only)
         clients += [(client, 0) for client in self.test_only]
-        return self._counts(self.task, state.round, state.params, clients)
+        return self._counts(self.task, state.round, params, clients)
+
+    def reported(self, state: ServerState) -> ServerState:
+        """The state with the parameters that are evaluated, where the rule sends clients other ones."""
+        return replace(state, params=self.task.evaluated(state.params, state.slots))
 
     def zero_shot(self) -> Counts:
         """The same by zero-shot CLIP."""

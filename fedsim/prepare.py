@@ -105,12 +105,13 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
     check_readable(data, config.cache_dir, rows_to_encode(data.source, clients))
     _check_share(config, data.source)
     _check_clients(config, method, clients)
-    saved = Checkpoints(folder, _identity(config, splits), config.method.fixed_rounds).load()
+    saved = Checkpoints(folder, _identity(config, splits), config.fixed_rounds).load()
     if not saved and not (like and _agree(MODEL_FIELDS, config, like.config)):
         _check_model(config, method, data, clients)
     if not like:
         data = cached(data, config.cache_dir)
-    done = _finished(folder, config, *saved) if saved else None
+    task = Task(method, config.server, config.seed, config.dtype)
+    done = _finished(folder, config, task, *saved) if saved else None
     return Experiment(config, folder, method, data, clients, splits, done)
 
 
@@ -170,11 +171,11 @@ def _check_experiment(folder: Path, config: Config) -> None:
         refuse_another(folder, before | {"rounds": config.rounds}, config.experiment())
 
 
-def _finished(folder: Path, config: Config, state: ServerState, report: Report) -> Report | None:
+def _finished(folder: Path, config: Config, task: Task, state: ServerState, report: Report) -> Report | None:
     """The report of a run that has done all its rounds and written all its files."""
     if state.round < config.rounds or not all((folder / name).exists() for name in FILES):
         return None
-    report.conclude(state)
+    report.conclude(replace(state, params=task.evaluated(state.params, state.slots)))
     return report
 
 

@@ -82,7 +82,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     store = PrivateStore(folder / "private")
     one_by_one = config.engine == "reference"
     task = Task(experiment.method, config.server, config.seed, config.dtype, config.rounds, store, one_by_one)
-    checkpoints = Checkpoints(folder, experiment.identity(), config.method.fixed_rounds)
+    checkpoints = Checkpoints(folder, experiment.identity(), config.fixed_rounds)
     state, report = start(experiment, task, checkpoints)
     if len(state.private):
         pool.check_shared_folder(folder)
@@ -101,7 +101,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
         report.last = federation.evaluate(state)  # an earlier run was interrupted before this evaluation
         checkpoints.save(state, report)
     store.prune([state.private, report.private])
-    report.conclude(state)
+    report.conclude(federation.reported(state))
     yield report
     for planned in federation.schedule(state.round):
         began = time.perf_counter()
@@ -109,13 +109,13 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
         flops = _flops(report, stats, task.method)
         report.add_round(planned, stats, federation.payload, time.perf_counter() - began, flops)
         if planned.round % config.eval_every == 0:
-            report.add_evaluation(state, federation.evaluate(state))
+            report.add_evaluation(federation.reported(state), federation.evaluate(state))
         elif planned.round == config.rounds:
             report.last = federation.evaluate(state)
         checkpoints.save(state, report)
         # The files of the last round stay: the run may be resumed with more rounds.
         store.prune([state.private, report.private])
-        report.conclude(state)
+        report.conclude(federation.reported(state))
         yield report
 
 
@@ -155,5 +155,6 @@ def _write(report: Report, folder: Path) -> None:
     tables = report.tables()
     write_tables(tables, folder)
     about = {"round": report.chosen_round, "method": report.experiment["method"]}
+    about |= {"evaluated": as_evaluated} if (as_evaluated := report.facts.get("evaluated")) else {}
     write_tensors(folder / ADAPTER, {name: tensor.numpy() for name, tensor in report.adapter.items()}, about)
     write_page(tables, folder / PAGE)

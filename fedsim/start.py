@@ -46,7 +46,8 @@ def _round_zero(experiment: Experiment, task: Task) -> tuple[ServerState, Report
     state = ServerState(0, params, slots, private=np.zeros(writers, np.int64))
     facts = _facts(experiment, task, backbone, params)
     names = config.experiment(), list(data.source.domains), list(data.source.class_labels), list(config.held_out)
-    report = Report(*names, facts, list(data.source.class_domain), adapter=state.params, private=state.private)
+    adapter = task.evaluated(params, slots)
+    report = Report(*names, facts, list(data.source.class_domain), adapter=adapter, private=state.private)
     shown = [*evaluated_clients(config, clients), *range(clients.trainers, len(clients))]
     report.holdings = holdings(data.source, (clients[client] for client in shown))
     return state, report
@@ -74,6 +75,8 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
         "flops_per_row": per_row,
         "versions": environment(),
     }
+    if task.server.evaluated_as:
+        facts["evaluated"] = task.server.evaluated_as
     if experiment.data.weights:  # of ready-made features, the texts are not known
         facts["class_texts"] = describe(source.class_embeddings.templates)
     if assumptions := experiment.data.assumptions():

@@ -41,9 +41,13 @@ class RoundSum(ChunkSum):
 
     Attributes:
         population: all training clients of the run, whether they trained in this round or not.
+        round: that of the clients, from 1.
+        rounds: their number in total; None unless `Server.fixed_rounds`, since a run may continue with more.
     """
 
     population: int = 0
+    round: int = 1
+    rounds: int | None = None
 
     def require_deltas(self) -> np.ndarray:
         """`deltas`, for a rule that cannot do without them.

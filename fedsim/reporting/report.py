@@ -107,7 +107,11 @@ class Report:
         self.chosen_round = best_round(both)
 
     def add_evaluation(self, state: ServerState, counts: Counts) -> None:
-        """Adds the evaluation of a state, and keeps its tensors if its round is the best so far."""
+        """Adds the evaluation of a state, and keeps its tensors if its round is the best so far.
+
+        Args:
+            state: with the parameters that are evaluated.
+        """
         self.add_scores(state.round, counts)
         if self.chosen_round == state.round:
             self.adapter, self.private = state.params, state.private
@@ -117,6 +121,9 @@ class Report:
 
         Call it after the checkpoint is written: a run that is resumed with more rounds must not know this evaluation,
         and needs the tensors of the best of the others.
+
+        Args:
+            state: as in `add_evaluation`.
         """
         if self.last:
             self.add_evaluation(state, self.last)

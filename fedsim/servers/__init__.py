@@ -152,6 +152,24 @@ class Server(ABC):
         down, up = (shared, server, sent), (shared, message)
         return sum(map(payload_bytes, down)), sum(map(payload_bytes, up))
 
+    def evaluated(self, params: Params, slots: Slots) -> Params:
+        """The shared tensors that are evaluated, reported and written as the adapter, if clients are sent other ones.
+
+        Args:
+            params: the shared tensors, as clients are sent them.
+        """
+        return params
+
+    @property
+    def evaluated_as(self) -> str:
+        """What `evaluated` returns, in words, such as `moving average`; empty if that is what clients are sent."""
+        return ""
+
+    @property
+    def fixed_rounds(self) -> bool:
+        """Whether rounds depend on how many there are in total, so that a run cannot be continued with more."""
+        return False
+
     @abstractmethod
     def step(self, params: Params, slots: Slots, total: RoundSum, rng: torch.Generator) -> tuple[Params, Slots]:
         """The parameters and slots of the next round.

@@ -13,7 +13,7 @@ from fedsim.params import Params
 from fedsim.registry import name_of
 from fedsim.representations import Encoded
 from fedsim.rng import seed_for
-from fedsim.servers import ClientUpdate, Server
+from fedsim.servers import ClientUpdate, Server, Slots
 from fedsim.training.client_store import PrivateStore
 
 FEATURES = Reads()
@@ -50,6 +50,10 @@ class Task:
     def select(self, params: Params, *scopes: Scope) -> Params:
         """The tensors of the given scopes."""
         return {name: tensor for name, tensor in params.items() if self.scope(name) in scopes}
+
+    def evaluated(self, params: Params, slots: Slots) -> Params:
+        """All tensors as they are evaluated; see `Server.evaluated`."""
+        return params | self.server.evaluated(self.select(params, "shared"), slots)
 
     def has_private_state(self, params: Params) -> bool:
         """Whether clients have a private state."""
