@@ -44,6 +44,7 @@ from fedsim.representations import Encoded
 from fedsim.servers.fedavg import FedAvg
 from fedsim.training.stack import stack_size
 from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.trainer import Chunk
 from fedsim.training.worker import ClientWorker
 
 ROWS, WIDTH, CLASSES = 64, 512, 7  # of a client of the adapter's job: two local steps of 32 rows
@@ -132,7 +133,7 @@ class Bench:
         task = Task(parse("method", "fedclip"), FedAvg(), seed=0)
         trainer = ClientWorker(features, clients, None, self.device)
         params = initial_params(task, backbone_of(features))
-        what = task, 1, {0: flatten(params)}, np.empty(0), (0, [(k, 0) for k in range(count)])
+        what = task, 1, {0: flatten(params)}, np.empty(0), Chunk(0, [(k, 0) for k in range(count)])
         few = self.sizes.loop_clients
         rounds = {
             "fedsim": lambda: trainer.train(*what),
@@ -169,7 +170,7 @@ class Bench:
                 task = Task(parse("method", {"name": method, "batch_size": batch, "local_epochs": 1}), FedAvg(), seed=0)
                 trainer = ClientWorker(features, clients, frozen, self.device)
                 params = trainer.module(task)[1]
-                what = task, 1, {0: flatten(params)}, np.empty(0), (0, [(k, 0) for k in range(count)])
+                what = task, 1, {0: flatten(params)}, np.empty(0), Chunk(0, [(k, 0) for k in range(count)])
                 train = partial(trainer.train, *what)
                 what = f"{says}: {name}, {self.sizes.classes} classes, batch {batch}, {count} clients"
                 yield Line("towers", what, count / self.timed(train), "steps/s")

@@ -57,6 +57,7 @@ class Checkpoints:
         tensors |= {f"adapter/{name}": tensor for name, tensor in report.adapter.items()}
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         arrays |= {"private": state.private, "chosen_private": report.private}
+        arrays |= {"bank": state.bank} if len(state.bank) else {}
         arrays |= {"last": report.last.flat()} if report.last else {}
         about = {"experiment": self.experiment, "round": state.round, "report": report.about()}
         write_tensors(self.folder / NAME, arrays, about | {"history": self.history.position()})
@@ -98,7 +99,8 @@ class Checkpoints:
         self.saved = round
         slots, past = _gathered(_below("slots/", tensors)), _gathered(_below("past/", tensors))
         past = {int(done): params for done, params in past.items()}
-        state = ServerState(round, _below("params/", tensors), slots, past, arrays["private"])
+        bank = {"bank": arrays["bank"]} if "bank" in arrays else {}
+        state = ServerState(round, _below("params/", tensors), slots, past, arrays["private"], **bank)
         fields["experiment"]["rounds"] = rounds
         report = Report(**fields, adapter=_below("adapter/", tensors), private=arrays["chosen_private"])
         for entry in entries:

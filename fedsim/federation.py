@@ -1,7 +1,7 @@
 """One round over a pool of workers: clients are trained or evaluated, chunk by chunk."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby, islice, pairwise
 from math import ceil
 from operator import itemgetter
@@ -17,13 +17,37 @@ from fedsim.methods.zero_shot import ZeroShot
 from fedsim.params import Params, flatten
 from fedsim.prepare import Experiment, evaluated_clients
 from fedsim.schedule import PlannedRound, schedule
+from fedsim.servers import Bank, Server
 from fedsim.servers.fedavg import FedAvg
 from fedsim.state import ServerState, advance, past_versions
 from fedsim.training.task import Task
+from fedsim.training.trainer import Chunk
 from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 
 # Chunks of a cohort, at least; and clients of a chunk, at most: enough to outweigh a call, few enough to repeat.
 CHUNKS, LARGEST_CHUNK = 16, 64
+
+
+@dataclass(frozen=True)
+class _WithUnicast(Sequence[Chunk]):
+    """The same chunks with what the rule sends to each client.
+
+    It is computed when a chunk is handed out, so memory grows with chunks in flight and not with the cohort.
+    """
+
+    chunks: Sequence[Chunk]
+    server: Server
+    bank: Bank
+    params: Params
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, index: int) -> Chunk:
+        chunk = self.chunks[index]
+        # Client by client, so that the size of a chunk does not change a bit.
+        rows = [flatten(self.server.unicast(client, self.bank, self.params)) for client, _ in chunk.clients]
+        return chunk._replace(unicast=np.stack(rows))
 
 
 class Federation:
@@ -35,7 +59,7 @@ class Federation:
         held_out: indices of the held-out domains.
         received_names: names of the tensors that a client receives.
         payload: bytes that a client receives and sends in a round.
-        has_private_params: clients have private tensors.
+        is_personal: each client is evaluated with tensors of its own.
         rows: (K,) int64, train rows of each client; -1 where not yet known, since rows may be generated on demand.
     """
 
@@ -47,7 +71,7 @@ class Federation:
         self.held_out = held_out_indices(experiment.data.source, config.held_out)
         self.received_names = list(task.select(params, "shared", "server"))
         self.payload = task.payload(params, config.cohort or clients.trainers)
-        self.has_private_params = bool(task.select(params, "private"))
+        self.is_personal = task.is_personal(params)
         self.rows = np.full(clients.trainers, -1, np.int64)
 
     def schedule(self, done: int) -> Iterator[PlannedRound]:
@@ -65,19 +89,24 @@ class Federation:
         Raises:
             Diverged: an update, a loss or a parameter is not finite.
         """
-        chunks = []
+        chunks: Sequence[Chunk] = []
         for version, group in groupby(planned.trained, key=itemgetter(1)):
             stored = [(client, _last_write(state, client)) for client, _ in group]
-            chunks += [(version, chunk) for chunk in self._chunks(stored)]
+            chunks += [Chunk(version, clients) for clients in self._chunks(stored)]
         if not chunks:
             past = past_versions(state, self.received_names, planned.needed)
             return replace(state, round=planned.round, past=past), np.empty(0, CLIENT_STATS)
         past = state.past | {state.round: {}}
         versions = {
             version: flatten(state.params | (past[version] if self.received_names else {}))
-            for version in {version for version, _ in chunks}
+            for version in {chunk.version for chunk in chunks}
         }
-        broadcast = flatten(self.task.server.broadcast(state.slots, self.task.select(state.params, "shared")))
+        shared = self.task.select(state.params, "shared")
+        broadcast = flatten(self.task.server.broadcast(state.slots, shared))
+        if self.task.server.unicasts:
+            received = self.task.select(state.params, "shared", "server")
+            bank = {client: state.bank[client] for client in np.flatnonzero(state.private).tolist()}
+            chunks = _WithUnicast(chunks, self.task.server, bank, received)
         sums = self.workers.map("train", chunks, self.task, planned.round, versions, broadcast)
         rounds = self.task.rounds if self.task.server.fixed_rounds else None
         total = replace(sum_chunks(sums, self.clients.trainers), round=planned.round, rounds=rounds)
@@ -86,15 +115,17 @@ class Federation:
             private = state.private.copy()
             private[total.clients["client"]] = planned.round
             state = replace(state, private=private)
+        if self.task.server.unicasts:
+            state = replace(state, bank=_updated(state.bank, flatten(shared), total))
         state = advance(self.task.server, state, total, self.received_names, planned.needed, self.task.seed)
         self._check_params(state)
         return state, total.clients
 
     def evaluate(self, state: ServerState) -> Counts:
-        """Counts of all evaluated clients: by the shared model, or of each by its own if it has private tensors."""
+        """Counts of all evaluated clients: by the shared model, or of each by its own if it has one."""
         params = self.reported(state).params
-        clients = [(client, _last_write(state, client) * self.has_private_params) for client in self.evaluated]
-        if self.has_private_params:
+        clients = [(client, _last_write(state, client) * self.is_personal) for client in self.evaluated]
+        if self.is_personal:
             return self._counts(self.task, state.round, params, clients, shared_rows=self.test_only)
         clients += [(client, 0) for client in self.test_only]
         return self._counts(self.task, state.round, params, clients)
@@ -133,6 +164,14 @@ class Federation:
         if names := [name for name in self.received_names if not state.params[name].isfinite().all()]:
             remedy = "a smaller --method.lr" + " or --server.lr" * hasattr(self.task.server, "lr")
             raise Diverged.in_round(state.round, f"{names[0]} after the server's step", remedy)
+
+
+def _updated(bank: np.ndarray, shared: np.ndarray, total: RoundSum) -> np.ndarray:
+    """The bank after a round whose clients were sent the shared tensors (P,)."""
+    bank = bank.copy()
+    for client, delta in zip(total.clients["client"].tolist(), total.require_deltas(), strict=True):
+        bank[client] = shared + delta
+    return bank
 
 
 def _last_write(state: ServerState, client: int) -> int:

@@ -274,7 +274,9 @@ def _check_model(config: Config, method: Method, data: Data, clients: Population
     texts = Backbone(torch.eye(len(classes), data.width), 1.0, classes, data.templates)
     backbone = with_towers(texts, method.reads, clip)
     task, cohort = Task(method, config.server, config.seed, config.dtype), config.cohort or clients.trainers
-    payload = task.payload(initial_params(task, backbone, cohort), cohort)
+    params = initial_params(task, backbone, cohort)
+    task.first_bank(params, clients.trainers)  # for its error
+    payload = task.payload(params, cohort)
     check_trained(config, method, clients.trainers, partial(_train_rows, clients), *payload)
 
 

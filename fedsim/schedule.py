@@ -70,6 +70,8 @@ def check(config: Config, population: int) -> None:
             if given:
                 raise InputError(f"{name} needs a fleet whose clients take time, such as lognormal, not {fleet}")
     if asynchronous:
+        if config.server.unicasts:
+            raise InputError(f"server {server} unicasts, which needs synchronous rounds, so it cannot have a buffer")
         if config.cohort is not None:
             raise InputError(f"cohort {config.cohort}, but server {server} has none: its concurrency says who trains")
         if config.over_selection:

@@ -43,7 +43,8 @@ def _round_zero(experiment: Experiment, task: Task) -> tuple[ServerState, Report
     params = initial_params(task, backbone, config.cohort or clients.trainers)
     slots, _ = task.server.init(task.select(params, "shared"))
     writers = clients.trainers if task.has_private_state(params) else 0
-    state = ServerState(0, params, slots, private=np.zeros(writers, np.int64))
+    bank = task.first_bank(params, clients.trainers)
+    state = ServerState(0, params, slots, private=np.zeros(writers, np.int64), bank=bank)
     facts = _facts(experiment, task, backbone, params)
     names = config.experiment(), list(data.source.domains), list(data.source.class_labels), list(config.held_out)
     adapter = task.evaluated(params, slots)

@@ -23,6 +23,8 @@ class ServerState:
         past: parameters of earlier rounds that a client still trains from, by rounds done.
         private: (K,) int64, the round in which each client last wrote its private state; 0 for never. The states are in
             a `PrivateStore`.
+        bank: (K, P) under a rule that `unicasts`, the shared tensors that each client last sent, flat; zeros if it has
+            not trained yet. Empty under other rules.
     """
 
     round: int
@@ -30,6 +32,7 @@ class ServerState:
     slots: Slots = field(default_factory=dict)
     past: dict[int, Params] = field(default_factory=dict)
     private: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    bank: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
 def advance(

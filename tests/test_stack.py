@@ -20,6 +20,7 @@ from fedsim.training.client_store import PrivateStore
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.stack import by_autograd, gradients, groups, stack_size
 from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.trainer import Chunk
 from fedsim.training.worker import ClientWorker
 from fedsim.updates import CLIENT_STATS
 
@@ -56,7 +57,7 @@ def two_rounds(features, clients, folder, reference, **task):
     trainer, everyone = ClientWorker(features, clients), range(len(clients))
     partials, written = [], 0
     for round in (1, 2):
-        chunk = 0, [(client, written) for client in everyone]
+        chunk = Chunk(0, [(client, written) for client in everyone])
         sent = flatten(server.broadcast(slots, task.select(params, "shared")))
         partials.append(trainer.train(task, round, {0: flatten(params)}, sent, chunk))
         written = round * task.has_private_state(params)
@@ -286,7 +287,7 @@ def test_a_sum_of_a_whole_stack_is_that_of_its_clients():
     shared = {"w": torch.ones(2, 3), "scale": torch.tensor(2.0)}
     trained = {"w": torch.arange(12.0).view(2, 2, 3), "scale": torch.tensor([3.0, 5.0])}
     for by_stack in (True, False):
-        accumulator = Accumulator(shared, "cpu", keep_deltas=False)
+        accumulator = Accumulator(shared, "cpu")
         accumulator.by_stack = by_stack
         accumulator.add([0, 1], trained, [Reply(1.0), Reply(3.0)])
         total = accumulator.sum(np.empty(0, CLIENT_STATS), 1)

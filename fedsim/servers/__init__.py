@@ -6,9 +6,11 @@ A rule is a set of pure functions: all that changes is in the parameters and slo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 
 from fedsim.methods import Method, Scope
@@ -18,6 +20,7 @@ from fedsim.search_space import Field
 from fedsim.updates import RoundSum, apply_update, mean_delta
 
 Slots = dict[str, Params]  # by kind, such as "momentum" (without "/"), and by name of the parameter
+Bank = Mapping[int, np.ndarray]  # (P,) the latest shared tensors of clients, flat, by client, ascending
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class ClientUpdate:
     """The result of a client's local training in a round.
 
     Attributes:
-        received: the shared tensors as the server sent them, before `start` replaces any.
+        received: the shared tensors as the server sent them to this client, before `start` replaces any.
         trained: the same tensors after local training.
         client_state: what the client stores for the rule, before this round.
         sent: what `Server.broadcast` returned.
@@ -71,6 +74,9 @@ class Server(ABC):
     # Asynchronous rules only: updates per round, and clients that train at any time. None: rounds are synchronous.
     buffer: ClassVar[int | None] = None
     concurrency: ClassVar[int | None] = None
+    # Whether `unicast` gives clients tensors of their own. A client then also stores its shared tensors after training,
+    # and is evaluated with them. The server stores those of all clients, in memory and in each checkpoint.
+    unicasts: ClassVar[bool] = False
 
     def adapt(self, method: Method) -> Method:
         """The method as clients train it under this rule.
@@ -114,6 +120,19 @@ class Server(ABC):
         """
         return {}
 
+    def unicast(self, client: int, bank: Bank, params: Params) -> Params:
+        """What one client receives in place of the same tensors in `params`, with the same names in every call.
+
+        It is called for the clients of synchronous rounds if the rule `unicasts`. The bytes are those of the tensors
+        that are replaced.
+
+        Args:
+            client: its id.
+            bank: of all clients that have trained in an earlier round; empty in the first.
+            params: the shared tensors, and those with the scope `server`.
+        """
+        return {}
+
     def start(self, params: Params, rng: torch.Generator) -> Params:
         """Shared tensors that a client replaces before it trains (default: none).
 
@@ -131,7 +150,7 @@ class Server(ABC):
 
         Args:
             params: the parameters that the client trains, shared and private.
-            received: the shared ones among them, as received.
+            received: the shared ones among them, as this client received them.
             client_state: from `init` or the client's last `reply`.
             sent: from `broadcast`.
         """

@@ -16,17 +16,17 @@ class Accumulator:
     client would take longer.
     """
 
-    def __init__(self, shared: Params, device: str, keep_deltas: bool) -> None:
+    def __init__(self, shared: Params, device: str, keep_sum: bool = True, keep_deltas: bool = False) -> None:
         """
         Args:
-            shared: the shared tensors as the clients received them.
-            keep_deltas: keep the delta of each client, in place of their sum.
+            shared: the shared tensors as the server has them.
+            keep_sum, keep_deltas: keep the sum of the deltas, and the delta of each client.
         """
         self.by_stack = device != "cpu"
         size = sum(tensor.numel() for tensor in shared.values())
         self.shared, self.weight, self.message = shared, 0.0, np.zeros(0)
-        self.delta = torch.zeros(0 if keep_deltas else size, dtype=torch.float64, device=device)
-        self.total = {} if keep_deltas else views(self.delta, shared)
+        self.delta = torch.zeros(size if keep_sum else 0, dtype=torch.float64, device=device)
+        self.total = views(self.delta, shared) if keep_sum else {}
         # To add float32 to float64 directly would make a new tensor for every client.
         buffer = torch.empty(max(map(torch.numel, shared.values()), default=0), dtype=torch.float64, device=device)
         self.float64_buffers = {name: buffer[: tensor.numel()].view_as(tensor) for name, tensor in shared.items()}

@@ -65,7 +65,7 @@ class Evaluator:
             for split, rows, owner in parts:
                 if split in splits:
                     entries += [self._entry(task, round, k, split, own, owner) for own in self._by_vocabulary(rows)]
-            if task.select(like, "private"):
+            if task.is_personal(like):
                 module.load_state_dict(received | self.models.private(task, k, written).params)
                 predictions += predictions_of(entries[len(predictions) :])
         predictions += predictions_of(

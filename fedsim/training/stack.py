@@ -46,6 +46,7 @@ def train_stack(
     sent: Params,
     classes: Tensor | None = None,
     client: ClientContext | None = None,
+    unicast: Params | None = None,
 ) -> Tensor:
     """Trains M clients in place, each on its own rows.
 
@@ -62,6 +63,7 @@ def train_stack(
         sent: what the rule sends besides the parameters.
         classes: (M, C) bool, the classes that compete in each client's loss; None: all.
         client: the M clients, for methods that read them.
+        unicast: (M, *shape) each, the shared tensors that each client was sent for itself, as it received them.
 
     Returns:
         (M,) mean loss over each client's local steps, in nats; nan where it took none.
@@ -69,9 +71,11 @@ def train_stack(
     starts = torch.tensor([0, *sizes]).cumsum(0)
     learned = trained(module)
     received = {name: tensor for name, tensor in shared.items() if name in learned}
+    own = {name: tensor for name, tensor in (unicast or {}).items() if name in learned}
     dtype = next((tensor.dtype for tensor in params.values()), torch.float32)
     # Probed with one client: a rule that adds nothing costs nothing per step.
-    adds = server.gradient({name: params[name][0] for name in learned}, received, states[0], sent)
+    first_own = {name: tensor[0] for name, tensor in own.items()}
+    adds = server.gradient({name: params[name][0] for name in learned}, received | first_own, states[0], sent)
     memory = {name: torch.stack([state[name] for state in states]) for name in states[0]} if adds else {}
     losses = torch.zeros(len(sizes), dtype=dtype, device=y.device)
     steps = torch.zeros(len(sizes), dtype=torch.int64)
@@ -88,7 +92,8 @@ def train_stack(
             loss, grads = gradients(method, module, group | same, batch)
             if adds:
                 state = {name: tensor[first:last] for name, tensor in memory.items()}
-                extra = _added(server, {name: group[name] for name in learned}, received, state, sent)
+                each = {name: tensor[first:last] for name, tensor in own.items()}
+                extra = _added(server, {name: group[name] for name in learned}, received, each, state, sent)
                 grads = {name: grads[name] + extra[name] if name in extra else grads[name] for name in learned}
             optimizer.step(method.clipped({name: grads[name] for name in learned}), first, last)
             losses[first:last] += loss
@@ -182,9 +187,11 @@ class _Objective(nn.Module):
         return self.method.loss(self.module, batch)
 
 
-def _added(server: Server, params: Params, received: Params, states: Params, sent: Params) -> Params:
+def _added(server: Server, params: Params, received: Params, own: Params, states: Params, sent: Params) -> Params:
+    """What the rule adds to the gradients of M clients; what each received for itself has a leading M."""
+    dims = dict.fromkeys(received) | dict.fromkeys(own, 0)
     with _one_sentence(server):
-        return vmap(server.gradient, in_dims=(0, None, 0, None))(params, received, states, sent)
+        return vmap(server.gradient, in_dims=(0, dims, 0, None))(params, received | own, states, sent)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -9,7 +10,7 @@ from fedsim.clip.model import Clip
 from fedsim.clip.sites import Reads
 from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone, Method, Scope, masked
-from fedsim.params import Params
+from fedsim.params import Params, flatten
 from fedsim.registry import name_of
 from fedsim.representations import Encoded
 from fedsim.rng import seed_for
@@ -17,6 +18,7 @@ from fedsim.servers import ClientUpdate, Server, Slots
 from fedsim.training.client_store import PrivateStore
 
 FEATURES = Reads()
+MAX_BANK_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,34 @@ class Task:
     def has_private_state(self, params: Params) -> bool:
         """Whether clients have a private state."""
         client_state = self.server.init(self.select(params, "shared"))[1]
-        return self.method.persist_optimizer or bool(client_state) or bool(self.select(params, "private"))
+        return self.method.persist_optimizer or bool(client_state) or self.is_personal(params)
+
+    def is_personal(self, params: Params) -> bool:
+        """Whether each client is evaluated with tensors of its own."""
+        return bool(self.unicast_like(params) or self.select(params, "private"))
+
+    def first_bank(self, params: Params, clients: int) -> np.ndarray:
+        """(K, P) zeros, one row for each of so many clients, if the rule `unicasts`; else empty.
+
+        Raises:
+            InputError: it would be too large. While a checkpoint is written, the driver has up to four times its bytes.
+        """
+        row = flatten(self.select(params, "shared"))
+        if not self.server.unicasts:
+            return np.zeros((0, 0), row.dtype)
+        if (size := clients * row.nbytes) > MAX_BANK_BYTES:
+            raise InputError(
+                f"server {name_of(self.server)} stores the shared parameters of every client in memory and in each "
+                f"checkpoint: {size / 2**20:,.0f} MiB for {clients:,} clients with {row.size:,} parameters each, more "
+                f"than {MAX_BANK_BYTES >> 20} MiB; take fewer clients or a method with fewer parameters"
+            )
+        return np.zeros((clients, row.size), row.dtype)
+
+    def unicast_like(self, params: Params) -> Params:
+        """What `Server.unicast` gives a client, for its names and shapes."""
+        if not self.server.unicasts:
+            return {}
+        return self.server.unicast(0, {}, self.select(params, "shared", "server"))
 
     def payload(self, params: Params, cohort: int) -> tuple[int, int]:
         """Bytes that a client receives and sends in a round with `cohort` clients."""

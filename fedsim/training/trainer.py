@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,12 +30,43 @@ Rows = dict[int, np.ndarray]  # train rows by client
 NO_ROWS = np.empty(0, np.int64)
 
 
+class Chunk(NamedTuple):
+    """Clients of a cohort that one call trains.
+
+    Attributes:
+        version: of the parameters that they received, by the number of rounds done.
+        unicast: (n, Q) what `Server.unicast` gives each of them, flat; None under rules that do not unicast.
+    """
+
+    version: int
+    clients: Stored
+    unicast: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Received:
+    """What the clients of a chunk were sent.
+
+    Attributes:
+        round: in which they were sent it.
+        params: all parameters as the server had them.
+        sent: what the rule sends besides.
+        unicast: (Q,) what it sends to one client in place of some of `params`, flat, by client.
+    """
+
+    round: int
+    params: Params
+    sent: Params
+    unicast: dict[int, np.ndarray]
+
+
 @dataclass(frozen=True)
 class TrainedStack:
     """The clients of a stack after their local training. The tensors are reused for the next stack.
 
     Attributes:
-        params: their shared and private tensors, (M, *shape).
+        params: their shared and private tensors, and those that each was sent for itself, (M, *shape).
+        unicast: the shared tensors that each was sent for itself, before training, (M, *shape).
         losses: (M,) mean over each client's local steps, in nats; nan if it took none.
         optimizer: each client's optimizer state by name, if the method keeps it from round to round.
         rule: each client's memory for the server rule, before this round.
@@ -42,6 +74,7 @@ class TrainedStack:
 
     clients: list[int]
     params: Params
+    unicast: Params
     losses: list[float]
     optimizer: list[Params]
     rule: list[Params]
@@ -65,7 +98,7 @@ class Trainer:
         round: int,
         versions: dict[int, np.ndarray],
         broadcast: np.ndarray,
-        chunk: tuple[int, Stored],
+        chunk: Chunk,
     ) -> ChunkSum:
         """One round of a chunk of clients.
 
@@ -73,31 +106,35 @@ class Trainer:
             versions: (P,) all parameters as the server had them, by the number of rounds done; private ones are those
                 of round 0.
             broadcast: what the server rule sends besides the parameters, flat.
-            chunk: the version that the clients received, and the clients.
         """
-        version, clients = chunk
-        sent_in = version + 1  # the round in which the clients were sent the parameters
+        version, clients, unicast = chunk
         like = self.models.module(task)[1]
-        received = moved(unflatten(versions[version], like), self.device)
-        shared = task.select(received, "shared")
-        client_state, broadcast_like = self.rule_tensors(task)
-        sent = moved(unflatten(broadcast, broadcast_like), self.device, task.dtype)
+        client_state, broadcast_like, _ = self.rule_tensors(task)
+        received = Received(
+            version + 1,
+            moved(unflatten(versions[version], like), self.device),
+            moved(unflatten(broadcast, broadcast_like), self.device, task.dtype),
+            {} if unicast is None else {client: row for (client, _), row in zip(clients, unicast, strict=True)},
+        )
+        shared = task.select(received.params, "shared")
         rows_of = {client: self.clients[client].train for client, _ in clients}
-        total = Accumulator(shared, self.device, task.server.needs_deltas)
+        rule, lr = task.server, task.lr(received.round)
+        total = Accumulator(shared, self.device, not rule.needs_deltas, rule.needs_deltas or rule.unicasts)
         stats = []
-        for stack in self._train_stacks(task, round, sent_in, received, sent, clients, rows_of):
+        for stack in self._train_stacks(task, round, received, clients, rows_of):
             replies = []  # summed before the loop continues, because the tensors of a stack are reused for the next one
             for k, client in enumerate(stack.clients):
                 rows = len(rows_of[client])
                 steps = task.method.steps(rows) * bool(stack.params)
                 trained = {name: stack.params[name][k] for name in shared}
                 staleness = round - 1 - version
+                old = shared | {name: tensor[k] for name, tensor in stack.unicast.items()}
                 update = ClientUpdate(
-                    shared, trained, stack.rule[k], sent, rows, steps, staleness, task.method, task.lr(sent_in)
+                    old, trained, stack.rule[k], received.sent, rows, steps, staleness, task.method, lr
                 )
-                reply = task.server.reply(update)
+                reply = rule.reply(update)
                 if reply.client_state.keys() != client_state.keys():
-                    raise TypeError(f"{name_of(task.server)}: the client_state of reply needs the names of init's")
+                    raise TypeError(f"{name_of(rule)}: the client_state of reply needs the names of init's")
                 if self.stores(task):
                     self._write_private(task, round, stack, k, reply.client_state)
                 replies.append(reply)
@@ -106,39 +143,41 @@ class Trainer:
         return total.sum(np.sort(np.array(stats, CLIENT_STATS), order="client"), round)
 
     def _train_stacks(
-        self, task: Task, round: int, sent_in: int, received: Params, sent: Params, clients: Stored, rows_of: Rows
+        self, task: Task, round: int, received: Received, clients: Stored, rows_of: Rows
     ) -> Iterator[TrainedStack]:
         # Clients with similar numbers of rows share a stack, so that most of their batches have equal sizes.
         ordered = sorted(clients, key=lambda pair: (-len(rows_of[pair[0]]), pair[0]))
-        size = 1 if task.reference else stack_size(task.select(received, "shared", "private"), task.method, self.device)
+        own = task.select(received.params, "shared", "private")
+        size = 1 if task.reference else stack_size(own, task.method, self.device)
         for first in range(0, len(ordered), size):
-            yield self._train_stack(task, round, sent_in, received, sent, ordered[first : first + size], rows_of)
+            yield self._train_stack(task, round, received, ordered[first : first + size], rows_of)
 
     @torch.no_grad()
-    def _train_stack(
-        self, task: Task, round: int, sent_in: int, received: Params, sent: Params, clients: Stored, rows_of: Rows
-    ) -> TrainedStack:
+    def _train_stack(self, task: Task, round: int, received: Received, clients: Stored, rows_of: Rows) -> TrainedStack:
         module, _ = self.models.module(task)
         module.train()  # `evaluate` leaves it in eval mode, and which calls came before depends on scheduling
         # For each stack again, since a module may change its buffers while it trains one.
-        if constants := task.select(received, "server", "frozen"):
+        if constants := task.select(received.params, "server", "frozen"):
             module.load_state_dict(constants, strict=False)
         params, optimizer = self.buffers(task, len(clients))
-        optimizer.reset(task.lr(sent_in))
+        optimizer.reset(task.lr(received.round))
         for name in params:
-            params[name].copy_(received[name])
-        shared = task.select(received, "shared")
+            params[name].copy_(received.params[name])
+        shared = task.select(received.params, "shared")
         common = dict(shared)  # the tensors with which all clients of the stack start alike
+        client_state, _, unicast_like = self.rule_tensors(task)
         states = []
         for k, (client, written) in enumerate(clients):
             private = self.models.private(task, client, written)
+            unicast = unflatten(received.unicast[client], unicast_like) if unicast_like else {}
             started = task.server.start(shared, torch_rng(task.seed, "start", round, client))
-            for name, tensor in (started | private.params).items():
+            for name, tensor in (unicast | started | task.select(private.params, "private")).items():
                 params[name][k] = tensor
                 common.pop(name, None)
             if private.optimizer:
                 optimizer.load(k, private.optimizer)
-            states.append(private.rule or self.rule_tensors(task)[0])
+            states.append(private.rule or client_state)
+        sent_each = {name: params[name].clone() for name in unicast_like if name in shared}
         ids = [client for client, _ in clients]
         rows = np.concatenate([rows_of[client] for client in ids])
         x = self.models.inputs(task, rows, self._views(task, round, ids, rows_of))
@@ -147,7 +186,7 @@ class Trainer:
         y = torch.from_numpy(self.data.y[rows]).to(self.device)
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
         classes = self._classes(task, ids, rows_of)
-        context = self.contexts.of(task, sent_in, [Client(k, rows_of[k], NO_ROWS, NO_ROWS) for k in ids])
+        context = self.contexts.of(task, received.round, [Client(k, rows_of[k], NO_ROWS, NO_ROWS) for k in ids])
         # For modules that draw random numbers, such as dropout. vmap refuses them; a stack that trains through a tower
         # is one client.
         draws = task.reference or task.method.reads.towers
@@ -156,16 +195,16 @@ class Trainer:
                 torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))
             if task.reference:
                 own = None if classes is None else classes[0]
-                options = {"shared": list(common), "client_state": states[0], "sent": sent, "classes": own}
-                options["client"] = context and context.part(0)
+                options = {"shared": [*common, *sent_each], "client_state": states[0], "sent": received.sent}
+                options |= {"classes": own, "client": context and context.part(0)}
                 with torch.enable_grad():
                     losses = [train_client(module, optimizer, x, y, task.method, task.server, rngs[0], **options)]
             else:
                 sizes = [len(rows_of[client]) for client in ids]
-                options = task.method, task.server, rngs, states, sent, classes, context
+                options = task.method, task.server, rngs, states, received.sent, classes, context, sent_each
                 losses = train_stack(module, params, optimizer, common, x, y, sizes, *options).tolist()
         stored = range(len(ids)) if task.method.persist_optimizer else ()
-        return TrainedStack(ids, params, losses, [optimizer.moments(k) for k in stored], states)
+        return TrainedStack(ids, params, sent_each, losses, [optimizer.moments(k) for k in stored], states)
 
     def _classes(self, task: Task, clients: list[int], rows_of: Rows) -> Tensor | None:
         """(M, C) bool, the classes that compete in each client's loss; None where all do."""
@@ -190,8 +229,9 @@ class Trainer:
     def _write_private(self, task: Task, round: int, stack: TrainedStack, k: int, rule: Params) -> None:
         """Stores the private state of the stack's k-th client after a round."""
         client = stack.clients[k]
+        stored = stack.params if task.server.unicasts else task.select(stack.params, "private")
         private = PrivateState(
-            params={name: tensor[k] for name, tensor in task.select(stack.params, "private").items()},
+            params={name: tensor[k] for name, tensor in stored.items()},
             optimizer=stack.optimizer[k] if task.method.persist_optimizer else {},
             rule=rule,
         )
@@ -202,16 +242,18 @@ class Trainer:
             assert task.private is not None
             task.private.write(client, round, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
-    def _rule_tensors(self, task: Task) -> tuple[Params, Params]:
-        """A client's first memory for the server rule; and what the rule sends, for its names and shapes."""
-        shared = task.select(self.models.module(task)[1], "shared")
+    def _rule_tensors(self, task: Task) -> tuple[Params, Params, Params]:
+        """A client's first memory for the rule; and what `broadcast` and `unicast` give, for its names and shapes."""
+        like = self.models.module(task)[1]
+        shared = task.select(like, "shared")
         slots, client_state = task.server.init(shared)
-        return moved(client_state, self.device), task.server.broadcast(slots, shared)
+        return moved(client_state, self.device), task.server.broadcast(slots, shared), task.unicast_like(like)
 
     def _buffers(self, task: Task, clients: int) -> tuple[Params, Optimizer]:
         """The tensors of a stack, reused because fresh memory is slow; on the readable path those of the module."""
         module, _ = self.models.module(task)
-        params = task.select(module.state_dict(), "shared", "private")
+        state = module.state_dict()
+        params = task.select(state, "shared", "private") | {name: state[name] for name in self.rule_tensors(task)[2]}
         params = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
         if not task.reference:
             params = {
