@@ -1,4 +1,4 @@
-"""One round over a pool of workers: clients are trained or evaluated, chunk by chunk."""
+"""One round over a pool of workers: clients are surveyed, trained or evaluated, chunk by chunk."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,8 @@ from fedsim.schedule import PlannedRound, schedule
 from fedsim.servers import Bank, Server
 from fedsim.servers.fedavg import FedAvg
 from fedsim.state import ServerState, advance, past_versions
-from fedsim.training.task import Task
+from fedsim.training.survey import Survey
+from fedsim.training.task import Task, backbone_of
 from fedsim.training.trainer import Chunk
 from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 
@@ -59,6 +60,7 @@ class Federation:
         held_out: indices of the held-out domains.
         received_names: names of the tensors that a client receives.
         payload: bytes that a client receives and sends in a round.
+        survey: what is summed over all training clients before round 1; None if the method needs nothing.
         is_personal: each client is evaluated with tensors of its own.
         rows: (K,) int64, train rows of each client; -1 where not yet known, since rows may be generated on demand.
     """
@@ -71,14 +73,33 @@ class Federation:
         self.held_out = held_out_indices(experiment.data.source, config.held_out)
         self.received_names = list(task.select(params, "shared", "server"))
         self.payload = task.payload(params, config.cohort or clients.trainers)
+        self.survey = None
+        if task.select(params, "surveyed"):
+            self.survey = Survey(task, params, backbone_of(experiment.encoded.source, dtype=task.dtype))
         self.is_personal = task.is_personal(params)
         self.rows = np.full(clients.trainers, -1, np.int64)
 
     def schedule(self, done: int) -> Iterator[PlannedRound]:
         """The rounds that remain after `done` rounds."""
         config = self.experiment.config
-        rounds = schedule(config, self.clients.trainers, self._train_rows, *self.payload)
+        once = self.survey.payload if self.survey else (0, 0)
+        rounds = schedule(config, self.clients.trainers, self._train_rows, *self.payload, once)
         return islice(rounds, done, config.rounds)
+
+    def surveyed(self, state: ServerState) -> ServerState:
+        """The state of round 0 with what follows from the survey of all clients that train."""
+        if not self.survey:
+            return state
+        chunks = self._chunks(list(range(self.clients.trainers)))
+        sums = self.workers.map("survey", chunks, self.task, flatten(state.params))
+        return replace(state, params=state.params | self.survey.conclude(sums))
+
+    def bytes_of(self, planned: PlannedRound, received: int) -> tuple[int, int]:
+        """Bytes that all clients receive and send in a round, in which the updates of `received` clients count."""
+        down, up = self.payload
+        once = self.survey.payload if self.survey and planned.round == 1 else (0, 0)
+        population = self.clients.trainers
+        return planned.asked * down + population * once[0], received * up + population * once[1]
 
     def train(self, state: ServerState, planned: PlannedRound) -> tuple[ServerState, np.ndarray]:
         """One round of training.

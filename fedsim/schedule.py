@@ -8,7 +8,7 @@ arXiv 2106.06639 (FedBuff).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count, islice
 from math import ceil, inf
@@ -125,16 +125,23 @@ def check_trained(
 
 
 def schedule(
-    config: Config, population: int, rows_of: RowsOf, bytes_down: int, bytes_up: int
+    config: Config,
+    population: int,
+    rows_of: RowsOf,
+    bytes_down: int,
+    bytes_up: int,
+    survey_bytes: tuple[int, int] = (0, 0),
 ) -> Iterator[PlannedRound]:
     """All rounds of a run, without end.
 
     A client is found to have dropped out when its answer would have been due, or at the deadline if that is earlier.
+    A survey comes before round 1 and waits for the slowest link of all clients, whether available in that round or not.
 
     Args:
         population: number of training clients; their ids are below it.
         rows_of: train rows of the clients of these ids.
         bytes_down, bytes_up: what a client receives and sends.
+        survey_bytes: the same of the survey, once.
 
     Raises:
         InputError: under an asynchronous rule, no client responds within the deadline.
@@ -149,7 +156,11 @@ def schedule(
         row, down, up = costs[clients].T
         return rows * row + bytes_down * down + bytes_up * up
 
-    return (_buffers if config.server.buffer is not None else _rounds)(config, population, seconds)
+    rounds = (_buffers if config.server.buffer is not None else _rounds)(config, population, seconds)
+    if not any(survey_bytes):
+        return rounds
+    survey_s = float((costs[:, 1:] @ np.array(survey_bytes, np.float64)).max())
+    return (replace(planned, clock_s=survey_s + planned.clock_s) for planned in rounds)
 
 
 def _rounds(config: Config, population: int, seconds: Seconds) -> Iterator[PlannedRound]:

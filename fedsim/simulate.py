@@ -105,9 +105,11 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     yield report
     for planned in federation.schedule(state.round):
         began = time.perf_counter()
+        if planned.round == 1:
+            state = federation.surveyed(state)
         state, stats = federation.train(state, planned)
-        flops = _flops(report, stats, task.method)
-        report.add_round(planned, stats, federation.payload, time.perf_counter() - began, flops)
+        sent, flops = federation.bytes_of(planned, len(stats)), _flops(report, stats, task.method)
+        report.add_round(planned, stats, sent, time.perf_counter() - began, flops)
         if planned.round % config.eval_every == 0:
             report.add_evaluation(federation.reported(state), federation.evaluate(state))
         elif planned.round == config.rounds:

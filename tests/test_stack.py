@@ -11,7 +11,7 @@ from fedsim import Backbone, InputError, Method, available, component, run
 from fedsim.clients import Population
 from fedsim.datasets import Features
 from fedsim.encoding import from_features
-from fedsim.methods import Batch
+from fedsim.methods import Batch, trained
 from fedsim.params import flatten
 from fedsim.registry import parse
 from fedsim.servers import Reply
@@ -89,7 +89,7 @@ def test_stacked_clients_are_trained_as_one_by_one(name, server, features, clien
     stacked, single = (two_rounds(features, clients, tmp_path, reference, **task) for reference in (False, True))
     agree(stacked, single, 1e-7, 1e-12)
     moved = np.abs(single[0][1].delta).sum() if server != "local_only" else len(single[1][0])
-    assert name in ("zero_shot", "prior") or moved > 0
+    assert moved > 0 or not trained(task["method"].build(backbone_of(features)))
 
 
 @pytest.mark.parametrize("optimizer", [{"optimizer": "sgd", "momentum": 0.9}, {"optimizer": "adamw"}, {}])

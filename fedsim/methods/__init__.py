@@ -1,8 +1,8 @@
 """Methods: what is trained on top of the frozen CLIP, and how a client trains it.
 
 A method defines `build(backbone)`, which returns a module that holds exactly what is trained, and optionally `sites`
-(where that attaches to CLIP), `loss`, its `closed_form`, and `scope` (which tensors travel). The hyperparameters of
-local training are fields of every method.
+(where that attaches to CLIP), `loss`, its `closed_form`, `scope` (which tensors travel), and `survey` (sums over all
+clients that it needs first). The hyperparameters of local training are fields of every method.
 """
 
 import math
@@ -24,8 +24,9 @@ from fedsim.search_space import Choice, Field, Linear, Log
 
 # Who trains a tensor, and whether it travels. shared: clients train it, and the server combines the results. private:
 # each client trains its own copy, which never leaves it. server: only the server changes it, and sends it to clients.
-# frozen: it never changes and never travels, because it follows from the seed.
-Scope = Literal["shared", "private", "server", "frozen"]
+# frozen: it never changes and never travels, because it follows from the seed. surveyed: the server computes it from
+# `Method.survey` before round 1 and sends it once; it never changes after that.
+Scope = Literal["shared", "private", "server", "frozen", "surveyed"]
 Schedule = Literal["constant", "cosine", "exponential", "step"]
 
 
@@ -198,7 +199,8 @@ class Method(ABC):
         `Batch.classes`; a module may ignore it, since the engine sets the logits of inactive classes to -inf.
 
         It is called in every process under the same seed, so random initial values must come from PyTorch's global
-        generator. Only parameters are trained; persistent buffers are sent unchanged.
+        generator. Only parameters are trained; persistent buffers are sent unchanged, unless their scope says
+        otherwise.
 
         Raises:
             InputError: the hyperparameters do not fit the backbone.
@@ -217,6 +219,31 @@ class Method(ABC):
     ) -> Tensor:
         """(B, C) logits, as they are evaluated; x, classes and client as in `Batch`."""
         return module(x, classes)
+
+    def survey(self, module: nn.Module, batch: Batch) -> Params:
+        """What a client contributes to a sum over all clients that train, once, before round 1.
+
+        It is called if a tensor has the scope `surveyed`, for methods that read image features. What it returns is sent
+        and counted in its own dtype; it is summed in float64, chunk by chunk.
+
+        Args:
+            module: as it is in round 0.
+            batch: all train rows of a client, without augmentation; its `classes` are None.
+
+        Returns:
+            Tensors with the same names and shapes for every client; of a batch without rows, zeros.
+        """
+        return {}
+
+    def surveyed(self, module: nn.Module, total: Params) -> Params:
+        """The tensors with the scope `surveyed`, computed by the server.
+
+        Args:
+            module: as it is in round 0.
+            total: the sum of what `survey` returned, in float64. It may be that of few clients: a class may have no
+                rows.
+        """
+        return {}
 
     def closed_form(self, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
         """Losses and gradients of M clients without autograd; None (the default): `loss` runs under autograd.

@@ -132,7 +132,7 @@ class Report:
         self,
         planned: PlannedRound,
         clients: np.ndarray,
-        payload: tuple[int, int],
+        sent: tuple[int, int],
         seconds: float,
         flops: float = float("nan"),
     ) -> None:
@@ -140,14 +140,14 @@ class Report:
 
         Args:
             clients: (n,) of `updates.CLIENT_STATS`, of the clients that count.
-            payload: bytes that a client receives, and that it sends.
+            sent: bytes that all clients receive, and that they send.
             flops: floating-point operations; nan if they were not counted.
         """
         losses = clients["loss"][~np.isnan(clients["loss"])]
         counts = planned.round, planned.asked, len(clients), planned.dropped, planned.late
-        sent = len(clients) * payload[1], planned.asked * payload[0]
+        down, up = sent
         loss = losses.mean() if len(losses) else np.nan
-        row = *counts, *sent, seconds, planned.clock_s, loss, clients["steps"].sum(), flops
+        row = *counts, up, down, seconds, planned.clock_s, loss, clients["steps"].sum(), flops
         self.rounds.append(np.array(row, np.float64))
 
     # In a checkpoint ---------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ ZERO_SHOT, TRAINED = "zero_shot", "trained"  # column `model`: zero-shot CLIP (r
 EVALUATIONS = ("scores", "labels", "calibration")
 INTEGERS = ("round", "asked", "clients", "dropped", "late", "bytes_up", "bytes_down", "steps")
 # Clients that were asked either drop out, miss the deadline, or count. Bytes down are of all that were asked, bytes up
-# of those that count; clock_s are simulated seconds since the start. Steps and flops, the floating-point operations of
-# training, are of all clients together.
+# of those that count; those of a survey, in round 1, are of all clients that train. clock_s are simulated seconds since
+# the start. Steps and flops, the floating-point operations of training, are of all clients together.
 COLUMNS = {
     "scores": ("model", "round", *SCORES),
     "labels": ("model", "round", "group", "label", "correct", "predicted", "support"),

@@ -98,6 +98,13 @@ class _Twins(Method):
             grads |= {f"{half}.{name}": grad for name, grad in closed[1].items()}
         return losses[0] + losses[1], grads
 
+    def survey(self, module: "_Pair", batch: Batch) -> Params:
+        return self.inner.survey(module.shared, batch)
+
+    def surveyed(self, module: "_Pair", total: Params) -> Params:
+        tensors = self.inner.surveyed(module.shared, total)
+        return {f"{half}.{name}": tensor for half in HALVES for name, tensor in tensors.items()}
+
     def clipped(self, grads: Params) -> Params:
         """The gradients of each half, clipped on their own: the shared model trains as without the personal one."""
         clip = super().clipped
@@ -107,6 +114,8 @@ class _Twins(Method):
     def scope(self, name: str):
         half, _, inside = name.partition(".")
         scope = self.inner.scope(inside)
+        if half == "own" and scope == "surveyed":
+            return "frozen"  # a copy, which does not travel a second time
         return "private" if half == "own" and scope == "shared" else scope
 
 

@@ -124,6 +124,10 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
             f"{name_of(task.method)} gives {listing(names)} the scope server, which only a server rule can give, "
             "because it says how the server changes a tensor that clients do not train; use frozen"
         )
+    if task.select(params, "surveyed") and task.method.reads.image != "features":
+        raise InputError(
+            f"{name_of(task.method)} makes a survey, which needs image features, not {task.method.reads.image}"
+        )
     task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
     return params
 

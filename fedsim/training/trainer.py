@@ -157,7 +157,7 @@ class Trainer:
         module, _ = self.models.module(task)
         module.train()  # `evaluate` leaves it in eval mode, and which calls came before depends on scheduling
         # For each stack again, since a module may change its buffers while it trains one.
-        if constants := task.select(received.params, "server", "frozen"):
+        if constants := task.select(received.params, "server", "frozen", "surveyed"):
             module.load_state_dict(constants, strict=False)
         params, optimizer = self.buffers(task, len(clients))
         optimizer.reset(task.lr(received.round))
