@@ -60,7 +60,9 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
     client = experiment.clients[0]
     sample = numpy_rng(task.seed, "flops").permutation(client.train)[: task.method.batch_size]
     context = ClientContexts(source, experiment.clients, "cpu").of(task, 1, [client])
-    per_step, per_row = flops_of(task, backbone, source, sample, context and context.part(0))
+    masks = task.competing(source, experiment.clients.trained_classes(source), [client.train])
+    classes = None if masks is None else masks[0]
+    per_step, per_row = flops_of(task, backbone, source, sample, classes, context and context.part(0))
     facts = {
         "images": f"{source.rows_per_client} a client, made on demand" if source.rows_per_client else len(source),
         "width": experiment.data.width,

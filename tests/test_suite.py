@@ -22,9 +22,7 @@ from fedsim.registry import parse
 from fedsim.reporting.report import Report
 from fedsim.simulate import rounds
 from fedsim.training.client_store import PrivateStore
-from fedsim.training.models import Models
 from fedsim.training.task import Task
-from fedsim.training.trainer import Trainer
 
 # Folder, name of the split file and folder of the images, as in CoOp's DATASETS.md; and a number of classes.
 LAYOUTS = {
@@ -227,8 +225,8 @@ def test_the_classes_of_a_client_with_rows_of_two_sets_compete_together(suite):
     config = suite(partition="iid", clients=2, method="fedclip")
     experiment = prepare(config)
     data = encoded(config)
-    trainer = Trainer(Models(data), experiment.clients)
-    masks = trainer._classes(Task(config.method, config.server, 0), [0], {0: np.array([0, len(data) - 1])})
+    trained = experiment.clients.trained_classes(data)
+    masks = Task(config.method, config.server, 0).competing(data, trained, [np.array([0, len(data) - 1])])
     domain = np.array(data.class_domain)
     assert masks is not None and masks.tolist() == [(domain != 1).tolist()]
 
@@ -253,6 +251,15 @@ def test_methods_run_on_a_suite_and_predict_classes_of_the_rows_own_set(method, 
     counts = tables.trained.labels.assign(set=lambda table: table.label.str.partition("/")[0])
     by_set = counts.groupby(["round", "group", "set"])[["predicted", "support"]].sum()
     assert (by_set.predicted == by_set.support).all() and len(by_set) == 2 * 2 * 3
+
+
+def test_operations_are_those_of_the_texts_that_a_client_encodes(suite, sets, tmp_path):
+    method, name = {"name": "promptfl", "length": 2}, THREE[0]
+    both = report_of(suite(method=method))
+    one = report_of(alone(sets, tmp_path, name, method=method, partition="iid", clients=1))
+    base = report_of(suite(method=method, new_classes=0.5, out=tmp_path / "base"))
+    counts = [report.facts["flops_per_step"] for report in (both, one, base)]
+    assert counts[0] == counts[1] > counts[2]
 
 
 # FedTPG's federation --------------------------------------------------------------------------------------------

@@ -14,7 +14,12 @@ from fedsim.training.task import Task
 
 
 def flops_of(
-    task: Task, backbone: Backbone, data: Encoded, rows: np.ndarray, client: ClientContext | None = None
+    task: Task,
+    backbone: Backbone,
+    data: Encoded,
+    rows: np.ndarray,
+    classes: np.ndarray | None = None,
+    client: ClientContext | None = None,
 ) -> tuple[float, float]:
     """The operations of a local step that do not depend on its batch, and the operations per row of the batch.
 
@@ -24,11 +29,14 @@ def flops_of(
 
     Args:
         rows: train rows, in any order; a whole batch if there are as many.
+        classes: (C,) bool, the classes that compete for them; None: all.
         client: whose rows they are, for methods that read it.
     """
     module = task.build(backbone)
     if not trained(module):
         return 0.0, 0.0
+
+    active = None if classes is None else torch.from_numpy(classes)
 
     def count(size: int) -> int:
         batch = np.resize(rows, size)
@@ -37,7 +45,7 @@ def flops_of(
         ).whole()
         y = torch.from_numpy(data.y[batch])
         with Operations() as operations:
-            task.method.loss(module.train(), Batch(x, y, client=client)).backward()
+            task.method.loss(module.train(), Batch(x, y, active, client)).backward()
         return operations.total
 
     # At least two rows, because some methods skip a batch of one; few images, because each passes through a tower.

@@ -1,5 +1,6 @@
 """What all clients of a run have in common, and the parameters of round 0."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import nn
 
 from fedsim.clip.model import Clip
 from fedsim.clip.sites import Reads
+from fedsim.datasets import Labels
 from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone, Method, Scope, masked
 from fedsim.params import Params, flatten
@@ -56,6 +58,22 @@ class Task:
     def evaluated(self, params: Params, slots: Slots) -> Params:
         """All tensors as they are evaluated; see `Server.evaluated`."""
         return params | self.server.evaluated(self.select(params, "shared"), slots)
+
+    def competing(self, data: Labels, trained: np.ndarray, rows: Sequence[np.ndarray]) -> np.ndarray | None:
+        """(M, C) bool, the classes that compete in the loss of each of M clients; None where all do.
+
+        Args:
+            trained: (C,) bool, the classes that clients train on.
+            rows: the train rows of each client.
+        """
+        if self.method.label_space == "client":
+            masks = np.zeros((len(rows), len(data.classes)), bool)
+            for mask, own in zip(masks, rows, strict=True):
+                mask[data.y[own]] = True  # not the classes that only its test rows show
+            return masks
+        if data.class_domain or not trained.all():
+            return np.stack([trained & data.competing(own) for own in rows])
+        return None
 
     def has_private_state(self, params: Params) -> bool:
         """Whether clients have a private state."""

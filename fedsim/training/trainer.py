@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedsim.clients import Client, Population
 from fedsim.errors import Diverged
@@ -185,7 +184,8 @@ class Trainer:
             x = x.whole()
         y = torch.from_numpy(self.data.y[rows]).to(self.device)
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
-        classes = self._classes(task, ids, rows_of)
+        masks = task.competing(self.data, self.trained_classes, [rows_of[client] for client in ids])
+        classes = None if masks is None else torch.from_numpy(masks).to(self.device)
         context = self.contexts.of(task, received.round, [Client(k, rows_of[k], NO_ROWS, NO_ROWS) for k in ids])
         # For modules that draw random numbers, such as dropout. vmap refuses them; a stack that trains through a tower
         # is one client.
@@ -205,18 +205,6 @@ class Trainer:
                 losses = train_stack(module, params, optimizer, common, x, y, sizes, *options).tolist()
         stored = range(len(ids)) if task.method.persist_optimizer else ()
         return TrainedStack(ids, params, sent_each, losses, [optimizer.moments(k) for k in stored], states)
-
-    def _classes(self, task: Task, clients: list[int], rows_of: Rows) -> Tensor | None:
-        """(M, C) bool, the classes that compete in each client's loss; None where all do."""
-        if task.method.label_space == "client":
-            masks = np.zeros((len(clients), len(self.data.classes)), bool)
-            for mask, k in zip(masks, clients, strict=True):
-                mask[self.data.y[rows_of[k]]] = True  # not the classes that only its test rows show
-        elif self.data.class_domain or not self.trained_classes.all():
-            masks = np.stack([self.trained_classes & self.data.competing(rows_of[k]) for k in clients])
-        else:
-            return None
-        return torch.from_numpy(masks).to(self.device)
 
     def _views(self, task: Task, round: int, clients: list[int], rows_of: Rows) -> np.ndarray | None:
         """The augmented view of each train row in a round; None without augmentation."""
