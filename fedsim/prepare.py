@@ -227,6 +227,11 @@ def _check_clients(config: Config, method: Method, clients: Population) -> None:
             raise InputError(f"{name} of {count} from {clients.trainers} clients; it can be at most {clients.trainers}")
     check(config, clients.trainers)
     _check_evaluated(config, clients)
+    if method.reads_target and not len(clients.held_out):
+        raise InputError(
+            f"method {name_of(config.method)} reads unlabelled rows of held-out domains in training, and no domain is "
+            "held out; give --held-out"
+        )
     if method.batch_size < method.min_batch:
         raise InputError(
             f"--method.batch-size must be {method.min_batch} or more with this method, got {method.batch_size}"

@@ -78,6 +78,9 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
         "flops_per_row": per_row,
         "versions": environment(),
     }
+    if task.method.reads_target:
+        count = sum(map(len, experiment.clients.held_out))
+        facts["transductive"] = f"training reads {count} test rows of held-out domains, without labels"
     if task.server.evaluated_as:
         facts["evaluated"] = task.server.evaluated_as
     if experiment.data.weights:  # of ready-made features, the texts are not known

@@ -112,12 +112,14 @@ class Batch(NamedTuple):
         y: (B,) class indices.
         classes: (C,) bool, the classes that compete; None: all.
         client: whose rows they are; None unless `Method.reads_client`.
+        target: (B, ...) as x, unlabelled test rows of the held-out domains; None unless `Method.reads_target`.
     """
 
     x: Tensor
     y: Tensor
     classes: Tensor | None = None
     client: ClientContext | None = None
+    target: Tensor | None = None
 
 
 # The optimizers for which a hyperparameter is searched.
@@ -176,6 +178,9 @@ class Method(ABC):
     # Whether `loss` and `logits` get the client; each is then evaluated separately. A server that learns `total`, the
     # counts of all clients, is not among the bytes that are counted.
     reads_client: ClassVar[bool] = False
+    # Whether `loss` gets unlabelled rows of the held-out domains, the same that are tested. Reports then say that the
+    # method is transductive.
+    reads_target: ClassVar[bool] = False
 
     label_space: Literal["all", "client"] = Field(
         "all", description="classes that compete in a client's loss: all training classes, or only the client's own"
@@ -199,8 +204,8 @@ class Method(ABC):
         `Batch.classes`; a module may ignore it, since the engine sets the logits of inactive classes to -inf.
 
         It is called in every process under the same seed, so random initial values must come from PyTorch's global
-        generator. Only parameters are trained; persistent buffers are sent unchanged, unless their scope says
-        otherwise.
+        generator. Only parameters are trained. Persistent buffers have scopes too: shared ones are sent and averaged,
+        and a forward pass in training may change them in place (`_batch_norm.py`).
 
         Raises:
             InputError: the hyperparameters do not fit the backbone.

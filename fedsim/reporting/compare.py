@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.config import flat
-from fedsim.errors import InputError, Stopped
+from fedsim.errors import InputError, Stopped, listing
 from fedsim.files import FULL, reason, write_text
 from fedsim.folder import check_page
 from fedsim.formats import number, percent, setting, spread
@@ -56,6 +56,11 @@ CAVEATS = {
     ),
 }
 
+TRANSDUCTIVE = (
+    "Transductive: {}. Training read the test rows of held-out domains without their labels, so generalization does "
+    "not compare with that of runs that never saw these rows."
+)
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -66,6 +71,7 @@ class Finished:
         chosen: the chosen round.
         means, zero_shot: `summarize` of the chosen round and of zero-shot CLIP.
         lines: `curves` by round and by cost, with the key "round" or that of `against_cost`.
+        transductive: its method read target rows.
     """
 
     name: str
@@ -76,6 +82,7 @@ class Finished:
     lines: dict[str, pd.DataFrame]
     megabytes: float
     seconds: float
+    transductive: bool
 
 
 Groups = list[tuple[str, list[Finished]]]  # a name, and one run or those that differ only in their seeds
@@ -115,6 +122,8 @@ def compare(runs: Sequence[Path], out: Path, warn: Callable[[str], None] = lambd
     tables |= {caption: _more(shown)}
     names = {field.partition(".")[0] for field in differing}
     caveats = [caveat for fields, caveat in CAVEATS.items() if names & set(fields)]
+    if transductive := [run.name for run in finished if run.transductive]:
+        caveats.append(TRANSDUCTIVE.format(listing(transductive, 20)))
     words = [f"{CHOSEN} {NEVER}", *caveats]
     sections = [
         Section("", words, tables={caption: rows.set_index("name") for caption, rows in tables.items()}),
@@ -165,6 +174,7 @@ def _read(run: Path, name: str) -> Finished:
         {"round": by_round} | against_cost(by_round, tables.rounds),
         tables.rounds.bytes_up.sum() / 1e6,
         tables.rounds.seconds.sum(),
+        bool(tables.facts.get("transductive")),
     )
 
 

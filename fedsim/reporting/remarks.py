@@ -20,6 +20,11 @@ def remarks(tables: Tables) -> list[str]:
         sentences = [f"Round {chosen} of {last} is reported: the first with the highest mean validation accuracy."]
     if last and tables.facts.get("trained_parameters") and not tables.rounds.steps.sum():
         sentences.insert(0, "No client took a local step in any round: the numbers are those of untrained parameters.")
+    if tables.facts.get("transductive"):
+        sentences.append(
+            f"Transductive: training reads the test rows of held-out {listing(tables.held_out)} without their labels, "
+            "so held-out accuracy does not compare with that of methods that never see these rows."
+        )
     if evaluated := tables.facts.get("evaluated"):
         sentences.append(f"What is evaluated is a {evaluated} of the server's parameters, not what clients are sent.")
     if np.isnan(means["personalization"]):

@@ -43,6 +43,10 @@ class Merged(Method):
     def reads_client(self) -> bool:
         return self.inner.reads_client
 
+    @property
+    def reads_target(self) -> bool:
+        return self.inner.reads_target
+
     def build(self, backbone: Backbone) -> Paired:
         module = self.inner.build(backbone)
         module.add_merged()

@@ -63,6 +63,10 @@ class _Twins(Method):
         return self.inner.reads_client
 
     @property
+    def reads_target(self) -> bool:
+        return self.inner.reads_target
+
+    @property
     def fixed_rounds(self) -> bool:
         return self.inner.fixed_rounds
 

@@ -45,7 +45,8 @@ def flops_of(
         ).whole()
         y = torch.from_numpy(data.y[batch])
         with Operations() as operations:
-            task.method.loss(module.train(), Batch(x, y, active, client)).backward()
+            target = x if task.method.reads_target else None
+            task.method.loss(module.train(), Batch(x, y, active, client, target)).backward()
         return operations.total
 
     # At least two rows, because some methods skip a batch of one; few images, because each passes through a tower.

@@ -16,6 +16,7 @@ from fedsim.params import Params
 from fedsim.servers import Server
 from fedsim.training.inputs import Inputs
 from fedsim.training.optimizer import Optimizer
+from fedsim.training.targets import Targets
 
 # What a stack's parameters, gradients and moments may take. On a CPU this is what stays in cache; larger stacks are
 # slower (benchmarks/README.md). It depends on the device alone, because the order of a sum's rounding depends on it.
@@ -47,6 +48,7 @@ def train_stack(
     classes: Tensor | None = None,
     client: ClientContext | None = None,
     unicast: Params | None = None,
+    targets: Targets | None = None,
 ) -> Tensor:
     """Trains M clients in place, each on its own rows.
 
@@ -64,6 +66,7 @@ def train_stack(
         classes: (M, C) bool, the classes that compete in each client's loss; None: all.
         client: the M clients, for methods that read them.
         unicast: (M, *shape) each, the shared tensors that each client was sent for itself, as it received them.
+        targets: of the M clients, for methods that read rows of held-out domains.
 
     Returns:
         (M,) mean loss over each client's local steps, in nats; nan where it took none.
@@ -85,7 +88,8 @@ def train_stack(
             rows = [order[offset : offset + method.batch_size] for order in orders[first:last]]
             index = torch.stack(rows).to(y.device)
             masks = None if classes is None else classes[first:last]
-            batch = Batch(x[index], y[index], masks, client and client.part(slice(first, last)))
+            target = targets and targets.take(index.shape[1], first, last)
+            batch = Batch(x[index], y[index], masks, client and client.part(slice(first, last)), target)
             group = {name: tensor[first:last] for name, tensor in params.items()}
             # Before the first step all clients have the same parameters, and one large product serves them all.
             same = received if epoch == 0 and offset == 0 else {}
@@ -151,7 +155,8 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
 
     if not method.reads.towers:
         clients = batch.client and ClientContext._make((0, 0, None, None, None))
-        each = Batch._make((0, 0, None if batch.classes is None else 0, clients))  # the dimension of the clients
+        masks, target = (None if tensor is None else 0 for tensor in (batch.classes, batch.target))
+        each = Batch._make((0, 0, masks, clients, target))  # the dimension of the clients
         grads, losses = vmap(grad_and_value(loss), in_dims=(*stacked, each))(learned, fixed, batch)
         return losses, grads
     # The step of one client through a tower is large enough, and the towers do not support vmap.
@@ -168,8 +173,8 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
 
 
 def _of_client(batch: Batch, k: int) -> Batch:
-    classes = None if batch.classes is None else batch.classes[k]
-    return Batch(batch.x[k], batch.y[k], classes, batch.client and batch.client.part(k))
+    classes, target = (None if tensor is None else tensor[k] for tensor in (batch.classes, batch.target))
+    return Batch(batch.x[k], batch.y[k], classes, batch.client and batch.client.part(k), target)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -135,7 +135,9 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
     module = task.build(backbone)
     dtype = getattr(torch, task.dtype)
     if integers := [name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()]:
-        raise InputError(f"{name_of(task.method)} has tensors that cannot be averaged: {listing(integers)}")
+        counted = any(name.endswith("num_batches_tracked") for name in integers)
+        hint = "; fedsim.methods._batch_norm.BatchNorm does not count batches" if counted else ""
+        raise InputError(f"{name_of(task.method)} has tensors that cannot be averaged: {listing(integers)}{hint}")
     params = {name: tensor.detach().clone().to(dtype) for name, tensor in module.state_dict().items()}
     if names := [name for name in params if task.method.scope(name) == "server"]:
         raise InputError(

@@ -10,6 +10,7 @@ from fedsim.params import Params
 from fedsim.servers import Server
 from fedsim.training.inputs import Inputs
 from fedsim.training.optimizer import Optimizer
+from fedsim.training.targets import Targets
 
 
 def train_client(
@@ -25,6 +26,7 @@ def train_client(
     sent: Params | None = None,
     classes: Tensor | None = None,
     client: ClientContext | None = None,
+    targets: Targets | None = None,
 ) -> float:
     """Trains the module in place on one client's rows. `stack.train_stack` must give the same results.
 
@@ -38,6 +40,7 @@ def train_client(
         client_state, sent: the client's memory for the rule, and what the rule sends besides the parameters.
         classes: (C,) bool, the classes that compete in the loss; None: all.
         client: the client, for methods that read it.
+        targets: of this client alone, for methods that read rows of held-out domains.
 
     Returns:
         The mean loss over local steps, in nats; nan if there was no step.
@@ -50,7 +53,8 @@ def train_client(
         for rows in order.split(method.batch_size):
             if len(rows) < method.min_batch:
                 continue
-            loss = method.loss(module, Batch(x[rows], y[rows], classes, client))
+            target = targets and targets.take(len(rows))[0]
+            loss = method.loss(module, Batch(x[rows], y[rows], classes, client, target))
             grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
             with torch.no_grad():
                 extra = server.gradient(params, received, client_state or {}, sent or {})

@@ -21,6 +21,7 @@ from fedsim.training.contexts import ClientContexts
 from fedsim.training.models import Models
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.stack import stack_size, train_stack
+from fedsim.training.targets import Targets
 from fedsim.training.task import Task
 from fedsim.training.train import train_client
 from fedsim.updates import CLIENT_STATS, ChunkSum
@@ -187,6 +188,7 @@ class Trainer:
         masks = task.competing(self.data, self.trained_classes, [rows_of[client] for client in ids])
         classes = None if masks is None else torch.from_numpy(masks).to(self.device)
         context = self.contexts.of(task, received.round, [Client(k, rows_of[k], NO_ROWS, NO_ROWS) for k in ids])
+        targets = self._targets(task, round, ids)
         # For modules that draw random numbers, such as dropout. vmap refuses them; a stack that trains through a tower
         # is one client.
         draws = task.reference or task.method.reads.towers
@@ -196,15 +198,23 @@ class Trainer:
             if task.reference:
                 own = None if classes is None else classes[0]
                 options = {"shared": [*common, *sent_each], "client_state": states[0], "sent": received.sent}
-                options |= {"classes": own, "client": context and context.part(0)}
+                options |= {"classes": own, "client": context and context.part(0), "targets": targets}
                 with torch.enable_grad():
                     losses = [train_client(module, optimizer, x, y, task.method, task.server, rngs[0], **options)]
             else:
                 sizes = [len(rows_of[client]) for client in ids]
-                options = task.method, task.server, rngs, states, received.sent, classes, context, sent_each
+                options = task.method, task.server, rngs, states, received.sent, classes, context, sent_each, targets
                 losses = train_stack(module, params, optimizer, common, x, y, sizes, *options).tolist()
         stored = range(len(ids)) if task.method.persist_optimizer else ()
         return TrainedStack(ids, params, sent_each, losses, [optimizer.moments(k) for k in stored], states)
+
+    def _targets(self, task: Task, round: int, clients: list[int]) -> Targets | None:
+        """The test rows of the held-out domains, without their labels, for methods that read them."""
+        if not task.method.reads_target:
+            return None
+        x = self.models.inputs(task, np.concatenate([*self.clients.held_out]))
+        # Keyed apart from the batches: a method that does not read targets keeps its bits.
+        return Targets(x, [torch_rng(task.seed, "target", round, client) for client in clients])
 
     def _views(self, task: Task, round: int, clients: list[int], rows_of: Rows) -> np.ndarray | None:
         """The augmented view of each train row in a round; None without augmentation."""
