@@ -78,6 +78,41 @@ def test_only_what_is_shared_travels(name, private, trained, tmp_path):
         assert PrivateStore(tmp_path / "run" / "private").read(client, 1).keys() == {private}
 
 
+def test_the_shares_are_those_of_all_train_rows(trained):
+    report = trained("shares", partition={"name": "dirichlet", "min_rows": 4})
+    train = report.tables().partition.query("split == 'train'").groupby("label").rows.sum()
+    rows = torch.tensor([train[label] + 1.0 for label in report.tables().classes], dtype=torch.float64)
+    torch.testing.assert_close(report.adapter["shift"].double(), (rows / rows.sum()).log(), rtol=1e-6, atol=0)
+
+
+def test_predictions_for_target_rows_become_more_confident(trained, shown):
+    method = type(shown(*next(part for part in SHOWN if part[1] == "confident")))
+    confidence = []
+    for weight in (0.0, 10.0):
+        table = trained("flat", f"{weight}", method=method(weight=weight, lr=3e-4)).tables().trained.calibration
+        confidence.append(table.query("round == 1 and group == 'held_out'").confidence.sum())
+    assert confidence[1] > confidence[0] > 0
+
+
+def test_the_mean_of_the_last_two_models_is_evaluated(trained):
+    method = {"name": "probe", "optimizer": "sgd", "lr": 0.1}
+    first, second = (trained("flat", f"{rounds}", method=method, rounds=rounds).adapter for rounds in (1, 2))
+    midway = trained("midway", method=method, rounds=2).adapter
+    torch.testing.assert_close(midway["weight"], (first["weight"] + second["weight"]) / 2)
+
+
+def test_each_client_starts_from_its_own_model(trained, tmp_path):
+    # The second round has no step size, so it ends with what the clients were sent.
+    method = {"name": "probe", "lr": 0.01, "schedule": "step", "decay_rounds": 1, "lr_decay": 1e-30}
+    for rounds in (1, 2):
+        trained("nearest", f"{rounds}", method=method, rounds=rounds)
+    stores = [PrivateStore(tmp_path / f"{rounds}" / "private") for rounds in (1, 2)]
+    sent, received = ([store.read(client, k + 1)["weight"] for client in range(3)] for k, store in enumerate(stores))
+    for own, start in zip(sent, received, strict=True):
+        nearest = min((other for other in sent if other is not own), key=lambda other: (other - own).norm())
+        torch.testing.assert_close(start, (own + nearest) / 2)
+
+
 def test_counts_of_a_client_change_what_it_learns(trained):
     fields = {"partition": {"name": "dirichlet", "min_rows": 4}}
     balanced = trained("balanced", **fields)
