@@ -127,6 +127,16 @@ def test_an_asynchronous_rule_cannot_unicast(config):
         run(config(server=Late(), clients=4, partition="iid", fleet="lognormal"))
 
 
+def test_a_rule_sends_only_tensors_that_clients_receive(config):
+    @component
+    class Astray(FedAMP):
+        def unicast(self, client, bank, params):
+            return {"bias": torch.zeros(2)}
+
+    with pytest.raises(TypeError, match="unicast gives bias, which clients do not receive"):
+        run(config(server=Astray(), method="probe"))
+
+
 def test_a_method_without_shared_tensors_has_an_empty_bank(config):
     ours = config(server="fedamp", method="zero_shot", rounds=1)
     assert run(ours).rounds and unflatten(np.empty(0), {}) == {}

@@ -105,7 +105,11 @@ class Task:
         """What `Server.unicast` gives a client, for its names and shapes."""
         if not self.server.unicasts:
             return {}
-        return self.server.unicast(0, {}, self.select(params, "shared", "server"))
+        common = self.select(params, "shared", "server")
+        sent = self.server.unicast(0, {}, common)
+        if names := sorted(sent.keys() - common.keys()):
+            raise TypeError(f"{name_of(self.server)}: unicast gives {listing(names)}, which clients do not receive")
+        return sent
 
     def payload(self, params: Params, cohort: int) -> tuple[int, int]:
         """Bytes that a client receives and sends in a round with `cohort` clients."""
