@@ -42,6 +42,10 @@ PROGRAMS = {
     "facmic": {"optimizer": "adam", "lr": 5e-5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.02}
     | {"batch_size": 32, "local_epochs": 1, "persist_optimizer": True, "adaptation": 1.0}
     | CONSTANT,
+    # main.py
+    "faaclip": {"optimizer": "adam", "lr": 5e-5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.02}
+    | {"batch_size": 32, "local_epochs": 1, "persist_optimizer": True, "adversary": 0.5}
+    | CONSTANT,
     # federated_main.py, configs/trainers/PLOT/vit_b16.yaml
     "fedpgp": SGD
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 2, "length": 16}

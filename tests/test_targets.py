@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import run_until
+from safetensors import safe_open
 from test_stack import clients, features, two_rounds  # noqa: F401
 from torch import nn
 from torch.nn.functional import normalize
@@ -214,6 +215,51 @@ def test_a_run_sends_the_gate_and_its_statistics_and_resumes_to_the_same_bits(co
     assert whole.tables().rounds.bytes_up.tolist() == [2 * 4 * numbers] * 3 == whole.tables().rounds.bytes_down.tolist()
     assert whole.adapter["attention.1.running_var"].min() > 0
     assert not torch.equal(whole.adapter["attention.1.running_mean"], torch.zeros(width))
+
+
+# FAA-CLIP -------------------------------------------------------------------------------------------------------
+
+
+def adversarial(**fields):
+    method = parse("method", {"name": "faaclip", **fields})
+    torch.manual_seed(0)
+    module = method.build(Backbone(normalize(double(4, 6), dim=1), 20.0)).double()
+    return method, module, Batch(double(8, 6), torch.tensor([0, 1, 2, 3, 0, 1, 2, 2]), target=double(8, 6, seed=1))
+
+
+def test_the_classifier_learns_to_tell_domains_apart_and_the_gate_learns_the_opposite():
+    method, module, batch = adversarial()
+    gated = module.features(batch.x)
+    source, target = (module.classifier(rows).sigmoid() for rows in (gated, module.features(batch.target).detach()))
+    adversarial_loss = -(source.log().mean() + (1 - target).log().mean()) / 2
+    alone = contrastive(module.logits(gated), batch.y)
+    names = dict(module.named_parameters())
+    grads = dict(zip(names, torch.autograd.grad(method.loss(module, batch), list(names.values())), strict=True))
+    first = torch.autograd.grad(alone, list(names.values()), retain_graph=True, materialize_grads=True)
+    second = torch.autograd.grad(adversarial_loss, list(names.values()), materialize_grads=True)
+    for name, ours, theirs in zip(names, first, second, strict=True):
+        sign = 1 if name.startswith("classifier") else -1
+        torch.testing.assert_close(grads[name], ours + sign * 0.5 * theirs, rtol=1e-9, atol=1e-12)
+    assert method.loss(module, batch).item() == pytest.approx((alone + 0.5 * adversarial_loss).item(), rel=1e-10)
+    without, _, _ = adversarial(adversary=0.0)
+    assert without.loss(module, batch).item() == pytest.approx(alone.item(), rel=1e-12)
+
+
+def test_the_classifier_stays_with_its_client_and_makes_no_model_personal(config, tmp_path):
+    method = FAST | {"name": "faaclip"}
+    whole = run(config(method=method, out=tmp_path / "whole"))
+    run_until(2, config(method=method))
+    again = run(config(method=method))
+    assert all(torch.equal(whole.adapter[name], again.adapter[name]) for name in whole.adapter)
+    tables = whole.tables()
+    assert tables.rounds.bytes_up.tolist() == [2 * 4 * (2 * (24**2 + 24) + 4 * 24)] * 3  # the gate alone
+    held_out = tables.chosen.scores[tables.chosen.scores.domain == "ink"]
+    assert len(held_out) == 1  # of one model
+    layers = {f"classifier.{k}.{part}" for k in (0, 1, 3, 4, 6) for part in ("weight", "bias")}
+    for file in (tmp_path / "whole" / "private").iterdir():
+        with safe_open(file, "pt") as tensors:
+            names = set(tensors.keys())
+        assert {name for name in names if not name.startswith("optimizer/")} == layers
 
 
 @component

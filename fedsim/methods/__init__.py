@@ -305,6 +305,10 @@ class Method(ABC):
         """The scope of a tensor; a server rule may change it."""
         return "shared"
 
+    def is_auxiliary(self, name: str) -> bool:
+        """Whether a tensor serves training only: `logits` do not depend on it, and it makes no model personal."""
+        return False
+
 
 def trained(module: nn.Module) -> list[str]:
     """Names of the parameters that a client trains."""

@@ -78,11 +78,13 @@ class Task:
     def has_private_state(self, params: Params) -> bool:
         """Whether clients have a private state."""
         client_state = self.server.init(self.select(params, "shared"))[1]
-        return self.method.persist_optimizer or bool(client_state) or self.is_personal(params)
+        private = bool(self.unicast_like(params) or self.select(params, "private"))
+        return self.method.persist_optimizer or bool(client_state) or private
 
     def is_personal(self, params: Params) -> bool:
         """Whether each client is evaluated with tensors of its own."""
-        return bool(self.unicast_like(params) or self.select(params, "private"))
+        private = [name for name in self.select(params, "private") if not self.method.is_auxiliary(name)]
+        return bool(self.unicast_like(params) or private)
 
     def first_bank(self, params: Params, clients: int) -> np.ndarray:
         """(K, P) zeros, one row for each of so many clients, if the rule `unicasts`; else empty.
