@@ -47,9 +47,10 @@ from fedsim.representations import Encoded
 from fedsim.rng import torch_rng
 from fedsim.servers.fedavg import FedAvg
 from fedsim.training.flops import flops_of
+from fedsim.training.models import Models
 from fedsim.training.stack import train_stack
 from fedsim.training.task import Task, backbone_of, initial_params
-from fedsim.training.worker import ClientWorker
+from fedsim.training.trainer import Trainer
 
 BACKBONE, BATCH = "ViT-B-32", 32
 PROMPT, DRAWN_BY = "a picture of a {}", 0
@@ -95,17 +96,18 @@ class Client:
             state = torch.load(folder / "state.pt", mmap=True, weights_only=True)
             frozen = replace(frozen, state={name: tensor.numpy() for name, tensor in state.items()})
         self.rows, nothing = np.arange(len(self.features)), np.empty(0, np.int64)
-        self.trainer = ClientWorker(self.features, Population([(self.rows, nothing, nothing)], []), frozen)
+        models = Models(self.features, frozen)
+        trainer = Trainer(models, Population([(self.rows, nothing, nothing)], []))
         self.task = Task(parse("method", {"name": variant.method, "local_epochs": 1}), FedAvg(), seed=0)
-        self.module, like = self.trainer.module(self.task)
-        self.params, self.optimizer = self.trainer.buffers(self.task, 1)
+        self.module, like = models.module(self.task)
+        self.params, self.optimizer = trainer.buffers(self.task, 1)
         self.shared = self.task.select(like, "shared")
         for name, tensor in self.params.items():
             tensor[0].copy_(like[name])
         name = "pixels" if variant.tower else self.task.method.reads.image
         x = torch.from_numpy(self.features.representations.read(name, self.rows))
         self.x, self.y = x if x.dtype == torch.uint8 else x.float(), torch.from_numpy(self.features.y)
-        self.tower = self.trainer.clip("float32").image_tower() if variant.tower else None
+        self.tower = models.clip("float32").image_tower() if variant.tower else None
 
     @torch.no_grad()
     def step(self) -> None:

@@ -169,7 +169,7 @@ class Bench:
                 features, clients = self.made(count, frozen.weights, batch)
                 task = Task(parse("method", {"name": method, "batch_size": batch, "local_epochs": 1}), FedAvg(), seed=0)
                 trainer = ClientWorker(features, clients, frozen, self.device)
-                params = trainer.module(task)[1]
+                params = trainer.models.module(task)[1]
                 what = task, 1, {0: flatten(params)}, np.empty(0), Chunk(0, [(k, 0) for k in range(count)])
                 train = partial(trainer.train, *what)
                 what = f"{says}: {name}, {self.sizes.classes} classes, batch {batch}, {count} clients"

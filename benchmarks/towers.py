@@ -28,6 +28,7 @@ from torch.nn.functional import normalize, pad
 
 from encode import weights_of
 from fedsim.clip.checkpoints import EMBEDDED
+from fedsim.clip.insertions import Insertions
 from fedsim.clip.model import Clip
 from fedsim.clip.towers import TextTower, _Text
 from fedsim.methods import Backbone, Batch
@@ -46,10 +47,20 @@ BATCH = 32
 class Padded(TextTower):
     """A text tower that encodes each text by itself, in all of the model's context."""
 
-    def encode(self, texts: Tensor, ends: Tensor, weights: Params | None = None) -> Tensor:
-        return self.encode_after(texts[0, :0], texts, ends, weights)
+    def encode(
+        self, texts: Tensor, ends: Tensor, weights: Params | None = None, insertions: Insertions | None = None
+    ) -> Tensor:
+        return self.encode_after(texts[0, :0], texts, ends, weights, insertions)
 
-    def encode_after(self, start: Tensor, rests: Tensor, ends: Tensor, weights: Params | None = None) -> Tensor:
+    def encode_after(
+        self,
+        start: Tensor,
+        rests: Tensor,
+        ends: Tensor,
+        weights: Params | None = None,
+        insertions: Insertions | None = None,
+    ) -> Tensor:
+        assert insertions is None, "none of the methods that are compared inserts anything"
         if not rests.is_floating_point():
             start, rests = self.embed(start), self.embed(rests)
         x = torch.cat([start.expand(len(rests), -1, -1), rests], dim=1)
