@@ -3,7 +3,6 @@
 import ast
 import re
 import runpy
-import subprocess
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
@@ -89,14 +88,12 @@ def test_every_script_is_run_by_a_test():
 
 
 def scripts_run_by(source: str) -> set[str]:
-    """The scripts that a file of tests runs: `printed("NAME", ...)`, or a command with `FOLDER / "NAME.py"`."""
+    """The scripts that a file of tests runs: `printed("NAME", ...)`."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Call(func=ast.Name(id="printed"), args=[ast.Constant(value=str(name)), *_]):
                 names.add(f"{name}.py")
-            case ast.BinOp(left=ast.Name(id="FOLDER"), right=ast.Constant(value=str(name))) if name.endswith(".py"):
-                names.add(name)
     return names
 
 
@@ -202,11 +199,8 @@ def out_name(flags: list[object]) -> object:
 
 
 @pytest.mark.parametrize("flags", commands_of("sweep"), ids=" ".join)
-def test_a_sweep_is_timed_against_a_bare_loop(flags, folder):
-    command = [sys.executable, FOLDER / "sweep.py", "--quick", *on_data(folder, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    (table,) = tables(done.stdout)
+def test_a_sweep_is_timed_against_a_bare_loop(flags, ray, folder):
+    (table,) = tables(printed("sweep", *on_data(folder, flags)))
     loop, sweep = (int(table.iloc[row, 0].split()[0].replace(",", "")) for row in (0, 1))
     overhead = int(table.iloc[2, 0].split()[0].replace(",", ""))
     assert abs(sweep - loop - overhead) <= 1  # each of the three is rounded

@@ -67,11 +67,14 @@ def test_a_run_is_accepted_as_it_stands_and_runs_at_a_small_size(flags, swaps, d
 
 @pytest.fixture(scope="module")
 def address():
-    """A cluster of 2 CPUs, which all sweeps join."""
+    """A cluster of 2 CPUs that this process has joined, so that all sweeps share its idle processes."""
+    import ray
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="fedsim")
     yield cluster.address
+    ray.shutdown()
     cluster.shutdown()
 
 
