@@ -59,7 +59,7 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
     source, skipped = experiment.encoded.source, experiment.data.skipped
     client = experiment.clients[0]
     sample = numpy_rng(task.seed, "flops").permutation(client.train)[: task.method.batch_size]
-    context = ClientContexts(source, experiment.clients, "cpu").of(task, 1, [client])
+    context = ClientContexts(source, "cpu").of(task, 1, [client])
     masks = task.competing(source, experiment.clients.trained_classes(source), [client.train])
     classes = None if masks is None else masks[0]
     per_step, per_row = flops_of(task, backbone, source, sample, classes, context and context.part(0))

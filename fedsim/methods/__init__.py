@@ -88,14 +88,12 @@ class ClientContext(NamedTuple):
     Attributes:
         domain: () int64, index of the domain of the client's rows; -1 if they are of several.
         counts: (C,) int64, its train rows by class; zeros for held-out domains and new classes, which have none.
-        total: (C,) int64, the sum of the counts of all clients that train.
         round: in which it was sent its parameters, from 1; in an evaluation, the number of rounds done.
         rounds: their number in total; None unless `Method.fixed_rounds`, since a run may continue with more.
     """
 
     domain: Tensor
     counts: Tensor
-    total: Tensor
     round: int
     rounds: int | None = None
 
@@ -175,8 +173,7 @@ class Method(ABC):
     # Whether the logit of a class depends on which other classes are active; each label space is then evaluated
     # separately.
     joint_classes: ClassVar[bool] = False
-    # Whether `loss` and `logits` get the client; each is then evaluated separately. A server that learns `total`, the
-    # counts of all clients, is not among the bytes that are counted.
+    # Whether `loss` and `logits` get the client; each is then evaluated separately.
     reads_client: ClassVar[bool] = False
     # Whether `loss` gets unlabelled rows of the held-out domains, the same that are tested. Reports then say that the
     # method is transductive.

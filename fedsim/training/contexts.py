@@ -1,13 +1,12 @@
 """What a method that reads its client (`Method.reads_client`) is told of it."""
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.clients import Client, Population
+from fedsim.clients import Client
 from fedsim.methods import ClientContext
 from fedsim.representations import Encoded
 from fedsim.training.task import Task
@@ -16,8 +15,8 @@ from fedsim.training.task import Task
 class ClientContexts:
     """The contexts of clients, in training and in evaluation."""
 
-    def __init__(self, data: Encoded, clients: Population, device: str) -> None:
-        self.data, self.clients, self.device = data, clients, device
+    def __init__(self, data: Encoded, device: str) -> None:
+        self.data, self.device = data, device
 
     def of(self, task: Task, round: int, clients: Sequence[Client]) -> ClientContext | None:
         """That of a stack of clients; None if the method does not read it."""
@@ -25,12 +24,7 @@ class ClientContexts:
             return None
         domains = torch.tensor([self._domain(client) for client in clients], device=self.device)
         counts = torch.stack([self._counts(client) for client in clients]).to(self.device)
-        return ClientContext(domains, counts, self._total, round, task.rounds if task.method.fixed_rounds else None)
-
-    @cached_property
-    def _total(self) -> Tensor:
-        counts = (self._counts(self.clients[client]) for client in range(self.clients.trainers))
-        return sum(counts, torch.zeros(len(self.data.classes), dtype=torch.int64)).to(self.device)
+        return ClientContext(domains, counts, round, task.rounds if task.method.fixed_rounds else None)
 
     def _counts(self, client: Client) -> Tensor:
         return torch.from_numpy(np.bincount(self.data.y[client.train], minlength=len(self.data.classes)))

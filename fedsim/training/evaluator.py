@@ -26,7 +26,7 @@ class Evaluator:
         self.models, self.clients = models, clients
         self.data, self.device = models.data, models.device
         self.trained_classes = clients.trained_classes(self.data)
-        self.contexts = ClientContexts(self.data, clients, self.device)
+        self.contexts = ClientContexts(self.data, self.device)
 
     def evaluate(
         self,

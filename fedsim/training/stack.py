@@ -154,7 +154,7 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
         return functional_call(objective, tensors, (batch,))
 
     if not method.reads.towers:
-        clients = batch.client and ClientContext._make((0, 0, None, None, None))
+        clients = batch.client and ClientContext._make((0, 0, None, None))
         masks, target = (None if tensor is None else 0 for tensor in (batch.classes, batch.target))
         each = Batch._make((0, 0, masks, clients, target))  # the dimension of the clients
         grads, losses = vmap(grad_and_value(loss), in_dims=(*stacked, each))(learned, fixed, batch)

@@ -20,7 +20,7 @@ class Surveyor:
 
     def __init__(self, models: Models, clients: Population) -> None:
         self.models, self.clients = models, clients
-        self.contexts = ClientContexts(models.data, clients, models.device)
+        self.contexts = ClientContexts(models.data, models.device)
 
     @torch.no_grad()
     def survey(self, task: Task, params: np.ndarray, chunk: Sequence[int]) -> np.ndarray:
@@ -92,5 +92,5 @@ def _no_rows(task: Task, backbone: Backbone) -> Batch:
     """The batch of a client without rows; what it contributes has the names and shapes of any client's."""
     x, y = torch.zeros(0, backbone.width, dtype=getattr(torch, task.dtype)), torch.zeros(0, dtype=torch.int64)
     counts = torch.zeros(len(backbone.class_embeddings), dtype=torch.int64)
-    context = ClientContext(torch.tensor(-1), counts, counts, 1) if task.method.reads_client else None
+    context = ClientContext(torch.tensor(-1), counts, 1) if task.method.reads_client else None
     return Batch(x, y, client=context)

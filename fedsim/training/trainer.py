@@ -87,7 +87,7 @@ class Trainer:
         self.models, self.clients = models, clients
         self.data, self.device = models.data, models.device
         self.trained_classes = clients.trained_classes(self.data)
-        self.contexts = ClientContexts(self.data, clients, self.device)
+        self.contexts = ClientContexts(self.data, self.device)
         self.buffers = lru_cache(maxsize=4)(self._buffers)
         self.rule_tensors = lru_cache(maxsize=4)(self._rule_tensors)
         self.stores = lru_cache(maxsize=4)(lambda task: task.has_private_state(models.module(task)[1]))
