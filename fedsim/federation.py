@@ -21,7 +21,7 @@ from fedsim.servers import Bank, Server
 from fedsim.servers.fedavg import FedAvg
 from fedsim.state import ServerState, advance, past_versions
 from fedsim.training.survey import Survey
-from fedsim.training.task import Task, backbone_of
+from fedsim.training.task import Task, backbone_of, local_rows
 from fedsim.training.trainer import Chunk
 from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 
@@ -62,7 +62,7 @@ class Federation:
         payload: bytes that a client receives and sends in a round.
         survey: what is summed over all training clients before round 1; None if the method needs nothing.
         is_personal: each client is evaluated with tensors of its own.
-        rows: (K,) int64, train rows of each client; -1 where not yet known, since rows may be generated on demand.
+        rows: (K,) int64, rows on which each client trains; -1 where unknown, since they may be generated on demand.
     """
 
     def __init__(self, experiment: Experiment, task: Task, workers: Workers, params: Params) -> None:
@@ -83,7 +83,7 @@ class Federation:
         """The rounds that remain after `done` rounds."""
         config = self.experiment.config
         once = self.survey.payload if self.survey else (0, 0)
-        rounds = schedule(config, self.clients.trainers, self._train_rows, *self.payload, once)
+        rounds = schedule(config, self.clients.trainers, self.local_rows, *self.payload, once)
         return islice(rounds, done, config.rounds)
 
     def surveyed(self, state: ServerState) -> ServerState:
@@ -166,10 +166,12 @@ class Federation:
         arguments = task, round, flatten(params), shared_rows, self.held_out, self.experiment.splits
         return merge(self.workers.map("evaluate", self._chunks(clients), *arguments))
 
-    def _train_rows(self, clients: Sequence[int]) -> np.ndarray:
+    def local_rows(self, clients: Sequence[int]) -> np.ndarray:
+        """(n,) int64, the rows on which these clients train in a local epoch."""
+        labels = self.experiment.data.source
         for client in clients:
             if self.rows[client] < 0:
-                self.rows[client] = len(self.clients[client].train)
+                self.rows[client] = local_rows(self.task.method, labels, self.clients[client].train)
         return self.rows[list(clients)]
 
     def _chunks(self, clients: list[Any]) -> list[list[Any]]:

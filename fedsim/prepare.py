@@ -38,7 +38,7 @@ from fedsim.reporting.parquet import FILES as TABLES
 from fedsim.reporting.report import Report
 from fedsim.schedule import check, check_trained
 from fedsim.state import ServerState
-from fedsim.training.task import Task, initial_params, with_towers
+from fedsim.training.task import Task, initial_params, local_rows, with_towers
 
 # The fields of Config that decide who holds which rows; and, with these, which model is trained and who trains it.
 PARTITION_FIELDS = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes"
@@ -276,14 +276,15 @@ def _check_model(config: Config, method: Method, data: Data, clients: Population
     if clip and method.reads.image == "tokens":
         clip.check_tokens()
     classes = data.source.classes
-    texts = Backbone(torch.eye(len(classes), data.width), 1.0, classes, data.templates)
+    embeddings = torch.eye(len(classes), data.width)
+    texts = Backbone(embeddings, 1.0, classes, data.templates, domains=len(data.source.domains))
     backbone = with_towers(texts, method.reads, clip)
     task, cohort = Task(method, config.server, config.seed, config.dtype), config.cohort or clients.trainers
     params = initial_params(task, backbone, cohort)
     task.first_bank(params, clients.trainers)  # for its error
     payload = task.payload(params, cohort)
-    check_trained(config, method, clients.trainers, partial(_train_rows, clients), *payload)
+    check_trained(config, method, clients.trainers, partial(_local_rows, method, data.source, clients), *payload)
 
 
-def _train_rows(clients: Population, ids: Sequence[int]) -> np.ndarray:
-    return np.array([len(clients[client].train) for client in ids], np.int64)
+def _local_rows(method: Method, labels: Labels, clients: Population, ids: Sequence[int]) -> np.ndarray:
+    return np.array([local_rows(method, labels, clients[client].train) for client in ids], np.int64)

@@ -108,7 +108,8 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
         if planned.round == 1:
             state = federation.surveyed(state)
         state, stats = federation.train(state, planned)
-        sent, flops = federation.bytes_of(planned, len(stats)), _flops(report, stats, task.method)
+        rows = federation.local_rows(stats["client"].tolist()) if task.method.expands else stats["rows"]
+        sent, flops = federation.bytes_of(planned, len(stats)), _flops(report, stats["steps"], rows, task.method)
         report.add_round(planned, stats, sent, time.perf_counter() - began, flops)
         if planned.round % config.eval_every == 0:
             report.add_evaluation(federation.reported(state), federation.evaluate(state))
@@ -140,11 +141,11 @@ def _log_finished(report: Report, experiment: Experiment, progress: Progress) ->
     return report
 
 
-def _flops(report: Report, stats: np.ndarray, method: Method) -> float:
-    """Floating-point operations of a round's training, all clients together."""
+def _flops(report: Report, steps: np.ndarray, rows: np.ndarray, method: Method) -> float:
+    """Floating-point operations of a round's training, of all clients, with these steps and rows, (n,) each."""
     per_step, per_row = (report.facts[name] for name in ("flops_per_step", "flops_per_row"))
-    rows = (stats["rows"] * method.local_epochs * (stats["steps"] > 0)).sum()
-    return float(stats["steps"].sum() * per_step + rows * per_row)
+    passed = (rows * method.local_epochs * (steps > 0)).sum()
+    return float(steps.sum() * per_step + passed * per_row)
 
 
 def _note(report: Report) -> str:

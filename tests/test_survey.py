@@ -10,13 +10,14 @@ from test_clients_known import right, rows_of
 from test_stack import clients, features  # noqa: F401
 from torch import nn
 
-from fedsim import Config, Fleet, InputError, Method, component, run
+from fedsim import Backbone, Batch, ClientContext, Config, Fleet, InputError, Method, component, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.methods.ncm import NCM
 from fedsim.params import flatten
 from fedsim.registry import parse
 from fedsim.schedule import schedule
 from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.trainer import Chunk
 from fedsim.training.worker import ClientWorker
 
 SKEWED = {"partition": {"name": "dirichlet", "alpha": 0.3}, "clients": 5}
@@ -173,3 +174,134 @@ def test_surveys_that_cannot_work_say_why(config, features, tmp_path):  # noqa: 
             run(config(method=method, out=tmp_path / sentence))
     with pytest.raises(InputError, match="makes a survey, which needs image features, not tokens"):
         initial_params(Task(Patches(), parse("server", "fedavg"), 0), backbone_of(features))
+
+
+# GGEUR ----------------------------------------------------------------------------------------------------------
+
+NONE = {"name": "ggeur", "samples": 0}
+
+
+def covariances(x, y, classes):
+    return np.stack([np.cov(x[y == label].T, bias=True) for label in range(classes)])
+
+
+@pytest.mark.parametrize("fields", [{}, SKEWED, {"partition": "iid", "clients": 9, "cohort": 2, "chunk": 2}])
+def test_ggeur_has_the_covariance_of_the_train_rows_of_all_clients(fields, config, features_dir):
+    ours = config(method=NONE | {"local_epochs": 1}, dtype="float64", rounds=1, **fields)
+    data, rows = train_rows(ours, features_dir)
+    x, y, domain = data.x[rows].astype(np.float64), data.y[rows], data.domain[rows]
+    costs = run(ours).tables().rounds
+    state, _ = load_checkpoint(ours.folder(), ours.experiment())
+    factors = state.params["factors"]
+    np.testing.assert_allclose(factors @ factors.mT, covariances(x, y, 4), rtol=0, atol=1e-10)
+    several = bool(fields)  # each client has rows of both domains
+    assert state.params["present"].sum(dim=1).tolist() == [0, 4 * (not several), 4 * (not several)]
+    if not fields:
+        means = np.stack([x[(y == label) & (domain == 2)].mean(axis=0) for label in range(4)])
+        np.testing.assert_allclose(state.params["means"][2], means, rtol=0, atol=1e-12)
+    head, clients_ = 8 * (4 * 24 + 4), fields.get("clients", 2)
+    down, up = 8 * (3 * 4 * 25 + 4 * 24 * 24), 8 * (4 * 4 * 25) + 4 * 4 * 24 * 25
+    assert costs.bytes_down.tolist() == [costs.asked[0] * head + clients_ * down]
+    assert costs.bytes_up.tolist() == [costs.clients[0] * head + clients_ * up]
+
+
+@component
+class Plain(Method):
+    """The head of GGEUR alone."""
+
+    local_epochs: int = 10
+    batch_size: int = 16
+
+    def build(self, backbone):
+        module = Named()
+        module.head = nn.Linear(backbone.width, len(backbone.class_embeddings))
+        return module
+
+
+class Named(nn.Module):
+    def forward(self, x, classes=None):
+        return self.head(x)
+
+
+def test_without_synthetic_rows_ggeur_is_a_plain_linear_head_to_the_bit(config, tmp_path):
+    methods = Plain(), parse("method", NONE)
+    reports = [run(config(method=m, rounds=1, out=tmp_path / str(k))) for k, m in enumerate(methods)]
+    plain, ours = (report.adapter for report in reports)
+    assert plain.keys() == {"head.weight", "head.bias"} and all(torch.equal(plain[name], ours[name]) for name in plain)
+    assert reports[0].tables().rounds.steps.tolist() == reports[1].tables().rounds.steps.tolist()
+
+
+def test_clients_are_trained_on_expanded_rows_in_stacks_as_one_by_one(config, features_dir, tmp_path):
+    fields = {"method": {"name": "ggeur", "samples": 20, "local_epochs": 1}, "dtype": "float64", "rounds": 2, **SKEWED}
+    ours = config(**fields)
+    data, population = rows_of(ours, features_dir)
+    counts = [np.bincount(data.y[population[k].train]) for k in range(5)]
+    rows = [np.maximum(count[count > 0], 20).sum() for count in counts]
+    assert len(set(rows)) > 1
+    others = {"reference": {"engine": "reference"}, "ditto": {"server": {"name": "ditto", "lam": 0.5}}}
+    runs = [ours] + [config(**fields, **other, out=tmp_path / name) for name, other in others.items()]
+    tables = [run(each).tables().rounds for each in runs]
+    stacked, single, twice = (flatten(head(load_checkpoint(each.folder(), each.experiment())[0])) for each in runs)
+    np.testing.assert_allclose(stacked, single, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(stacked, twice, rtol=1e-9, atol=1e-11)  # the shared half of Ditto is FedAvg's
+    assert tables[0].steps.tolist() == tables[1].steps.tolist() == [sum(-(-count // 16) for count in rows)] * 2
+    assert tables[0].flops[0] == pytest.approx(sum(rows) * 4 * 24 * 2 * 2)  # forward, and the gradient of the weights
+
+
+def head(state):
+    """The shared tensors of a linear head."""
+    return {
+        name.rpartition(".")[2]: tensor
+        for name, tensor in state.params.items()
+        if "head." in name and "own" not in name
+    }
+
+
+def test_simulated_time_is_that_of_the_rows_with_synthetic_ones(config, features_dir):
+    fleet = {"name": "lognormal", "rows_per_s": 10, "speed_sigma": 0, "up_mbps": 1e9, "down_mbps": 1e9}
+    ours = config(method={"name": "ggeur", "samples": 200, "local_epochs": 2}, fleet=fleet, rounds=1)
+    assert run(ours).tables().rounds.clock_s[0] == pytest.approx(4 * 200 * 2 / 10, rel=1e-3)
+
+
+def test_synthetic_rows_have_the_covariance_of_their_class_around_own_rows_and_other_domains():
+    draw = torch.Generator().manual_seed(0)
+    module = parse("method", NONE).build(Backbone(torch.eye(2, 3), 1.0, domains=4))
+    module.factors[1] = torch.tensor([[2.0, 0, 0], [1, 1, 0], [0, 0, 0.1]])
+    module.present[2:, 1], module.means[2, 1], module.means[3, 1] = 1, torch.tensor([50.0, 0, 0]), 100.0
+    x, y = torch.tensor([[0.0, 0, -100], [0, 0, 100]]), torch.tensor([1, 1])
+    method = parse("method", {"name": "ggeur", "samples": 20_002})
+    for domain, shares in (
+        (1, (1, 1, 1)),
+        (2, (1, 0, 1)),
+        (-1, (1, 0, 0)),
+    ):  # domains 0 and 1 have no rows of the class
+        client = ClientContext(torch.tensor(domain), torch.tensor([0, 2]), 1)
+        xs, ys = method.expand(module, Batch(x, y, client=client), draw)
+        assert (
+            torch.equal(xs[:2], x) and torch.equal(ys, torch.ones(20_002)) and len(ys) == method.local_rows(y.numpy())
+        )
+        centres = torch.cat([x, module.means[2:, 1]])
+        nearest = torch.cdist(xs[2:], centres).argmin(dim=1)
+        found = torch.bincount(nearest, minlength=4) / 20_000
+        own, first, second = (share / sum(shares) for share in shares)
+        torch.testing.assert_close(found, torch.tensor([own / 2, own / 2, first, second]), rtol=0, atol=0.02)
+        torch.testing.assert_close(
+            (xs[2:] - centres[nearest]).T.cov(), module.factors[1] @ module.factors[1].T, rtol=0.05, atol=0.05
+        )
+
+
+def test_every_round_and_every_worker_draws_the_same_rows(features, clients):  # noqa: F811
+    method = parse(
+        "method", {"name": "ggeur", "samples": 30, "local_epochs": 1, "optimizer": "sgd", "batch_size": 4096}
+    )
+    task = Task(method, parse("server", "fedavg"), seed=0)
+    params = initial_params(task, backbone_of(features))
+    params["factors"] += torch.randn(params["factors"].shape, generator=torch.Generator().manual_seed(1))
+    sent = {0: flatten(params)}
+    first, later = (
+        ClientWorker(features, clients)
+        .train(task, round, sent, flatten({}), Chunk(0, [(0, 0), (1, 0)]))
+        .clients["loss"]
+        for round in (1, 2)
+    )
+    np.testing.assert_allclose(first, later, rtol=1e-6)  # one step on all rows, in another order

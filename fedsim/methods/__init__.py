@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -41,6 +42,7 @@ class Backbone:
         templates: the text of a class, with `{}` in place of its name, or in a suite C of them, one for each class; of
             several, the text features are averaged.
         text_tower, image_tower: None unless the method's sites need them.
+        domains: number of domains of the data, held-out ones among them.
     """
 
     class_embeddings: Tensor
@@ -49,6 +51,7 @@ class Backbone:
     templates: Templates = (DEFAULT,)
     text_tower: TextTower | None = None
     image_tower: ImageTower | None = None
+    domains: int = 1
 
     @property
     def width(self) -> int:
@@ -178,6 +181,8 @@ class Method(ABC):
     # Whether `loss` gets unlabelled rows of the held-out domains, the same that are tested. Reports then say that the
     # method is transductive.
     reads_target: ClassVar[bool] = False
+    # Whether clients train on more rows than they have: see `expand`.
+    expands: ClassVar[bool] = False
 
     label_space: Literal["all", "client"] = Field(
         "all", description="classes that compete in a client's loss: all training classes, or only the client's own"
@@ -246,6 +251,25 @@ class Method(ABC):
                 rows.
         """
         return {}
+
+    def expand(self, module: nn.Module, batch: Batch, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The rows on which a client trains, in place of those that it has; for methods that read image features.
+
+        It is called in every round, if the method has `expands`. Steps, operations and simulated time are those of the
+        rows that it returns; a rule that weights clients by rows counts those that the client has.
+
+        Args:
+            batch: all train rows of a client; its `classes` are None.
+            rng: keyed by seed and client, so that every round draws the same.
+
+        Returns:
+            As many rows as `local_rows` says: (n, D) features and (n,) classes.
+        """
+        return batch.x, batch.y
+
+    def local_rows(self, y: np.ndarray) -> int:
+        """The rows on which a client trains that has rows of these classes, (n,)."""
+        return len(y)
 
     def closed_form(self, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
         """Losses and gradients of M clients without autograd; None (the default): `loss` runs under autograd.

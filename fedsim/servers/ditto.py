@@ -5,6 +5,7 @@ Source: Li et al. 2021, arXiv 2012.04221; lam and the mean as in the authors' co
 
 from dataclasses import fields
 
+import numpy as np
 import torch
 from pydantic import InstanceOf
 from torch import Tensor, nn
@@ -67,6 +68,10 @@ class _Twins(Method):
         return self.inner.reads_target
 
     @property
+    def expands(self) -> bool:
+        return self.inner.expands
+
+    @property
     def fixed_rounds(self) -> bool:
         return self.inner.fixed_rounds
 
@@ -108,6 +113,12 @@ class _Twins(Method):
     def surveyed(self, module: "_Pair", total: Params) -> Params:
         tensors = self.inner.surveyed(module.shared, total)
         return {f"{half}.{name}": tensor for half in HALVES for name, tensor in tensors.items()}
+
+    def expand(self, module: "_Pair", batch: Batch, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        return self.inner.expand(module.shared, batch, rng)
+
+    def local_rows(self, y: np.ndarray) -> int:
+        return self.inner.local_rows(y)
 
     def clipped(self, grads: Params) -> Params:
         """The gradients of each half, clipped on their own: the shared model trains as without the personal one."""

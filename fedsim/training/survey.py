@@ -74,7 +74,12 @@ class Survey:
                 raise TypeError(f"{self._name}: survey must return the same names and shapes for every client")
             total += part
         dtype = getattr(torch, self.task.dtype)
-        tensors = self.task.method.surveyed(self.module, unflatten(total, self.contribution))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as everywhere else, or results could depend on the process that the driver is in
+        try:
+            tensors = self.task.method.surveyed(self.module, unflatten(total, self.contribution))
+        finally:
+            torch.set_num_threads(threads)
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
         fits = {name: name in self.constant and self.constant[name].shape == t.shape for name, t in tensors.items()}
         if not all(fits.values()) or self.surveyed.keys() - fits.keys():

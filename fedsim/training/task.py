@@ -150,12 +150,16 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
             f"{name_of(task.method)} gives {listing(names)} the scope server, which only a server rule can give, "
             "because it says how the server changes a tensor that clients do not train; use frozen"
         )
-    if task.select(params, "surveyed") and task.method.reads.image != "features":
-        raise InputError(
-            f"{name_of(task.method)} makes a survey, which needs image features, not {task.method.reads.image}"
-        )
+    if (task.method.expands or task.select(params, "surveyed")) and task.method.reads.image != "features":
+        what = "expands clients' rows" if task.method.expands else "makes a survey"
+        raise InputError(f"{name_of(task.method)} {what}, which needs image features, not {task.method.reads.image}")
     task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
     return params
+
+
+def local_rows(method: Method, labels: Labels, rows: np.ndarray) -> int:
+    """The rows on which a client with these train rows trains in a local epoch."""
+    return method.local_rows(labels.y[rows]) if method.expands else len(rows)
 
 
 def backbone_of(
@@ -164,7 +168,8 @@ def backbone_of(
     """What a method sees of the frozen CLIP: the embeddings of the classes, and the towers that it reads."""
     text = data.class_embeddings
     vectors = torch.tensor(text.vectors, dtype=getattr(torch, dtype), device=device)
-    return with_towers(Backbone(vectors, text.logit_scale, data.classes, text.templates), reads, clip)
+    backbone = Backbone(vectors, text.logit_scale, data.classes, text.templates, domains=len(data.domains))
+    return with_towers(backbone, reads, clip)
 
 
 def with_towers(backbone: Backbone, reads: Reads, clip: Clip | None) -> Backbone:

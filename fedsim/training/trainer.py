@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from fedsim.clients import Client, Population
 from fedsim.errors import Diverged
-from fedsim.methods import trained
+from fedsim.methods import Batch, trained
 from fedsim.params import Params, moved, unflatten
 from fedsim.registry import name_of
 from fedsim.rng import numpy_rng, seed_for, torch_rng
@@ -22,7 +23,7 @@ from fedsim.training.models import Models
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.stack import stack_size, train_stack
 from fedsim.training.targets import Targets
-from fedsim.training.task import Task
+from fedsim.training.task import Task, local_rows
 from fedsim.training.train import train_client
 from fedsim.updates import CLIENT_STATS, ChunkSum
 
@@ -65,6 +66,7 @@ class TrainedStack:
     """The clients of a stack after their local training. The tensors are reused for the next stack.
 
     Attributes:
+        rows: on which each trained in a local epoch.
         params: their shared and private tensors, and those that each was sent for itself, (M, *shape).
         unicast: the shared tensors that each was sent for itself, before training, (M, *shape).
         losses: (M,) mean over each client's local steps, in nats; nan if it took none.
@@ -73,6 +75,7 @@ class TrainedStack:
     """
 
     clients: list[int]
+    rows: list[int]
     params: Params
     unicast: Params
     losses: list[float]
@@ -125,7 +128,7 @@ class Trainer:
             replies = []  # summed before the loop continues, because the tensors of a stack are reused for the next one
             for k, client in enumerate(stack.clients):
                 rows = len(rows_of[client])
-                steps = task.method.steps(rows) * bool(stack.params)
+                steps = task.method.steps(stack.rows[k]) * bool(stack.params)
                 trained = {name: stack.params[name][k] for name in shared}
                 staleness = round - 1 - version
                 old = shared | {name: tensor[k] for name, tensor in stack.unicast.items()}
@@ -146,7 +149,8 @@ class Trainer:
         self, task: Task, round: int, received: Received, clients: Stored, rows_of: Rows
     ) -> Iterator[TrainedStack]:
         # Clients with similar numbers of rows share a stack, so that most of their batches have equal sizes.
-        ordered = sorted(clients, key=lambda pair: (-len(rows_of[pair[0]]), pair[0]))
+        rows = {client: local_rows(task.method, self.data, rows_of[client]) for client, _ in clients}
+        ordered = sorted(clients, key=lambda pair: (-rows[pair[0]], pair[0]))
         own = task.select(received.params, "shared", "private")
         size = 1 if task.reference else stack_size(own, task.method, self.device)
         for first in range(0, len(ordered), size):
@@ -184,11 +188,15 @@ class Trainer:
         if x.name == "features":  # small, and read in every epoch; images may not fit into memory
             x = x.whole()
         y = torch.from_numpy(self.data.y[rows]).to(self.device)
+        sizes = [len(rows_of[client]) for client in ids]
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
         masks = task.competing(self.data, self.trained_classes, [rows_of[client] for client in ids])
         classes = None if masks is None else torch.from_numpy(masks).to(self.device)
         context = self.contexts.of(task, received.round, [Client(k, rows_of[k], NO_ROWS, NO_ROWS) for k in ids])
         targets = self._targets(task, round, ids)
+        if task.method.expands:
+            assert isinstance(x, Tensor), "features"
+            x, y, sizes = self._expanded(task, module, ids, Batch(x, y, client=context), sizes)
         # For modules that draw random numbers, such as dropout. vmap refuses them; a stack that trains through a tower
         # is one client.
         draws = task.reference or task.method.reads.towers
@@ -202,11 +210,28 @@ class Trainer:
                 with torch.enable_grad():
                     losses = [train_client(module, optimizer, x, y, task.method, task.server, rngs[0], **options)]
             else:
-                sizes = [len(rows_of[client]) for client in ids]
                 options = task.method, task.server, rngs, states, received.sent, classes, context, sent_each, targets
                 losses = train_stack(module, params, optimizer, common, x, y, sizes, *options).tolist()
         stored = range(len(ids)) if task.method.persist_optimizer else ()
-        return TrainedStack(ids, params, sent_each, losses, [optimizer.moments(k) for k in stored], states)
+        return TrainedStack(ids, sizes, params, sent_each, losses, [optimizer.moments(k) for k in stored], states)
+
+    def _expanded(
+        self, task: Task, module: nn.Module, clients: list[int], batch: Batch, sizes: list[int]
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """The inputs, classes and numbers of rows on which the clients of a stack train, client by client.
+
+        Args:
+            batch: the rows that they have, `sizes` of each.
+        """
+        parts = []
+        for k, (client, x, y) in enumerate(zip(clients, batch.x.split(sizes), batch.y.split(sizes), strict=True)):
+            own = Batch(x, y, client=batch.client and batch.client.part(k))
+            part = task.method.expand(module, own, torch_rng(task.seed, "expand", client))
+            if len(part[1]) != (expected := task.method.local_rows(y.cpu().numpy())):
+                raise TypeError(f"{name_of(task.method)}: expand gave {len(part[1])} rows, local_rows {expected}")
+            parts.append(part)
+        xs, ys = zip(*parts, strict=True)
+        return torch.cat(xs), torch.cat(ys), [len(y) for y in ys]
 
     def _targets(self, task: Task, round: int, clients: list[int]) -> Targets | None:
         """The test rows of the held-out domains, without their labels, for methods that read them."""
