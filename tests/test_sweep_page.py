@@ -89,6 +89,15 @@ def test_the_table_of_an_empty_study_survives_parquet_as_well(tmp_path):
     assert len(table) == 0 and {"number", "state", "failed", "validation", "seconds"} <= set(table)
 
 
+def test_the_page_says_which_searched_methods_read_test_rows_without_labels(tmp_path):
+    plain = "Test rows were not used in the search."
+    assert plain in a_page(a_study(a_trial(0.5, cohort=2)), tmp_path).words
+    config = Config(dataset="glyphs", held_out="clipart", method="facmic").plain()
+    words = a_page(a_study(a_trial(0.5, cohort=2), config=config), tmp_path).words
+    said = "in the search, except by facmic: training reads those of held-out domains without their labels."
+    assert said in words and plain not in words
+
+
 def test_of_equal_trials_the_first_is_the_best_and_pruned_ones_never_are():
     study = a_study(
         a_trial(0.5, cohort=2), a_trial(0.6, cohort=3), a_trial(0.6, cohort=4), a_trial(state=PRUNED, curve=(0.9,))

@@ -8,7 +8,7 @@ import pandas as pd
 from fedsim.errors import counted, listing
 from fedsim.formats import difference, number, percent, setting, spread
 from fedsim.prepare import PARTITION_FIELDS
-from fedsim.registry import available
+from fedsim.registry import available, find
 from fedsim.reporting.html import Section, portable
 from fedsim.reporting.page import MEASURES, NEW_MEASURES
 from fedsim.sweep.plots import FINISHED, Scale
@@ -49,11 +49,21 @@ def _search(view: StudyView) -> str:
     text += _stopping(settings, len(view.goals))
     if settings.get("tuning_seeds"):
         text += f" Every trial was evaluated on {_seeds('tuning', settings['tuning_seeds'])}."
-    text += " Test rows were not used in the search."
+    text += " Test rows were not used in the search"
+    if names := _transductive(view):
+        text += f", except by {listing(names)}: training reads those of held-out domains without their labels"
+    text += "."
     partitioning = {*PARTITION_FIELDS, *available("partition")}
     if names := [scale.name for scale in view.scales if scale.name.partition(".")[0] in partitioning]:
         text += f" Trials that differ in {listing(names)} have different partitions, and so different problems."
     return text
+
+
+def _transductive(view: StudyView) -> list[str]:
+    """Names of the searched methods that read target rows; custom methods are not known."""
+    names = {view.settings.get("config", {}).get("method", {}).get("name")}
+    names |= {trial.params.get("method") for trial in view.trials}
+    return [name for name in available("method") if name in names and find("method", name).reads_target]
 
 
 def _stopping(settings: Mapping[str, Any], goals: int) -> str:
