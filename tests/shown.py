@@ -38,14 +38,14 @@ def smaller(words: list[str], most: dict[str, int], swaps: dict[str, str]) -> li
     return result
 
 
-def write_drawings(folder: Path, domains: tuple[str, ...]) -> Path:
-    """Some embedded drawings of every class as files of `folder/domain/class`, in domains of these names."""
+def write_drawings(folder: Path, domains: tuple[str, ...], each: int = EACH) -> Path:
+    """`each` embedded drawings of every class as files of `folder/domain/class`, in domains of these names."""
     images = Glyphs().load(None)
     for domain, name in enumerate(domains):
         for label, word in enumerate(images.classes):
             there = folder / name / word
             there.mkdir(parents=True)
-            for row in np.flatnonzero((images.domain == domain) & (images.y == label))[:EACH]:
+            for row in np.flatnonzero((images.domain == domain) & (images.y == label))[:each]:
                 images.open(row).save(there / f"{row}.png")
     return folder
 

@@ -56,7 +56,7 @@ def folder(tmp_path_factory) -> Path:
     """Where all scripts write; `drawings`, `pacs` and `features` are data."""
     folder = tmp_path_factory.mktemp("benchmarks")
     write_drawings(folder / "drawings", ("clipart", "ink", "noto"))
-    write_drawings(folder / "pacs", PACS)
+    write_drawings(folder / "pacs", PACS, each=1)  # all of CLIP is trained on them
     write_features(folder / "features", PACS)
     return folder
 
