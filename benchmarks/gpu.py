@@ -21,6 +21,7 @@ from io import BytesIO
 from itertools import product
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -42,10 +43,11 @@ from fedsim.params import flatten
 from fedsim.registry import parse
 from fedsim.representations import Encoded
 from fedsim.servers.fedavg import FedAvg
-from fedsim.training.stack import stack_size
+from fedsim.training.stack import TOWER_BYTES, stack_size
 from fedsim.training.task import Task, backbone_of, initial_params
 from fedsim.training.trainer import Chunk
 from fedsim.training.worker import ClientWorker
+from fedsim.updates import ChunkSum
 
 ROWS, WIDTH, CLASSES = 64, 512, 7  # of a client of the adapter's job: two local steps of 32 rows
 SAME = {True: "the same bits", False: "OTHER BITS"}
@@ -61,15 +63,15 @@ class Sizes:
     images: int
     clients: int
     loop_clients: int
-    tower_clients: tuple[int, ...]
+    tower_clients: int
     classes: int
     rounds: int
     repeats: int
     copy_bytes: int
 
 
-FULL = Sizes(("ViT-B-32", "ViT-B-16"), 512, 512, 64, (8, 32), 100, 5, 5, 4 << 30)
-QUICK = Sizes((EMBEDDED[0],), 8, 4, 2, (2,), 5, 2, 1, 16 << 20)
+FULL = Sizes(("ViT-B-32", "ViT-B-16"), 512, 512, 64, 32, 100, 5, 5, 4 << 30)
+QUICK = Sizes((EMBEDDED[0],), 8, 4, 2, 2, 5, 2, 1, 16 << 20)
 
 
 @dataclass(frozen=True)
@@ -158,24 +160,30 @@ class Bench:
         yield Line("adapter", "a round again", _same(*(trainer.train(*what).delta for _ in range(2))))
 
     def towers(self) -> Iterator[Line]:
-        """A local step of methods through the frozen text tower, in a round of several clients."""
-        batch = 4 if self.device == "cpu" else 32
+        """Local steps of methods through the text tower, in a round whose clients are stacked or not."""
         name = self.sizes.backbones[-1]
         clips = {precision: Clip(self.weights(name).at(precision)).frozen() for precision in PRECISIONS}
         methods = {"promptfl": "PromptFL, 16 tokens", "lora": "LoRA of the text tower"}
         for (method, about), precision in product(methods.items(), PRECISIONS):
             frozen, says = clips[precision], f"{about}, {precision}"
-            for count in self.sizes.tower_clients:
-                features, clients = self.made(count, frozen.weights, batch)
-                task = Task(parse("method", {"name": method, "batch_size": batch, "local_epochs": 1}), FedAvg(), seed=0)
-                trainer = ClientWorker(features, clients, frozen, self.device)
-                params = trainer.models.module(task)[1]
-                what = task, 1, {0: flatten(params)}, np.empty(0), Chunk(0, [(k, 0) for k in range(count)])
-                train = partial(trainer.train, *what)
-                what = f"{says}: {name}, {self.sizes.classes} classes, batch {batch}, {count} clients"
-                yield Line("towers", what, count / self.timed(train), "steps/s")
-                yield Line("towers", f"{says}, {count} clients, peak memory", self.peak_gb(train), "GB")
-                yield Line("towers", f"{says}, {count} clients, a round again", _same(train().delta, train().delta))
+            count, batch = self.sizes.tower_clients, 4 if self.device == "cpu" else 32
+            features, clients = self.made(count, frozen.weights, batch)
+            task = Task(parse("method", {"name": method, "batch_size": batch, "local_epochs": 1}), FedAvg(), seed=0)
+            trainer = ClientWorker(features, clients, frozen, self.device)
+            params, tower_bytes = trainer.models.module(task)[1], trainer.models.tower_bytes(task)
+            chunk = Chunk(0, [(k, 0) for k in range(count)])
+            train = partial(trainer.train, task, 1, {0: flatten(params)}, np.empty(0), chunk)
+            with patch.dict(TOWER_BYTES, cpu=TOWER_BYTES["cuda"]):  # on a CPU, which has no stacks of towers, too
+                stack = min(count, stack_size(params, task.method, self.device, tower_bytes))
+                seconds = self.in_turn({"stacked": train} | ({"alone": partial(_alone, train)} if stack > 1 else {}))
+            what = f"{says}: {name}, {self.sizes.classes} classes, batch {batch}, {count} clients in stacks of"
+            for way, size in {"alone": 1, "stacked": stack}.items():
+                if way in seconds:
+                    yield Line("towers", f"{what} {size}", count / seconds[way], "steps/s")
+            if stack > 1:
+                yield Line("towers", f"{says}, stacks of {stack} / of 1", seconds["alone"] / seconds["stacked"], "x")
+            yield Line("towers", f"{says}, {count} clients, peak memory", self.peak_gb(train), "GB")
+            yield Line("towers", f"{says}, {count} clients, a round again", _same(train().delta, train().delta))
 
     def bits(self) -> Iterator[Line]:
         """Whole runs on the embedded drawings: the same bits again, and with actors that share the GPU."""
@@ -302,6 +310,11 @@ class Bench:
             for name, tensor in worker.state_dict().items():
                 total[name] += tensor / count
         server.load_state_dict(total)
+
+
+def _alone(train: Callable[[], ChunkSum]) -> ChunkSum:
+    with patch.dict(TOWER_BYTES, dict.fromkeys(TOWER_BYTES, 0)):
+        return train()
 
 
 @torch.no_grad()

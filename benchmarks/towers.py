@@ -129,7 +129,10 @@ def step(
     """Losses and gradients of the clients; of pixels (M, B, 3, H, W), the features are computed first."""
     method, module, params = built(name, clip, tower, names)
     x = images if images.dim() == 3 else torch.stack([encode(clip, batch) for batch in images])
-    return by_autograd(method, module, params, Batch(x, y, None))
+    # Client by client, as on a CPU: the published way has no batching rule.
+    steps = [by_autograd(method, module, params, Batch(x[k : k + 1], y[k : k + 1], None)) for k in range(len(x))]
+    losses, grads = zip(*steps, strict=True)
+    return torch.cat(losses), {key: torch.cat([each[key] for each in grads]) for key in params}
 
 
 @cache

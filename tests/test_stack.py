@@ -48,15 +48,16 @@ def clients():
     )  # target rows, for those that read them
 
 
-def two_rounds(features, clients, folder, reference, **task):
+def two_rounds(features, clients, folder, reference, frozen=None, **task):
     """Deltas and losses of two rounds, the second with what clients kept of the first; and what they keep after it."""
     private = PrivateStore(folder / str(reference))
     server = task["server"]
     method = server.adapt(task.pop("method"))
     task = Task(method, **task, seed=0, private=private, reference=reference)
-    params = initial_params(task, backbone_of(features))
+    clip = frozen and frozen.open("cpu")
+    params = initial_params(task, backbone_of(features, dtype=task.dtype, reads=method.reads, clip=clip))
     slots, _ = server.init(task.select(params, "shared"))
-    trainer, everyone = ClientWorker(features, clients), range(clients.trainers)
+    trainer, everyone = ClientWorker(features, clients, frozen), range(clients.trainers)
     partials, written = [], 0
     for round in (1, 2):
         chunk = Chunk(0, [(client, written) for client in everyone])

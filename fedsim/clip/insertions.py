@@ -43,6 +43,6 @@ def through(transformer: Any, x: Tensor, place: int, insertions: Insertions, mas
 
 
 def replaced(x: Tensor, place: int, tokens: Tensor) -> Tensor:
-    """(B, T, W) with n tokens, (n, W), in place of those from `place` on; at the end, they are added."""
+    """(B, T, W) with n tokens, (n, W) or (B, n, W), in place of those from `place` on; at the end, they are added."""
     tokens = tokens.to(x.dtype).expand(len(x), -1, -1)
     return torch.cat([x[:, :place], tokens, x[:, place + tokens.shape[1] :]], dim=1)

@@ -40,6 +40,9 @@ TEXT_OF: dict[Site, TextRead] = {
     "text_blocks": "blocks",
 }
 
+# Sites in front of which the towers are frozen, or in which clients differ only by tokens at the input of a text.
+STACKABLE: frozenset[Site] = frozenset(("image_feature", "head", "patch_tokens", "text_tokens"))
+
 
 @dataclass(frozen=True)
 class Reads:
@@ -59,6 +62,11 @@ class Reads:
     def towers(self) -> bool:
         """Whether clients compute with a tower."""
         return self.image == "pixels" or self.text != "features"
+
+
+def stackable(sites: Iterable[Site]) -> bool:
+    """Whether clients can share the calls of a tower, because only the tokens of texts differ between them."""
+    return STACKABLE.issuperset(sites)
 
 
 def reads_of(sites: Iterable[Site]) -> Reads:

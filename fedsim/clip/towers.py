@@ -5,18 +5,23 @@ travel nor are copied per client. Weights that a method changes are passed with 
 a tower takes and returns float32 all the same, and so do the gradients that pass through it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedsim.clip.insertions import Insertions, replaced, through
+from fedsim.clip.insertions import After, Insertions, replaced, through
 from fedsim.clip.packing import packing_of
 from fedsim.clip.precision import Precision, autocast
+from fedsim.clip.stacked import over_clients
 from fedsim.errors import InputError, shortened
 from fedsim.params import Params
+
+# Bytes that a frozen block of the text tower keeps for its backward pass, per token and unit of its width: 10 float32
+# with GELU, 14 with QuickGELU, and what the backward pass itself takes. In half precision a third less is kept.
+KEPT_BYTES = 64
 
 
 class ImageTower:
@@ -219,7 +224,17 @@ class TextTower:
         """
         if weights and not self._blocks:
             raise TypeError("a method that changes weights of the text tower needs `text_blocks` among its sites")
-        return _call(self._module, self._precision, weights, start, rests, ends, insertions)
+        tokens, after = insertions or Insertions()
+
+        def encode(starts: Tensor, rests: Tensor, ends: Tensor, tokens: Tensor | None = None) -> Tensor:
+            return _call(self._module, self._precision, weights, starts, rests, ends, tokens, after)
+
+        return over_clients(encode, start, rests, ends, *([] if tokens is None else [tokens]))
+
+    def step_bytes(self, texts: Sequence[str]) -> int:
+        """An estimate of what the tower keeps for the backward pass of a call with these texts after a short start."""
+        tokens = int((self.ends(self.tokenize(texts)) + 1).sum())
+        return KEPT_BYTES * tokens * self.width * self.depth
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
@@ -258,7 +273,7 @@ def tokenize_distinct(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 
 class _Text(nn.Module):
-    """open_clip's `encode_text` for texts with a common start."""
+    """open_clip's `encode_text` for the texts of clients, each with a start that its texts have in common."""
 
     token_embedding: nn.Module
     transformer: nn.Module
@@ -272,22 +287,41 @@ class _Text(nn.Module):
         self.positional_embedding = text.positional_embedding
         self.text_projection = text.text_projection
 
-    def forward(self, start: Tensor, rests: Tensor, ends: Tensor, insertions: Insertions | None = None) -> Tensor:
+    def forward(
+        self, starts: Tensor, rests: Tensor, ends: Tensor, tokens: Tensor | None, after: Mapping[int, After]
+    ) -> Tensor:
+        """All sequences of all clients are one batch.
+
+        Args:
+            starts, rests, ends, tokens: those of `TextTower.encode_after`, with a leading dimension of clients, M or 1.
+            after: the functions after blocks.
+
+        Returns:
+            (M, n, D).
+        """
         if not rests.is_floating_point():
-            start, rests = self.token_embedding(start), self.token_embedding(rests)
-        if insertions is not None and insertions.tokens is not None:
-            start = torch.cat([start[:1], insertions.tokens[0], start[1:]])
-        before = len(start)
-        packing = packing_of(tuple(ends.tolist()), before, rests.device)
-        start = start + self.positional_embedding[:before]
-        rests = rests[packing.texts, packing.tokens] + self.positional_embedding[before + packing.tokens]
-        x = torch.cat([start.expand(len(rests), -1, -1), rests], dim=1)
+            starts, rests = self.token_embedding(starts), self.token_embedding(rests)
+        clients = max(map(len, (starts, rests) if tokens is None else (starts, rests, tokens)))
+        starts = starts.expand(clients, -1, -1)
+        if tokens is not None:
+            starts = torch.cat([starts[:, :1], tokens[:, 0].expand(clients, -1, -1), starts[:, 1:]], dim=1)
+        before = starts.shape[1]
+        packing = packing_of(tuple(map(tuple, ends.tolist())), before, rests.device)
+        client = torch.arange(clients, device=rests.device)[:, None]
+        sequences = packing.texts.shape[1]
+        starts = starts + self.positional_embedding[:before]
+        rests = rests[client[: len(rests), :, None], packing.texts, packing.tokens]
+        rests = rests + self.positional_embedding[before + packing.tokens]
+        starts = starts[:, None].expand(-1, sequences, -1, -1)
+        x = torch.cat([starts, rests.expand(clients, -1, -1, -1)], dim=2).flatten(0, 1)
         mask = packing.mask.to(x.dtype)
-        if insertions is None:
+        if tokens is None and not after:
             x = self.transformer(x, attn_mask=mask)
         else:
-            x = through(self.transformer, x, 1, insertions, mask)
-        x = self.ln_final(x[packing.rows, packing.columns])
+            if tokens is not None:  # (M, d, n, W) -> (d, B, n, W), for the B sequences
+                tokens = tokens.expand(clients, -1, -1, -1).repeat_interleave(sequences, dim=0).transpose(0, 1)
+            x = through(self.transformer, x, 1, Insertions(tokens, after), mask)
+        x = self.ln_final(x[client * sequences + packing.rows, packing.columns])
         if self.text_projection is None:
             return x
         return self.text_projection(x) if isinstance(self.text_projection, nn.Linear) else x @ self.text_projection

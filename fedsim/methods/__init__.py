@@ -216,8 +216,8 @@ class Method(ABC):
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         """The loss of a local step: a scalar, in nats.
 
-        It runs under vmap when clients are stacked, unless the method trains through a tower, so its control flow must
-        not depend on tensor values.
+        It runs under vmap when clients are stacked, so its control flow must not depend on tensor values. If the method
+        trains through the text tower by tokens only, that is the case on GPUs; through other sites in towers, never.
         """
         return cross_entropy(self.logits(module, batch.x, batch.classes, batch.client), batch.y)
 

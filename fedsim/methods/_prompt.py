@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from fedsim.clip.insertions import Insertions
 from fedsim.clip.sites import Site
+from fedsim.clip.stacked import over_clients
 from fedsim.clip.towers import TextTower
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, Method
@@ -105,7 +106,7 @@ class Prompted(nn.Module):
         """(n,) indices of the active classes, ascending."""
         if classes is None:
             return torch.arange(len(self.ends), device=self.ends.device)
-        return classes.nonzero().flatten()
+        return over_clients(_indices, classes)
 
     def texts(self, tokens: Tensor, classes: Tensor | None = None) -> Tensor:
         """(L, W) tokens, or (d, L, W) for each of the first d blocks -> (n, D) unit rows, the text features of the n
@@ -125,3 +126,8 @@ class Prompted(nn.Module):
         """(B, n) -> (B, C), -inf for inactive classes."""
         inactive = logits.new_full((len(logits), len(self.ends)), -torch.inf)
         return inactive.index_copy(1, self.active(classes), logits)
+
+
+def _indices(masks: Tensor) -> Tensor:
+    """(M, C) bool, equally many true in each row -> (M, n) their indices."""
+    return masks.nonzero()[:, 1].view(len(masks), -1)

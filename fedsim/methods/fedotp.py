@@ -3,11 +3,14 @@
 Source: Li et al., CVPR 2024, arXiv 2403.00041; details as in the authors' code, HongxiaLee/FedOTP, commit 9948611.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fedsim.clip.sites import Site
+from fedsim.clip.stacked import over_clients
 from fedsim.methods import Backbone, Scope
 from fedsim.methods._prompt import Prompted, PromptMethod
 from fedsim.registry import component
@@ -54,7 +57,7 @@ class _Transported(Prompted):
         super().__init__(backbone, len(tokens), method.length_flag(len(tokens)))
         self.together, self.own = nn.Parameter(tokens), nn.Parameter(method.initial_tokens(backbone.text))
         fields = "entropy", "mass", "tolerance", "iterations"
-        self.transport = {name: getattr(method, name) for name in fields}
+        self.plan = partial(plan, **{name: getattr(method, name) for name in fields})
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, T, D) -> (B, C)
         texts = torch.stack([self.texts(self.together, classes), self.texts(self.own, classes)], dim=1)  # (n, 2, D)
@@ -63,7 +66,7 @@ class _Transported(Prompted):
 
     def _score(self, x: Tensor, texts: Tensor) -> Tensor:  # (B, T, D), (n, 2, D) -> (B, n)
         cosines = torch.einsum("btd,nkd->bntk", normalize(x, dim=-1), texts)
-        return self.scale * (cosines * plan(cosines, **self.transport)).sum(dim=(-2, -1))
+        return self.scale * (cosines * over_clients(self.plan, cosines)).sum(dim=(-2, -1))
 
 
 @torch.no_grad()

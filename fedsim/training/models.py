@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.clip.model import Clip, Frozen
+from fedsim.methods import Backbone
 from fedsim.params import Params, moved
 from fedsim.representations import Encoded
 from fedsim.training.client_store import PrivateState
@@ -28,6 +29,7 @@ class Models:
         self.data, self.frozen, self.device = data, frozen, device
         self.clip = lru_cache(maxsize=1)(self._clip)
         self.module = lru_cache(maxsize=4)(self._module)
+        self.tower_bytes = lru_cache(maxsize=4)(self._tower_bytes)
         self.resident = lru_cache(maxsize=1)(self._resident)
 
     def inputs(self, task: Task, rows: np.ndarray, views: np.ndarray | None = None) -> Inputs:
@@ -45,14 +47,21 @@ class Models:
 
     def _module(self, task: Task) -> tuple[nn.Module, Params]:
         """The module of a task on the device, and a copy of its first state on the CPU, for names and shapes."""
-        reads = task.method.reads
-        clip = self.clip(task.dtype) if reads.towers else None
-        backbone = backbone_of(self.data, self.device, task.dtype, reads, clip)
-        module = task.build(backbone).to(self.device, getattr(torch, task.dtype))
+        module = task.build(self._backbone(task)).to(self.device, getattr(torch, task.dtype))
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.contiguous()  # the fused optimizers walk raw memory
         like = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
         return module, like
+
+    def _backbone(self, task: Task) -> Backbone:
+        reads = task.method.reads
+        clip = self.clip(task.dtype) if reads.towers else None
+        return backbone_of(self.data, self.device, task.dtype, reads, clip)
+
+    def _tower_bytes(self, task: Task) -> int:
+        """An estimate of what the text tower keeps for the backward pass of a client's step; 0 without it."""
+        backbone = self._backbone(task)
+        return backbone.text_tower.step_bytes(backbone.classes) if backbone.text_tower else 0
 
     def _clip(self, dtype: str) -> Clip:
         assert self.frozen is not None

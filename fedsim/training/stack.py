@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from fedsim.clip.sites import stackable
 from fedsim.errors import InputError
 from fedsim.methods import Batch, ClientContext, Method, trained
 from fedsim.params import Params
@@ -21,14 +22,25 @@ from fedsim.training.targets import Targets
 # What a stack's parameters, gradients and moments may take. On a CPU this is what stays in cache; larger stacks are
 # slower (benchmarks/README.md). It depends on the device alone, because the order of a sum's rounding depends on it.
 BUDGET_BYTES = {"cpu": 36 << 20, "cuda": 5 << 30}
+# What the text tower may keep for the backward pass of a stack: of a ViT-B and 100 classes, that of 36 clients. Methods
+# with two prompts take twice as much, and two actors share a GPU by default. On a CPU the step of a single client is
+# large enough; on a GPU it mostly waits for small kernels.
+TOWER_BYTES = {"cpu": 0, "cuda": 6 << 30}
 
 
-def stack_size(params: Params, method: Method, device: str) -> int:
-    """The number of clients with these parameters that are trained together."""
-    if method.reads.towers:  # the step of a single client is large enough
+def stack_size(params: Params, method: Method, device: str, tower_bytes: int = 0) -> int:
+    """The number of clients that are trained together.
+
+    Args:
+        params: the tensors of a client.
+        tower_bytes: what the text tower keeps for the backward pass of a client's step; 0 if it has no part in it.
+    """
+    if not stackable(method.sites):
         return 1
+    kind = torch.device(device).type
     client_bytes = 4 * sum(tensor.numel() * tensor.element_size() for tensor in params.values())
-    return max(1, BUDGET_BYTES[torch.device(device).type] // max(1, client_bytes))
+    size = BUDGET_BYTES[kind] // max(1, client_bytes)
+    return max(1, min(size, TOWER_BYTES[kind] // tower_bytes) if tower_bytes else size)
 
 
 @torch.no_grad()
@@ -148,18 +160,27 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
     fixed = {name: tensor for name, tensor in params.items() if name not in learned}
     shapes = {name: tensor.dim() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     stacked = [{n: 0 if v.dim() > shapes[n] else None for n, v in tensors.items()} for tensors in (learned, fixed)]
+    clients = batch.client and ClientContext._make((0, 0, None, None))
+    masks, target = (None if tensor is None else 0 for tensor in (batch.classes, batch.target))
+    each = Batch._make((0, 0, masks, clients, target))  # the dimension of the clients
 
     def loss(learned: Params, fixed: Params, batch: Batch) -> Tensor:
         tensors = {f"module.{name}": tensor for name, tensor in (learned | fixed).items()}
         return functional_call(objective, tensors, (batch,))
 
     if not method.reads.towers:
-        clients = batch.client and ClientContext._make((0, 0, None, None))
-        masks, target = (None if tensor is None else 0 for tensor in (batch.classes, batch.target))
-        each = Batch._make((0, 0, masks, clients, target))  # the dimension of the clients
         grads, losses = vmap(grad_and_value(loss), in_dims=(*stacked, each))(learned, fixed, batch)
         return losses, grads
-    # The step of one client through a tower is large enough, and the towers do not support vmap.
+    if len(batch.x) > 1 and stackable(method.sites) and _equally_many(batch.classes):
+        # The text tower takes the texts of all clients in one call, and autograd is outside vmap, as `over_clients`
+        # needs. A loss depends on the tensors of its client only.
+        own = {n: v.expand(len(batch.x), *v.shape) if stacked[0][n] is None else v for n, v in learned.items()}
+        live = {n: v.detach().requires_grad_() for n, v in own.items()}
+        with torch.enable_grad():
+            losses = vmap(loss, in_dims=(0, stacked[1], each))(live, fixed, batch)
+        grads = torch.autograd.grad(losses, list(live.values()), torch.ones_like(losses), materialize_grads=True)
+        return losses.detach(), dict(zip(live, grads, strict=True))
+    # One client at a time: the weights of a tower, or what is inserted into it, differ between clients.
     results: list[list[Tensor]] = []
     for k in range(len(batch.x)):
         live = {n: (v if stacked[0][n] is None else v[k]).detach().requires_grad_() for n, v in learned.items()}
@@ -170,6 +191,11 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
         results.append([value.detach(), *grads])
     losses, *grads = [_stacked(list(tensors)) for tensors in zip(*results, strict=True)]
     return losses, dict(zip(learned, grads, strict=True))
+
+
+def _equally_many(classes: Tensor | None) -> bool:
+    """Whether all clients have as many active classes, since the dimensions of a stack are the same for all."""
+    return classes is None or len(classes.sum(dim=1).unique()) == 1
 
 
 def _of_client(batch: Batch, k: int) -> Batch:

@@ -152,9 +152,21 @@ class Trainer:
         rows = {client: local_rows(task.method, self.data, rows_of[client]) for client, _ in clients}
         ordered = sorted(clients, key=lambda pair: (-rows[pair[0]], pair[0]))
         own = task.select(received.params, "shared", "private")
-        size = 1 if task.reference else stack_size(own, task.method, self.device)
-        for first in range(0, len(ordered), size):
-            yield self._train_stack(task, round, received, ordered[first : first + size], rows_of)
+        tower_bytes = self.models.tower_bytes(task)
+        size = 1 if task.reference else stack_size(own, task.method, self.device, tower_bytes)
+        for part in self._parts(task, ordered, rows_of) if tower_bytes and size > 1 else [ordered]:
+            for first in range(0, len(part), size):
+                yield self._train_stack(task, round, received, part[first : first + size], rows_of)
+
+    def _parts(self, task: Task, clients: Stored, rows_of: Rows) -> list[Stored]:
+        """The clients by their number of active classes, since those of a stack encode equally many texts."""
+        masks = task.competing(self.data, self.trained_classes, [rows_of[client] for client, _ in clients])
+        if masks is None:
+            return [clients]
+        parts: dict[int, Stored] = {}
+        for client, count in zip(clients, masks.sum(axis=1).tolist(), strict=True):
+            parts.setdefault(count, []).append(client)
+        return list(parts.values())
 
     @torch.no_grad()
     def _train_stack(self, task: Task, round: int, received: Received, clients: Stored, rows_of: Rows) -> TrainedStack:
@@ -197,8 +209,8 @@ class Trainer:
         if task.method.expands:
             assert isinstance(x, Tensor), "features"
             x, y, sizes = self._expanded(task, module, ids, Batch(x, y, client=context), sizes)
-        # For modules that draw random numbers, such as dropout. vmap refuses them; a stack that trains through a tower
-        # is one client.
+        # For modules that draw random numbers, such as dropout. vmap refuses them; a client that trains through a tower
+        # alone may draw.
         draws = task.reference or task.method.reads.towers
         with torch.random.fork_rng(devices=[], enabled=draws):
             if draws:
