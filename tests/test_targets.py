@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from fedsim import Backbone, InputError, Method, component, run
+from fedsim.clients import make_clients
+from fedsim.encoding import from_features
 from fedsim.methods import Batch
 from fedsim.methods._contrast import contrastive
 from fedsim.methods.facmic import lmmd
@@ -67,6 +69,14 @@ def test_each_client_draws_test_rows_of_held_out_domains_pass_by_pass_and_trains
         at = (np.abs(read[:, None] - ink[None]).max(axis=2) < 1e-2).argmax(axis=1)
         assert len(read) == 144 and set(at[:120]) == set(range(120)) and len(set(at[120:])) == 24
     assert not torch.equal(steps[0][1], steps[10][1])
+
+
+def test_target_rows_may_be_made_on_demand(tmp_path):
+    made = from_features(parse("dataset", {"name": "synthetic", "rows": 20, "width": 8}).load(None))
+    population = make_clients(made, parse("partition", "natural"), 3, ("domain 0",), 0)
+    task = {"method": parse("method", FAST), "server": parse("server", "fedavg"), "dtype": "float64"}
+    stacked, single = (two_rounds(made, population, tmp_path, reference, **task)[0][0] for reference in (False, True))
+    np.testing.assert_allclose(stacked.delta, single.delta, rtol=1e-7, atol=1e-12)
 
 
 def test_what_reads_target_rows_needs_a_held_out_domain(config):

@@ -28,8 +28,11 @@ class Inputs:
     dtype: torch.dtype
     resident: Tensor | None = None
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def whole(self) -> Tensor:
-        return self[torch.arange(len(self.rows))]
+        return self[torch.arange(len(self))]
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """(*I) positions among the rows -> (*I, ...)."""

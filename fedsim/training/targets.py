@@ -11,7 +11,7 @@ from fedsim.training.inputs import Inputs
 class Targets:
     """What each client of a stack reads of the target rows: all of them in random order, again and again."""
 
-    def __init__(self, x: Inputs, rngs: Sequence[torch.Generator]) -> None:
+    def __init__(self, x: Tensor | Inputs, rngs: Sequence[torch.Generator]) -> None:
         """
         Args:
             x: the inputs of all target rows.
@@ -27,6 +27,6 @@ class Targets:
     def _next(self, client: int, size: int) -> Tensor:
         order = self.left[client]
         while len(order) < size:
-            order = torch.cat([order, torch.randperm(len(self.x.rows), generator=self.rngs[client])])
+            order = torch.cat([order, torch.randperm(len(self.x), generator=self.rngs[client])])
         self.left[client] = order[size:]
         return order[:size]

@@ -19,6 +19,7 @@ from fedsim.servers import ClientUpdate
 from fedsim.training.accumulator import Accumulator
 from fedsim.training.client_store import PrivateState, Stored
 from fedsim.training.contexts import ClientContexts
+from fedsim.training.inputs import Inputs
 from fedsim.training.models import Models
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.stack import stack_size, train_stack
@@ -196,9 +197,7 @@ class Trainer:
         sent_each = {name: params[name].clone() for name in unicast_like if name in shared}
         ids = [client for client, _ in clients]
         rows = np.concatenate([rows_of[client] for client in ids])
-        x = self.models.inputs(task, rows, self._views(task, round, ids, rows_of))
-        if x.name == "features":  # small, and read in every epoch; images may not fit into memory
-            x = x.whole()
+        x = self._inputs(task, rows, self._views(task, round, ids, rows_of))
         y = torch.from_numpy(self.data.y[rows]).to(self.device)
         sizes = [len(rows_of[client]) for client in ids]
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
@@ -249,9 +248,14 @@ class Trainer:
         """The test rows of the held-out domains, without their labels, for methods that read them."""
         if not task.method.reads_target:
             return None
-        x = self.models.inputs(task, np.concatenate([*self.clients.held_out]))
+        x = self._inputs(task, np.concatenate([*self.clients.held_out]))
         # Keyed apart from the batches: a method that does not read targets keeps its bits.
         return Targets(x, [torch_rng(task.seed, "target", round, client) for client in clients])
+
+    def _inputs(self, task: Task, rows: np.ndarray, views: np.ndarray | None = None) -> Tensor | Inputs:
+        """The inputs of some rows: features at once, since they are small; images may not fit into memory."""
+        x = self.models.inputs(task, rows, views)
+        return x.whole() if x.name == "features" else x
 
     def _views(self, task: Task, round: int, clients: list[int], rows_of: Rows) -> np.ndarray | None:
         """The augmented view of each train row in a round; None without augmentation."""
