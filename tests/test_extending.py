@@ -1,6 +1,7 @@
 """The components that docs/extending.md shows train as they stand."""
 
 import re
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -9,11 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from fedsim import Config, InputError, run
+from fedsim import Config, InputError, Method, Server, run
 from fedsim.training.client_store import PrivateStore
 
 TEXT = (Path(__file__).parents[1] / "docs" / "extending.md").read_text("utf-8")
 SHOWN = re.findall(r"`fedsim/(\w+)s/(\w+)\.py`:\n\n```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_all_hooks_are_listed():
+    listed = set(re.findall(r"`(\w+)`", TEXT.partition("## All hooks")[2]))
+    for cls in (Method, Server):
+        hooks = {name for name in vars(cls) if name[0] != "_"} - {field.name for field in fields(cls)}
+        assert hooks - listed - {"reject_booleans_for_numbers"} == set()
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +100,22 @@ def test_predictions_for_target_rows_become_more_confident(trained, shown):
         table = trained("flat", f"{weight}", method=method(weight=weight, lr=3e-4)).tables().trained.calibration
         confidence.append(table.query("round == 1 and group == 'held_out'").confidence.sum())
     assert confidence[1] > confidence[0] > 0
+
+
+def test_a_client_takes_steps_on_twice_its_rows(trained):
+    method = {"name": "probe", "batch_size": 2}
+    plain, noisy = trained("flat", "plain", method=method), trained("noisy")
+    assert noisy.tables().rounds.steps.sum() == 3  # at most 32 rows each
+    assert plain.tables().rounds.steps.sum() == 3 * 2  # 4 rows each
+
+
+def test_the_last_direction_travels_down_and_is_added_to_gradients(trained):
+    method = {"name": "probe", "optimizer": "sgd", "lr": 0.01, "local_epochs": 2}
+    guided, fedavg = (
+        trained(*each, method=method, rounds=2).tables().rounds for each in (("guided",), ("flat", "fedavg"))
+    )
+    assert (guided.bytes_down == 2 * guided.bytes_up).all()
+    assert (guided.loss == fedavg.loss).tolist() == [True, False]
 
 
 def test_the_mean_of_the_last_two_models_is_evaluated(trained):
