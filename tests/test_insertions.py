@@ -155,6 +155,18 @@ def test_tokens_of_packed_texts_are_those_of_each_text_by_itself(count, depth, t
     assert (ours.abs().amax(dim=(1, 2)) > 1e-6).all()
 
 
+def test_tokens_come_after_the_first_token_of_one_text_and_of_embeddings_too(texts):
+    tower = texts[1]
+    rows = tower.tokenize(["an owl", "a small drawing"])
+    ends, insertions = tower.ends(rows), Insertions(draw(2, 3, tower.width))
+    together = tower.encode(rows, ends, insertions=insertions)
+    for same in (rows[:1], tower.embed(rows[:1]), tower.embed(rows)):
+        features = tower.encode(same, ends[: len(same)], insertions=insertions)
+        torch.testing.assert_close(features, together[: len(same)], rtol=1e-10, atol=1e-12)
+    with pytest.raises(TypeError, match="tokens are inserted after the first token of the start, which is empty"):
+        tower.encode_after(rows[0, :0], rows, ends, insertions=insertions)
+
+
 # Methods --------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,8 @@ After = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 class Insertions(NamedTuple):
-    """
+    """What is inserted into the blocks of a tower.
+
     Attributes:
         tokens: (d, n, W) n tokens for each of the first d blocks. The first n are added to the input, after the patches
             of an image or after the first token of a text; in front of each further block, n others replace what has
@@ -25,24 +26,24 @@ class Insertions(NamedTuple):
     after: Mapping[int, After] = MappingProxyType({})
 
 
-def through(transformer: Any, x: Tensor, place: int, insertions: Insertions, mask: Tensor | None = None) -> Tensor:
+def through(transformer: Any, x: Tensor, position: int, insertions: Insertions, mask: Tensor | None = None) -> Tensor:
     """The blocks of an open_clip transformer, (B, T, W) -> (B, T, W).
 
     Args:
         x: the input, which has the first n tokens.
-        place: the position of the first of the n tokens.
+        position: that of the first of the n tokens.
         mask: (T, T) that is added to the scores of attention.
     """
     tokens, after = insertions
     for index, block in enumerate(transformer.resblocks):
         if tokens is not None and 0 < index < len(tokens):
-            x = replaced(x, place, tokens[index])
+            x = replaced(x, position, tokens[index])
         y = block(x, attn_mask=mask)
         x = after[index](block, x, y) if index in after else y
     return x
 
 
-def replaced(x: Tensor, place: int, tokens: Tensor) -> Tensor:
-    """(B, T, W) with n tokens, (n, W) or (B, n, W), in place of those from `place` on; at the end, they are added."""
+def replaced(x: Tensor, position: int, tokens: Tensor) -> Tensor:
+    """(B, T, W) with n tokens, (n, W) or (B, n, W), in place of those from `position` on, or added at the end."""
     tokens = tokens.to(x.dtype).expand(len(x), -1, -1)
-    return torch.cat([x[:, :place], tokens, x[:, place + tokens.shape[1] :]], dim=1)
+    return torch.cat([x[:, :position], tokens, x[:, position + tokens.shape[1] :]], dim=1)

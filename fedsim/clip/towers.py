@@ -192,8 +192,10 @@ class TextTower:
         Returns:
             (n, D).
         """
-        common = 0
-        if not texts.is_floating_point() and len(texts) > 1:
+        if texts.is_floating_point() or len(texts) == 1:
+            # Tokens are inserted after the first of a text, which is the same in all texts.
+            common = int(insertions is not None and insertions.tokens is not None)
+        else:
             same = int((texts == texts[0]).all(dim=0).long().cumprod(0).sum())
             common = min(same, int(ends.min()))
         return self.encode_after(texts[0, :common], texts[:, common:], ends - common, weights, insertions)
@@ -225,6 +227,8 @@ class TextTower:
         if weights and not self._blocks:
             raise TypeError("a method that changes weights of the text tower needs `text_blocks` among its sites")
         tokens, after = insertions or Insertions()
+        if tokens is not None and not len(start):
+            raise TypeError("tokens are inserted after the first token of the start, which is empty")
 
         def encode(starts: Tensor, rests: Tensor, ends: Tensor, tokens: Tensor | None = None) -> Tensor:
             return _call(self._module, self._precision, weights, starts, rests, ends, tokens, after)
