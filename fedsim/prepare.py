@@ -204,7 +204,12 @@ def _check_precision(config: Config, method: Method) -> None:
 
 
 def _check_data(config: Config, folder: Path, method: Method, data: Data) -> None:
-    """Refuses a folder inside the data, and features where a method or the config needs images."""
+    """Refuses a folder inside the data, and data that do not have what a method or the config needs."""
+    if method.reads_target and data.source.class_domain:
+        raise InputError(
+            f"method {name_of(config.method)} reads unlabelled rows of held-out domains in training, which need the "
+            "classes of the other domains; in a suite, each data set has classes of its own"
+        )
     if data.weights:  # images, which a sweep has encoded already
         # Resolved, since `images/../runs` is not in `images`, and what is below a link to it is.
         if config.data_dir and folder.resolve().is_relative_to(config.data_dir.resolve()):

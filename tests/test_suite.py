@@ -76,6 +76,16 @@ def suite(sets, tmp_path):
     return make
 
 
+@pytest.mark.parametrize("method", ["facmic", "faaclip"])
+def test_target_rows_of_other_classes_are_refused(method, suite):
+    with pytest.raises(InputError) as refused:
+        prepare(suite(method=method, held_out=("dtd",)))
+    assert str(refused.value) == (
+        f"method {method} reads unlabelled rows of held-out domains in training, which need the classes of the other "
+        "domains; in a suite, each data set has classes of its own"
+    )
+
+
 def load(root, members):
     return parse("dataset", {"name": "suite", "members": members}).load(root)
 

@@ -179,7 +179,7 @@ class Method(ABC):
     # Whether `loss` and `logits` get the client; each is then evaluated separately.
     reads_client: ClassVar[bool] = False
     # Whether `loss` gets unlabelled rows of the held-out domains, the same that are tested. Reports then say that the
-    # method is transductive.
+    # method is transductive. A suite, whose data sets have classes of their own, is refused.
     reads_target: ClassVar[bool] = False
     # Whether clients train on more rows than they have: see `expand`.
     expands: ClassVar[bool] = False

@@ -27,6 +27,7 @@ class FACMIC(Method):
 
     Its 50 rounds, averaging by rows (`--server.weighting rows`) and 80/10/10 split (`--train-share 0.8`) are set in the
     experiment. The running statistics of the gate's batch norm are averaged like its weights, as in the code.
+    With `label_space` client, only the client's own classes are predicted for target rows, too.
 
     Differs: a local epoch is one pass over the train rows, with a short last batch. The code drops that, and on all of
     its data sets but one takes 199 batches of an endless loader instead. Its clients share one endless loader of target
