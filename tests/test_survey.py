@@ -164,6 +164,11 @@ class Patches(Method):
         return "surveyed"
 
 
+@component
+class Prompted(NCM):
+    sites = ("image_feature", "text_tokens")
+
+
 def test_surveys_that_cannot_work_say_why(config, features, tmp_path):  # noqa: F811
     for method, error, sentence in (
         (Uneven(), TypeError, "survey must return the same names and shapes for every client"),
@@ -174,6 +179,8 @@ def test_surveys_that_cannot_work_say_why(config, features, tmp_path):  # noqa: 
             run(config(method=method, out=tmp_path / sentence))
     with pytest.raises(InputError, match="makes a survey, which needs image features, not tokens"):
         initial_params(Task(Patches(), parse("server", "fedavg"), 0), backbone_of(features))
+    with pytest.raises(InputError, match="makes a survey, which needs text features, not text embeddings"):
+        initial_params(Task(Prompted(), parse("server", "fedavg"), 0), backbone_of(features))
 
 
 # GGEUR ----------------------------------------------------------------------------------------------------------

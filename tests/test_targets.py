@@ -14,6 +14,7 @@ from fedsim import Backbone, InputError, Method, component, run
 from fedsim.clients import make_clients
 from fedsim.encoding import from_features
 from fedsim.methods import Batch
+from fedsim.methods._batch_norm import BatchNorm
 from fedsim.methods._contrast import contrastive
 from fedsim.methods.facmic import lmmd
 from fedsim.methods.probe import Probe
@@ -287,6 +288,17 @@ def test_a_count_of_batches_is_refused_and_the_norm_without_it_is_named():
         "has tensors that cannot be averaged: 0.num_batches_tracked; "
         "fedsim.methods._batch_norm.BatchNorm does not count batches"
     )
+
+
+@component
+class Normalized(Method):
+    def build(self, backbone):
+        return nn.Sequential(BatchNorm(backbone.width))
+
+
+def test_a_batch_norm_is_refused_with_batches_of_one_row():
+    with pytest.raises(InputError, match="has a BatchNorm, and one row has no variance; it needs min_batch = 2"):
+        initial_params(Task(Normalized(), parse("server", "fedavg"), 0), Backbone(torch.eye(4), 1.0))
 
 
 def test_the_gate_of_vit_b_16_has_526336_parameters():

@@ -11,6 +11,8 @@ class BatchNorm(nn.Module):
     In training it normalizes by the batch, and moves the running statistics in place; each client of a stack has its
     own. They are shared tensors, so clients are sent them, and the server combines what they have become. In
     evaluation it normalizes by them, so that no prediction depends on which rows are evaluated together.
+
+    A batch of one row has no variance: a method that uses it needs `min_batch = 2`.
     """
 
     running_mean: Tensor

@@ -12,6 +12,7 @@ from fedsim.clip.sites import Reads
 from fedsim.datasets import Labels
 from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone, Method, Scope, masked
+from fedsim.methods._batch_norm import BatchNorm
 from fedsim.params import Params, flatten
 from fedsim.registry import name_of
 from fedsim.representations import Encoded
@@ -150,9 +151,15 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
             f"{name_of(task.method)} gives {listing(names)} the scope server, which only a server rule can give, "
             "because it says how the server changes a tensor that clients do not train; use frozen"
         )
+    if task.method.min_batch < 2 and any(isinstance(part, BatchNorm) for part in module.modules()):
+        raise InputError(f"{name_of(task.method)} has a BatchNorm, and one row has no variance; it needs min_batch = 2")
     if (task.method.expands or task.select(params, "surveyed")) and task.method.reads.image != "features":
         what = "expands clients' rows" if task.method.expands else "makes a survey"
         raise InputError(f"{name_of(task.method)} {what}, which needs image features, not {task.method.reads.image}")
+    if task.select(params, "surveyed") and task.method.reads.towers:
+        raise InputError(
+            f"{name_of(task.method)} makes a survey, which needs text features, not text {task.method.reads.text}"
+        )
     task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
     return params
 
