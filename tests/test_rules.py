@@ -1,5 +1,7 @@
 """Server rules against few lines of their papers' arithmetic in float64, and where one rule becomes another."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.nn.functional import cross_entropy, normalize
 from fedsim import Backbone, InputError, Method, component, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.methods import Batch, trained
+from fedsim.methods.lora import Lora
 from fedsim.params import flatten, unflatten
 from fedsim.registry import parse
 from fedsim.servers import ClientUpdate
@@ -498,6 +501,23 @@ def test_of_ditto_the_shared_half_travels_and_hyperparameters_are_the_methods():
     assert scopes == {"shared": "shared", "own": "private"}
     assert (twins.lr, twins.batch_size, twins.beta2, twins.min_batch) == (0.03, 7, 0.98, 2)
     assert twins.steps(15) == method.steps(15) == 2 and twins.reads == method.reads
+
+
+def test_methods_that_hold_another_pass_on_everything_that_they_do_not_define():
+    @component
+    class Other(Lora):
+        pass
+
+    own = {field.name for field in dataclasses.fields(Method)} | {"reject_booleans_for_numbers"}
+    hooks = {name for name in vars(Method) if not name.startswith("_")} - own
+    assert {"joint_classes", "fixed_rounds", "steps", "lr_in", "local_rows"} <= hooks
+    for name in hooks:
+        setattr(Other, name, f"its {name}")
+    for rule in ("ditto", "fedex_lora"):
+        holder = parse("server", rule).adapt(Other(lr=0.5, label_space="client"))
+        passed_on = hooks - vars(type(holder)).keys()
+        assert {name: getattr(holder, name) for name in passed_on} == {name: f"its {name}" for name in passed_on}
+        assert (holder.lr, holder.label_space) == (0.5, "client")
 
 
 @pytest.mark.parametrize("masked", [False, True])

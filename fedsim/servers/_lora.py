@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from pydantic import InstanceOf
-from torch import Tensor
 
 from fedsim.errors import InputError
-from fedsim.methods import Backbone, Batch, ClientContext, Method, Scope
+from fedsim.methods import Backbone, Method, Scope
+from fedsim.methods._wrapper import Wrapper
 from fedsim.methods.lora import Lora, Paired
 from fedsim.params import Params
 from fedsim.registry import component, name_of
@@ -22,43 +20,15 @@ def require_lora(rule: Server, method: Method) -> Lora:
 
 
 @component
-class Merged(Method):
+class Merged(Wrapper):
     """LoRA with a full matrix added to each pair's product; the matrix starts at zero, and clients do not train it."""
 
     inner: InstanceOf[Lora]
-
-    @classmethod
-    def of(cls, method: Lora) -> Merged:
-        return cls(inner=method, **{field.name: getattr(method, field.name) for field in fields(Method)})
-
-    @property
-    def min_batch(self) -> int:
-        return self.inner.min_batch
-
-    @property
-    def sites(self):
-        return self.inner.sites
-
-    @property
-    def reads_client(self) -> bool:
-        return self.inner.reads_client
-
-    @property
-    def reads_target(self) -> bool:
-        return self.inner.reads_target
 
     def build(self, backbone: Backbone) -> Paired:
         module = self.inner.build(backbone)
         module.add_merged()
         return module
-
-    def loss(self, module: Paired, batch: Batch) -> Tensor:
-        return self.inner.loss(module, batch)
-
-    def logits(
-        self, module: Paired, x: Tensor, classes: Tensor | None = None, client: ClientContext | None = None
-    ) -> Tensor:
-        return self.inner.logits(module, x, classes, client)
 
     def scope(self, name: str) -> Scope:
         return "frozen" if name.startswith("merged.") else self.inner.scope(name)

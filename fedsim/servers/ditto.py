@@ -3,14 +3,11 @@
 Source: Li et al. 2021, arXiv 2012.04221; lam and the mean as in the authors' code, litian96/ditto, commit 26d9b29.
 """
 
-from dataclasses import fields
-
-import numpy as np
 import torch
-from pydantic import InstanceOf
 from torch import Tensor, nn
 
-from fedsim.methods import Backbone, Batch, ClientContext, Method, masked
+from fedsim.methods import Backbone, Batch, ClientContext, masked
+from fedsim.methods._wrapper import Wrapper
 from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search_space import Field, Log
@@ -38,7 +35,7 @@ class Ditto(Averaging):
     )
 
     def adapt(self, method):
-        return _Twins(inner=method, **{field.name: getattr(method, field.name) for field in fields(Method)})
+        return _Twins.of(method)
 
     def gradient(self, params, received, client_state, sent):
         pairs = {f"own.{name.removeprefix('shared.')}": tensor for name, tensor in received.items()}
@@ -46,38 +43,8 @@ class Ditto(Averaging):
 
 
 @component
-class _Twins(Method):
+class _Twins(Wrapper):
     """Two copies of a method with independent losses; the recorded loss is their sum."""
-
-    inner: InstanceOf[Method]
-
-    @property
-    def min_batch(self) -> int:
-        return self.inner.min_batch
-
-    @property
-    def joint_classes(self) -> bool:
-        return self.inner.joint_classes
-
-    @property
-    def reads_client(self) -> bool:
-        return self.inner.reads_client
-
-    @property
-    def reads_target(self) -> bool:
-        return self.inner.reads_target
-
-    @property
-    def expands(self) -> bool:
-        return self.inner.expands
-
-    @property
-    def fixed_rounds(self) -> bool:
-        return self.inner.fixed_rounds
-
-    @property
-    def sites(self):
-        return self.inner.sites
 
     def build(self, backbone: Backbone) -> "_Pair":
         # Built twice, not copied, since a copy would duplicate the towers that the module holds. Both builds draw the
@@ -117,14 +84,13 @@ class _Twins(Method):
     def expand(self, module: "_Pair", batch: Batch, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.inner.expand(module.shared, batch, rng)
 
-    def local_rows(self, y: np.ndarray) -> int:
-        return self.inner.local_rows(y)
-
     def clipped(self, grads: Params) -> Params:
         """The gradients of each half, clipped on their own: the shared model trains as without the personal one."""
-        clip = super().clipped
-        halves = ({name: g for name, g in grads.items() if name.startswith(f"{half}.")} for half in HALVES)
-        return {name: grad for half in halves for name, grad in clip(half).items()}
+        clipped = {}
+        for half in HALVES:
+            own = {name.removeprefix(f"{half}."): g for name, g in grads.items() if name.startswith(f"{half}.")}
+            clipped |= {f"{half}.{name}": grad for name, grad in self.inner.clipped(own).items()}
+        return clipped
 
     def scope(self, name: str):
         half, _, inside = name.partition(".")
@@ -132,6 +98,9 @@ class _Twins(Method):
         if half == "own" and scope == "surveyed":
             return "frozen"  # a copy, which does not travel a second time
         return "private" if half == "own" and scope == "shared" else scope
+
+    def is_auxiliary(self, name: str) -> bool:
+        return self.inner.is_auxiliary(name.partition(".")[2])
 
 
 class _Pair(nn.Module):
