@@ -91,7 +91,7 @@ class Federation:
         if not self.survey:
             return state
         chunks = self._chunks(list(range(self.clients.trainers)))
-        sums = self.workers.map("survey", chunks, self.task, flatten(state.params))
+        sums = self.workers.map("survey", chunks, self.task, flatten(state.params), self.survey.shapes)
         return replace(state, params=state.params | self.survey.conclude(sums))
 
     def bytes_of(self, planned: PlannedRound, received: int) -> tuple[int, int]:

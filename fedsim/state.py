@@ -18,7 +18,7 @@ class ServerState:
 
     Attributes:
         round: rounds done.
-        params: every tensor of the module; private ones as they were in round 0, surveyed ones before round 1 too.
+        params: every tensor of the module; private ones as they were in round 0, surveyed ones too, until round 1.
         slots: the server rule's memory.
         past: parameters of earlier rounds that a client still trains from, by rounds done.
         private: (K,) int64, the round in which each client last wrote its private state; 0 for never. The states are in

@@ -109,12 +109,26 @@ def test_what_a_chunk_contributes_depends_on_no_earlier_call(features, clients):
     task = Task(parse("method", "ncm"), parse("server", "fedavg"), seed=0)
     params = initial_params(task, backbone_of(features))
     worker, fresh = ClientWorker(features, clients), ClientWorker(features, clients)
-    first = fresh.survey(task, flatten(params), [2, 0])
+    arguments = task, flatten(params), {"rows": (5,), "sums": (5, 12)}
+    first = fresh.survey(*arguments, [2, 0])
     worker.evaluate(task, 1, flatten(params) + 1, [], [], ("val",), [(0, 0)])
-    assert np.array_equal(worker.survey(task, flatten(params), [2, 0]), first)
-    alone = [worker.survey(task, flatten(params), [k]) for k in (2, 0)]
+    assert np.array_equal(worker.survey(*arguments, [2, 0]), first)
+    alone = [worker.survey(*arguments, [k]) for k in (2, 0)]
     assert np.array_equal(alone[0] + alone[1], first) and first.dtype == np.float64
     assert first[:5].sum() == 33 + 9  # of `rows`, before `sums`
+
+
+@component
+class Mixed(NCM):
+    def survey(self, module, batch):
+        return {"half": torch.ones(1), "whole": torch.tensor([2**24 + 1])}
+
+
+def test_a_sum_has_the_precision_of_float64_whatever_other_tensors_have(features, clients):  # noqa: F811
+    task = Task(Mixed(), parse("server", "fedavg"), seed=0)
+    params = flatten(initial_params(task, backbone_of(features)))
+    total = ClientWorker(features, clients).survey(task, params, {"half": (1,), "whole": (1,)}, [0])
+    assert total.tolist() == [1, 2**24 + 1]
 
 
 @component
@@ -137,6 +151,26 @@ def test_the_clock_starts_when_the_slowest_link_has_carried_the_survey(server):
 class Uneven(NCM):
     def survey(self, module, batch):
         return {"x": batch.x}
+
+
+@component
+class Renamed(NCM):
+    def survey(self, module, batch):
+        return {"some" if len(batch.y) else "none": torch.zeros(3)}
+
+
+@component
+class Silent(NCM):
+    def survey(self, module, batch):
+        return {}
+
+
+@component
+class Hidden(NCM):
+    """Contributes what its output does not show."""
+
+    def survey(self, module, batch):
+        return super().survey(module, batch) | {"inverse": torch.tensor([len(batch.y)]) / 0}
 
 
 @component
@@ -172,11 +206,14 @@ class Prompted(NCM):
 def test_surveys_that_cannot_work_say_why(config, features, tmp_path):  # noqa: F811
     for method, error, sentence in (
         (Uneven(), TypeError, "survey must return the same names and shapes for every client"),
+        (Renamed(), TypeError, "survey must return the same names and shapes for every client"),
+        (Silent(), TypeError, "survey must return what a client contributes, and returns nothing"),
+        (Hidden(), InputError, "the survey sums up to values that are not finite, in inverse"),
         (Nameless(), TypeError, "surveyed must return means, in their shapes"),
         (Infinite(), InputError, "the survey gives means that are not finite"),
     ):
         with pytest.raises(error, match=sentence):
-            run(config(method=method, out=tmp_path / sentence))
+            run(config(method=method, out=tmp_path / type(method).__name__))
     with pytest.raises(InputError, match="makes a survey, which needs image features, not tokens"):
         initial_params(Task(Patches(), parse("server", "fedavg"), 0), backbone_of(features))
     with pytest.raises(InputError, match="makes a survey, which needs text features, not text embeddings"):

@@ -1,4 +1,4 @@
-"""What a method that reads its client (`Method.reads_client`) is told of it."""
+"""What a method that reads its client gets (`ClientContext`)."""
 
 from collections.abc import Sequence
 

@@ -13,7 +13,6 @@ from fedsim.errors import Diverged, InputError
 from fedsim.params import moved, unflatten
 from fedsim.registry import name_of
 from fedsim.training.client_store import Stored
-from fedsim.training.contexts import ClientContexts
 from fedsim.training.models import Models
 from fedsim.training.predict import Entry, Spaces, predict
 from fedsim.training.task import Task
@@ -26,7 +25,6 @@ class Evaluator:
         self.models, self.clients = models, clients
         self.data, self.device = models.data, models.device
         self.trained_classes = clients.trained_classes(self.data)
-        self.contexts = ClientContexts(self.data, self.device)
 
     def evaluate(
         self,
@@ -82,7 +80,7 @@ class Evaluator:
 
     def _entry(self, task: Task, round: int, k: int, split: str, rows: np.ndarray, owner: Client) -> Entry:
         """Some rows of `owner`, to be predicted with the parameters of client k."""
-        context = self.contexts.of(task, round, [owner])
+        context = self.models.contexts.of(task, round, [owner])
         return (k, split, rows), self._spaces(owner, rows), context and context.part(0)
 
     def _by_vocabulary(self, rows: np.ndarray) -> list[np.ndarray]:

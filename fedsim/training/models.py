@@ -11,6 +11,7 @@ from fedsim.methods import Backbone
 from fedsim.params import Params, moved
 from fedsim.representations import Encoded
 from fedsim.training.client_store import PrivateState
+from fedsim.training.contexts import ClientContexts
 from fedsim.training.inputs import Inputs
 from fedsim.training.task import Task, backbone_of
 
@@ -18,7 +19,7 @@ RESIDENT_BYTES = 1 << 30  # the features that a worker holds on its GPU take at 
 
 
 class Models:
-    """The modules of tasks, what they read of rows of the data, and what clients stored for them."""
+    """The modules of tasks, what they read of rows of the data and of clients, and what clients stored for them."""
 
     def __init__(self, data: Encoded, frozen: Frozen | None = None, device: str = "cpu") -> None:
         """
@@ -27,6 +28,7 @@ class Models:
             device: cpu or cuda.
         """
         self.data, self.frozen, self.device = data, frozen, device
+        self.contexts = ClientContexts(data, device)
         self.clip = lru_cache(maxsize=1)(self._clip)
         self.module = lru_cache(maxsize=4)(self._module)
         self.tower_bytes = lru_cache(maxsize=4)(self._tower_bytes)

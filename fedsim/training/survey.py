@@ -1,6 +1,7 @@
 """The survey: what every client that trains contributes once, before round 1, and what the server makes of the sum."""
 
 from collections.abc import Iterable, Sequence
+from math import prod
 
 import numpy as np
 import torch
@@ -10,9 +11,10 @@ from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone, Batch, ClientContext
 from fedsim.params import Params, flatten, moved, payload_bytes, unflatten
 from fedsim.registry import name_of
-from fedsim.training.contexts import ClientContexts
 from fedsim.training.models import Models
 from fedsim.training.task import Task
+
+Shapes = dict[str, tuple[int, ...]]  # by name
 
 
 class Surveyor:
@@ -20,31 +22,36 @@ class Surveyor:
 
     def __init__(self, models: Models, clients: Population) -> None:
         self.models, self.clients = models, clients
-        self.contexts = ClientContexts(models.data, models.device)
 
     @torch.no_grad()
-    def survey(self, task: Task, params: np.ndarray, chunk: Sequence[int]) -> np.ndarray:
+    def survey(self, task: Task, params: np.ndarray, shapes: Shapes, chunk: Sequence[int]) -> np.ndarray:
         """(Q,) float64, the sum of what the clients of these ids contribute.
 
         Args:
             params: (P,) all parameters of round 0.
+            shapes: of what every client contributes.
         """
         module, like = self.models.module(task)
         module.eval().load_state_dict(moved(unflatten(params, like), self.models.device))
-        total = np.zeros(0)
+        total = np.zeros(sum(map(prod, shapes.values())))
         for client in map(self.clients.__getitem__, chunk):
             x = self.models.inputs(task, client.train).whole()
             y = torch.from_numpy(self.models.data.y[client.train]).to(x.device)
-            context = self.contexts.of(task, 1, [client])
-            part = flatten(task.method.survey(module, Batch(x, y, client=context and context.part(0))))
-            total = total + part if len(total) else part.astype(np.float64)
+            context = self.models.contexts.of(task, 1, [client])
+            part = task.method.survey(module, Batch(x, y, client=context and context.part(0)))
+            if shapes_of(part) != shapes:
+                raise TypeError(
+                    f"{name_of(task.method)}: survey must return the same names and shapes for every client"
+                )
+            total += flatten({name: tensor.double() for name, tensor in part.items()})
         return total
 
 
 class Survey:
-    """The server's side of it.
+    """The server's side of the survey.
 
     Attributes:
+        shapes: of what every client contributes.
         payload: bytes that each client receives and sends for it.
     """
 
@@ -56,6 +63,9 @@ class Survey:
         self.task, self.module = task, task.build(backbone).to(getattr(torch, task.dtype))
         self.surveyed, self.constant = task.select(params, "surveyed"), task.select(params, "surveyed", "frozen")
         self.contribution = task.method.survey(self.module, _no_rows(task, backbone))
+        if not self.contribution:
+            raise TypeError(f"{self._name}: survey must return what a client contributes, and returns nothing")
+        self.shapes = shapes_of(self.contribution)
         self.payload = payload_bytes(self.surveyed), payload_bytes(self.contribution)
 
     @torch.no_grad()
@@ -66,31 +76,42 @@ class Survey:
             sums: those of the chunks, (Q,) float64 each.
 
         Raises:
-            InputError: one of them is not finite.
+            InputError: a sum, or one of these tensors, is not finite.
         """
-        total = np.zeros(sum(tensor.numel() for tensor in self.contribution.values()))
+        flat = np.zeros(sum(map(prod, self.shapes.values())))
         for part in sums:
-            if part.shape != total.shape:
-                raise TypeError(f"{self._name}: survey must return the same names and shapes for every client")
-            total += part
+            flat += part
+        total = unflatten(flat, self.contribution)
+        if names := _not_finite(total):
+            raise InputError(
+                f"method {self._name}: the survey sums up to values that are not finite, in {listing(names)}"
+            )
         dtype = getattr(torch, self.task.dtype)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as everywhere else, or results could depend on the process that the driver is in
         try:
-            tensors = self.task.method.surveyed(self.module, unflatten(total, self.contribution))
+            tensors = self.task.method.surveyed(self.module, total)
         finally:
             torch.set_num_threads(threads)
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
         fits = {name: name in self.constant and self.constant[name].shape == t.shape for name, t in tensors.items()}
         if not all(fits.values()) or self.surveyed.keys() - fits.keys():
             raise TypeError(f"{self._name}: surveyed must return {listing(self.surveyed)}, in their shapes")
-        if names := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        if names := _not_finite(tensors):
             raise InputError(f"method {self._name}: the survey gives {listing(names)} that are not finite")
         return tensors
 
     @property
     def _name(self) -> str:
         return name_of(self.task.method)
+
+
+def shapes_of(tensors: Params) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _not_finite(tensors: Params) -> list[str]:
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
 def _no_rows(task: Task, backbone: Backbone) -> Batch:

@@ -18,7 +18,6 @@ from fedsim.rng import numpy_rng, seed_for, torch_rng
 from fedsim.servers import ClientUpdate
 from fedsim.training.accumulator import Accumulator
 from fedsim.training.client_store import PrivateState, Stored
-from fedsim.training.contexts import ClientContexts
 from fedsim.training.inputs import Inputs
 from fedsim.training.models import Models
 from fedsim.training.optimizer import Optimizer
@@ -91,7 +90,6 @@ class Trainer:
         self.models, self.clients = models, clients
         self.data, self.device = models.data, models.device
         self.trained_classes = clients.trained_classes(self.data)
-        self.contexts = ClientContexts(self.data, self.device)
         self.buffers = lru_cache(maxsize=4)(self._buffers)
         self.rule_tensors = lru_cache(maxsize=4)(self._rule_tensors)
         self.stores = lru_cache(maxsize=4)(lambda task: task.has_private_state(models.module(task)[1]))
@@ -203,7 +201,7 @@ class Trainer:
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
         masks = task.competing(self.data, self.trained_classes, [rows_of[client] for client in ids])
         classes = None if masks is None else torch.from_numpy(masks).to(self.device)
-        context = self.contexts.of(task, received.round, [Client(k, rows_of[k], NO_ROWS, NO_ROWS) for k in ids])
+        context = self.models.contexts.of(task, received.round, [Client(k, rows_of[k], NO_ROWS, NO_ROWS) for k in ids])
         targets = self._targets(task, round, ids)
         if task.method.expands:
             assert isinstance(x, Tensor), "features"
