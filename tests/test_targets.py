@@ -19,7 +19,7 @@ from fedsim.methods._contrast import contrastive
 from fedsim.methods.facmic import lmmd
 from fedsim.methods.probe import Probe
 from fedsim.params import flatten
-from fedsim.registry import parse
+from fedsim.registry import available, parse
 from fedsim.reporting.compare import compare
 from fedsim.reporting.parquet import read_tables
 from fedsim.reporting.remarks import remarks
@@ -271,6 +271,19 @@ def test_the_classifier_stays_with_its_client_and_makes_no_model_personal(config
         with safe_open(file, "pt") as tensors:
             names = set(tensors.keys())
         assert {name for name in names if not name.startswith("optimizer/")} == layers
+
+
+def test_running_statistics_are_refused_by_rules_that_do_not_average():
+    backbone, refused = Backbone(torch.eye(4), 1.0), set()
+    for rule in available("server"):
+        try:
+            method = parse("server", rule).adapt(parse("method", {"name": "facmic", "optimizer": "sgd"}))
+            initial_params(Task(method, parse("server", rule), 0), backbone, cohort=20)
+        except InputError as error:
+            if "does not average" in str(error):
+                assert "attention.1.running_mean, attention.1.running_var of facmic need" in str(error)
+                refused.add(rule)
+    assert refused == {"fedadam", "fedavgm", "fedbuff", "feddyn", "fednova", "fedyogi", "scaffold"}
 
 
 @component

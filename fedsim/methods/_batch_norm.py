@@ -25,6 +25,6 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, width)
-        # An adaptive server rule steps each tensor on its own, and might make a variance negative.
+        # A user's server rule might make a variance negative.
         variance = self.running_var if self.training else self.running_var.clamp(min=0)
         return batch_norm(x, self.running_mean, variance, self.weight, self.bias, training=self.training)

@@ -74,6 +74,9 @@ class Server(ABC):
     # Asynchronous rules only: updates per round, and clients that train at any time. None: rounds are synchronous.
     buffer: ClassVar[int | None] = None
     concurrency: ClassVar[int | None] = None
+    # Whether a tensor becomes a mean of the clients'. A rule that steps further, or less far, is refused for methods
+    # with shared tensors that clients do not train, such as the running statistics of a batch norm.
+    averages: ClassVar[bool] = True
     # Whether `unicast` gives clients tensors of their own. A client then also stores its shared tensors after training,
     # and is evaluated with them. The server stores those of all clients, in memory and in each checkpoint.
     unicasts: ClassVar[bool] = False

@@ -24,6 +24,8 @@ from fedsim.updates import apply_update, mean_delta
 class Adaptive(Averaging):
     """Takes server steps with a step size per parameter; `tau` limits them where deltas are small."""
 
+    averages = False
+
     # The authors tune lr and tau per task; their best values for FedAdam and FedYogi are from 10**-2.5 to 1 and from
     # 1e-5 to 0.1. A parameter moves by about lr per round, and CLIP is already accurate: no lr above 1 is searched.
     lr: float = Field(0.01, gt=0, search=Log(1e-4, 1.0), description="server step size; the paper tunes it per task")

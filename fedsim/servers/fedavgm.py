@@ -17,6 +17,8 @@ from fedsim.updates import apply_update, mean_delta
 class FedAvgM(Averaging):
     """With beta 0 and lr 1 this is FedAvg. The mean is uniform by default, as in `fedavg`."""
 
+    averages = False
+
     lr: float = Field(1.0, gt=0, search=Log(0.01, 10.0), description="server step size")
     beta: float = Field(
         0.9,

@@ -24,6 +24,8 @@ from fedsim.updates import apply_update
 class FedBuff(Server):
     """A round is one full buffer, with at most one update per client. It needs a fleet with device times."""
 
+    averages = False
+
     buffer: int = Field(10, ge=1, description="updates per server step; the paper's K, which it sets to 10")
     concurrency: int = Field(
         100, ge=1, description="clients that train at the same time, if the population is that large"

@@ -23,6 +23,8 @@ class FedDyn(Server):
     The code evaluates plain means of the clients' models; here the model that clients receive is evaluated.
     """
 
+    averages = False
+
     alpha: float = Field(
         0.01,
         gt=0,

@@ -23,6 +23,8 @@ class FedNova(Averaging):
     Differs: the paper does not cover Adam; here its effective steps are its steps, as for plain SGD.
     """
 
+    averages = False
+
     def adapt(self, method):
         if method.optimizer == "sgd" and method.momentum and method.persist_optimizer:
             raise InputError(

@@ -20,6 +20,8 @@ PREFIX = "variate."  # of parameter names in the client state, the broadcast and
 class Scaffold(Server):
     """Needs plain SGD. It sends twice the bytes of FedAvg in both directions and stores a variate per client."""
 
+    averages = False
+
     lr: float = Field(
         1.0, gt=0, search=Log(0.01, 10.0), description="server step size; 1 as in the paper's experiments"
     )

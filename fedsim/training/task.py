@@ -11,7 +11,7 @@ from fedsim.clip.model import Clip
 from fedsim.clip.sites import Reads
 from fedsim.datasets import Labels
 from fedsim.errors import InputError, listing
-from fedsim.methods import Backbone, Method, Scope, masked
+from fedsim.methods import Backbone, Method, Scope, masked, trained
 from fedsim.methods._batch_norm import BatchNorm
 from fedsim.params import Params, flatten
 from fedsim.registry import name_of
@@ -159,6 +159,12 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
     if task.select(params, "surveyed") and task.method.reads.towers:
         raise InputError(
             f"{name_of(task.method)} makes a survey, which needs text features, not text {task.method.reads.text}"
+        )
+    untrained = [name for name in task.select(params, "shared") if name not in trained(module)]
+    if untrained and not task.server.averages:
+        raise InputError(
+            f"server {name_of(task.server)} does not average, as {listing(untrained)} of {name_of(task.method)} need, "
+            "which clients compute without training them; take a rule that does, such as fedavg or fedprox"
         )
     task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
     return params
