@@ -26,7 +26,7 @@ def remarks(tables: Tables) -> list[str]:
             "so held-out accuracy does not compare with that of methods that never see these rows."
         )
     if evaluated := tables.facts.get("evaluated"):
-        sentences.append(f"What is evaluated is a {evaluated} of the server's parameters, not what clients are sent.")
+        sentences.append(f"Evaluated parameters: {evaluated}; clients are sent others.")
     if np.isnan(means["personalization"]):
         sentences.append("No client has test rows of its own.")
     elif tables.facts.get("unseen_test"):

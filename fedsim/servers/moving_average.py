@@ -12,6 +12,9 @@ Unread: the papers of TRIP and of DiPrompT (arXiv 2403.08506), which averages pr
 
 from typing import Literal
 
+import torch
+
+from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search_space import Choice, Field
 from fedsim.servers import Averaging
@@ -22,6 +25,7 @@ class MovingAverage(Averaging):
     """Clients are sent the server's model; only the average is evaluated. It includes the model of round 0.
 
     With exponential weights and decay 0 this is `fedavg`; with beta and shape 1, the plain mean of all models so far.
+    In a round without an update the model stays as it is; that round counts from the next update on.
     """
 
     average: Literal["exponential", "beta"] = Field(
@@ -52,22 +56,30 @@ class MovingAverage(Averaging):
         return self.average == "beta"
 
     def init(self, params):
-        return {"average": {name: tensor.double() for name, tensor in params.items()}}, {}
+        average = {name: tensor.double() for name, tensor in params.items()}
+        return {"average": average, "last": {"round": torch.zeros((), dtype=torch.float64)}}, {}
 
     def evaluated(self, params, slots):
         return {name: slots["average"][name].to(tensor.dtype) for name, tensor in params.items()}
 
     def step(self, params, slots, total, rng):
+        last, average, rounds = int(slots["last"]["round"]), slots["average"], total.rounds or total.round
+        if last < total.round - 1:  # no update since
+            average = _moved(average, params, self._share(last, total.round - 1, rounds))
         params, _ = super().step(params, slots, total, rng)
-        share = self._share(total.round, total.rounds or total.round)
-        average = {name: mean.lerp(params[name].double(), share) for name, mean in slots["average"].items()}
-        return params, {"average": average}
+        average = _moved(average, params, self._share(total.round - 1, total.round, rounds))
+        return params, {"average": average, "last": {"round": torch.tensor(total.round, dtype=torch.float64)}}
 
-    def _share(self, round: int, rounds: int) -> float:
-        """The weight of the newest model in the average."""
+    def _share(self, last: int, round: int, rounds: int) -> float:
+        """The weight of the models after round `last` in the average of those up to `round`."""
         if self.average == "exponential":
-            return 1 - self.decay
+            return 1 - self.decay ** (round - last)
         positions = [(k + 0.5) / (rounds + 1) for k in range(round + 1)]
         # Relative to the newest: the constant of the density cancels out, and no power underflows.
         spans = [x * (1 - x) for x in positions]
-        return 1 / sum((span / spans[-1]) ** (self.shape - 1) for span in spans)
+        weights = [(span / spans[-1]) ** (self.shape - 1) for span in spans]
+        return sum(weights[last + 1 :]) / sum(weights)
+
+
+def _moved(average: Params, params: Params, share: float) -> Params:
+    return {name: mean.lerp(params[name].double(), share) for name, mean in average.items()}
