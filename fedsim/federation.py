@@ -86,7 +86,7 @@ class Federation:
         rounds = schedule(config, self.clients.trainers, self.local_rows, *self.payload, once)
         return islice(rounds, done, config.rounds)
 
-    def surveyed(self, state: ServerState) -> ServerState:
+    def _surveyed(self, state: ServerState) -> ServerState:
         """The state of round 0 with what follows from the survey of all clients that train."""
         if not self.survey:
             return state
@@ -102,7 +102,7 @@ class Federation:
         return planned.asked * down + population * once[0], received * up + population * once[1]
 
     def train(self, state: ServerState, planned: PlannedRound) -> tuple[ServerState, np.ndarray]:
-        """One round of training.
+        """One round of training; before the first, the survey if there is one.
 
         Returns:
             The next state, and (n,) of `CLIENT_STATS`, of the clients whose updates count.
@@ -110,6 +110,8 @@ class Federation:
         Raises:
             Diverged: an update, a loss or a parameter is not finite.
         """
+        if planned.round == 1:
+            state = self._surveyed(state)
         chunks: Sequence[Chunk] = []
         for version, group in groupby(planned.trained, key=itemgetter(1)):
             stored = [(client, _last_write(state, client)) for client, _ in group]

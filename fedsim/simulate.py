@@ -105,8 +105,6 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     yield report
     for planned in federation.schedule(state.round):
         began = time.perf_counter()
-        if planned.round == 1:
-            state = federation.surveyed(state)
         state, stats = federation.train(state, planned)
         rows = federation.local_rows(stats["client"].tolist()) if task.method.expands else stats["rows"]
         sent, flops = federation.bytes_of(planned, len(stats)), _flops(report, stats["steps"], rows, task.method)
