@@ -21,6 +21,7 @@ from fedsim.errors import InputError
 from fedsim.methods import Method
 from fedsim.registry import name_of
 from fedsim.rng import numpy_rng
+from fedsim.servers import Server
 from fedsim.shares import decimal
 
 MAX_MISSES = 10_000  # clients in a row that may miss the deadline before the run is refused
@@ -69,6 +70,11 @@ def check(config: Config, population: int) -> None:
         ):
             if given:
                 raise InputError(f"{name} needs a fleet whose clients take time, such as lognormal, not {fleet}")
+    if config.server.unicasts and type(config.server).evaluated is not Server.evaluated:
+        raise InputError(
+            f"server {server} unicasts, so clients are evaluated with what they have trained, and it cannot define "
+            "what is evaluated"
+        )
     if asynchronous:
         if config.server.unicasts:
             raise InputError(f"server {server} unicasts, which needs synchronous rounds, so it cannot have a buffer")

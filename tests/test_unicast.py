@@ -137,6 +137,46 @@ def test_a_rule_sends_only_tensors_that_clients_receive(config):
         run(config(server=Astray(), method="probe"))
 
 
+def test_a_rule_that_unicasts_nothing_before_clients_have_trained_is_refused(config):
+    @component
+    class Late(FedAMP):
+        def unicast(self, client, bank, params):
+            return params if bank else {}
+
+    with pytest.raises(TypeError, match="unicast gives nothing; it must give the same names in every call"):
+        run(config(server=Late(), method="probe"))
+
+
+def test_a_rule_that_unicasts_cannot_define_what_is_evaluated(config):
+    @component
+    class Both(FedAMP):
+        def evaluated(self, params, slots):
+            return params
+
+    with pytest.raises(InputError, match=r"Both unicasts, so .* it cannot define what is evaluated"):
+        run(config(server=Both(), method="probe"))
+
+
+@pytest.mark.parametrize("engine", ["stacked", "reference"])
+def test_an_update_has_what_was_received_before_start_replaced_it(engine, config):
+    received = []
+
+    @component
+    class Both(FedAMP):
+        def unicast(self, client, bank, params):
+            return {"weight": torch.full_like(params["weight"], client + 0.5)}
+
+        def start(self, params, rng):
+            return {"weight": torch.full_like(params["weight"], -1.0)}
+
+        def reply(self, update):
+            received.append(update.received["weight"].unique().tolist())
+            return super().reply(update)
+
+    run(config(server=Both(mu=0.0), engine=engine, rounds=1, **FIELDS))
+    assert sorted(received[-4:]) == [[0.5], [1.5], [2.5], [3.5]]
+
+
 def test_a_method_without_shared_tensors_has_an_empty_bank(config):
     ours = config(server="fedamp", method="zero_shot", rounds=1)
     assert run(ours).rounds and unflatten(np.empty(0), {}) == {}

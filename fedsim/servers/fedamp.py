@@ -43,7 +43,7 @@ class FedAMP(Averaging):
         ge=0,
         le=1,
         search=Linear(0.0, 1.0),
-        description="weight of the others in a client's mean, if models are equal",
+        description="n times the weight of each other model in a client's mean of n models, if all are equal",
     )
     sigma: float = Field(
         1.0, gt=0, search=Log(1e-3, 1e3), description="squared distance of two models at which attention falls to 1/e"

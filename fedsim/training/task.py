@@ -112,6 +112,11 @@ class Task:
         sent = self.server.unicast(0, {}, common)
         if names := sorted(sent.keys() - common.keys()):
             raise TypeError(f"{name_of(self.server)}: unicast gives {listing(names)}, which clients do not receive")
+        if common and not sent:
+            raise TypeError(
+                f"{name_of(self.server)}: unicast gives nothing; it must give the same names in every call, with an "
+                "empty bank too"
+            )
         return sent
 
     def payload(self, params: Params, cohort: int) -> tuple[int, int]:

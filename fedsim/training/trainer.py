@@ -181,18 +181,21 @@ class Trainer:
         shared = task.select(received.params, "shared")
         common = dict(shared)  # the tensors with which all clients of the stack start alike
         client_state, _, unicast_like = self.rule_tensors(task)
+        # As they were sent: `start` may replace tensors of `params`.
+        sent_each = {name: torch.empty_like(params[name]) for name in unicast_like if name in shared}
         states = []
         for k, (client, written) in enumerate(clients):
             private = self.models.private(task, client, written)
             unicast = unflatten(received.unicast[client], unicast_like) if unicast_like else {}
             started = task.server.start(shared, torch_rng(task.seed, "start", round, client))
+            for name, tensor in sent_each.items():
+                tensor[k] = unicast[name]
             for name, tensor in (unicast | started | task.select(private.params, "private")).items():
                 params[name][k] = tensor
                 common.pop(name, None)
             if private.optimizer:
                 optimizer.load(k, private.optimizer)
             states.append(private.rule or client_state)
-        sent_each = {name: params[name].clone() for name in unicast_like if name in shared}
         ids = [client for client, _ in clients]
         rows = np.concatenate([rows_of[client] for client in ids])
         x = self._inputs(task, rows, self._views(task, round, ids, rows_of))
