@@ -21,8 +21,8 @@ def add_data(parser: argparse.ArgumentParser, dataset: str = "glyphs", about: st
 
 
 def data_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a config that those flags give."""
-    data = {"dataset": {"name": args.dataset}, "data_dir": args.data_dir}
+    """The fields of a config that those flags give; pages of hundreds of runs would take longer than some of them."""
+    data = {"dataset": {"name": args.dataset}, "data_dir": args.data_dir, "page": False}
     return data | {"backbone": args.backbone, "pretrained": args.pretrained}
 
 

@@ -374,7 +374,7 @@ def read(run: Path) -> Finished:
 def finished(folder: Path) -> list[Finished]:
     """Those that train on top of CLIP together, of cells (held-out domain and seed) that all these methods have."""
     folders = [run for run in sorted(folder.glob("*CLIP*-*-*")) if not run.name.startswith("alone")]
-    runs = [read(run) for run in folders if (run / "report.html").exists()]
+    runs = [read(run) for run in folders if (run / "scores.parquet").exists()]
     cells = {run.cell for run in runs}
     methods = {run.method for run in runs}
     cells = {cell for cell in cells if {run.method for run in runs if run.cell == cell} == methods}

@@ -47,6 +47,7 @@ EXECUTION = (
     "address",
     "cache_dir",
     "loggers",
+    "page",
 )
 
 
@@ -109,12 +110,8 @@ class Config(BaseModel):
     partition_seed: int = Field(0, ge=0, description="seed of the partition and the splits")
     # In each round, a train row is read as one of its augmented views, drawn at random.
     augment: int = Field(0, ge=0, description="augmented views cached per image")
-    train_share: float = Field(
-        0.6,
-        gt=0,
-        lt=1,
-        description="fraction of each client's rows used for training; the rest is halved into validation and test",
-    )
+    # The rest is halved into validation and test rows.
+    train_share: float = Field(0.6, gt=0, lt=1, description="share of train rows; the rest is halved")
     shots: int | None = Field(None, ge=1, description="train rows per client and class (default: all)")
     # The last classes by label (clients.new_of); 0.5 gives the base-to-new protocol.
     new_classes: float = Field(0.0, ge=0, lt=1, description="fraction of classes not trained on")
@@ -165,6 +162,7 @@ class Config(BaseModel):
         default_factory=_cache, description="encoded features; or set $FEDSIM_CACHE_DIR"
     )
     loggers: Loggers = Field((), description=f"{','.join(LOGGERS)} (default: none)")
+    page: bool = Field(True, description="write report.html; false skips it")
 
     def __init__(self, **values: Any) -> None:
         try:

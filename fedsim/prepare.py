@@ -173,7 +173,8 @@ def _check_experiment(folder: Path, config: Config) -> None:
 
 def _finished(folder: Path, config: Config, task: Task, state: ServerState, report: Report) -> Report | None:
     """The report of a run that has done all its rounds and written all its files."""
-    if state.round < config.rounds or not all((folder / name).exists() for name in FILES):
+    files = [name for name in FILES if config.page or name != PAGE]
+    if state.round < config.rounds or not all((folder / name).exists() for name in files):
         return None
     report.conclude(replace(state, params=task.evaluated(state.params, state.slots)))
     return report

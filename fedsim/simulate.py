@@ -67,7 +67,7 @@ def simulate(experiment: Experiment, progress: Progress) -> Report:
                 for report in _with_values(rounds(experiment, pool), config, progress):
                     if report.rounds:
                         progress(Step("training", len(report.rounds), config.rounds, _note(report)))
-            _write(report, folder)
+            _write(report, folder, config.page)
             return report
     except OSError as error:  # such as a full disk, here or in an actor
         raise Stopped(f"{reason(error)}; fix this and rerun the same command to resume") from None
@@ -152,10 +152,11 @@ def _note(report: Report) -> str:
     return f"loss {number(loss)}  validation {validation}%  best round {report.chosen_round}"
 
 
-def _write(report: Report, folder: Path) -> None:
+def _write(report: Report, folder: Path, page: bool) -> None:
     tables = report.tables()
     write_tables(tables, folder)
     about = {"round": report.chosen_round, "method": report.experiment["method"]}
     about |= {"evaluated": as_evaluated} if (as_evaluated := report.facts.get("evaluated")) else {}
     write_tensors(folder / ADAPTER, {name: tensor.numpy() for name, tensor in report.adapter.items()}, about)
-    write_page(tables, folder / PAGE)
+    if page:
+        write_page(tables, folder / PAGE)

@@ -83,11 +83,12 @@ def cache(tmp_path_factory) -> None:
 
 @pytest.fixture
 def config(features_dir, tmp_path):
-    """Makes a Config of a quick run on the small features, in this process."""
+    """Makes a Config of a quick run on the small features, in this process and without a page."""
     from fedsim import Config
 
     def make(**fields):
         quick = {"dataset": "features", "data_dir": features_dir, "held_out": ("ink",), "rounds": 3, "actors": 0}
+        quick |= {"page": False}
         return Config(**(quick | {"out": tmp_path / "run"} | fields))
 
     return make

@@ -195,7 +195,7 @@ def test_a_folder_of_another_experiment_is_refused_by_the_fields_that_differ(con
 
 
 def test_a_checkpoint_cut_short_is_named(config):
-    ours = config(rounds=1)
+    ours = config(rounds=1, page=True)
     run(ours)
     (ours.folder() / "report.html").unlink()
     file = ours.folder() / NAME

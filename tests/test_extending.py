@@ -64,8 +64,8 @@ def trained(shown, pictures, tmp_path):
     code_of = {name: (kind, code) for kind, name, code in SHOWN}
 
     def run_with(name, out="run", **fields):
-        few = {"data_dir": pictures, "held_out": ("fine",), "rounds": 1, "actors": 0, "out": tmp_path / out}
-        few |= {"partition": "iid", "clients": 3, "dataset": shown(*_named("flat", code_of))}
+        few = {"data_dir": pictures, "held_out": ("fine",), "rounds": 1, "actors": 0, "page": False}
+        few |= {"out": tmp_path / out, "partition": "iid", "clients": 3, "dataset": shown(*_named("flat", code_of))}
         kind, *_ = _named(name, code_of)
         return run(Config(**(few | {kind: shown(*_named(name, code_of))} | fields)))
 

@@ -35,12 +35,6 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def no_page(monkeypatch):
-    """Runs without their page, which takes longer than the rest; tests/test_page.py reads those."""
-    monkeypatch.setattr("fedsim.simulate.write_page", lambda tables, file: file.touch())
-
-
-@pytest.fixture
 def flags(features_dir):
     return ["--dataset=features", f"--data-dir={features_dir}", "--held-out=ink", "--rounds=1", "--actors=0"]
 
@@ -122,7 +116,7 @@ def test_a_run_does_not_take_over_the_folder_of_a_sweep(flags, tmp_path, capsys)
     assert content(tmp_path) == before
 
 
-def test_a_new_an_empty_and_a_marked_folder_are_taken_and_files_added_to_a_run_stay(config, tmp_path, no_page):
+def test_a_new_an_empty_and_a_marked_folder_are_taken_and_files_added_to_a_run_stay(config, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".gitignore").write_text("*")
     run(config(rounds=1, server="local_only", out=tmp_path / "empty"))
@@ -132,7 +126,7 @@ def test_a_new_an_empty_and_a_marked_folder_are_taken_and_files_added_to_a_run_s
     assert (tmp_path / "empty" / ".gitignore").read_text() == "*"
 
 
-def test_a_copy_of_a_run_without_hidden_files_goes_on_and_so_does_its_config_alone(config, tmp_path, no_page):
+def test_a_copy_of_a_run_without_hidden_files_goes_on_and_so_does_its_config_alone(config, tmp_path):
     ours = config(out=tmp_path / "run")
     run(ours)
     for kind, names in {"copy": [CONFIG, NAME, HISTORY], "alone": [CONFIG]}.items():
@@ -239,7 +233,7 @@ def test_a_damaged_private_file_is_refused_and_so_is_that_of_another_client(tmp_
         store.read(3, 7)
 
 
-def test_the_folder_of_an_earlier_format_is_refused_and_the_version_named(config, tmp_path, no_page):
+def test_the_folder_of_an_earlier_format_is_refused_and_the_version_named(config, tmp_path):
     ours = config(rounds=1)
     run(ours)
     file = ours.folder() / CONFIG
@@ -286,7 +280,7 @@ def test_the_checkpoint_of_an_earlier_version_is_refused_in_a_sentence(config):
         run(ours)
 
 
-def test_whatever_a_killed_process_has_appended_to_the_history_is_overwritten(config, tmp_path, no_page):
+def test_whatever_a_killed_process_has_appended_to_the_history_is_overwritten(config, tmp_path):
     whole = config(out=tmp_path / "whole")
     run(whole)
     for tail in (b"\1", b"\xff" * 8, bytes(100_000)):
@@ -334,7 +328,7 @@ def private_of(config, report) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", LONGER)
-def test_a_run_prolonged_three_times_is_one_long_run(name, config, tmp_path, no_page):
+def test_a_run_prolonged_three_times_is_one_long_run(name, config, tmp_path):
     fields = LONGER[name] | {"eval_every": 3}
     whole = config(**fields, rounds=8, out=tmp_path / "whole")
     expected = run(whole)
@@ -344,7 +338,6 @@ def test_a_run_prolonged_three_times_is_one_long_run(name, config, tmp_path, no_
         alone = config(**fields, rounds=short, out=tmp_path / f"alone-{short}")
         run(alone)
         assert found(ours.folder()) == found(alone.folder())
-        assert (ours.folder() / "report.html").exists()
     assert found(ours.folder()) == found(whole.folder())
     assert list(report.counts) == [0, 3, 6, 8] and report.chosen_round == expected.chosen_round
     assert private_of(ours, report) == private_of(whole, expected)
@@ -353,7 +346,7 @@ def test_a_run_prolonged_three_times_is_one_long_run(name, config, tmp_path, no_
     assert written["rounds"] == 8
 
 
-def test_the_best_round_is_not_one_that_was_evaluated_only_for_being_the_last(config, tmp_path, no_page):
+def test_the_best_round_is_not_one_that_was_evaluated_only_for_being_the_last(config, tmp_path):
     fields = {"method": {"name": "probe", "lr": 0.3}, "eval_every": 2, "clients": 6, "partition": "iid"}
     for seed in range(12):
         short = config(**fields, seed=seed, rounds=1, out=tmp_path / str(seed))
@@ -367,7 +360,7 @@ def test_the_best_round_is_not_one_that_was_evaluated_only_for_being_the_last(co
     assert found(ours.folder()) == found(whole.folder())
 
 
-def test_an_interrupted_run_goes_on_with_more_rounds_or_ends_with_fewer(config, tmp_path, no_page):
+def test_an_interrupted_run_goes_on_with_more_rounds_or_ends_with_fewer(config, tmp_path):
     fields = {"eval_every": 2, "server": "local_only", "clients": 4}
     for rounds_ in (12, 5, 3):  # of 10, and interrupted in 3
         ours = config(**fields, rounds=10, out=tmp_path / str(rounds_))
@@ -395,7 +388,7 @@ def test_fewer_rounds_than_are_done_is_one_sentence(config):
 
 
 def test_a_prolonged_run_that_was_interrupted_is_not_taken_for_finished(config, monkeypatch):
-    ours = config(rounds=2)
+    ours = config(rounds=2, page=True)
     run(ours)
     longer = ours.model_copy(update={"rounds": 4})
 
@@ -424,7 +417,7 @@ def test_a_finished_run_says_that_nothing_was_run_and_shows_its_table(flags, tmp
 
 
 @pytest.mark.parametrize("name", ["labels.parquet", "adapter.safetensors", "config.yaml"])
-def test_a_file_that_is_deleted_from_a_finished_run_is_written_again(name, config, no_page):
+def test_a_file_that_is_deleted_from_a_finished_run_is_written_again(name, config):
     ours = config(rounds=1)
     run(ours)
     before = (ours.folder() / name).read_bytes()

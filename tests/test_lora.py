@@ -262,6 +262,7 @@ def stacked(folder):
 
     def make(name, **fields):
         quick = {"dataset": "glyphs", "partition": "iid", "clients": 3, "shots": 1, "actors": 0, "eval_clients": 1}
+        quick["page"] = False
         method = {"name": "lora", "rank": 3, "lr": 3e-3, "batch_size": 8}
         fields = quick | {"rounds": 2, "method": method, "server": "lora_stacking"} | fields
         return run(Config(**fields, out=folder / "stacked" / name)).adapter

@@ -83,7 +83,7 @@ def test_clients_are_sent_the_model_and_the_average_is_evaluated_reported_and_wr
             models.append(flatten(model_of(config(**plain))))
 
     fedavg = run(config(**plain), note)
-    ours = config(method=PLAIN, server={"name": "moving_average", "shape": 1.0})
+    ours = config(method=PLAIN, server={"name": "moving_average", "shape": 1.0}, page=True)
     report = run(ours)
     assert np.array_equal(flatten(model_of(ours)), models[3])
     chosen = report.chosen_round

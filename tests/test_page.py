@@ -12,6 +12,7 @@ from fedsim import Config, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.counts import Counts
 from fedsim.formats import difference, percent
+from fedsim.prepare import prepare
 from fedsim.reporting.html import portable
 from fedsim.reporting.metrics import curves
 from fedsim.reporting.page import write_page
@@ -227,13 +228,23 @@ def test_nothing_of_the_machine_is_on_the_page(shown, features_dir):
     assert portable({"a": ["/x/y.pt", "z"], "b": 1}) == {"a": ["y.pt", "z"], "b": 1}
 
 
+def test_a_run_without_a_page_is_finished_and_may_be_given_one(config):
+    ours = config(rounds=1)
+    run(ours)
+    page = ours.folder() / "report.html"
+    scores = (ours.folder() / "scores.parquet").read_bytes()
+    assert prepare(ours).done and not page.exists()
+    run(ours.model_copy(update={"page": True}))
+    assert page.exists() and (ours.folder() / "scores.parquet").read_bytes() == scores
+
+
 def test_names_are_text_and_never_markup(features_dir, config, tmp_path):
     odd = {"oil": "<script>alert(1)</script>", "photo": "a$b$ & _c"}
     for file in ("features", "classes"):
         table = pd.read_parquet(features_dir / f"{file}.parquet")
         (tmp_path / "odd").mkdir(exist_ok=True)
         table.replace({"domain": odd}).to_parquet(tmp_path / "odd" / f"{file}.parquet")
-    run(config(data_dir=tmp_path / "odd", rounds=1))
+    run(config(data_dir=tmp_path / "odd", rounds=1, page=True))
     text = (tmp_path / "run" / "report.html").read_text()
     page = Page(text)
     assert "<script" not in text

@@ -42,6 +42,7 @@ def pictures(tmp_path_factory):
 def small(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr("fedsim.simulate.write_page", lambda tables, file: file.touch())
     quick = {"dataset": "folder", "data_dir": pictures, "partition": "iid", "rounds": 2, "actors": 0, "method": METHOD}
+    quick["page"] = False
     return lambda name, **fields: Config(**(quick | {"server": "pfedmoap"} | fields), out=tmp_path / name)
 
 

@@ -110,7 +110,17 @@ def test_a_run_in_bf16_gives_the_same_bits_again_and_says_what_it_was(small, sma
     clip = dict(zip(("backbone", "pretrained"), small_clip("precision", "vit").values(), strict=True))
     ways = {"full": "fp32", "half": "bf16", "again": "bf16"}
     reports = {
-        way: run(small(**clip, precision=at, method=LORA, rounds=1, out=tmp_path / way, cache_dir=tmp_path / f"{way}s"))
+        way: run(
+            small(
+                **clip,
+                precision=at,
+                method=LORA,
+                rounds=1,
+                page=True,
+                out=tmp_path / way,
+                cache_dir=tmp_path / f"{way}s",
+            )
+        )
         for way, at in ways.items()
     }
     files = {way: [(tmp_path / way / name).read_bytes() for name in ("scores.parquet", TENSORS)] for way in ways}

@@ -42,7 +42,15 @@ def few(drawings, weights, tmp_path):
 
     def make(**fields):
         quick = {"backbone": weights.model, "pretrained": weights.pretrained}
-        quick |= {"dataset": "folder", "data_dir": drawings, "rounds": 2, "actors": 0, "shots": 1, "train_share": 0.8}
+        quick |= {
+            "dataset": "folder",
+            "data_dir": drawings,
+            "rounds": 2,
+            "actors": 0,
+            "page": False,
+            "shots": 1,
+            "train_share": 0.8,
+        }
         return Config(**(quick | {"cache_dir": tmp_path / "cache", "out": tmp_path / "run"} | fields))
 
     return make

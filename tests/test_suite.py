@@ -71,6 +71,7 @@ def suite(sets, tmp_path):
 
     def make(**fields):
         quick = {"dataset": {"name": "suite", "members": THREE}, "data_dir": sets, "rounds": 1, "actors": 0}
+        quick["page"] = False
         return Config(**(quick | {"out": tmp_path / "run"} | fields))
 
     return make

@@ -102,7 +102,7 @@ def test_a_label_of_a_target_row_never_matters_and_every_report_says_transductiv
     shuffled.mkdir()
     rows.to_parquet(shuffled / "features.parquet")
     pd.read_parquet(features_dir / "classes.parquet").to_parquet(shuffled / "classes.parquet")
-    ours = run(config(method=FAST))
+    ours = run(config(method=FAST, page=True))
     other = run(config(method=FAST, data_dir=shuffled, out=tmp_path / "other"))
     assert all(torch.equal(ours.adapter[name], other.adapter[name]) for name in ours.adapter)
     assert ours.summary()["generalization"] != other.summary()["generalization"]

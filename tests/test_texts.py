@@ -142,7 +142,7 @@ def test_openai80_are_the_templates_of_open_clip_with_one_place_for_the_name():
 
 
 def test_a_run_reads_the_ensemble_and_its_report_says_of_which_texts(pictures, config, clip):
-    given = config(**pictures(*CLASSES), prompt=SEVERAL, method={"name": "kgcoop", "length": 2})
+    given = config(**pictures(*CLASSES), page=True, prompt=SEVERAL, method={"name": "kgcoop", "length": 2})
     assert np.allclose(embeddings(given), by_open_clip(clip, SEVERAL), rtol=0, atol=1e-6)
     texts = "normalized mean of: a photo of a {}., a drawing of the {}, {}"
     assert run(given).facts["class_texts"] == texts

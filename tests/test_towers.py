@@ -45,7 +45,14 @@ def small(pictures, tmp_path):
     """Makes a Config of a quick run on the pictures, in this process."""
 
     def make(**fields):
-        quick = {"dataset": "folder", "data_dir": pictures, "rounds": 2, "actors": 0, "out": tmp_path / "run"}
+        quick = {
+            "dataset": "folder",
+            "data_dir": pictures,
+            "rounds": 2,
+            "actors": 0,
+            "page": False,
+            "out": tmp_path / "run",
+        }
         return Config(**(quick | fields))
 
     return make

@@ -18,11 +18,6 @@ FIELDS = {"method": PROBE, "clients": 4, "partition": "dirichlet", "dtype": "flo
 EQUAL = {"name": "fedamp", "attention": 1.0, "sigma": 1e300}  # the attention does not depend on distances
 
 
-@pytest.fixture(autouse=True)
-def no_page(monkeypatch):
-    monkeypatch.setattr("fedsim.simulate.write_page", lambda tables, file: file.touch())
-
-
 def private_of(config, report):
     """What each client stored in the chosen round."""
     store = PrivateStore(config.folder() / "private")
