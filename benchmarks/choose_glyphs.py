@@ -54,6 +54,7 @@ def main() -> None:
             method={"name": "fedclip"} | setting,
             held_out=(domain,),
             rounds=args.rounds,
+            page=False,
             seed=SEED,
             partition_seed=SEED,
             out=args.out / "-".join(map(str, (args.split, *setting.values(), domain))),

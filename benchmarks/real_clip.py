@@ -105,7 +105,7 @@ def cells(args: argparse.Namespace) -> list[tuple[str, str, int, Config]]:
         for protocol in PROTOCOLS:
             for seed in range(args.seeds):
                 fields = {"dataset": "features", "data_dir": data, "seed": seed, "partition_seed": seed}
-                fields |= {"rounds": args.rounds, "method": {"name": "fedclip"} | change}
+                fields |= {"page": False, "rounds": args.rounds, "method": {"name": "fedclip"} | change}
                 name = f"{setting}-{protocol}-{seed}".replace(" ", "_").replace("/", "_")
                 config = Config(**merged(read_yaml(protocol), fields), out=args.out / name)
                 made.append((setting, protocol, seed, config))
