@@ -74,7 +74,7 @@ def test_a_run_that_fails_is_named_when_all_others_have_ended(cluster, config, t
         ended += [place for place, _ in run_all(configs, at_once=1)]
     with pytest.raises(Diverged, match=r"2 of 4 runs failed; \S+/far: training diverged: .*; and other"):
         ended += [place for place, _ in run_all([config(method=far, seed=9, out=tmp_path / "other"), *configs][::-1])]
-    assert (tmp_path / "0" / "report.html").exists() and (tmp_path / "1" / "report.html").exists()
+    assert (tmp_path / "0" / "scores.parquet").exists() and (tmp_path / "1" / "scores.parquet").exists()
 
 
 def test_bad_input_of_any_run_is_told_before_one_starts(config, tmp_path):
@@ -120,7 +120,7 @@ def test_who_stops_asking_ends_the_others_and_leaves_their_folders(cluster, conf
     from filelock import FileLock
 
     with FileLock(tmp_path / "long" / ".lock", timeout=0):
-        assert not (tmp_path / "long" / "report.html").exists()
+        assert not (tmp_path / "long" / "scores.parquet").exists()
 
 
 CARELESS = """

@@ -91,7 +91,7 @@ def test_simulated_time_is_the_same_to_the_bit_after_a_kill_and_on_actors(server
     fields = {"clients": 6, "partition": "iid", "rounds": 5, "fleet": SLOW, "server": server}
     if server == "fedavg":
         fields |= {"cohort": 3, "over_selection": 0.5, "deadline_s": 60.0}
-    whole = config(**fields, out=tmp_path / "whole")
+    whole = config(**fields, page=True, out=tmp_path / "whole")
     report = run(whole)
     clock = report.tables().rounds.clock_s
     assert (clock.diff().dropna() >= 0).all() and clock.iloc[-1] > 0
