@@ -62,7 +62,7 @@ def test_the_exponential_average_is_a_plain_loop_and_with_decay_0_the_model_itse
 def test_a_round_without_an_update_counts_as_one_of_the_same_model(fields):
     server = parse("server", {"name": "moving_average", **fields})
     finals = []
-    for deltas in ({1: 1.0, 2: 0.0, 3: 0.0, 4: 1.0}, {1: 1.0, 4: 1.0}):  # in the second, nobody responds in between
+    for deltas in ({1: 1.0, 2: 0.0, 3: 0.0, 4: 1.0}, {1: 1.0, 4: 1.0}):  # in the second, no client responds in between
         params = {"w": torch.zeros(1, dtype=torch.float64)}
         slots, _ = server.init(params)
         for k, delta in deltas.items():

@@ -7,7 +7,7 @@ from conftest import run_until
 from torch import nn
 from torch.nn.functional import dropout, normalize
 
-from fedsim import Backbone, InputError, Method, available, component, run
+from fedsim import Averaging, Backbone, InputError, Method, available, component, run
 from fedsim.clients import Population
 from fedsim.datasets import Features
 from fedsim.encoding import from_features
@@ -297,3 +297,22 @@ def test_a_sum_of_a_whole_stack_is_that_of_its_clients():
         assert total.weight == 4.0
         # scale: 1 * (3 - 2) + 3 * (5 - 2); w: 1 * (k - 1) + 3 * (k + 6 - 1)
         np.testing.assert_array_equal(total.delta, [10.0, *(4.0 * k + 14 for k in range(6))])
+
+
+@component
+class Anchored(Averaging):
+    """Every client remembers the parameters of round 0."""
+
+    def init(self, params):
+        return {}, {name: tensor.clone() for name, tensor in params.items()}
+
+
+def test_the_first_memory_of_a_client_is_that_of_round_0_whatever_its_actor_has_evaluated(features, clients, tmp_path):
+    task = Task(parse("method", "probe"), Anchored(), seed=0, private=PrivateStore(tmp_path))
+    params = initial_params(task, backbone_of(features))
+    trainer = ClientWorker(features, clients)
+    later = flatten({name: tensor + 1 for name, tensor in params.items()})
+    trainer.evaluate(task, 1, later, [], [], ("test",), [(0, 0)])
+    trainer.train(task, 2, {1: later}, np.empty(0), Chunk(1, [(0, 0)]))
+    (first,) = (tensor for name, tensor in task.private.read(0, 2).items() if name.startswith("rule/"))
+    assert torch.equal(first, params["weight"])

@@ -55,7 +55,7 @@ class Evaluator:
         reads, joint = task.method.reads.image, task.method.joint_classes
         model = partial(task.method.logits, module)
         predictions_of = partial(predict, model, partial(self._read, task), reads, joint, device=self.device)
-        others = [self.clients[k] for k in shared_rows]
+        others, personal = [self.clients[k] for k in shared_rows], task.is_personal(like)
         for k, written in chunk:
             client = self.clients[k]
             parts = [("val", client.val, client), (client.split, client.test, client)]
@@ -63,12 +63,10 @@ class Evaluator:
             for split, rows, owner in parts:
                 if split in splits:
                     entries += [self._entry(task, round, k, split, own, owner) for own in self._by_vocabulary(rows)]
-            if task.is_personal(like):
+            if personal:
                 module.load_state_dict(received | self.models.private(task, k, written).params)
                 predictions += predictions_of(entries[len(predictions) :])
-        predictions += predictions_of(
-            entries[len(predictions) :]
-        )  # without private parameters: one model, all rows at once
+        predictions += predictions_of(entries[len(predictions) :])  # of one model for all: all rows at once
         predicted, predicted_own, confidence = (
             np.concatenate([np.empty(0, np.int64), *parts]) for parts in zip(*predictions, strict=True)
         )

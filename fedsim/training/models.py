@@ -48,21 +48,22 @@ class Models:
         return PrivateState.from_tensors(moved(task.private.read(client, written), self.device))
 
     def _module(self, task: Task) -> tuple[nn.Module, Params]:
-        """The module of a task on the device, and a copy of its first state on the CPU, for names and shapes."""
-        module = task.build(self._backbone(task)).to(self.device, getattr(torch, task.dtype))
+        """The module of a task on the device, and its tensors on the CPU, for names and shapes: values change."""
+        module = task.build(self.backbone(task)).to(self.device, getattr(torch, task.dtype))
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.contiguous()  # the fused optimizers walk raw memory
         like = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
         return module, like
 
-    def _backbone(self, task: Task) -> Backbone:
+    def backbone(self, task: Task) -> Backbone:
+        """What the method sees of the frozen CLIP."""
         reads = task.method.reads
         clip = self.clip(task.dtype) if reads.towers else None
         return backbone_of(self.data, self.device, task.dtype, reads, clip)
 
     def _tower_bytes(self, task: Task) -> int:
         """An estimate of what the text tower keeps for the backward pass of a client's step; 0 without it."""
-        backbone = self._backbone(task)
+        backbone = self.backbone(task)
         return backbone.text_tower.step_bytes(backbone.classes) if backbone.text_tower else 0
 
     def _clip(self, dtype: str) -> Clip:

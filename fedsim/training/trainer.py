@@ -92,6 +92,7 @@ class Trainer:
         self.trained_classes = clients.trained_classes(self.data)
         self.buffers = lru_cache(maxsize=4)(self._buffers)
         self.rule_tensors = lru_cache(maxsize=4)(self._rule_tensors)
+        self.target_inputs = lru_cache(maxsize=1)(self._target_inputs)
         self.stores = lru_cache(maxsize=4)(lambda task: task.has_private_state(models.module(task)[1]))
 
     def train(
@@ -249,9 +250,12 @@ class Trainer:
         """The test rows of the held-out domains, without their labels, for methods that read them."""
         if not task.method.reads_target:
             return None
-        x = self._inputs(task, np.concatenate([*self.clients.held_out]))
         # Keyed apart from the batches: a method that does not read targets keeps its bits.
-        return Targets(x, [torch_rng(task.seed, "target", round, client) for client in clients])
+        return Targets(self.target_inputs(task), [torch_rng(task.seed, "target", round, k) for k in clients])
+
+    def _target_inputs(self, task: Task) -> Tensor | Inputs:
+        """Those of all target rows, which are the same for every stack and in every round."""
+        return self._inputs(task, np.concatenate([*self.clients.held_out]))
 
     def _inputs(self, task: Task, rows: np.ndarray, views: np.ndarray | None = None) -> Tensor | Inputs:
         """The inputs of some rows: features at once, since they are small; images may not fit into memory."""
@@ -287,6 +291,9 @@ class Trainer:
         like = self.models.module(task)[1]
         shared = task.select(like, "shared")
         slots, client_state = task.server.init(shared)
+        if client_state:  # it may depend on the values of round 0, which the module no longer has after an evaluation
+            first = task.build(self.models.backbone(task)).to(getattr(torch, task.dtype)).state_dict()
+            _, client_state = task.server.init({name: first[name] for name in shared})
         return moved(client_state, self.device), task.server.broadcast(slots, shared), task.unicast_like(like)
 
     def _buffers(self, task: Task, clients: int) -> tuple[Params, Optimizer]:
