@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, normalize
 from fedsim import Backbone, InputError, Method, component, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.methods import Batch, trained
+from fedsim.methods._local_training import LocalTraining
 from fedsim.methods.lora import Lora
 from fedsim.params import flatten, unflatten
 from fedsim.registry import parse
@@ -509,7 +510,7 @@ def test_methods_that_hold_another_pass_on_everything_that_they_do_not_define():
         pass
 
     own = {field.name for field in dataclasses.fields(Method)} | {"reject_booleans_for_numbers"}
-    hooks = {name for name in vars(Method) if not name.startswith("_")} - own
+    hooks = {name for name in vars(LocalTraining) | vars(Method) if not name.startswith("_")} - own
     assert {"joint_classes", "fixed_rounds", "steps", "lr_in", "local_rows"} <= hooks
     for name in hooks:
         setattr(Other, name, f"its {name}")

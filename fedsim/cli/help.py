@@ -28,7 +28,7 @@ METAVARS |= {"address": "ADDR", "loggers": "NAMES"}
 
 
 def run_help() -> str:
-    """The fields of an experiment in groups, and the names of all components."""
+    """The fields of an experiment in groups, and where components are listed."""
     from fedsim.config import DEFAULTS, Config, flat, read_yaml
 
     embedded = flat(read_yaml("glyphs"))
@@ -38,10 +38,10 @@ def run_help() -> str:
         f"other defaults apply: those marked glyphs, {values}."
     )
     lines = ["usage: fedsim run [--config FILE] [--detach] [--FIELD VALUE ...]", "", *wrap(intro, WIDTH)]
-    lines += ["", "components, the default first (fedsim help NAME: one with its --KIND.FIELD):"]
+    lines += ["", "components, each with fields --KIND.FIELD (fedsim help NAME):"]
     for kind, default in DEFAULTS.items():
-        names = sorted(available(kind), key=lambda name, default=default: name != default)
-        lines += _entry(flag(kind), ", ".join(names), 14)
+        count = f"one of {len(available(kind))} in `fedsim list {kind}s` (default: {default})"
+        lines += _entry(f"{flag(kind)} NAME", count)
     for name, field in Config.model_fields.items():
         if name in GROUPS:
             lines.append(f"{GROUPS[name]}:")

@@ -7,6 +7,7 @@ from pydantic import InstanceOf
 from typing_extensions import Self  # in typing from Python 3.11 on
 
 from fedsim.methods import Method
+from fedsim.methods._local_training import LocalTraining
 from fedsim.registry import component
 
 
@@ -26,6 +27,6 @@ def _passed_on(name: str) -> Any:
 
 
 # A loop, so that what is added to `Method` is passed on too.
-for _name in vars(Method).keys() - vars(Wrapper).keys() - {field.name for field in fields(Method)}:
+for _name in {*vars(LocalTraining), *vars(Method)} - vars(Wrapper).keys() - {field.name for field in fields(Method)}:
     if not _name.startswith("_"):
         setattr(Wrapper, _name, _passed_on(_name))
