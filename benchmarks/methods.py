@@ -32,6 +32,7 @@ METHODS = {
     "Tip-Adapter": ("tip_adapter", "fedavg"),
     "PromptFL": ("promptfl", "fedavg"),
     "KgCoOp": ("kgcoop", "fedavg"),
+    "ProGrad": ("prograd", "fedavg"),
     "FedTPG": ("fedtpg", "fedavg"),
     "PromptFolio": ("promptfolio", "fedavg"),
     "FedPGP": ("fedpgp", "fedavg"),

@@ -18,6 +18,10 @@ PROGRAMS = {
     | {"batch_size": 32, "local_epochs": 1, "persist_optimizer": False, "objective": "contrastive"},
     # scripts/main_pipeline.sh, configs/trainers/CoOp/vit_b16_ep50.yaml
     "promptfl": SGD | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 5, "length": 16},
+    # ProGrad.public/scripts/prograd.sh, configs/trainers/ProGrad/rn50.yaml
+    "prograd": SGD
+    | {"lr": 2e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 16, "projection": 1.0}
+    | PER_ROUND,
     # federated_main.py, over which configs/trainers/PromptFolio/vit_b16.yaml is laid
     "promptfolio": SGD
     | {"lr": 2e-3, "weight_decay": 5e-4, "batch_size": 16, "local_epochs": 5, "length": 8, "theta": 0.4},

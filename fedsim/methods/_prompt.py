@@ -120,7 +120,11 @@ class Prompted(nn.Module):
 
     def logits(self, x: Tensor, texts: Tensor, classes: Tensor | None = None) -> Tensor:
         """(B, D) image features and (n, D) text features of the active classes -> (B, C)."""
-        return self.spread(self.scale * normalize(x, dim=-1) @ texts.T, classes)
+        return self.spread(self.score(x, texts), classes)
+
+    def score(self, x: Tensor, texts: Tensor) -> Tensor:
+        """(B, D) image features and (n, D) unit rows -> (B, n) scaled cosines."""
+        return self.scale * normalize(x, dim=-1) @ texts.T
 
     def spread(self, logits: Tensor, classes: Tensor | None = None) -> Tensor:
         """(B, n) -> (B, C), -inf for inactive classes."""
