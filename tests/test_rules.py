@@ -299,6 +299,51 @@ def test_feddyns_clients_keep_the_gradient_of_their_own_loss_where_they_ended():
         torch.testing.assert_close(kept[client]["gradient.w"], slope, rtol=1e-9, atol=1e-9)
 
 
+# FedExP ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "rows"])
+def test_fedexp_takes_the_steps_of_the_paper(weighting):
+    clients = [Bowl(bowl.curve, bowl.target.tolist(), rows=rows) for bowl, rows in zip(BOWLS, (5, 1, 3), strict=True)]
+    cohorts = [(0, 1, 2), (1, 2), (0, 1, 2)]
+    server = parse("server", {"name": "fedexp", "eps": 0.01, "weighting": weighting})
+    ours, slots, _ = rounds(server, cohorts, 3, clients)
+    x, factors = np.zeros(2), []
+    for place, cohort in zip(ours, cohorts, strict=True):
+        moves = []
+        for k in cohort:
+            y = x
+            for _ in range(3):
+                y = y - LR * clients[k].curve * (y - clients[k].target.numpy())
+            moves.append(y - x)
+        shares = np.array([clients[k].rows if weighting == "rows" else 1 for k in cohort])
+        shares = shares / shares.sum()
+        mean = shares @ moves
+        squares = shares @ [move @ move for move in moves]
+        factors.append(max(1, squares / (2 * (mean @ mean + 0.01))))
+        before, x = x, x + factors[-1] * mean
+        np.testing.assert_allclose(place.numpy(), x, rtol=1e-12)
+    assert max(factors) > 1.5 and min(factors) == 1
+    at = server.evaluated({"w": ours[-1]}, slots)["w"]
+    np.testing.assert_allclose(at.numpy(), (before + x) / 2, rtol=1e-12)
+
+
+def test_equal_deltas_of_fedexp_are_fedavgs_and_orthogonal_ones_go_half_as_many_times_as_far():
+    server = parse("server", {"name": "fedexp", "eps": 1e-30})
+    params = {"w": torch.zeros(3, dtype=torch.float64)}
+
+    def goes(*each):
+        chunks = []
+        for k, delta in enumerate(each):
+            reply = replied(server, params, {"w": torch.tensor(delta, dtype=torch.float64)})
+            chunks.append(a_chunk(server, k, Bowl(1.0, []), np.array(delta), reply))
+        return server.step(params, server.init(params)[0], sum_chunks(chunks), RNG)[0]["w"].tolist()
+
+    assert goes([1.0, 2.0, 0.0], [1.0, 2.0, 0.0]) == [1.0, 2.0, 0.0]
+    assert goes([6.0, 0.0, 0.0], [0.0, 6.0, 0.0], [0.0, 0.0, 6.0]) == [3.0, 3.0, 3.0]  # 3 / 2 of the mean
+    assert goes([0.0] * 3, [0.0] * 3) == [0.0] * 3
+
+
 # Rules that see each delta ----------------------------------------------------------------------------------------
 
 
@@ -642,7 +687,7 @@ def test_in_a_run_rules_become_fedavg_where_they_should(config, tmp_path):
     np.testing.assert_allclose(of({"name": "trimmed_mean", "share": 0.0}, 3), three, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("server", ["scaffold", "feddyn", "ditto", "median", PER])
+@pytest.mark.parametrize("server", ["scaffold", "feddyn", "fedexp", "ditto", "median", PER])
 def test_in_a_run_stacked_clients_go_where_single_ones_go(server, config, tmp_path):
     method = SGD | {"name": "fedclip"} if server is PER else SGD  # which has more than one tensor
     fields = {"method": method, "server": server, "clients": 6, "cohort": 4, "dtype": "float64"}
@@ -651,13 +696,14 @@ def test_in_a_run_stacked_clients_go_where_single_ones_go(server, config, tmp_pa
     assert stacked.tables().trained.scores.correct.tolist() == single.tables().trained.scores.correct.tolist()
 
 
-def test_in_a_run_scaffold_sends_twice_the_bytes_and_dittos_shared_half_is_fedavg(config, tmp_path):
+def test_in_a_run_scaffold_doubles_the_bytes_fedexp_sends_a_number_and_dittos_shared_half_is_fedavg(config, tmp_path):
     sent, last = {}, {}
-    for name in ("fedavg", "scaffold", "ditto"):
+    for name in ("fedavg", "scaffold", "ditto", "fedexp"):
         ours = config(method=SGD, server=name, clients=4, rounds=3, out=tmp_path / name)
         sent[name] = run(ours).tables().rounds[["bytes_up", "bytes_down"]].to_numpy()
         last[name] = load_checkpoint(ours.folder(), ours.experiment())[0].params
     assert (sent["scaffold"] == 2 * sent["fedavg"]).all() and (sent["ditto"] == sent["fedavg"]).all()
+    assert (sent["fedexp"] - sent["fedavg"] == [4 * 8, 0]).all()  # a number of float64 of each client
     torch.testing.assert_close(last["ditto"]["shared.weight"], last["fedavg"]["weight"], rtol=1e-6, atol=1e-7)
     assert not torch.allclose(last["scaffold"]["weight"], last["fedavg"]["weight"], rtol=0, atol=1e-5)
 
