@@ -32,12 +32,14 @@ class Population(Sequence):
         held_out: (n,) test rows of each held-out domain.
         new: (n,) test rows of the new classes, which no client trains on; None if there are no new classes.
         new_classes: (m,) indices of the new classes.
+        images: (N,) the row whose image each row of the data set shows; None: its own (`Partition.images`).
     """
 
     splits: Sequence[Splits]
     held_out: Sequence[np.ndarray]
     new: np.ndarray | None = None
     new_classes: Sequence[int] = ()
+    images: np.ndarray | None = None
 
     @property
     def trainers(self) -> int:
@@ -57,11 +59,12 @@ class Population(Sequence):
         return Client(client, nothing, nothing, others[client - self.trainers], split)
 
     def rows(self) -> np.ndarray | None:
-        """(n,) the rows that any of them has, ascending; None if clients are drawn when they are accessed."""
+        """(n,) the rows whose images any of them has, ascending; None if clients are drawn when they are accessed."""
         if not isinstance(self.splits, list):
             return None
         new = [] if self.new is None else [self.new]
-        return np.unique(np.concatenate([*self.held_out, *new, *(part for split in self.splits for part in split)]))
+        rows = np.concatenate([*self.held_out, *new, *(part for split in self.splits for part in split)])
+        return np.unique(rows if self.images is None else self.images[rows])
 
     def split_of(self, client: int) -> str:
         """`Client.split` of a client, without drawing its rows."""
@@ -133,10 +136,12 @@ def make_clients(
     if isinstance(splits, list) and (idle := [k for k, (train, _, _) in enumerate(splits) if not len(train)]):
         who = f"client {idle[0]} has" if len(idle) == 1 else f"clients {listing(idle)} have"
         raise InputError(f"{who} no train rows; use fewer clients or another partition")
+    images = partition.images(rows, splits, seed)
     if shots:
         few = _FewShot(splits, rows.y, shots, seed)
         splits = list(few) if isinstance(splits, list) else few
-    return Population(splits, [partition.held_out(rows, domain) for domain in held_out_domains], new_test, new)
+    held_out_rows = [partition.held_out(rows, domain) for domain in held_out_domains]
+    return Population(splits, held_out_rows, new_test, new, images)
 
 
 @dataclass(frozen=True)

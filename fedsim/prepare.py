@@ -36,6 +36,7 @@ from fedsim.registry import name_of
 from fedsim.reporting.loggers import check_loggers
 from fedsim.reporting.parquet import FILES as TABLES
 from fedsim.reporting.report import Report
+from fedsim.representations import Encoded
 from fedsim.schedule import check, check_trained
 from fedsim.state import ServerState
 from fedsim.training.task import Task, initial_params, local_rows, with_towers
@@ -72,6 +73,12 @@ class Experiment:
     def encoded(self) -> EncodedData:
         assert isinstance(self.data, EncodedData), "the data are not encoded yet"
         return self.data
+
+    @property
+    def source(self) -> Encoded:
+        """The encoded data as clients read them: with the images that `Population.images` gives the rows."""
+        source = self.encoded.source
+        return source if self.clients.images is None else source.showing(self.clients.images)
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the report, as plain values."""

@@ -38,13 +38,13 @@ class Representations:
     For machines that do not share a file system, see `inline`.
 
     Attributes:
-        count: N, or the number of rows in `positions` that are not negative.
+        count: rows of a view: N, or fewer if the arrays have only some of the rows.
         key: changes with the features, and names them in a run's folder.
         files: files of the cache.
         arrays: representations that are in no file. Generated data have an object with rows on demand here.
         views: number of views, augmented ones included.
-        positions: (rows of the data set,) int64, where the arrays have each row, if they have only some of the rows;
-            -1 for the others.
+        positions: (rows of the data set,) int64, where the arrays have each row, if they have only some of the rows
+            or rows share images; -1 for rows that they do not have. None: in the order of the data set.
     """
 
     count: int
@@ -108,6 +108,12 @@ class Encoded(Labels):
 
     representations: Representations
     class_embeddings: ClassEmbeddings
+
+    def showing(self, images: np.ndarray) -> "Encoded":
+        """The same labels, each with the image of another row: (N,) the row whose image each row shows."""
+        before = self.representations.positions
+        positions = images if before is None else before[images]
+        return replace(self, representations=replace(self.representations, positions=positions))
 
     def inline(self) -> "Encoded":
         """See `Representations.inline`."""

@@ -78,7 +78,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
 
     The first report is that of round 0, or of the last checkpoint. The same object is yielded each time, updated.
     """
-    config, folder, data = experiment.config, experiment.folder, experiment.encoded
+    config, folder = experiment.config, experiment.folder
     store = PrivateStore(folder / "private")
     one_by_one = config.engine == "reference"
     task = Task(experiment.method, config.server, config.seed, config.dtype, config.rounds, store, one_by_one)
@@ -91,7 +91,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     write_sealed(folder / CONFIG, to_yaml(config.plain()))
     if state.round < config.rounds:
         (folder / PAGE).unlink(missing_ok=True)  # a page of fewer rounds would be mistaken for this run's
-    workers = pool.workers(ClientWorker, data.source, experiment.clients, data.frozen)
+    workers = pool.workers(ClientWorker, experiment.source, experiment.clients, experiment.encoded.frozen)
     federation = Federation(experiment, task, workers, state.params)
     if not report.counts:
         report.add_zero_shot(federation.zero_shot())

@@ -56,7 +56,7 @@ def _round_zero(experiment: Experiment, task: Task) -> tuple[ServerState, Report
 
 def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Params) -> dict[str, Any]:
     """What the page says of the data, the model and the software."""
-    source, skipped = experiment.encoded.source, experiment.data.skipped
+    source, skipped = experiment.source, experiment.data.skipped
     client = experiment.clients[0]
     sample = numpy_rng(task.seed, "flops").permutation(client.train)[: task.method.batch_size]
     context = ClientContexts(source, "cpu").of(task, 1, [client])
@@ -81,6 +81,8 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
     if task.method.reads_target:
         count = sum(map(len, experiment.clients.held_out))
         facts["transductive"] = f"training reads {count} test rows of held-out domains, without labels"
+    if experiment.clients.images is not None:
+        facts["scrambled"] = "clients' rows have the images of other rows, in training and in tests"
     if task.server.evaluated_as:
         facts["evaluated"] = task.server.evaluated_as
     if experiment.data.weights:  # of ready-made features, the texts are not known

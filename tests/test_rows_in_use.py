@@ -170,3 +170,18 @@ def test_runs_side_by_side_encode_the_rows_of_all_of_them_once_and_are_those_of_
         assert report.facts["features"] == alone.facts["features"]
     assert len(run(few(partition_seed=1, out=tmp_path / "many-1", rounds=3)).rounds) == 3
     assert (tmp_path / "many-1" / CONFIG).exists()
+
+
+def test_of_rows_with_scrambled_labels_the_images_that_they_show_are_encoded(few):
+    config = few(partition={"name": "domain_dirichlet", "min_rows": 2, "scramble_labels": True}, clients=4)
+    experiment, rows = in_use(config)
+    clients = experiment.clients
+    owned = np.concatenate([part for client in clients for part in (client.train, client.val, client.test)])
+    assert rows.tolist() == np.unique(clients.images[owned]).tolist() != np.unique(owned).tolist()
+    some = encode_experiment(experiment, sizing_of(config), lambda event: None)
+    # Encoded twice, as the base of a sweep is: the images are exchanged once.
+    some = encode_experiment(some, sizing_of(config), lambda event: None)
+    everything = encode_experiment(experiment, sizing_of(config), lambda event: None, all_rows=True).encoded.source
+    shown = some.source.representations.read("features", owned)
+    assert np.array_equal(shown, everything.representations.read("features", clients.images[owned]))
+    assert np.array_equal(some.source.y[owned], everything.y[owned])

@@ -92,8 +92,10 @@ def test_the_table_of_an_empty_study_survives_parquet_as_well(tmp_path):
 def test_the_page_says_which_searched_methods_read_test_rows_without_labels(tmp_path):
     plain = "Test rows were not used in the search."
     assert plain in a_page(a_study(a_trial(0.5, cohort=2)), tmp_path).words
-    config = Config(dataset="glyphs", held_out="clipart", method="facmic").plain()
+    skew = {"name": "domain_dirichlet", "scramble_labels": True}
+    config = Config(dataset="glyphs", held_out="clipart", method="facmic", partition=skew).plain()
     words = a_page(a_study(a_trial(0.5, cohort=2), config=config), tmp_path).words
+    assert "With scrambled labels, the rows of clients have the images of other rows (`scramble_labels`)." in words
     said = "in the search, except by facmic: training reads those of held-out domains without their labels."
     assert said in words and plain not in words
 

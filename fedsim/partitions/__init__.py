@@ -36,6 +36,14 @@ class Partition(ABC):
             InputError: the partition does not support that number of clients or this data set.
         """
 
+    def images(self, rows: Labels, splits: Sequence[Splits], seed: int) -> np.ndarray | None:
+        """(N,) the row whose image each row shows instead of its own; None: every row shows its own.
+
+        Args:
+            splits: what `assign` returned.
+        """
+        return None
+
     def held_out(self, rows: Labels, domain: int) -> np.ndarray:
         """The test rows of a held-out domain: all, or the set's own where they differ from the others in kind."""
         own = (rows.domain == domain) & (rows.split == TEST)

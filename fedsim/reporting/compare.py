@@ -60,6 +60,10 @@ TRANSDUCTIVE = (
     "Transductive: {}. Training read the test rows of held-out domains without their labels, so generalization does "
     "not compare with that of runs that never saw these rows."
 )
+SCRAMBLED = (
+    "Scrambled labels: {}. The rows of clients have the images of other rows, in training and in tests, so accuracy on "
+    "clients' own rows does not measure recognition there, and does not compare with that of other runs."
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Finished:
         means, zero_shot: `summarize` of the chosen round and of zero-shot CLIP.
         lines: `curves` by round and by cost, with the key "round" or that of `against_cost`.
         transductive: its method read target rows.
+        scrambled: its clients' rows had the images of other rows.
     """
 
     name: str
@@ -83,6 +88,7 @@ class Finished:
     megabytes: float
     seconds: float
     transductive: bool
+    scrambled: bool
 
 
 Groups = list[tuple[str, list[Finished]]]  # a name, and one run or those that differ only in their seeds
@@ -124,6 +130,8 @@ def compare(runs: Sequence[Path], out: Path, warn: Callable[[str], None] = lambd
     caveats = [caveat for fields, caveat in CAVEATS.items() if names & set(fields)]
     if transductive := [run.name for run in finished if run.transductive]:
         caveats.append(TRANSDUCTIVE.format(listing(transductive, 20)))
+    if scrambled := [run.name for run in finished if run.scrambled]:
+        caveats.append(SCRAMBLED.format(listing(scrambled, 20)))
     words = [f"{CHOSEN} {NEVER}", *caveats]
     sections = [
         Section("", words, tables={caption: rows.set_index("name") for caption, rows in tables.items()}),
@@ -175,6 +183,7 @@ def _read(run: Path, name: str) -> Finished:
         tables.rounds.bytes_up.sum() / 1e6,
         tables.rounds.seconds.sum(),
         bool(tables.facts.get("transductive")),
+        bool(tables.facts.get("scrambled")),
     )
 
 

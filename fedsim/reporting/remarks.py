@@ -8,6 +8,12 @@ from fedsim.reporting.tables import Tables
 
 NEVER = "The round is never chosen on test rows; curves of test rows are shown for inspection only."
 
+SCRAMBLED = (
+    "Scrambled labels: the rows of clients have the images of other rows, in training and in tests, as in published "
+    "label-shift tables (--partition.scramble-labels), so accuracy on clients' own rows does not measure recognition; "
+    "what can be learned is which classes a client has."
+)
+
 
 def remarks(tables: Tables) -> list[str]:
     """Sentences on how the round was chosen, and on what was not trained or evaluated."""
@@ -25,6 +31,8 @@ def remarks(tables: Tables) -> list[str]:
             f"Transductive: training reads the test rows of held-out {listing(tables.held_out)} without their labels, "
             "so held-out accuracy does not compare with that of methods that never see these rows."
         )
+    if tables.facts.get("scrambled"):
+        sentences.append(SCRAMBLED)
     if evaluated := tables.facts.get("evaluated"):
         sentences.append(f"Evaluated parameters: {evaluated}; clients are sent others.")
     if np.isnan(means["personalization"]):

@@ -53,6 +53,8 @@ def _search(view: StudyView) -> str:
     if names := _transductive(view):
         text += f", except by {listing(names)}: training reads those of held-out domains without their labels"
     text += "."
+    if _scrambled(view):
+        text += " With scrambled labels, the rows of clients have the images of other rows (`scramble_labels`)."
     partitioning = {*PARTITION_FIELDS, *available("partition")}
     if names := [scale.name for scale in view.scales if scale.name.partition(".")[0] in partitioning]:
         text += f" Trials that differ in {listing(names)} have different partitions, and so different problems."
@@ -64,6 +66,13 @@ def _transductive(view: StudyView) -> list[str]:
     names = {view.settings.get("config", {}).get("method", {}).get("name")}
     names |= {trial.params.get("method") for trial in view.trials}
     return [name for name in available("method") if name in names and find("method", name).reads_target]
+
+
+def _scrambled(view: StudyView) -> bool:
+    """Whether the partition of some trial gives rows the images of other rows."""
+    partition = view.settings.get("config", {}).get("partition", {})
+    searched = (value for trial in view.trials for name, value in trial.params.items() if "scramble_labels" in name)
+    return bool(partition.get("scramble_labels")) or any(searched)
 
 
 def _stopping(settings: Mapping[str, Any], goals: int) -> str:
