@@ -33,6 +33,7 @@ METHODS = {
     "PromptFL": ("promptfl", "fedavg"),
     "KgCoOp": ("kgcoop", "fedavg"),
     "ProGrad": ("prograd", "fedavg"),
+    "CoCoOp": ("cocoop", "fedavg"),
     "FedTPG": ("fedtpg", "fedavg"),
     "PromptFolio": ("promptfolio", "fedavg"),
     "FedPGP": ("fedpgp", "fedavg"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_prompts import a_backbone, a_batch, cosines, made
+from test_prompts import CLASSES, a_backbone, a_batch, cosines, crossed, made
 
 from fedsim.methods import Batch
 from fedsim.methods.prograd import aligned
@@ -80,3 +80,46 @@ def test_a_single_class_leaves_prograd_nothing_to_conflict_with(backbone):
     batch = Batch(x, torch.ones(6, dtype=torch.long), torch.tensor([False, True, False, False, False]))
     loss, grads = gradient(method, module, batch)
     assert loss == 0 and (grads["tokens"] == 0).all()
+
+
+def test_cocoop_encodes_texts_for_each_image(backbone, monkeypatch):
+    """An image and a class at a time, by open_clip's own path from embeddings to features."""
+    method, module = made("cocoop", backbone)
+    x, y = a_batch(backbone, "cocoop")
+    state = {name: tensor.detach() for name, tensor in module.named_parameters()}
+    assert state["network.0.weight"].shape == (backbone.width // 16, backbone.width)
+    expected = torch.zeros(6, 5, dtype=torch.float64)
+    for i, image in enumerate(x / x.norm(dim=1, keepdim=True)):
+        hidden = (state["network.0.weight"] @ image + state["network.0.bias"]).clamp(min=0)
+        shift = state["network.2.weight"] @ hidden + state["network.2.bias"]
+        for c, name in enumerate(CLASSES):
+            tokens = backbone.text.tokenize([f"a photo of a {name}."])
+            text = backbone.text.embed(tokens)[0].clone()
+            text[1:5] += shift
+            feature = backbone.text.encode(text[None], backbone.text.ends(tokens))[0]
+            expected[i, c] = backbone.logit_scale * image @ feature / feature.norm()
+    torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9)
+    spread = module(x).detach() - cosines(x, module.texts(module.tokens), backbone.logit_scale).detach()
+    assert spread.abs().max() > 1e-3  # the network counts
+    assert method.loss(module, Batch(x, y)).item() == pytest.approx(crossed(expected, y), rel=1e-9)
+    calls, encode = [], backbone.text.encode_after
+    monkeypatch.setattr(backbone.text, "encode_after", lambda *args: calls.append(0) or encode(*args))
+    for texts, count in ((1 << 12, 1), (10, 3), (1, 6)):  # never less than an image at a time
+        monkeypatch.setattr("fedsim.methods.cocoop.MAX_TEXTS", texts)
+        calls.clear()
+        torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9)
+        assert len(calls) == count
+
+
+@pytest.mark.parametrize("classes", [None, MASK])
+def test_cocoop_whose_network_says_nothing_is_promptfl(classes, backbone):
+    x, _ = a_batch(backbone)
+    batch = Batch(x, torch.tensor([0, 2, 3, 3, 3, 0]), classes)
+    (cocoop, one), (promptfl, two) = made("cocoop", backbone), made("promptfl", backbone, init="a photo of a")
+    torch.nn.init.zeros_(one.network[2].weight)
+    torch.nn.init.zeros_(one.network[2].bias)
+    (ours, grads), (theirs, expected) = gradient(cocoop, one, batch), gradient(promptfl, two, batch)
+    assert ours == pytest.approx(theirs, rel=1e-12)
+    torch.testing.assert_close(grads["tokens"], expected["tokens"], rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(grads["network.2.bias"], expected["tokens"].sum(dim=0), rtol=1e-9, atol=1e-13)
+    assert (grads["network.0.weight"] == 0).all()

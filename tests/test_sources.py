@@ -22,6 +22,10 @@ PROGRAMS = {
     "prograd": SGD
     | {"lr": 2e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 16, "projection": 1.0}
     | PER_ROUND,
+    # train.py, configs/trainers/CoCoOp/vit_b16_c4_ep10_batch1_ctxv1.yaml
+    "cocoop": SGD
+    | {"lr": 2e-3, "weight_decay": 5e-4, "batch_size": 1, "local_epochs": 1, "init": "a photo of a", "reduction": 16}
+    | PER_ROUND,
     # federated_main.py, over which configs/trainers/PromptFolio/vit_b16.yaml is laid
     "promptfolio": SGD
     | {"lr": 2e-3, "weight_decay": 5e-4, "batch_size": 16, "local_epochs": 5, "length": 8, "theta": 0.4},

@@ -17,6 +17,7 @@ Site = Literal[
     "image_adapters",
     "image_blocks",
     "text_tokens",
+    "conditional_tokens",
     "text_adapters",
     "text_blocks",
 ]
@@ -36,11 +37,13 @@ IMAGE_OF: dict[Site, ImageRead] = {
 }
 TEXT_OF: dict[Site, TextRead] = {
     "text_tokens": "embeddings",
+    "conditional_tokens": "embeddings",
     "text_adapters": "embeddings",
     "text_blocks": "blocks",
 }
 
-# Sites in front of which the towers are frozen, or in which clients differ only by tokens at the input of a text.
+# Sites in front of which the towers are frozen, or in which clients differ only by tokens at the input of a text. With
+# conditional tokens, which depend on the image, a single client already has texts for each of its images.
 STACKABLE: frozenset[Site] = frozenset(("image_feature", "head", "patch_tokens", "text_tokens"))
 
 
