@@ -278,7 +278,7 @@ def test_every_server_leaves_its_arguments_alone_and_keeps_shapes_and_dtypes(nam
     went = {"w": torch.tensor([3.0, 4.0])}
     start, kept = server.init(params)
     sent, method = server.broadcast(start, params), parse("method", "probe")
-    update = ClientUpdate(params, {"w": params["w"] + went["w"]}, kept, sent, 8, 2, 0, method, method.lr)
+    update = ClientUpdate(params, {"w": params["w"] + went["w"]}, kept, sent, 8, 2, 0, method, method.lr, loss=0.5)
     reply = server.reply(update)
     weight, message = reply.weight, reply.message
     assert reply.client_state.keys() == kept.keys()

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -10,12 +11,15 @@ from torch.nn.functional import cross_entropy, normalize
 
 from fedsim import Backbone, InputError, Method, component, run
 from fedsim.checkpoint import load_checkpoint
+from fedsim.clients import sample_cohort
 from fedsim.methods import Batch, trained
 from fedsim.methods._local_training import LocalTraining
 from fedsim.methods.lora import Lora
 from fedsim.params import flatten, unflatten
+from fedsim.prepare import prepare
 from fedsim.registry import parse
 from fedsim.servers import ClientUpdate
+from fedsim.servers.fedavg import FedAvg
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.stack import by_autograd, gradients
 from fedsim.training.task import Task
@@ -53,17 +57,17 @@ def a_round(server, params, slots, states, cohort, population):
             added = server.gradient(live, params, state, sent)
             grads = {name: slope + added.get(name, 0.0) for name, slope in zip(live, slopes, strict=True)}
             live = {name: live[name] - LR * grads[name] for name in live}
-        reply = replied(server, params, live, state, sent, client)
+        reply = replied(server, params, live, state, sent, client, loss=client.loss(params).item())
         states[k] = reply.client_state
         chunks.append(a_chunk(server, k, client, flatten(live) - flatten(params), reply))
     return server.step(params, slots, sum_chunks(chunks, population), RNG)
 
 
-def replied(server, received, trained, state=None, sent=None, client=None, staleness=0, method=SGD_METHOD):
+def replied(server, received, trained, state=None, sent=None, client=None, staleness=0, method=SGD_METHOD, **fields):
     """What a client replies that has trained."""
     rows, steps = (client.rows, client.steps) if client else (1, 1)
     return server.reply(
-        ClientUpdate(received, trained, state or {}, sent or {}, rows, steps, staleness, method, method.lr)
+        ClientUpdate(received, trained, state or {}, sent or {}, rows, steps, staleness, method, method.lr, **fields)
     )
 
 
@@ -342,6 +346,84 @@ def test_equal_deltas_of_fedexp_are_fedavgs_and_orthogonal_ones_go_half_as_many_
     assert goes([1.0, 2.0, 0.0], [1.0, 2.0, 0.0]) == [1.0, 2.0, 0.0]
     assert goes([6.0, 0.0, 0.0], [0.0, 6.0, 0.0], [0.0, 0.0, 6.0]) == [3.0, 3.0, 3.0]  # 3 / 2 of the mean
     assert goes([0.0] * 3, [0.0] * 3) == [0.0] * 3
+
+
+# q-FedAvg -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("q", [0.5, 2.0])
+def test_q_fedavg_takes_the_steps_of_the_paper(q):
+    cohorts = [(0, 1, 2), (1, 2), (0, 1, 2)]
+    ours, _, _ = rounds(parse("server", {"name": "q_fedavg", "q": q}), cohorts, 3)
+    x = np.zeros(2)
+    for place, cohort in zip(ours, cohorts, strict=True):
+        steps, heights = np.zeros(2), 0.0
+        for k in cohort:
+            curve, target, y = BOWLS[k].curve, BOWLS[k].target.numpy(), x
+            loss = curve / 2 * ((x - target) ** 2).sum() + 1e-10
+            for _ in range(3):
+                y = y - LR * curve * (y - target)
+            gradient = (x - y) / LR
+            steps += loss**q * gradient
+            heights += q * loss ** (q - 1) * gradient @ gradient + loss**q / LR
+        x = x - steps / heights
+        np.testing.assert_allclose(place.numpy(), x, rtol=1e-12)
+
+
+def test_q_fedavg_with_q_0_is_fedavg_to_the_bit_and_a_large_q_serves_the_client_that_is_served_worst():
+    plain = rounds(FEDAVG, [EVERYONE] * 3, 3)[0]
+    assert torch.equal(rounds(parse("server", {"name": "q_fedavg", "q": 0.0}), [EVERYONE] * 3, 3)[0], plain)
+    worst = {}
+    for q in (0.0, 5.0):
+        server = parse("server", {"name": "q_fedavg", "q": q, "lipschitz": 0.1})
+        ended = {"w": rounds(server, [EVERYONE] * 200, 3)[0][-1]}
+        worst[q] = max(bowl.loss(ended).item() for bowl in BOWLS)
+    assert worst[5.0] < 0.8 * worst[0.0]
+
+
+def test_a_client_of_q_fedavg_without_a_step_does_not_count_and_one_without_a_loss_counts_little():
+    server, params = parse("server", "q_fedavg"), {"w": torch.zeros(1, dtype=torch.float64)}
+    idle, perfect = Bowl(1.0, [], steps=0), Bowl(1.0, [])
+    reply = replied(server, params, params, client=idle)
+    assert reply.weight == 0.0 and reply.message.keys() == replied(server, params, params, loss=1.0).message.keys()
+    none = a_chunk(server, 0, idle, np.zeros(1), reply)
+    assert server.step(params, {}, none, RNG)[0] is params
+    some = replied(server, params, params, client=perfect, loss=0.0)
+    assert some.weight == 1e-10 and some.message["curvature"] == 1.0
+
+
+@component
+class Watched(FedAvg):
+    """Writes down what it is given."""
+
+    needs_loss = True
+
+    def reply(self, update):
+        LOSSES.append(update.loss)
+        return super().reply(update)
+
+
+LOSSES = []
+
+
+@pytest.mark.parametrize("engine", ["stacked", "reference"])
+def test_a_rule_that_needs_it_gets_each_clients_loss_before_it_trains(engine, config):
+    fields = {"method": SGD | {"local_epochs": 2, "batch_size": 7}, "clients": 4, "cohort": 3, "rounds": 1}
+    ours = config(server=Watched(), **fields, dtype="float64", partition="dirichlet", engine=engine)
+    LOSSES.clear()
+    watched = run(ours)
+    experiment, frame = prepare(ours), pd.read_parquet(ours.data_dir / "features.parquet")
+    text = np.stack(pd.read_parquet(ours.data_dir / "classes.parquet").prototype)
+    scale, expected = experiment.data.source.class_embeddings.logit_scale, []
+    for client in sample_cohort(4, 3, ours.seed, 1):
+        rows = experiment.clients[client].train
+        x, y = np.stack(frame.feature[rows]), torch.tensor(experiment.data.source.y[rows])
+        cosines = normalize(torch.tensor(x), dim=1) @ normalize(torch.tensor(text), dim=1).T
+        expected.append(cross_entropy(scale * cosines, y).item())
+    losses = sorted(loss for loss in LOSSES if not np.isnan(loss))  # without those of the question what it sends
+    assert losses == pytest.approx(sorted(expected), rel=1e-6) and np.ptp(expected) > 0.05
+    plain = run(config(**fields, dtype="float64", partition="dirichlet", engine=engine, out=ours.out.with_name("b")))
+    assert (adapter(plain) == adapter(watched)).all()
 
 
 # Rules that see each delta ----------------------------------------------------------------------------------------
@@ -687,7 +769,7 @@ def test_in_a_run_rules_become_fedavg_where_they_should(config, tmp_path):
     np.testing.assert_allclose(of({"name": "trimmed_mean", "share": 0.0}, 3), three, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("server", ["scaffold", "feddyn", "fedexp", "ditto", "median", PER])
+@pytest.mark.parametrize("server", ["scaffold", "feddyn", "fedexp", "q_fedavg", "ditto", "median", PER])
 def test_in_a_run_stacked_clients_go_where_single_ones_go(server, config, tmp_path):
     method = SGD | {"name": "fedclip"} if server is PER else SGD  # which has more than one tensor
     fields = {"method": method, "server": server, "clients": 6, "cohort": 4, "dtype": "float64"}

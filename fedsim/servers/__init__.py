@@ -37,6 +37,8 @@ class ClientUpdate:
         staleness: rounds completed since the parameters were sent.
         method: the method as adapted by the rule.
         lr: the step size of its local steps, which `Method.schedule` may have lowered.
+        loss: the mean of the method's loss over its train rows before it trained, in nats; nan if it has too few rows
+            for a step, or unless the rule has `needs_loss`.
     """
 
     received: Params
@@ -48,6 +50,7 @@ class ClientUpdate:
     staleness: int
     method: Method
     lr: float
+    loss: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ class Server(ABC):
 
     # Whether `step` needs the delta of each client (`RoundSum.deltas`), not only their sum.
     needs_deltas: ClassVar[bool] = False
+    # Whether `reply` needs the loss of each client before it trains (`ClientUpdate.loss`), which takes a forward pass
+    # over its train rows. Operations and simulated time do not count that pass.
+    needs_loss: ClassVar[bool] = False
     # Asynchronous rules only: updates per round, and clients that train at any time. None: rounds are synchronous.
     buffer: ClassVar[int | None] = None
     concurrency: ClassVar[int | None] = None

@@ -155,7 +155,7 @@ def gradients(method: Method, module: nn.Module, params: Params, batch: Batch) -
 
 def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params]:
     """What `gradients` computes if a method has no closed form."""
-    objective = _Objective(method, module)
+    objective = Objective(method, module)
     learned = {name: params[name] for name in trained(module)}
     fixed = {name: tensor for name, tensor in params.items() if name not in learned}
     shapes = {name: tensor.dim() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
@@ -207,7 +207,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # one client's without a copy
 
 
-class _Objective(nn.Module):
+class Objective(nn.Module):
     """The loss as the forward of a module, because `functional_call` swaps parameters during one forward."""
 
     def __init__(self, method: Method, module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from fedsim.training.client_store import PrivateState, Stored
 from fedsim.training.inputs import Inputs
 from fedsim.training.models import Models
 from fedsim.training.optimizer import Optimizer
+from fedsim.training.received import received_losses
 from fedsim.training.stack import stack_size, train_stack
 from fedsim.training.targets import Targets
 from fedsim.training.task import Task, local_rows
@@ -70,6 +71,7 @@ class TrainedStack:
         params: their shared and private tensors, and those that each was sent for itself, (M, *shape).
         unicast: the shared tensors that each was sent for itself, before training, (M, *shape).
         losses: (M,) mean over each client's local steps, in nats; nan if it took none.
+        received_losses: (M,) mean over each client's train rows before training, if the rule needs it; else nan.
         optimizer: each client's optimizer state by name, if the method keeps it from round to round.
         rule: each client's memory for the server rule, before this round.
     """
@@ -79,6 +81,7 @@ class TrainedStack:
     params: Params
     unicast: Params
     losses: list[float]
+    received_losses: list[float]
     optimizer: list[Params]
     rule: list[Params]
 
@@ -132,9 +135,8 @@ class Trainer:
                 trained = {name: stack.params[name][k] for name in shared}
                 staleness = round - 1 - version
                 old = shared | {name: tensor[k] for name, tensor in stack.unicast.items()}
-                update = ClientUpdate(
-                    old, trained, stack.rule[k], received.sent, rows, steps, staleness, task.method, lr
-                )
+                result = old, trained, stack.rule[k], received.sent, rows, steps, staleness, task.method, lr
+                update = ClientUpdate(*result, loss=stack.received_losses[k])
                 reply = rule.reply(update)
                 if reply.client_state.keys() != client_state.keys():
                     raise TypeError(f"{name_of(rule)}: the client_state of reply needs the names of init's")
@@ -216,6 +218,11 @@ class Trainer:
         with torch.random.fork_rng(devices=[], enabled=draws):
             if draws:
                 torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))
+            before = [float("nan")] * len(ids)
+            if task.server.needs_loss:
+                # Targets of their own, so that training draws the same.
+                rest = task.method, classes, context, self._targets(task, round, ids)
+                before = received_losses(module, params, x, y, sizes, *rest)
             if task.reference:
                 own = None if classes is None else classes[0]
                 options = {"shared": [*common, *sent_each], "client_state": states[0], "sent": received.sent}
@@ -226,7 +233,8 @@ class Trainer:
                 options = task.method, task.server, rngs, states, received.sent, classes, context, sent_each, targets
                 losses = train_stack(module, params, optimizer, common, x, y, sizes, *options).tolist()
         stored = range(len(ids)) if task.method.persist_optimizer else ()
-        return TrainedStack(ids, sizes, params, sent_each, losses, [optimizer.moments(k) for k in stored], states)
+        moments = [optimizer.moments(k) for k in stored]
+        return TrainedStack(ids, sizes, params, sent_each, losses, before, moments, states)
 
     def _expanded(
         self, task: Task, module: nn.Module, clients: list[int], batch: Batch, sizes: list[int]

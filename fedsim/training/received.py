@@ -1,0 +1,55 @@
+"""The losses of clients with the tensors that they received, for server rules that read them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedsim.methods import Batch, ClientContext, Method
+from fedsim.params import Params
+from fedsim.training.inputs import Inputs
+from fedsim.training.stack import Objective
+from fedsim.training.targets import Targets
+
+
+@torch.no_grad()
+def received_losses(
+    module: nn.Module,
+    params: Params,
+    x: Tensor | Inputs,
+    y: Tensor,
+    sizes: Sequence[int],
+    method: Method,
+    classes: Tensor | None = None,
+    client: ClientContext | None = None,
+    targets: Targets | None = None,
+) -> list[float]:
+    """The mean of the method's loss over each client's train rows before it trains, in nats.
+
+    It is computed client by client, on both engines, in evaluation mode and batches of `batch_size` rows, in their
+    order; those with fewer than `min_batch` rows are left out.
+
+    Args:
+        params: (M, *shape) each, the clients' tensors.
+        x, y, sizes, classes, client, targets: as in `train_stack`.
+
+    Returns:
+        M losses; nan for a client without a batch.
+    """
+    objective = Objective(method, module.eval())
+    losses, first = [], 0
+    for k, size in enumerate(sizes):
+        tensors = {f"module.{name}": tensor[k] for name, tensor in params.items()}
+        own = None if classes is None else classes[k], client and client.part(k)
+        total, count = 0.0, 0
+        for rows in torch.arange(first, first + size, device=y.device).split(method.batch_size):
+            if len(rows) < method.min_batch:
+                continue
+            target = targets and targets.take(len(rows), k, k + 1)[0]
+            loss = functional_call(objective, tensors, (Batch(x[rows], y[rows], *own, target),))
+            total, count = total + loss.item() * len(rows), count + len(rows)
+        losses.append(total / count if count else float("nan"))
+        first += size
+    module.train()
+    return losses
