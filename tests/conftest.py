@@ -107,7 +107,7 @@ def small_clip(tmp_path):
     import torch
 
     def make(name, tower):
-        text = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+        text = {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
         about = {"embed_dim": 8, "vision_cfg": {"image_size": 32, **TOWERS[tower]}, "text_cfg": text}
         file, weights = tmp_path / f"{name}-{tower}.json", tmp_path / f"{name}-{tower}.pt"
         file.write_text(json.dumps(about))

@@ -23,6 +23,7 @@ READS = {name: parse("method", name).reads for name in available("method")}
 ALL = [name for name, reads in READS.items() if reads.text == "embeddings" and reads.image != "pixels"]
 LONG = [name for name in ALL if name != "fedtpg"]  # these can start as a text
 PRIVATE = {"promptfolio": {"own"}, "fedpgp": {"u", "v"}, "fedotp": {"own"}}
+FROZEN = {"fedapt": {"keys"}}
 
 
 def a_backbone(dtype):
@@ -30,7 +31,8 @@ def a_backbone(dtype):
     clip.model.to(dtype)
     tower = TextTower(clip.model, clip.tokenizer)
     class_embeddings = torch.from_numpy(clip.encode_texts([f"a photo of a {name}" for name in CLASSES])).to(dtype)
-    return clip, Backbone(class_embeddings, clip.logit_scale, CLASSES, ("a photo of a {}",), text_tower=tower)
+    fields = {"templates": ("a photo of a {}",), "text_tower": tower, "domains": 2}
+    return clip, Backbone(class_embeddings, clip.logit_scale, CLASSES, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +122,15 @@ def test_only_what_is_learnt_has_gradients_and_is_sent_or_kept(name, double):
     method, module = made(name, backbone)
     x, y = a_batch(backbone, name)
     method.loss(module, Batch(x, y)).backward()
-    assert set(module.state_dict()) == set(trained(module))
+    frozen = {name_ for name_ in module.state_dict() if method.scope(name_) == "frozen"}
+    assert frozen == FROZEN.get(name, set())
+    assert set(module.state_dict()) - frozen == set(trained(module))
     for parameter in module.parameters():
         assert parameter.grad.abs().max() > 0
     assert all(tensor.grad is None and not tensor.requires_grad for tensor in clip.model.parameters())
     private = {name_ for name_ in module.state_dict() if method.scope(name_) == "private"}
     assert private == PRIVATE.get(name, set())
-    assert {method.scope(name_) for name_ in set(module.state_dict()) - private} == {"shared"}
+    assert {method.scope(name_) for name_ in set(module.state_dict()) - private - frozen} == {"shared"}
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -43,7 +43,7 @@ TEXT_OF: dict[Site, TextRead] = {
 }
 
 # Sites in front of which the towers are frozen, or in which clients differ only by tokens at the input of a text. With
-# conditional tokens, which depend on the image, a single client already has texts for each of its images.
+# conditional tokens, which depend on the image or the class, a single client already has many times as many tokens.
 STACKABLE: frozenset[Site] = frozenset(("image_feature", "head", "patch_tokens", "text_tokens"))
 
 
