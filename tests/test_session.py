@@ -138,8 +138,6 @@ def test_a_cluster_whose_head_dies_ends_the_run_in_one_sentence(flags, short, tm
         assert process.poll() is None
         time.sleep(0.05)
     family = psutil.Process(process.pid).children(recursive=True)
-    for actor in (one for one in family if one.name().startswith("ray::Worker")):
-        actor.suspend()  # it would train for the 20 s in which the head may still answer
     next(one for one in family if one.name() == "gcs_server").kill()
     printed, said = process.communicate(timeout=90)
     assert process.returncode == 1

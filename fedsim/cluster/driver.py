@@ -6,7 +6,7 @@ from typing import Any
 
 from fedsim.cluster.nodes import this_node
 from fedsim.cluster.placement import node_affinity
-from fedsim.cluster.session import HeadMonitor, session
+from fedsim.cluster.session import HeadMonitor, joined, session
 from fedsim.errors import RESUMES, Stopped
 from fedsim.events import Event, Progress
 
@@ -33,9 +33,10 @@ def run_in_driver_actor(work: Callable[..., Any], args: tuple, address: str | No
     Raises:
         Stopped: the driver actor, or the head of the cluster, has died.
     """
+    private = address is None and not joined()
     with session(address, progress) as ray:
         driver = _started_driver(ray)
-        head, result = HeadMonitor(ray), driver.run.remote(work, args)
+        head, result = HeadMonitor(ray, private), driver.run.remote(work, args)
         try:
             while not ray.wait([result], timeout=POLL_S)[0]:
                 head.check()
@@ -48,9 +49,10 @@ def run_in_driver_actor(work: Callable[..., Any], args: tuple, address: str | No
             raise Stopped(f"Ray ended the driver actor since memory is short on this machine; {RESUMES}") from None
         except ray.exceptions.RayError as error:
             raise Stopped(f"the driver actor has died; {RESUMES} ({error})") from None
-        finally:  # on a shared cluster, an interrupted driver would hold the folder of the run for seconds
+        finally:
             ray.kill(driver)
-            ray.wait([result], timeout=END_S)
+            if not private:  # an interrupted driver would hold the folder of the run for seconds
+                ray.wait([result], timeout=END_S)
 
 
 def _started_driver(ray: Any) -> Any:

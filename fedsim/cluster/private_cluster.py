@@ -89,6 +89,8 @@ def _scarce() -> str:
 def _end(ray: Any, folder: Path) -> None:
     """Ends Ray, and the processes that it leaves behind: without a head, some live on for 20 s."""
     processes = _processes_of(folder)
+    if not any(map(_is_head, processes)):  # it has died; the others would wait for it, and Ray for them
+        _kill(processes)
     try:
         ray.shutdown()
     finally:
@@ -106,6 +108,13 @@ def _processes_of(folder: Path) -> list[psutil.Process]:
             if str(folder) in " ".join(child.cmdline()):
                 processes += [*child.children(recursive=True), child]
     return processes
+
+
+def _is_head(process: psutil.Process) -> bool:
+    try:
+        return process.name() == "gcs_server" and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _gone(process: psutil.Process) -> bool:

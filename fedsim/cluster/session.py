@@ -66,12 +66,16 @@ def check_reachable(address: str | None) -> None:
 class HeadMonitor:
     """Watches the head of a cluster. Ray does too, but then ends this process with a message of its own."""
 
-    def __init__(self, ray: Any) -> None:
+    def __init__(self, ray: Any, private: bool) -> None:
+        self.private = private
         self.host, _, self.port = ray.get_runtime_context().gcs_address.rpartition(":")
         self.answered = self.checked = time.monotonic()
 
     def check(self) -> None:
-        """Raises Stopped once the head has not answered for LOST_S. To be called often; looks every LOOK_S."""
+        """Raises Stopped once the head has not answered for LOST_S. To be called often; looks every LOOK_S.
+
+        A private head that refuses a connection has ended, and is not started again.
+        """
         if time.monotonic() < self.checked + LOOK_S:
             return
         self.checked = time.monotonic()
@@ -79,7 +83,8 @@ class HeadMonitor:
             socket.create_connection((self.host.strip("[]"), int(self.port)), timeout=LOOK_S).close()
             self.answered = time.monotonic()
         except OSError as error:
-            if time.monotonic() > self.answered + LOST_S:
+            ended = self.private and isinstance(error, ConnectionRefusedError)
+            if ended or time.monotonic() > self.answered + LOST_S:
                 raise Stopped(f"Ray's head at {self.host}:{self.port} has ended ({error}); {RESUMES}") from None
 
 
