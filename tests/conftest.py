@@ -75,10 +75,13 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory) -> None:
-    """A cache that only these tests use; one for all processes that run them."""
+    """A cache that only these tests use; one for all processes that run them.
+
+    `.ci/run` gives one in which its first command has just encoded the embedded images.
+    """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    os.environ["FEDSIM_CACHE_DIR"] = str(shared / "cache")
+    os.environ["FEDSIM_CACHE_DIR"] = os.environ.get("FEDSIM_TEST_CACHE_DIR", str(shared / "cache"))
 
 
 @pytest.fixture
