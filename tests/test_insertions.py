@@ -247,6 +247,41 @@ def test_projections_after_the_first_start_alike(backbones):
     assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
 
 
+@pytest.mark.parametrize("classes", [None, torch.tensor([True, False, True, True])])
+def test_promptsrc_stays_near_frozen_images_texts_and_predictions(classes, texts, backbones):
+    (model, tower), (visual, backbone) = texts, backbones()
+    method, module = built("promptsrc", backbone, depth=2, text_pull=2.5, image_pull=1.5, logit_pull=0.5)
+    y, active = torch.tensor([0, 2, 3]), torch.arange(4) if classes is None else classes.nonzero().flatten()
+    x = backbone.image.normalized(pixels())
+    images, frozen = (normalize(out, dim=1) for out in (written_out(visual, x, module.visual), visual(x)))
+    rows = tower.tokenize([f"{CLASSES[k]}." for k in active])
+    embedded, written = tower.embed(rows), backbone.class_embeddings[active]
+    learned = one_by_one(model, embedded[0, :1], embedded[:, 1:], tower.ends(rows) - 1, module.textual)
+    learned = normalize(learned, dim=1)
+    p, q = (20 * images @ learned.T).softmax(dim=1), (20 * frozen @ written.T).softmax(dim=1)
+    right = p[torch.arange(3), [active.tolist().index(k) for k in y]]
+    expected = -right.log().mean() + 2.5 * (learned - written).abs().mean() + 1.5 * (images - frozen).abs().mean()
+    expected = expected + 0.5 * (q * (q / p).log()).sum() / q.numel()
+    ours = method.loss(module, Batch(pixels(), y, classes))
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=0)
+    tokens = [module.textual, module.visual]
+    grads = zip(torch.autograd.grad(ours, tokens), torch.autograd.grad(expected, tokens), strict=True)
+    for one, other in grads:
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
+        assert (one.abs().amax(dim=(1, 2)) > 1e-6).all()  # each block has its own
+
+
+def test_promptsrc_without_pulls_is_the_cross_entropy_of_independent_prompts(backbones):
+    _, backbone = backbones()
+    method, module = built("promptsrc", backbone, depth=2, text_pull=0, image_pull=0, logit_pull=0)
+    _, promptfl = built("promptfl", backbone, init="a photo of a")
+    y = torch.tensor([0, 2, 3])
+    assert method.loss(module, Batch(pixels(), y)) == nn.functional.cross_entropy(module(pixels()), y)
+    module.textual = nn.Parameter(module.textual[:1])
+    features = backbone.image.encode(pixels(), insertions=Insertions(module.visual))
+    torch.testing.assert_close(module(pixels()), promptfl(features), rtol=1e-12, atol=1e-12)
+
+
 def hooked(model, visual, backbone, module, first):
     """Logits of pFedMMA by open_clip's own forward passes, with adapters added by hooks and gradients unscaled."""
     state = {name: tensor.requires_grad_() for name, tensor in module.state_dict().items()}
@@ -331,6 +366,7 @@ def wide():
     [
         ("fedvpt", 16 * 768, 0),
         ("maple", 9 * (2 * 512 + 512 * 768 + 768), 0),  # 3,555,072
+        ("promptsrc", 9 * 4 * (512 + 768), 0),  # 46,080
         ("pfedmma", 8_448, 674_560 - 8_448),
     ],
 )

@@ -48,6 +48,20 @@ def test_the_average_of_beta_is_numpys_with_torchs_densities(shape):
     np.testing.assert_allclose(evaluated, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("center", "width"), [(3.0, 1.5), (1.0, 0.5), (6.5, 10.0)])
+def test_the_gaussian_average_is_numpys_without_the_untrained_model(center, width):
+    models, evaluated = averages(7, average="gaussian", center=center, width=width)
+    weights = np.exp(-(((np.arange(8) - center) / width) ** 2) / 2)
+    expected = [np.average(models[1 : k + 1], axis=0, weights=weights[1 : k + 1]) for k in range(1, 8)]
+    np.testing.assert_allclose(evaluated, [models[0], *expected], rtol=1e-12)
+
+
+def test_a_narrow_gaussian_is_the_model_nearest_to_its_center_and_does_not_underflow():
+    models, evaluated = averages(7, average="gaussian", center=4.2, width=0.01)
+    np.testing.assert_allclose(evaluated, models[[0, 1, 2, 3, 4, 4, 4, 4]], rtol=1e-12)
+    assert np.array_equal(*averages(7, average="gaussian", center=1e6, width=1.0))
+
+
 def test_the_exponential_average_is_a_plain_loop_and_with_decay_0_the_model_itself():
     models, evaluated = averages(6, average="exponential", decay=0.7)
     mean = models[0]

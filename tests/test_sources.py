@@ -42,6 +42,11 @@ PROGRAMS = {
     "maple": SGD
     | {"lr": 3.5e-3, "weight_decay": 5e-4, "batch_size": 4, "init": "a photo", "words": "of a", "depth": 9}
     | PER_ROUND,
+    # train.py, configs/trainers/PromptSRC/vit_b16_c2_ep20_batch4_4+4ctx.yaml
+    "promptsrc": SGD
+    | {"lr": 2.5e-3, "weight_decay": 5e-4, "batch_size": 4, "init": "a photo of a", "visual_length": 4, "depth": 9}
+    | {"text_pull": 25.0, "image_pull": 10.0, "logit_pull": 1.0}
+    | PER_ROUND,
     # scripts/base2new.sh, configs/trainers/pFedMMA/vit_b16.yaml: blocks 5 to 12
     "pfedmma": SGD
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "blocks": 8, "width": 32, "scale": 1e-3}

@@ -61,6 +61,12 @@ class PromptMethod(Method):
         tokens = tower.tokenize([self.init])
         return tower.embed(tokens)[0, 1 : int(tower.ends(tokens))].clone()
 
+    def deep_tokens(self, tower: TextTower, depth: int) -> Tensor:
+        """(d, L, W) tokens before training: the initial ones, and random ones in front of each further block."""
+        first = self.initial_tokens(tower)
+        further = torch.empty(depth - 1, *first.shape).normal_(std=0.02)
+        return torch.cat([first[None], further.to(first)])
+
     def length_flag(self, length: int) -> str:
         """The flag that sets the number of tokens, for messages."""
         return f"--method.init {self.init!r} ({length} tokens)" if self.init.strip() else f"--method.length {length}"

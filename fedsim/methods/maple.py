@@ -58,13 +58,12 @@ class MaPLe(PromptMethod):
 
 class _Coupled(Prompted):
     def __init__(self, backbone: Backbone, method: MaPLe) -> None:
-        first = method.initial_tokens(backbone.text)
-        length, width = first.shape
+        depth = min(method.depth, backbone.text.depth, backbone.image.depth)
+        tokens = method.deep_tokens(backbone.text, depth)
+        _, length, width = tokens.shape
         super().__init__(backbone, length, method.length_flag(length), method.words.strip())
         self.image_tower = backbone.image
-        depth = min(method.depth, backbone.text.depth, backbone.image.depth)
-        further = torch.empty(depth - 1, length, width).normal_(std=0.02)
-        self.tokens = nn.Parameter(torch.cat([first[None], further.to(first)]))
+        self.tokens = nn.Parameter(tokens)
         # As in the code, the projections of all blocks after the first start alike.
         shallow, deep = (nn.Linear(width, backbone.image.width) for _ in range(2))
         self.projections = nn.ModuleList([shallow, *(deepcopy(deep) for _ in range(depth - 1))])
