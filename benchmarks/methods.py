@@ -37,6 +37,7 @@ METHODS = {
     "FedTPG": ("fedtpg", "fedavg"),
     "PromptFolio": ("promptfolio", "fedavg"),
     "FedPGP": ("fedpgp", "fedavg"),
+    "FedPHA": ("fedpha", "fedavg"),
     "FedAPT": ("fedapt", "fedavg"),
     "LoRA, FedIT": ("lora", "fedavg"),
     "FFA-LoRA": ("lora", "ffa_lora"),

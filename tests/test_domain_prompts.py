@@ -1,12 +1,13 @@
-"""Prompts that depend on the domain or on the image (FedAPT), against formulas of a few lines."""
+"""Prompts per class and domain, and shared ones with private ones (FedAPT, FedPHA), against formulas of a few lines."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from test_prompts import CLASSES, a_backbone, a_batch, made
+from test_prompts import CLASSES, a_backbone, a_batch, by_open_clip, made, tokens_of
 from torch.nn.functional import normalize
 
+from fedsim import InputError
 from fedsim.methods import Batch, ClientContext
 from fedsim.registry import parse
 from fedsim.training.stack import gradients
@@ -142,3 +143,66 @@ def test_fedapt_sends_its_prompts_and_the_layer_and_never_a_key(backbone):
     assert task.payload(params, cohort=2) == (4 * floats, 4 * floats)
     assert 0 <= params["keys"].min() < 0.01 and 0.99 < params["keys"].max() < 1
     assert params["tokens"].std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_fedpha_pulls_to_the_weak_directions_of_the_shared_prompt_and_pushes_off_its_texts(double, backbone):
+    clip = double[0]
+    method, module = made("fedpha", backbone, length=4, private_length=6, share=0.5, pull=300.0, push=3.0, margin=1.2)
+    x, y = a_batch(backbone)
+    with torch.no_grad():
+        module.together.copy_(tokens_of(backbone, "a picture of some"))
+        module.own.copy_(tokens_of(backbone, "one small drawing with many colours"))
+        # By the eigenvectors of a Gram matrix, in place of a singular value decomposition.
+        values, vectors = torch.linalg.eigh(module.together @ module.together.T)
+        weak = vectors[:, :2].T @ module.together / values[:2].sqrt()[:, None]
+        tokens = module.own @ weak.T @ weak
+        projected = by_open_clips_blocks(clip, tokens.expand(len(CLASSES), -1, -1))
+        own = by_open_clip(clip, "one small drawing with many colours {}.")
+        shared = by_open_clip(clip, "a picture of some {}.")
+        scores = [clip.logit_scale * normalize(x, dim=1) @ texts.T for texts in (own, shared)]
+        entropies = [-logits.log_softmax(dim=1)[range(6), y].mean() for logits in scores]
+        pull, distances = (own - projected).square().mean(), (own - shared).square().sum(dim=1).sqrt()
+        push = (1.2 - distances).clamp(min=0).mean()
+        assert 300 * pull > 1e-2 and push > 1e-2
+        expected = sum(entropies) + 300 * pull + 3 * push
+        torch.testing.assert_close(module(x), scores[0], rtol=1e-10, atol=1e-10)  # predicts with its own
+    loss = method.loss(module, Batch(x, y))
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-9, atol=0)
+
+
+def test_fedpha_without_its_two_terms_is_promptfl_and_a_prompt_that_stays(backbone):
+    x, y = a_batch(backbone, rows=8)
+    (plain, one), (method, two) = (
+        made("promptfl", backbone, length=4),
+        made("fedpha", backbone, length=4, pull=0, push=0),
+    )
+    assert torch.equal(one.tokens, two.together)
+    params = {name: tensor[None] for name, tensor in two.state_dict().items()}
+    losses, grads = gradients(method, two, params, Batch(x[None], y[None]))
+    for name in ("together", "own"):
+        same, alone = gradients(plain, one, {"tokens": params[name]}, Batch(x[None], y[None]))
+        losses = losses - same
+        torch.testing.assert_close(grads[name], alone["tokens"], rtol=1e-12, atol=1e-15)
+    assert losses.abs() < 1e-12
+    # With the terms, the shared prompt hears of the private one, through the decomposition too.
+    full, _ = made("fedpha", backbone, length=4, push=0, pull=100.0)
+    _, changed = gradients(full, two, params, Batch(x[None], y[None]))
+    assert (changed["together"] - grads["together"]).abs().max() > 1e-8
+
+
+def test_fedpha_keeps_its_own_prompt_whatever_its_length_and_sends_the_shared_one(backbone):
+    task = Task(parse("method", {"name": "fedpha", "private_length": 20}), parse("server", "fedavg"), seed=0)
+    params = initial_params(task, backbone)
+    assert {name: tuple(tensor.shape) for name, tensor in params.items()} == {"together": (16, 128), "own": (20, 128)}
+    assert set(task.select(params, "private")) == {"own"} and task.is_personal(params)
+    assert task.payload(params, cohort=2) == (4 * 16 * 128, 4 * 16 * 128)
+
+
+def test_fedpha_removes_a_whole_number_of_directions_and_needs_independent_tokens(backbone):
+    for length, removed in ((16, 3), (10, 2), (5, 1), (4, 0)):
+        assert made("fedpha", backbone, length=length)[1].removed == removed
+    assert made("fedpha", backbone, length=4, share=1.0)[1].removed == 0
+    with pytest.raises(InputError, match=r"--method\.init 'a photo of a' has tokens that depend on each other"):
+        made("fedpha", backbone, init="a photo of a")
+    with pytest.raises(InputError, match=r"--method\.private-length 27 leaves no room for 'hot air balloon\.'"):
+        made("fedpha", backbone, private_length=27)

@@ -22,7 +22,7 @@ WRITTEN = "a picture of a {}."
 READS = {name: parse("method", name).reads for name in available("method")}
 ALL = [name for name, reads in READS.items() if reads.text == "embeddings" and reads.image != "pixels"]
 LONG = [name for name in ALL if name != "fedtpg"]  # these can start as a text
-PRIVATE = {"promptfolio": {"own"}, "fedpgp": {"u", "v"}, "fedotp": {"own"}}
+PRIVATE = {"promptfolio": {"own"}, "fedpgp": {"u", "v"}, "fedotp": {"own"}, "fedpha": {"own"}}
 FROZEN = {"fedapt": {"keys"}}
 
 
