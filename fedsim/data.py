@@ -170,7 +170,7 @@ def encode_data(
     if isinstance(source, Images):
         assert data.weights is not None, "images are loaded with weights"
         arguments = data.templates, config.cache_dir, sizing, progress
-        names = sorted({each.image for each in reads})
+        names = sorted({name for each in reads for name in each.representations})
         source = encode(source, data.weights, *arguments, names, config.augment, rows)
     towers = any(each.towers for each in reads)
     frozen = Clip(data.weights).frozen() if towers and data.weights else None

@@ -286,7 +286,7 @@ def _check_evaluated(config: Config, clients: Population) -> None:
 def _check_model(config: Config, method: Method, data: Data, clients: Population) -> None:
     """Builds the model with placeholder text features, so that what does not fit is refused before encoding starts."""
     clip = data.clip() if method.reads.towers else None
-    if clip and method.reads.image == "tokens":
+    if clip and "tokens" in method.reads.representations:
         clip.check_tokens()
     classes = data.source.classes
     embeddings = torch.eye(len(classes), data.width)

@@ -217,6 +217,7 @@ def towers(backbone, small_clip):
 
     def make(method):
         x = {"features": torch.randn(6, 8), "tokens": torch.randn(6, 16, 8)}
+        x["all_tokens"] = torch.randn(6, 17, 8)
         x["pixels"] = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
         text = clip.text_tower(method.reads.text == "blocks") if method.reads.text != "features" else None
         image = clip.image_tower() if method.reads.image == "pixels" else None

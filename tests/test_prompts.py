@@ -23,7 +23,7 @@ READS = {name: parse("method", name).reads for name in available("method")}
 ALL = [name for name, reads in READS.items() if reads.text == "embeddings" and reads.image != "pixels"]
 LONG = [name for name in ALL if name != "fedtpg"]  # these can start as a text
 PRIVATE = {"promptfolio": {"own"}, "fedpgp": {"u", "v"}, "fedotp": {"own"}, "fedpha": {"own"}}
-FROZEN = {"fedapt": {"keys"}}
+FROZEN = {"fedapt": {"keys"}, "trip": {"keys"}}
 
 
 def a_backbone(dtype):
@@ -63,7 +63,7 @@ def tokens_of(backbone, text):
 
 def a_batch(backbone, name="promptfl", rows=6, classes=CLASSES):
     draw = torch.Generator().manual_seed(3)
-    shape = (rows, 9, backbone.width) if READS[name].image == "tokens" else (rows, backbone.width)
+    shape = (rows, 9, backbone.width) if "tokens" in READS[name].image else (rows, backbone.width)
     x = torch.randn(shape, generator=draw, dtype=torch.float64).to(backbone.class_embeddings.dtype)
     return x, torch.randint(len(classes), (rows,), generator=draw)
 
@@ -438,7 +438,7 @@ def test_a_few_steps_lower_the_loss(name, backbone):
     method, module = made(name, backbone)
     draw = torch.Generator().manual_seed(5)
     y = torch.arange(20) % len(CLASSES)
-    shape = (20, 9, backbone.width) if READS[name].image == "tokens" else (20, backbone.width)
+    shape = (20, 9, backbone.width) if "tokens" in READS[name].image else (20, backbone.width)
     x = (
         backbone.class_embeddings[y].view(20, *[1] * (len(shape) - 2), -1)
         + 0.3 * torch.randn(shape, generator=draw).double()

@@ -74,6 +74,19 @@ PROGRAMS = {
     | {"lr": 3e-3, "weight_decay": 1e-5, "batch_size": 200, "local_epochs": 1, "length": 4, "pull": 8.0}
     | {"persist_optimizer": True, "label_space": "client"}
     | PER_ROUND,
+    # supervised/prompt-ours.py, supervised/utils.py
+    "fedapt": SGD
+    | {"lr": 0.01, "weight_decay": 1e-5, "batch_size": 256, "local_epochs": 1, "length": 24, "temperature": 0.01}
+    | CONSTANT,
+    # federated_main.py, configs/datasets/OfficeHome.yaml
+    "fedpha": SGD
+    | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 16, "private_length": 16}
+    | {"share": 0.8, "pull": 1.0, "push": 1.0, "margin": 1.0}
+    | CONSTANT,
+    # train.sh, methods/FedMoeP_NR_cos.py
+    "trip": {"optimizer": "adamw", "lr": 5e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1e-7, "weight_decay": 0.01}
+    | {"batch_size": 16, "local_epochs": 1, "length": 2, "experts": 4, "distillation": 1.0}
+    | {"room": 1.0, "test_room": 2.0, "schedule": "exponential", "lr_decay": 0.8},
     # main_imagenet.py, configs/imagenet.yaml
     "tip_adapter": {"optimizer": "adamw", "lr": 1e-3, "eps": 1e-4, "weight_decay": 0.01, "batch_size": 256}
     | {"alpha": 1.17, "beta": 1.0, "shots": 16},

@@ -63,6 +63,7 @@ def test_what_is_read_follows_from_where_parameters_attach():
     assert reads_of(["image_feature", "head"]) == Reads("features", "features")
     assert reads_of(["text_tokens"]) == Reads("features", "embeddings")
     assert reads_of(["text_tokens", "patch_tokens"]) == Reads("tokens", "embeddings")
+    assert reads_of(["image_feature", "patch_tokens"]) == Reads("all_tokens", "features")
     assert reads_of(["text_blocks", "text_tokens", "image_blocks"]) == Reads("pixels", "blocks")
     assert reads_of(["image_adapters", "text_adapters"]) == Reads("pixels", "embeddings")
     assert not reads_of(["image_feature"]).towers and reads_of(["text_tokens"]).towers
@@ -90,7 +91,7 @@ def test_a_tower_that_is_not_declared_is_not_there(config):
         run(config(method=Undeclared()))
 
 
-@pytest.mark.parametrize("name", [name for name in TOWERED if parse("method", name).reads.image != "tokens"])
+@pytest.mark.parametrize("name", [name for name in TOWERED if "tokens" not in parse("method", name).reads.image])
 def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_kill(name, small, small_clip, tmp_path):
     # The readable path must agree to rounding, and a resumed run to the bit.
     slow = {"towers": "text"} if name == "finetune" else {}  # the image tower has a test of its own
@@ -231,6 +232,7 @@ def test_a_tower_without_patch_tokens_is_named(small):
     [
         ("vit", "finetune"),
         ("vit", "fedotp"),
+        ("vit", "trip"),
         ("vit", {"name": "lora", "towers": "both"}),
         ("resnet", "finetune"),
         ("resnet", {"name": "lora", "towers": "image"}),

@@ -22,10 +22,10 @@ Site = Literal[
     "text_blocks",
 ]
 
-ImageRead = Literal["features", "tokens", "pixels"]
+ImageRead = Literal["features", "tokens", "all_tokens", "pixels"]
 TextRead = Literal["features", "embeddings", "blocks"]
 # In order: from each, those before it can be computed.
-IMAGE_READS: tuple[ImageRead, ...] = "features", "tokens", "pixels"
+IMAGE_READS: tuple[ImageRead, ...] = "features", "tokens", "all_tokens", "pixels"
 TEXT_READS: tuple[TextRead, ...] = "features", "embeddings", "blocks"
 
 # What a site needs of an image and of a class; the first of the above for sites that are not named here.
@@ -53,13 +53,19 @@ class Reads:
 
     Attributes:
         image: of an image, its `features` (D,), projected and not normalized; the patch `tokens` (T, D) of the frozen
-            tower, projected; or its `pixels` (3, H, W) as bytes, if gradients pass through the image tower.
+            tower, projected; `all_tokens` (1 + T, D), the features and then the patch tokens; or its `pixels`
+            (3, H, W) as bytes, if gradients pass through the image tower.
         text: of a class, its text `features` (D,), the class embedding; token `embeddings`, if gradients pass through
             the frozen text tower; or `blocks`, if layers of the text tower are trained too.
     """
 
     image: ImageRead = "features"
     text: TextRead = "features"
+
+    @property
+    def representations(self) -> tuple[str, ...]:
+        """The representations of an image of which `image` consists."""
+        return ("features", "tokens") if self.image == "all_tokens" else (self.image,)
 
     @property
     def towers(self) -> bool:
@@ -76,5 +82,7 @@ def reads_of(sites: Iterable[Site]) -> Reads:
     """What is enough for all of the sites."""
     sites = list(sites)
     images: list[ImageRead] = ["features", *(IMAGE_OF[site] for site in sites if site in IMAGE_OF)]
+    if {"image_feature", "patch_tokens"}.issubset(sites):
+        images.append("all_tokens")
     texts: list[TextRead] = ["features", *(TEXT_OF[site] for site in sites if site in TEXT_OF)]
     return Reads(max(images, key=IMAGE_READS.index), max(texts, key=TEXT_READS.index))

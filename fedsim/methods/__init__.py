@@ -156,8 +156,9 @@ class Method(LocalTraining, ABC):
     def build(self, backbone: Backbone) -> nn.Module:
         """A module (x, classes) -> (B, C) logits whose state_dict holds exactly what is trained, stored or sent.
 
-        x is (B, D) features, (B, T, D) patch tokens or (B, 3, H, W) bytes, according to `reads.image`. classes is
-        `Batch.classes`; a module may ignore it, since the engine sets the logits of inactive classes to -inf.
+        x is (B, D) features, (B, T, D) patch tokens, (B, 1 + T, D) of both or (B, 3, H, W) bytes, according to
+        `reads.image`. classes is `Batch.classes`; a module may ignore it, since the engine sets the logits of inactive
+        classes to -inf.
 
         It is called in every process under the same seed, so random initial values must come from PyTorch's global
         generator. Only parameters are trained. Persistent buffers have scopes too: shared ones are sent and averaged,

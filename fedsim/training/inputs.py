@@ -14,7 +14,7 @@ class Inputs:
     """The representation of some rows, like a tensor that is read when it is indexed.
 
     Attributes:
-        name: that of the representation: features, tokens or pixels.
+        name: what of an image is read, as `Reads.image`.
         views: (n,) the augmented view of each row; None: the image itself.
         dtype: that of the result, unless it is pixels, which are bytes.
         resident: `Representations.features`, if the device holds them.
@@ -40,6 +40,11 @@ class Inputs:
         if self.resident is not None:
             rows = torch.from_numpy(self.representations.at(self.rows[at]))
             return self.resident[rows.to(self.device)].to(self.dtype)
-        array = self.representations.read(self.name, self.rows[at], None if self.views is None else self.views[at])
+        rows, views = self.rows[at], None if self.views is None else self.views[at]
+        if self.name == "all_tokens":
+            features, tokens = (self.representations.read(name, rows, views) for name in ("features", "tokens"))
+            array = np.concatenate([features[..., None, :], tokens], axis=-2)
+        else:
+            array = self.representations.read(self.name, rows, views)
         x = torch.from_numpy(array).to(self.device)
         return x if x.dtype == torch.uint8 else x.to(self.dtype)

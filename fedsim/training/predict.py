@@ -14,7 +14,12 @@ Spaces = tuple[Tensor, Tensor]  # (C,) bool each: the classes of the protocol, a
 Entry = tuple[tuple[int, str, np.ndarray], Spaces, ClientContext | None]
 Reader = Callable[[np.ndarray], Tensor]
 Model = Callable[[Tensor, Tensor | None, ClientContext | None], Tensor]  # as `Method.logits`, of a module
-BLOCK = {"features": 4096, "tokens": 256, "pixels": 64}  # rows of one forward pass, by what the method reads
+BLOCK = {
+    "features": 4096,
+    "tokens": 256,
+    "all_tokens": 256,
+    "pixels": 64,
+}  # rows of one forward pass, by what the method reads
 
 
 class Predictions(NamedTuple):
@@ -33,7 +38,7 @@ def predict(
 
     Args:
         read: rows -> (n, ...) what the method reads of them.
-        level: what that is: features, tokens or pixels.
+        level: what that is, as `Reads.image`.
         joint: whether the logit of a class depends on which others are active.
     """
     if not entries:
