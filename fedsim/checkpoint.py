@@ -18,7 +18,7 @@ from torch import Tensor
 from fedsim.counts import Counts
 from fedsim.errors import InputError
 from fedsim.files import Damaged, pack, read_tensors, write_tensors
-from fedsim.folder import CHECKPOINT, intact, refuse_another, start_again
+from fedsim.folder import CHECKPOINT, continued, intact, refuse_another, start_again
 from fedsim.params import Params
 from fedsim.reporting.report import Report
 from fedsim.state import ServerState
@@ -58,14 +58,15 @@ class Checkpoints:
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         arrays |= {"private": state.private, "chosen_private": report.private}
         arrays |= {"bank": state.bank} if len(state.bank) else {}
-        arrays |= {"last": report.last.flat()} if report.last else {}
+        ends = {"last": report.last, "tuned": report.tuned}
+        arrays |= {name: counts.flat() for name, counts in ends.items() if counts}
         about = {"experiment": self.experiment, "round": state.round, "report": report.about()}
         write_tensors(self.folder / NAME, arrays, about | {"history": self.history.position()})
 
     def load(self) -> tuple[ServerState, Report] | None:
         """What `save` wrote last, or None if there is no checkpoint.
 
-        With more rounds than before, the evaluation that only the last of the earlier rounds had is left out.
+        With more rounds than before, the evaluations that only the last of the earlier rounds had are left out.
 
         Raises:
             InputError: a file is damaged or missing, or belongs to another experiment (the message names the fields),
@@ -81,7 +82,7 @@ class Checkpoints:
             except KeyError as error:
                 raise Damaged(f"it lacks {error}, as that of another version of fedsim may") from None
         rounds = self.experiment["rounds"]
-        refuse_another(self.folder, before | {"rounds": rounds}, self.experiment)
+        refuse_another(self.folder, experiment := continued(before, self.experiment), self.experiment)
         if self.fixed_rounds and before["rounds"] != rounds:
             raise InputError(
                 f"{self.folder} holds a run of {before['rounds']} rounds, each of which depends on that number (as "
@@ -101,12 +102,14 @@ class Checkpoints:
         past = {int(done): params for done, params in past.items()}
         bank = {"bank": arrays["bank"]} if "bank" in arrays else {}
         state = ServerState(round, _below("params/", tensors), slots, past, arrays["private"], **bank)
-        fields["experiment"]["rounds"] = rounds
+        fields["experiment"] = continued(fields["experiment"], experiment)
         report = Report(**fields, adapter=_below("adapter/", tensors), private=arrays["chosen_private"])
         for entry in entries:
             report.add_entry(entry)
-        if round == rounds and "last" in arrays:
-            report.last = Counts.from_flat(arrays["last"])
+        if round == rounds:
+            report.last, report.tuned = (
+                Counts.from_flat(arrays[name]) if name in arrays else None for name in ("last", "tuned")
+            )
         return state, report
 
 

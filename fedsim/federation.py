@@ -162,6 +162,20 @@ class Federation:
         task = Task(ZeroShot(), FedAvg(), self.task.seed, self.task.dtype)
         return self._counts(task, 0, {}, [(client, 0) for client in [*self.evaluated, *self.test_only]])
 
+    def tune(self, state: ServerState) -> Counts:
+        """Counts of all evaluated clients, each by its model after `tune_epochs` more local epochs; stores nothing.
+
+        The step size is the method's `lr`: in the last rounds, a schedule may have lowered it to nothing.
+        """
+        config = self.experiment.config
+        method = replace(config.method, local_epochs=config.tune_epochs, schedule="constant", warmup_rounds=0)
+        task = replace(self.task, method=config.server.adapt(method))
+        broadcast = flatten(task.server.broadcast(state.slots, task.select(state.params, "shared")))
+        chunks = self._chunks([(client, _last_write(state, client)) for client in self.evaluated])
+        arguments = task, state.round, flatten(self.reported(state).params), broadcast
+        rows = self.test_only, self.held_out, self.experiment.splits
+        return merge(self.workers.map("tune", chunks, *arguments, *rows))
+
     def _counts(
         self, task: Task, round: int, params: Params, clients: list[tuple[int, int]], shared_rows: Sequence[int] = ()
     ) -> Counts:

@@ -90,6 +90,12 @@ def refuse_another(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -
         raise InputError(f"{folder} holds another experiment ({listing(differ)}); give another --out")
 
 
+def continued(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Their experiment with what may change as a folder's run continues: its rounds, and that models are tuned."""
+    may_change = ["rounds", *["tune_epochs"] * (theirs.get("tune_epochs") == 0)]
+    return theirs | {name: ours[name] for name in may_change}
+
+
 def refuse_another_version(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raises InputError, naming the fields that only one of two experiments has; plain values."""
     versions = {"fedsim": theirs.keys() ^ ours.keys()}

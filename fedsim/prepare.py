@@ -29,7 +29,7 @@ from fedsim.data import (
 from fedsim.datasets import Labels
 from fedsim.errors import InputError
 from fedsim.events import Progress
-from fedsim.folder import CHECKPOINT, CONFIG, check_folder, read_sealed, refuse_another, start_again
+from fedsim.folder import CHECKPOINT, CONFIG, check_folder, continued, read_sealed, refuse_another, start_again
 from fedsim.methods import Backbone, Method
 from fedsim.partitions import drawn
 from fedsim.registry import name_of
@@ -45,7 +45,8 @@ from fedsim.training.task import Task, initial_params, local_rows, with_towers
 PARTITION_FIELDS = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes"
 MODEL_FIELDS = "method", "server", "cohort", "fleet", "deadline_s", "over_selection", *PARTITION_FIELDS
 PAGE, ADAPTER = "report.html", "adapter.safetensors"
-FILES = CONFIG, CHECKPOINT, ADAPTER, *TABLES, PAGE  # of a finished run
+RESULTS = ADAPTER, *TABLES, PAGE  # written at the end
+FILES = CONFIG, CHECKPOINT, *RESULTS  # of a finished run
 EVALUATION_DRAW = -1  # in place of a round: the evaluated clients are drawn once
 
 
@@ -169,19 +170,19 @@ def _agree(fields: Iterable[str], config: Config, other: Config) -> bool:
 
 
 def _check_experiment(folder: Path, config: Config) -> None:
-    """Refuses a folder that holds another experiment; more rounds, or fewer, are the same one."""
+    """Refuses a folder that holds another experiment; one that continues, with more rounds or fewer, is the same."""
     file = folder / CONFIG
     if file.exists():
         # As plain values: a custom method can be compared, but not made from its name.
         fields = yaml.safe_load(read_sealed(file, start_again(folder)))
         before = {name: value for name, value in fields.items() if name not in EXECUTION}
-        refuse_another(folder, before | {"rounds": config.rounds}, config.experiment())
+        refuse_another(folder, continued(before, config.experiment()), config.experiment())
 
 
 def _finished(folder: Path, config: Config, task: Task, state: ServerState, report: Report) -> Report | None:
-    """The report of a run that has done all its rounds and written all its files."""
+    """The report of a run that is complete and has written all its files."""
     files = [name for name in FILES if config.page or name != PAGE]
-    if state.round < config.rounds or not all((folder / name).exists() for name in files):
+    if not report.complete or not all((folder / name).exists() for name in files):
         return None
     report.conclude(replace(state, params=task.evaluated(state.params, state.slots)))
     return report
@@ -235,6 +236,8 @@ def _check_data(config: Config, folder: Path, method: Method, data: Data) -> Non
 
 def _check_clients(config: Config, method: Method, clients: Population) -> None:
     """Refuses a config that these clients cannot train or be evaluated with."""
+    if config.tune_epochs and not config.rounds:
+        raise InputError("--tune-epochs tunes the model of the last round, and there is none; give --rounds 1 or more")
     for name, count in {"cohort": config.cohort, "eval_clients": config.eval_clients}.items():
         if count and count > clients.trainers:
             raise InputError(f"{name} of {count} from {clients.trainers} clients; it can be at most {clients.trainers}")

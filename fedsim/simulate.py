@@ -18,7 +18,7 @@ from fedsim.files import reason, remove_parts, write_tensors
 from fedsim.folder import CONFIG, exclusive, write_sealed
 from fedsim.formats import number, percent
 from fedsim.methods import Method
-from fedsim.prepare import ADAPTER, FILES, PAGE, Experiment, encode_experiment, prepare, sizing_of
+from fedsim.prepare import ADAPTER, FILES, PAGE, RESULTS, Experiment, encode_experiment, prepare, sizing_of
 from fedsim.reporting.facts import to_yaml
 from fedsim.reporting.loggers import Loggers, round_values
 from fedsim.reporting.page import write_page
@@ -26,6 +26,7 @@ from fedsim.reporting.parquet import write_tables
 from fedsim.reporting.report import Report
 from fedsim.reporting.tables import COLUMNS
 from fedsim.start import start
+from fedsim.state import ServerState
 from fedsim.training.client_store import PrivateStore
 from fedsim.training.task import Task
 from fedsim.training.worker import ClientWorker
@@ -38,7 +39,8 @@ def run(config: Config, progress: Progress = lambda event: None) -> Report:
 
     Running the same config in the same folder again resumes an interrupted run, or returns the report of a finished
     one. A finished run continues with a larger `rounds`, to the same bits as a run with that many from the start;
-    one whose step sizes depend on the number of rounds (`schedule` cosine) does not continue.
+    one whose step sizes depend on the number of rounds (`schedule` cosine) does not continue. In the same way, a
+    finished run without `tune_epochs` continues with it.
 
     Raises:
         InputError: the config cannot work. Raised before Ray starts wherever that can be checked.
@@ -89,17 +91,16 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     remove_parts(folder, FILES)
     # Written only now: the method or the rule may still refuse, and the folder would be marked as taken.
     write_sealed(folder / CONFIG, to_yaml(config.plain()))
-    if state.round < config.rounds:
-        (folder / PAGE).unlink(missing_ok=True)  # a page of fewer rounds would be mistaken for this run's
+    if not report.complete:
+        for name in RESULTS:  # those of fewer rounds would be mistaken for this run's
+            (folder / name).unlink(missing_ok=True)
     workers = pool.workers(ClientWorker, experiment.source, experiment.clients, experiment.encoded.frozen)
     federation = Federation(experiment, task, workers, state.params)
     if not report.counts:
         report.add_zero_shot(federation.zero_shot())
         report.add_scores(0, federation.evaluate(state))
         checkpoints.save(state, report)
-    if state.round == config.rounds and not (state.round in report.counts or report.last):
-        report.last = federation.evaluate(state)  # an earlier run was interrupted before this evaluation
-        checkpoints.save(state, report)
+    _end(federation, state, report, checkpoints)  # an earlier run may have been interrupted in it
     store.prune([state.private, report.private])
     report.conclude(federation.reported(state))
     yield report
@@ -111,13 +112,25 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
         report.add_round(planned, stats, sent, time.perf_counter() - began, flops)
         if planned.round % config.eval_every == 0:
             report.add_evaluation(federation.reported(state), federation.evaluate(state))
-        elif planned.round == config.rounds:
-            report.last = federation.evaluate(state)
         checkpoints.save(state, report)
+        _end(federation, state, report, checkpoints)
         # The files of the last round stay: the run may be resumed with more rounds.
         store.prune([state.private, report.private])
         report.conclude(federation.reported(state))
         yield report
+
+
+def _end(federation: Federation, state: ServerState, report: Report, checkpoints: Checkpoints) -> None:
+    """What only the last round has: its evaluation, if `eval_every` leaves it out, and models that clients tune."""
+    config = federation.experiment.config
+    if state.round < config.rounds:
+        return
+    if not (state.round in report.counts or report.last):
+        report.last = federation.evaluate(state)
+        checkpoints.save(state, report)
+    if not report.complete:
+        report.tuned = federation.tune(state)
+        checkpoints.save(state, report)
 
 
 def _with_values(reports: Iterator[Report], config: Config, progress: Progress) -> Iterator[Report]:

@@ -51,7 +51,14 @@ def alone(features_dir, tmp_path_factory):
     from fedsim import Config
 
     folder = tmp_path_factory.mktemp("alone")
-    fields = {"dataset": "features", "data_dir": features_dir, "held_out": "ink", "rounds": 40, "clients": 6}
+    fields = {
+        "dataset": "features",
+        "data_dir": features_dir,
+        "held_out": "ink",
+        "rounds": 40,
+        "clients": 6,
+        "tune_epochs": 2,
+    }
     run(Config(**fields, actors=0, out=folder))
     return fields, result(folder)
 

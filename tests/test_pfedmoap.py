@@ -148,7 +148,7 @@ def test_a_client_stores_its_prompt_its_gate_and_its_experts_and_prompts_are_wha
 
 
 def test_clients_of_a_chunk_train_as_one_by_one_and_after_a_resume(small):
-    fields = {"clients": 3, "cohort": 2, "rounds": 3, "server": {"name": "pfedmoap", "experts": 2}}
+    fields = {"clients": 3, "cohort": 2, "rounds": 3, "server": {"name": "pfedmoap", "experts": 2}, "tune_epochs": 1}
     whole, ours, single = (
         small(name, **fields, engine="reference" if name == "single" else "stacked")
         for name in ("whole", "resumed", "single")

@@ -20,22 +20,24 @@ FILES = "report.html", "scores.parquet", "rounds.parquet", "adapter.safetensors"
 def show_run(console: Console, tables: "Tables", folder: Path) -> None:
     """Prints the accuracies of a run, its gain over zero-shot CLIP, and where its files are."""
     from fedsim.reporting.remarks import comparison, remarks, rows_tested
-    from fedsim.reporting.tables import ZERO_SHOT
+    from fedsim.reporting.tables import TUNED, ZERO_SHOT
 
     for remark in filter(None, [*remarks(tables), comparison(tables)]):
         console.print(remark)
     tested = rows_tested(tables)
     experiment = tables.experiment
     name = f"{experiment['method']['name']}, {experiment['server']['name']}"
-    means = {"zero-shot CLIP": tables.summary(ZERO_SHOT), name: tables.summary()}
-    for title, heads in _heads(tables, list(means.values())).items():
+    zero_shot, trained = tables.summary(ZERO_SHOT), tables.summary()
+    tuned = tables.summary(TUNED) if tables.tuned else None
+    for title, heads in _heads(tables, list(filter(None, (zero_shot, trained, tuned)))).items():
         table = Table(title=title)
         for head in ("", *heads.values()):
             table.add_column(head, justify="right" if head else "left")
-        for model, accuracies in means.items():
+        for model, accuracies in {"zero-shot CLIP": zero_shot, name: trained}.items():
             table.add_row(model, *(percent(accuracies[key]) for key in heads))
-        zero_shot, trained = means.values()
         table.add_row("gain, points", *(difference(zero_shot[key], trained[key]) for key in heads))
+        if tuned:
+            table.add_row("tuned models", *(percent(tuned[key]) for key in heads))
         if tested.keys() & heads.keys():
             table.add_row("test rows", *(number(tested[key]) if key in tested else "" for key in heads))
         console.print(table)

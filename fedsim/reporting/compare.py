@@ -19,7 +19,7 @@ from fedsim.reporting.metrics import TRAVELLED, against_cost, curves
 from fedsim.reporting.parquet import read_tables
 from fedsim.reporting.plots import Line, Panel, Plot, plot_lines
 from fedsim.reporting.remarks import NEVER
-from fedsim.reporting.tables import ZERO_SHOT
+from fedsim.reporting.tables import TUNED, ZERO_SHOT
 
 # Column heads of the measures of `summarize`; those of new classes only if a run has some.
 SHOWN = {
@@ -33,6 +33,7 @@ SHOWN = {
     "harmonic_2": "harmonic mean (base, new)",
     "harmonic_3": "harmonic mean (local, base, new)",
 }
+TUNED_SHOWN = "generalization", "personalization", "worst_tenth"
 MORE = {
     "spread": "deviation over clients",
     "personalization_own": "own classes competing",
@@ -74,6 +75,7 @@ class Finished:
         fields: the experiment, flat: `method.lr`.
         chosen: the chosen round.
         means, zero_shot: `summarize` of the chosen round and of zero-shot CLIP.
+        tuned: the same of the tuned models; empty if there are none.
         lines: `curves` by round and by cost, with the key "round" or that of `against_cost`.
         transductive: its method read target rows.
         scrambled: its clients' rows had the images of other rows.
@@ -84,6 +86,7 @@ class Finished:
     chosen: int
     means: dict[str, float]
     zero_shot: dict[str, float]
+    tuned: dict[str, float]
     lines: dict[str, pd.DataFrame]
     megabytes: float
     seconds: float
@@ -179,6 +182,7 @@ def _read(run: Path, name: str) -> Finished:
         tables.chosen_round,
         tables.summary(),
         tables.summary(ZERO_SHOT),
+        tables.summary(TUNED) if tables.tuned else {},
         {"round": by_round} | against_cost(by_round, tables.rounds),
         tables.rounds.bytes_up.sum() / 1e6,
         tables.rounds.seconds.sum(),
@@ -232,11 +236,13 @@ def _word(run: Finished, field: str) -> str:
 def _table(groups: Groups, differing: list[str]) -> pd.DataFrame:
     """A row of text for each group, by the fields that differ."""
     measures = {key for _, group in groups for run in group for key in run.means}
+    tuned = [key for key in TUNED_SHOWN if any(run.tuned for _, group in groups for run in group)]
     rows = []
     for name, group in groups:
         row = {"name": name} | {field: _word(group[0], field) for field in differing}
         row["chosen round"] = ", ".join(str(round) for round in sorted({run.chosen for run in group}))
         row |= {head: _mean(group, key) for key, head in SHOWN.items() if key in measures}
+        row |= {f"tuned, {SHOWN[key]}": _spread([run.tuned.get(key, np.nan) for run in group]) for key in tuned}
         row["zero-shot generalization"] = _spread([run.zero_shot["generalization"] for run in group])
         row["megabytes up"] = number(float(np.mean([run.megabytes for run in group])))
         row["seconds"] = number(float(np.mean([run.seconds for run in group])))

@@ -25,7 +25,7 @@ from fedsim.reporting.metrics import (
 )
 from fedsim.reporting.plots import Line, Panel, Plot, plot_bars, plot_heat, plot_lines
 from fedsim.reporting.remarks import remarks_of_page, rows_tested
-from fedsim.reporting.tables import ZERO_SHOT, Tables
+from fedsim.reporting.tables import TUNED, ZERO_SHOT, Tables
 
 MEASURES = {
     "generalization": "held-out domains",
@@ -42,7 +42,7 @@ NEW_MEASURES = {
     "harmonic_2": "harmonic mean of base and new",
     "harmonic_3": "harmonic mean of local (a client's own classes), base and new",
 }
-BEFORE, AFTER = "zero-shot CLIP", "chosen round"
+BEFORE, AFTER, AT_END = "zero-shot CLIP", "chosen round", "tuned models"
 
 
 def write_page(tables: Tables, file: Path) -> None:
@@ -70,10 +70,11 @@ def _summary(tables: Tables) -> dict[str, pd.DataFrame]:
         for key, label in (MEASURES | NEW_MEASURES).items()
         if key in after
     }
-    table = pd.DataFrame({BEFORE: before, AFTER: after}).loc[list(labels)]
+    means = {BEFORE: before, AFTER: after} | ({AT_END: tables.summary(TUNED)} if tables.tuned else {})
+    table = pd.DataFrame(means).loc[list(labels)]
     caption = (
-        f"Top-1 accuracy in percent, round {tables.chosen_round}; the difference of the two in percentage points. "
-        f"Unless other classes are named, {_trained_classes(tables)} compete"
+        f"Top-1 accuracy in percent, round {tables.chosen_round}; the difference from zero-shot CLIP in percentage "
+        f"points. Unless other classes are named, {_trained_classes(tables)} compete"
     )
     if tables.class_domain and tables.new_classes:
         caption += "; local, base and new are means over the data sets"
@@ -116,9 +117,11 @@ def _competing(tables: Tables, kind: str, count: int) -> str:
 
 
 def _in_percent(table: pd.DataFrame) -> pd.DataFrame:
-    """Accuracies before and after as they are shown, and the difference of what is shown."""
-    accuracies = {name: table[name].map(percent) for name in (BEFORE, AFTER)}
-    return table.assign(**accuracies, difference=list(map(difference, table[BEFORE], table[AFTER])))
+    """Accuracies as they are shown, and the difference of those shown before and after."""
+    gains = list(map(difference, table[BEFORE], table[AFTER]))
+    accuracies = {name: table[name].map(percent) for name in (BEFORE, AFTER, AT_END) if name in table}
+    shown = table.drop(columns=AT_END, errors="ignore").assign(difference=gains)
+    return shown.assign(**accuracies)
 
 
 # Sections --------------------------------------------------------------------------------------------------
@@ -157,7 +160,8 @@ def _broken_down(tables: Tables, by: str, domains: Sequence[str]) -> pd.DataFram
     splits = {"train": "train rows", "val": "validation", "test": "test"}
     table = counts.reindex(columns=list(splits)).fillna(0).astype(int).rename(columns=splits)
     accuracy = {"domain": accuracy_per_domain, "client": accuracy_per_client}[by]
-    for name, scores in {BEFORE: tables.zero_shot.scores, AFTER: tables.chosen.scores}.items():
+    evaluations = {BEFORE: tables.zero_shot, AFTER: tables.chosen} | ({AT_END: tables.tuned} if tables.tuned else {})
+    for name, scores in ((name, evaluation.scores) for name, evaluation in evaluations.items()):
         rows = scores[(scores.split == "test") & scores.domain.isin(domains)]
         table[name] = accuracy(rows).droplevel("round")
     return table

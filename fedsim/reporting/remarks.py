@@ -26,6 +26,8 @@ def remarks(tables: Tables) -> list[str]:
         sentences = [f"Round {chosen} of {last} is reported: the first with the highest mean validation accuracy."]
     if last and tables.facts.get("trained_parameters") and not tables.rounds.steps.sum():
         sentences.insert(0, "No client took a local step in any round: the numbers are those of untrained parameters.")
+    if tables.tuned:
+        sentences.append(_tuned(tables))
     if tables.facts.get("transductive"):
         sentences.append(
             f"Transductive: training reads the test rows of held-out {listing(tables.held_out)} without their labels, "
@@ -43,6 +45,15 @@ def remarks(tables: Tables) -> list[str]:
             "expected to be lower than validation accuracy."
         )
     return sentences + [f"No client trains on a class of held-out domain {name}." for name in _foreign(tables)]
+
+
+def _tuned(tables: Tables) -> str:
+    epochs, last = tables.experiment["tune_epochs"], tables.last_round
+    unlike = "" if tables.chosen_round == last else f", not round {tables.chosen_round}"
+    return (
+        f"Tuned models: after the last round ({last}{unlike}), each client has trained its model for "
+        f"{counted(epochs, 'more local epoch')} on its own train rows."
+    )
 
 
 def remarks_of_page(tables: Tables) -> str:

@@ -16,6 +16,7 @@ from fedsim.reporting.metrics import best_round, validation_of
 from fedsim.reporting.tables import (
     COLUMNS,
     TRAINED,
+    TUNED,
     ZERO_SHOT,
     Tables,
     calibration_table,
@@ -46,6 +47,7 @@ class Report:
         adapter: the tensors of the chosen round, private ones as they were in round 0.
         private: (K,) int64, by client the round of its file in `private/` at the chosen round.
         last: counts of the last round, if it is evaluated only because it is the last; see `conclude`.
+        tuned: counts of the models that clients have tuned after the last round.
         chosen_round: `best_round` so far.
     """
 
@@ -63,12 +65,15 @@ class Report:
     adapter: Params = field(default_factory=dict)
     private: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     last: Counts | None = None
+    tuned: Counts | None = None
     chosen_round: int = 0
 
     def tables(self) -> Tables:
         """The counts and costs so far, as the Parquet files and the page of the run have them."""
         evaluations = [(TRAINED, round, counts) for round, counts in self.counts.items()]
         evaluations.insert(0, (ZERO_SHOT, 0, self.zero_shot))
+        if self.tuned:
+            evaluations.append((TUNED, len(self.rounds), self.tuned))
         return Tables(
             **self.about(),
             scores=score_table(evaluations, self.domains),
@@ -86,6 +91,12 @@ class Report:
     def last_round(self) -> int:
         """The last round that was evaluated."""
         return next(reversed(self.counts), 0)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rounds are done, and models tuned if they are to be."""
+        tuned = self.tuned is not None or not self.experiment["tune_epochs"]
+        return len(self.rounds) == self.experiment["rounds"] and tuned
 
     # While the run goes on ---------------------------------------------------------------------------------
 

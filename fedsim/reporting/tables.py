@@ -13,7 +13,8 @@ from fedsim.counts import COLUMNS as SCORES
 from fedsim.counts import GROUPS, SPLITS, Counts
 from fedsim.reporting.metrics import best_round, summarize, validation_of
 
-ZERO_SHOT, TRAINED = "zero_shot", "trained"  # column `model`: zero-shot CLIP (round 0), and what the run trains
+# Column `model`: zero-shot CLIP (round 0); what the run trains; and what clients made of that after the last round.
+ZERO_SHOT, TRAINED, TUNED = "zero_shot", "trained", "tuned"
 EVALUATIONS = ("scores", "labels", "calibration")
 INTEGERS = ("round", "asked", "clients", "dropped", "late", "bytes_up", "bytes_down", "steps")
 # Clients that were asked either drop out, miss the deadline, or count. Bytes down are of all that were asked, bytes up
@@ -96,8 +97,13 @@ class Tables:
         share = self.experiment.get("new_classes", 0.0)
         return [self.classes[index] for index in new_of(self.classes, share, self.class_domain)]
 
+    @cached_property
+    def tuned(self) -> "Tables | None":
+        """The tuned models, if the run has any."""
+        return self.of(TUNED) if (self.scores.model == TUNED).any() else None
+
     def summary(self, model: str = TRAINED, round: int | None = None) -> dict[str, float]:
-        """`summarize` of zero-shot CLIP, or of the trained model in a round (default: the chosen one)."""
+        """`summarize` of zero-shot CLIP, of tuned models, or of the trained model in a round (default: the chosen)."""
         if model == TRAINED and round is None:
             round = self.chosen_round
         tables = self.of(model, round)

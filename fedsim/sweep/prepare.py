@@ -66,6 +66,8 @@ def prepare_sweep(sweep: Sweep) -> Prepared:
     _check_costs(sweep.objective, space, fleets)
     if not config.rounds:
         raise InputError("a sweep needs --rounds 1 or more")
+    if config.tune_epochs:
+        raise InputError("a sweep does not tune its trials' models after the last round; leave out --tune-epochs")
     check_loggers(sweep.loggers)
     folder = sweep.folder().absolute()
     check_folder(folder, "sweep")

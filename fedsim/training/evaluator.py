@@ -1,6 +1,6 @@
 """Evaluates chunks of clients."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 from fedsim.clients import Client, Population
 from fedsim.counts import Counts, tally
 from fedsim.errors import Diverged, InputError
-from fedsim.params import moved, unflatten
+from fedsim.params import Params, moved, unflatten
 from fedsim.registry import name_of
 from fedsim.training.client_store import Stored
 from fedsim.training.models import Models
@@ -48,24 +48,45 @@ class Evaluator:
             Diverged: a prediction is NaN, after some rounds of training.
             InputError: the same in round 0.
         """
-        module, like = self.models.module(task)
-        received = moved(unflatten(params, like), self.device)
-        module.eval().load_state_dict(received)
+        like = self.models.module(task)[1]
+        received, personal = moved(unflatten(params, like), self.device), task.is_personal(like)
+        own = ((k, self.models.private(task, k, written).params if personal else None) for k, written in chunk)
+        return self.count(task, round, received, own, shared_rows, held_out, splits)
+
+    def count(
+        self,
+        task: Task,
+        round: int,
+        received: Params,
+        own: Iterable[tuple[int, Params | None]],
+        shared_rows: Sequence[int],
+        held_out: Sequence[int],
+        splits: Sequence[str],
+    ) -> Counts:
+        """The same of clients with the tensors that each has in place of some that it received; None: of one model.
+
+        Args:
+            received: all parameters.
+            own: by client; its tensors are read before the next client's are asked for.
+        """
+        module, _ = self.models.module(task)
+        module.load_state_dict(received)
         entries, predictions = [], []
         reads, joint = task.method.reads.image, task.method.joint_classes
         model = partial(task.method.logits, module)
         predictions_of = partial(predict, model, partial(self._read, task), reads, joint, device=self.device)
-        others, personal = [self.clients[k] for k in shared_rows], task.is_personal(like)
-        for k, written in chunk:
+        others = [self.clients[k] for k in shared_rows]
+        for k, tensors in own:
             client = self.clients[k]
             parts = [("val", client.val, client), (client.split, client.test, client)]
             parts += [(other.split, other.test, other) for other in others]
             for split, rows, owner in parts:
                 if split in splits:
-                    entries += [self._entry(task, round, k, split, own, owner) for own in self._by_vocabulary(rows)]
-            if personal:
-                module.load_state_dict(received | self.models.private(task, k, written).params)
+                    entries += [self._entry(task, round, k, split, part, owner) for part in self._by_vocabulary(rows)]
+            if tensors is not None:
+                module.eval().load_state_dict(received | tensors)
                 predictions += predictions_of(entries[len(predictions) :])
+        module.eval()
         predictions += predictions_of(entries[len(predictions) :])  # of one model for all: all rows at once
         predicted, predicted_own, confidence = (
             np.concatenate([np.empty(0, np.int64), *parts]) for parts in zip(*predictions, strict=True)

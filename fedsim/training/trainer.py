@@ -53,13 +53,13 @@ class Received:
         round: in which they were sent it.
         params: all parameters as the server had them.
         sent: what the rule sends besides.
-        unicast: (Q,) what it sends to one client in place of some of `params`, flat, by client.
+        unicast: by client, what it alone has in place of some of `params`; the same names for all clients, or none.
     """
 
     round: int
     params: Params
     sent: Params
-    unicast: dict[int, np.ndarray]
+    unicast: dict[int, Params]
 
 
 @dataclass(frozen=True)
@@ -115,19 +115,20 @@ class Trainer:
         """
         version, clients, unicast = chunk
         like = self.models.module(task)[1]
-        client_state, broadcast_like, _ = self.rule_tensors(task)
+        client_state, broadcast_like, unicast_like = self.rule_tensors(task)
+        rows = [] if unicast is None else zip(clients, unicast, strict=True)
         received = Received(
             version + 1,
             moved(unflatten(versions[version], like), self.device),
             moved(unflatten(broadcast, broadcast_like), self.device, task.dtype),
-            {} if unicast is None else {client: row for (client, _), row in zip(clients, unicast, strict=True)},
+            {client: unflatten(row, unicast_like) for (client, _), row in rows},
         )
         shared = task.select(received.params, "shared")
         rows_of = {client: self.clients[client].train for client, _ in clients}
         rule, lr = task.server, task.lr(received.round)
         total = Accumulator(shared, self.device, not rule.needs_deltas, rule.needs_deltas or rule.unicasts)
         stats = []
-        for stack in self._train_stacks(task, round, received, clients, rows_of):
+        for stack in self.train_stacks(task, round, received, clients, rows_of):
             replies = []  # summed before the loop continues, because the tensors of a stack are reused for the next one
             for k, client in enumerate(stack.clients):
                 rows = len(rows_of[client])
@@ -147,9 +148,10 @@ class Trainer:
             total.add(stack.clients, {name: stack.params[name] for name in shared}, replies)
         return total.sum(np.sort(np.array(stats, CLIENT_STATS), order="client"), round)
 
-    def _train_stacks(
+    def train_stacks(
         self, task: Task, round: int, received: Received, clients: Stored, rows_of: Rows
     ) -> Iterator[TrainedStack]:
+        """The clients after their local training of a round, stack by stack."""
         # Clients with similar numbers of rows share a stack, so that most of their batches have equal sizes.
         rows = {client: local_rows(task.method, self.data, rows_of[client]) for client, _ in clients}
         ordered = sorted(clients, key=lambda pair: (-rows[pair[0]], pair[0]))
@@ -183,13 +185,14 @@ class Trainer:
             params[name].copy_(received.params[name])
         shared = task.select(received.params, "shared")
         common = dict(shared)  # the tensors with which all clients of the stack start alike
-        client_state, _, unicast_like = self.rule_tensors(task)
+        client_state = self.rule_tensors(task)[0]
         # As they were sent: `start` may replace tensors of `params`.
-        sent_each = {name: torch.empty_like(params[name]) for name in unicast_like if name in shared}
+        unicast = received.unicast.get(clients[0][0], {})
+        sent_each = {name: torch.empty_like(params[name]) for name in unicast if name in shared}
         states = []
         for k, (client, written) in enumerate(clients):
             private = self.models.private(task, client, written)
-            unicast = unflatten(received.unicast[client], unicast_like) if unicast_like else {}
+            unicast = received.unicast.get(client, {})
             started = task.server.start(shared, torch_rng(task.seed, "start", round, client))
             for name, tensor in sent_each.items():
                 tensor[k] = unicast[name]

@@ -1,4 +1,4 @@
-"""Surveys, trains and evaluates chunks of clients, in an actor or in the driver's own process."""
+"""Surveys, trains, evaluates and tunes chunks of clients, in an actor or in the driver's own process."""
 
 from fedsim.clients import Population
 from fedsim.clip.model import Frozen
@@ -7,13 +7,14 @@ from fedsim.training.evaluator import Evaluator
 from fedsim.training.models import Models
 from fedsim.training.survey import Surveyor
 from fedsim.training.trainer import Trainer
+from fedsim.training.tuner import Tuner
 
 
 class ClientWorker:
-    """Surveys, trains and evaluates chunks of clients. A chunk is pure: the same call gives the same bits anywhere.
+    """Does a chunk of clients' share of a run. A chunk is pure: the same call gives the same bits anywhere.
 
-    `survey`, `train` and `evaluate` are those of `Surveyor`, `Trainer` and `Evaluator`, which share the modules and
-    the data.
+    `survey`, `train`, `evaluate` and `tune` are those of `Surveyor`, `Trainer`, `Evaluator` and `Tuner`, which share
+    the modules and the data.
     """
 
     def __init__(self, data: Encoded, clients: Population, frozen: Frozen | None = None, device: str = "cpu") -> None:
@@ -24,5 +25,6 @@ class ClientWorker:
         """
         self.models = Models(data, frozen, device)
         self.survey = Surveyor(self.models, clients).survey
-        self.train = Trainer(self.models, clients).train
-        self.evaluate = Evaluator(self.models, clients).evaluate
+        trainer, evaluator = Trainer(self.models, clients), Evaluator(self.models, clients)
+        self.train, self.evaluate = trainer.train, evaluator.evaluate
+        self.tune = Tuner(trainer, evaluator).tune
