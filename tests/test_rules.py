@@ -14,6 +14,7 @@ from fedsim.checkpoint import load_checkpoint
 from fedsim.clients import sample_cohort
 from fedsim.methods import Batch, trained
 from fedsim.methods._local_training import LocalTraining
+from fedsim.methods._wrapper import Wrapper
 from fedsim.methods.lora import Lora
 from fedsim.params import flatten, unflatten
 from fedsim.prepare import prepare
@@ -641,9 +642,10 @@ def test_methods_that_hold_another_pass_on_everything_that_they_do_not_define():
     assert {"joint_classes", "fixed_rounds", "steps", "lr_in", "local_rows"} <= hooks
     for name in hooks:
         setattr(Other, name, f"its {name}")
-    for rule in ("ditto", "fedex_lora"):
+    for rule in ("ditto", "fedex_lora", "pfedme"):
         holder = parse("server", rule).adapt(Other(lr=0.5, label_space="client"))
-        passed_on = hooks - vars(type(holder)).keys()
+        above = [kind for kind in type(holder).mro() if issubclass(kind, Wrapper) and kind is not Wrapper]
+        passed_on = hooks - {name for kind in above for name in vars(kind)}
         assert {name: getattr(holder, name) for name in passed_on} == {name: f"its {name}" for name in passed_on}
         assert (holder.lr, holder.label_space) == (0.5, "client")
 

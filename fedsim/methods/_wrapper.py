@@ -18,8 +18,9 @@ class Wrapper(Method):
     inner: InstanceOf[Method]
 
     @classmethod
-    def of(cls, method: Method) -> Self:
-        return cls(inner=method, **{field.name: getattr(method, field.name) for field in fields(Method)})
+    def of(cls, method: Method, **own: Any) -> Self:
+        """The wrapper of a method, with fields of its own."""
+        return cls(inner=method, **own, **{field.name: getattr(method, field.name) for field in fields(Method)})
 
 
 def _passed_on(name: str) -> Any:

@@ -3,17 +3,14 @@
 Source: Li et al. 2021, arXiv 2012.04221; lam and the mean as in the authors' code, litian96/ditto, commit 26d9b29.
 """
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedsim.methods import Backbone, Batch, ClientContext, masked
-from fedsim.methods._wrapper import Wrapper
+from fedsim.methods import Batch
+from fedsim.methods._halves import HALVES, Halves, Pair
 from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.search_space import Field, Log
 from fedsim.servers import Averaging
-
-HALVES = "shared", "own"
 
 
 @component
@@ -43,26 +40,13 @@ class Ditto(Averaging):
 
 
 @component
-class _Twins(Wrapper):
+class _Twins(Halves):
     """Two copies of a method with independent losses; the recorded loss is their sum."""
 
-    def build(self, backbone: Backbone) -> "_Pair":
-        # Built twice, not copied, since a copy would duplicate the towers that the module holds. Both builds draw the
-        # same random numbers, so that the shared half starts where FedAvg does.
-        state = torch.get_rng_state()
-        own = self.inner.build(backbone)
-        torch.set_rng_state(state)
-        return _Pair(self.inner.build(backbone), own)
-
-    def loss(self, module: "_Pair", batch: Batch) -> Tensor:
+    def loss(self, module: Pair, batch: Batch) -> Tensor:
         return self.inner.loss(module.shared, batch) + self.inner.loss(module.own, batch)
 
-    def logits(
-        self, module: "_Pair", x: Tensor, classes: Tensor | None = None, client: ClientContext | None = None
-    ) -> Tensor:
-        return self.inner.logits(module.own, x, classes, client)
-
-    def closed_form(self, module: "_Pair", params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+    def closed_form(self, module: Pair, params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
         """The closed form of each half, if the inner method has one."""
         losses, grads = [], {}
         for half in HALVES:
@@ -74,16 +58,6 @@ class _Twins(Wrapper):
             grads |= {f"{half}.{name}": grad for name, grad in closed[1].items()}
         return losses[0] + losses[1], grads
 
-    def survey(self, module: "_Pair", batch: Batch) -> Params:
-        return self.inner.survey(module.shared, batch)
-
-    def surveyed(self, module: "_Pair", total: Params) -> Params:
-        tensors = self.inner.surveyed(module.shared, total)
-        return {f"{half}.{name}": tensor for half in HALVES for name, tensor in tensors.items()}
-
-    def expand(self, module: "_Pair", batch: Batch, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        return self.inner.expand(module.shared, batch, rng)
-
     def clipped(self, grads: Params) -> Params:
         """The gradients of each half, clipped on their own: the shared model trains as without the personal one."""
         clipped = {}
@@ -91,24 +65,3 @@ class _Twins(Wrapper):
             own = {name.removeprefix(f"{half}."): g for name, g in grads.items() if name.startswith(f"{half}.")}
             clipped |= {f"{half}.{name}": grad for name, grad in self.inner.clipped(own).items()}
         return clipped
-
-    def scope(self, name: str):
-        half, _, inside = name.partition(".")
-        scope = self.inner.scope(inside)
-        if half == "own" and scope == "surveyed":
-            return "frozen"  # a copy, which does not travel a second time
-        return "private" if half == "own" and scope == "shared" else scope
-
-    def is_auxiliary(self, name: str) -> bool:
-        return self.inner.is_auxiliary(name.partition(".")[2])
-
-
-class _Pair(nn.Module):
-    """The shared and the personal module of a client; the logits are those of the personal one."""
-
-    def __init__(self, shared: nn.Module, own: nn.Module) -> None:
-        super().__init__()
-        self.shared, self.own = masked(shared), masked(own)  # losses call the halves, not the pair
-
-    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
-        return self.own(x, classes)

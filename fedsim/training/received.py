@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fedsim.methods import Batch, ClientContext, Method
+from fedsim.methods._calls import with_tensors
 from fedsim.params import Params
 from fedsim.training.inputs import Inputs
-from fedsim.training.stack import Objective
 from fedsim.training.targets import Targets
 
 
@@ -37,17 +36,17 @@ def received_losses(
     Returns:
         M losses; nan for a client without a batch.
     """
-    objective = Objective(method, module.eval())
+    module.eval()
     losses, first = [], 0
     for k, size in enumerate(sizes):
-        tensors = {f"module.{name}": tensor[k] for name, tensor in params.items()}
+        tensors = {name: tensor[k] for name, tensor in params.items()}
         own = None if classes is None else classes[k], client and client.part(k)
         total, count = 0.0, 0
         for rows in torch.arange(first, first + size, device=y.device).split(method.batch_size):
             if len(rows) < method.min_batch:
                 continue
             target = targets and targets.take(len(rows), k, k + 1)[0]
-            loss = functional_call(objective, tensors, (Batch(x[rows], y[rows], *own, target),))
+            loss = with_tensors(method.loss, module, tensors, Batch(x[rows], y[rows], *own, target))
             total, count = total + loss.item() * len(rows), count + len(rows)
         losses.append(total / count if count else float("nan"))
         first += size

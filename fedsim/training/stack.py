@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 
 from fedsim.clip.sites import stackable
 from fedsim.errors import InputError
 from fedsim.methods import Batch, ClientContext, Method, trained
+from fedsim.methods._calls import with_tensors
 from fedsim.params import Params
 from fedsim.servers import Server
 from fedsim.training.inputs import Inputs
@@ -155,7 +156,6 @@ def gradients(method: Method, module: nn.Module, params: Params, batch: Batch) -
 
 def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params]:
     """What `gradients` computes if a method has no closed form."""
-    objective = Objective(method, module)
     learned = {name: params[name] for name in trained(module)}
     fixed = {name: tensor for name, tensor in params.items() if name not in learned}
     shapes = {name: tensor.dim() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
@@ -165,8 +165,7 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
     each = Batch._make((0, 0, masks, clients, target))  # the dimension of the clients
 
     def loss(learned: Params, fixed: Params, batch: Batch) -> Tensor:
-        tensors = {f"module.{name}": tensor for name, tensor in (learned | fixed).items()}
-        return functional_call(objective, tensors, (batch,))
+        return with_tensors(method.loss, module, learned | fixed, batch)
 
     if not method.reads.towers:
         grads, losses = vmap(grad_and_value(loss), in_dims=(*stacked, each))(learned, fixed, batch)
@@ -205,17 +204,6 @@ def _of_client(batch: Batch, k: int) -> Batch:
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # one client's without a copy
-
-
-class Objective(nn.Module):
-    """The loss as the forward of a module, because `functional_call` swaps parameters during one forward."""
-
-    def __init__(self, method: Method, module: nn.Module) -> None:
-        super().__init__()
-        self.method, self.module = method, module
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.method.loss(self.module, batch)
 
 
 def _added(server: Server, params: Params, received: Params, own: Params, states: Params, sent: Params) -> Params:

@@ -1,0 +1,60 @@
+"""Base of the methods that hold two modules of a method: a shared one, and a client's own."""
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.methods import Backbone, Batch, ClientContext, masked
+from fedsim.methods._wrapper import Wrapper
+from fedsim.params import Params
+from fedsim.registry import component
+
+HALVES = "shared", "own"
+
+
+@component
+class Halves(Wrapper):
+    """Predicts with the own module. What is shared in the method is private in it."""
+
+    def build(self, backbone: Backbone) -> "Pair":
+        # Built twice, not copied, since a copy would duplicate the towers that the module holds. Both builds draw the
+        # same random numbers, so that the shared half starts where FedAvg does.
+        state = torch.get_rng_state()
+        own = self.inner.build(backbone)
+        torch.set_rng_state(state)
+        return Pair(self.inner.build(backbone), own)
+
+    def logits(
+        self, module: "Pair", x: Tensor, classes: Tensor | None = None, client: ClientContext | None = None
+    ) -> Tensor:
+        return self.inner.logits(module.own, x, classes, client)
+
+    def survey(self, module: "Pair", batch: Batch) -> Params:
+        return self.inner.survey(module.shared, batch)
+
+    def surveyed(self, module: "Pair", total: Params) -> Params:
+        tensors = self.inner.surveyed(module.shared, total)
+        return {f"{half}.{name}": tensor for half in HALVES for name, tensor in tensors.items()}
+
+    def expand(self, module: "Pair", batch: Batch, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        return self.inner.expand(module.shared, batch, rng)
+
+    def scope(self, name: str):
+        half, _, inside = name.partition(".")
+        scope = self.inner.scope(inside)
+        if half == "own" and scope == "surveyed":
+            return "frozen"  # a copy, which does not travel a second time
+        return "private" if half == "own" and scope == "shared" else scope
+
+    def is_auxiliary(self, name: str) -> bool:
+        return self.inner.is_auxiliary(name.partition(".")[2])
+
+
+class Pair(nn.Module):
+    """The shared and the own module of a client; the logits are those of the own one."""
+
+    def __init__(self, shared: nn.Module, own: nn.Module) -> None:
+        super().__init__()
+        self.shared, self.own = masked(shared), masked(own)  # losses call the halves, not the pair
+
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
+        return self.own(x, classes)
