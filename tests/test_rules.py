@@ -642,7 +642,7 @@ def test_methods_that_hold_another_pass_on_everything_that_they_do_not_define():
     assert {"joint_classes", "fixed_rounds", "steps", "lr_in", "local_rows"} <= hooks
     for name in hooks:
         setattr(Other, name, f"its {name}")
-    for rule in ("ditto", "fedex_lora", "pfedme"):
+    for rule in ("ditto", "fedex_lora", "pfedme", "moon"):
         holder = parse("server", rule).adapt(Other(lr=0.5, label_space="client"))
         above = [kind for kind in type(holder).mro() if issubclass(kind, Wrapper) and kind is not Wrapper]
         passed_on = hooks - {name for kind in above for name in vars(kind)}

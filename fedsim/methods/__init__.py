@@ -105,6 +105,21 @@ class ClientContext(NamedTuple):
         return self._replace(domain=self.domain[index], counts=self.counts[index])
 
 
+class RuleContext(NamedTuple):
+    """What the server rule has given a client. For a stack of M clients, `client_state` has a leading M.
+
+    Attributes:
+        received: the parameters that the client received and trains, as it received them; those that each client
+            received for itself have a leading M, too.
+        client_state: the client's memory for the rule.
+        sent: what the rule sends besides the parameters.
+    """
+
+    received: Params
+    client_state: Params
+    sent: Params
+
+
 class Batch(NamedTuple):
     """The input of a local step. For a stack of M clients, every tensor has a leading M.
 
@@ -114,6 +129,7 @@ class Batch(NamedTuple):
         classes: (C,) bool, the classes that compete; None: all.
         client: whose rows they are; None unless `Method.reads_client`.
         target: (B, ...) as x, unlabelled test rows of the held-out domains; None unless `Method.reads_target`.
+        rule: what the server rule has given the client; None unless `Method.reads_rule`.
     """
 
     x: Tensor
@@ -121,6 +137,7 @@ class Batch(NamedTuple):
     classes: Tensor | None = None
     client: ClientContext | None = None
     target: Tensor | None = None
+    rule: RuleContext | None = None
 
 
 @component
@@ -135,6 +152,8 @@ class Method(LocalTraining, ABC):
     # Whether `loss` gets unlabelled rows of the held-out domains, the same that are tested. Reports then say that the
     # method is transductive. A suite, whose data sets have classes of their own, is refused.
     reads_target: ClassVar[bool] = False
+    # Whether `loss` gets what the server rule has given the client: for the methods by which rules change a loss.
+    reads_rule: ClassVar[bool] = False
     # Whether clients train on more rows than they have: see `expand`.
     expands: ClassVar[bool] = False
 
@@ -181,6 +200,16 @@ class Method(LocalTraining, ABC):
     ) -> Tensor:
         """(B, C) logits, as they are evaluated; x, classes and client as in `Batch`."""
         return module(x, classes)
+
+    def representation(
+        self, module: nn.Module, x: Tensor, classes: Tensor | None = None, client: ClientContext | None = None
+    ) -> Tensor:
+        """(B, R) what the module makes of images, for rules that compare modules; x, classes and client as in `Batch`.
+
+        The default is for methods that learn no feature of an image: the logits, and 0 for classes that do not compete.
+        """
+        logits = self.logits(module, x, classes, client)
+        return logits if classes is None else logits.masked_fill(~classes, 0.0)
 
     def survey(self, module: nn.Module, batch: Batch) -> Params:
         """What a client contributes to a sum over all clients that train, once, before round 1.

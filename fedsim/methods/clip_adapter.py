@@ -6,7 +6,7 @@ Source: Gao et al. 2021, arXiv 2110.04544; details as in the authors' code, gaop
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fedsim.methods import Backbone, Method
+from fedsim.methods import Backbone, ClientContext, Method
 from fedsim.registry import component
 from fedsim.search_space import Choice, Field, Linear
 
@@ -34,6 +34,11 @@ class ClipAdapter(Method):
     def build(self, backbone: Backbone) -> nn.Module:
         return _Mixed(backbone, self.reduction, self.ratio)
 
+    def representation(
+        self, module: "_Mixed", x: Tensor, classes: Tensor | None = None, client: ClientContext | None = None
+    ) -> Tensor:
+        return module.features(x)
+
 
 class _Mixed(nn.Module):
     text: Tensor
@@ -48,7 +53,10 @@ class _Mixed(nn.Module):
         self.scale = backbone.logit_scale
         self.ratio = ratio
 
-    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
+    def features(self, x: Tensor) -> Tensor:
+        """(B, D) adapted, unit rows."""
         # The length of x cancels out, since ReLU and linear layers without bias scale with it.
-        mixed = self.ratio * self.adapter(x) + (1 - self.ratio) * x
-        return self.scale * normalize(mixed, dim=-1) @ self.text.T
+        return normalize(self.ratio * self.adapter(x) + (1 - self.ratio) * x, dim=-1)
+
+    def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
+        return self.scale * self.features(x) @ self.text.T

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from fedsim.methods import Backbone, Batch, Method
+from fedsim.methods import Backbone, Batch, ClientContext, Method
 from fedsim.methods._contrast import Objective, contrastive
 from fedsim.params import Params
 from fedsim.registry import component
@@ -45,6 +45,11 @@ class FedCLIP(Method):
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         logits = module(batch.x, batch.classes)
         return cross_entropy(logits, batch.y) if self.objective == "cross_entropy" else contrastive(logits, batch.y)
+
+    def representation(
+        self, module: "_Gated", x: Tensor, classes: Tensor | None = None, client: ClientContext | None = None
+    ) -> Tensor:
+        return module.features(x)
 
     def closed_form(self, module: "_Gated", params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
         """Five matrix products per step, without a graph; None if some logits are masked."""
@@ -107,5 +112,9 @@ class _Gated(nn.Module):
         self.register_buffer("text", backbone.class_embeddings, persistent=False)
         self.scale = backbone.logit_scale
 
+    def features(self, x: Tensor) -> Tensor:
+        """(B, D) gated, unit rows."""
+        return normalize(self.attention(x) * x, dim=-1)
+
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
-        return self.scale * normalize(self.attention(x) * x, dim=-1) @ self.text.T
+        return self.scale * self.features(x) @ self.text.T

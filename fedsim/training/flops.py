@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsim.methods import Backbone, Batch, ClientContext, trained
+from fedsim.methods import Backbone, Batch, ClientContext, RuleContext, trained
 from fedsim.representations import Encoded
 from fedsim.training.inputs import Inputs
 from fedsim.training.task import Task
@@ -37,6 +37,10 @@ def flops_of(
         return 0.0, 0.0
 
     active = None if classes is None else torch.from_numpy(classes)
+    shared = task.select({name: tensor.detach() for name, tensor in module.state_dict().items()}, "shared")
+    slots, client_state = task.server.init(shared)
+    received = {name: shared[name] for name in trained(module) if name in shared}
+    rule = RuleContext(received, client_state, task.server.broadcast(slots, shared))
 
     def count(size: int) -> int:
         batch = np.resize(rows, size)
@@ -46,7 +50,8 @@ def flops_of(
         y = torch.from_numpy(data.y[batch])
         with Operations() as operations:
             target = x if task.method.reads_target else None
-            task.method.loss(module.train(), Batch(x, y, active, client, target)).backward()
+            given = rule if task.method.reads_rule else None
+            task.method.loss(module.train(), Batch(x, y, active, client, target, given)).backward()
         return operations.total
 
     # At least two rows, because some methods skip a batch of one; few images, because each passes through a tower.

@@ -3,7 +3,7 @@
 For each client it computes what `train_client` computes, up to rounding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from torch.func import grad_and_value, vmap
 
 from fedsim.clip.sites import stackable
 from fedsim.errors import InputError
-from fedsim.methods import Batch, ClientContext, Method, trained
+from fedsim.methods import Batch, ClientContext, Method, RuleContext, trained
 from fedsim.methods._calls import with_tensors
 from fedsim.params import Params
 from fedsim.servers import Server
@@ -92,7 +92,8 @@ def train_stack(
     # Probed with one client: a rule that adds nothing costs nothing per step.
     first_own = {name: tensor[0] for name, tensor in own.items()}
     adds = server.gradient({name: params[name][0] for name in learned}, received | first_own, states[0], sent)
-    memory = {name: torch.stack([state[name] for state in states]) for name in states[0]} if adds else {}
+    reads = bool(adds) or method.reads_rule
+    memory = {name: torch.stack([state[name] for state in states]) for name in states[0]} if reads else {}
     losses = torch.zeros(len(sizes), dtype=dtype, device=y.device)
     steps = torch.zeros(len(sizes), dtype=torch.int64)
     for epoch in range(method.local_epochs if learned else 0):
@@ -102,15 +103,16 @@ def train_stack(
             index = torch.stack(rows).to(y.device)
             masks = None if classes is None else classes[first:last]
             target = targets and targets.take(index.shape[1], first, last)
-            batch = Batch(x[index], y[index], masks, client and client.part(slice(first, last)), target)
+            each = {name: tensor[first:last] for name, tensor in own.items()}
+            rule = RuleContext(received | each, {n: tensor[first:last] for n, tensor in memory.items()}, sent)
+            context = client and client.part(slice(first, last))
+            batch = Batch(x[index], y[index], masks, context, target, rule if method.reads_rule else None)
             group = {name: tensor[first:last] for name, tensor in params.items()}
             # Before the first step all clients have the same parameters, and one large product serves them all.
             same = received if epoch == 0 and offset == 0 else {}
             loss, grads = gradients(method, module, group | same, batch)
             if adds:
-                state = {name: tensor[first:last] for name, tensor in memory.items()}
-                each = {name: tensor[first:last] for name, tensor in own.items()}
-                extra = _added(server, {name: group[name] for name in learned}, received, each, state, sent)
+                extra = _added(server, {name: group[name] for name in learned}, rule, each)
                 grads = {name: grads[name] + extra[name] if name in extra else grads[name] for name in learned}
             optimizer.step(method.clipped({name: grads[name] for name in learned}), first, last)
             losses[first:last] += loss
@@ -162,7 +164,11 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
     stacked = [{n: 0 if v.dim() > shapes[n] else None for n, v in tensors.items()} for tensors in (learned, fixed)]
     clients = batch.client and ClientContext._make((0, 0, None, None))
     masks, target = (None if tensor is None else 0 for tensor in (batch.classes, batch.target))
-    each = Batch._make((0, 0, masks, clients, target))  # the dimension of the clients
+    rule = None
+    if batch.rule:
+        received = {n: 0 if v.dim() > shapes[n] else None for n, v in batch.rule.received.items()}
+        rule = RuleContext._make((received, dict.fromkeys(batch.rule.client_state, 0), dict.fromkeys(batch.rule.sent)))
+    each = Batch._make((0, 0, masks, clients, target, rule))  # the dimension of the clients
 
     def loss(learned: Params, fixed: Params, batch: Batch) -> Tensor:
         return with_tensors(method.loss, module, learned | fixed, batch)
@@ -185,7 +191,7 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
         live = {n: (v if stacked[0][n] is None else v[k]).detach().requires_grad_() for n, v in learned.items()}
         rest = {n: v if stacked[1][n] is None else v[k] for n, v in fixed.items()}
         with torch.enable_grad():
-            value = loss(live, rest, _of_client(batch, k))
+            value = loss(live, rest, _of_client(batch, k, rule))
         grads = torch.autograd.grad(value, list(live.values()), materialize_grads=True)
         results.append([value.detach(), *grads])
     losses, *grads = [_stacked(list(tensors)) for tensors in zip(*results, strict=True)]
@@ -197,20 +203,27 @@ def _equally_many(classes: Tensor | None) -> bool:
     return classes is None or len(classes.sum(dim=1).unique()) == 1
 
 
-def _of_client(batch: Batch, k: int) -> Batch:
+def _of_client(batch: Batch, k: int, dims: tuple | None) -> Batch:
     classes, target = (None if tensor is None else tensor[k] for tensor in (batch.classes, batch.target))
-    return Batch(batch.x[k], batch.y[k], classes, batch.client and batch.client.part(k), target)
+    rule = batch.rule
+    if rule and dims:
+        parts = [
+            {n: v if dim[n] is None else v[k] for n, v in tensors.items()}
+            for tensors, dim in zip(rule, dims, strict=True)
+        ]
+        rule = RuleContext._make(parts)
+    return Batch(batch.x[k], batch.y[k], classes, batch.client and batch.client.part(k), target, rule)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # one client's without a copy
 
 
-def _added(server: Server, params: Params, received: Params, own: Params, states: Params, sent: Params) -> Params:
-    """What the rule adds to the gradients of M clients; what each received for itself has a leading M."""
-    dims = dict.fromkeys(received) | dict.fromkeys(own, 0)
+def _added(server: Server, params: Params, rule: RuleContext, own: Collection[str]) -> Params:
+    """What the rule adds to the gradients of M clients; `own` names what each received for itself."""
+    dims = {name: 0 if name in own else None for name in rule.received}
     with _one_sentence(server):
-        return vmap(server.gradient, in_dims=(0, dims, 0, None))(params, received | own, states, sent)
+        return vmap(server.gradient, in_dims=(0, dims, 0, None))(params, *rule)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedsim.methods import Batch, ClientContext, Method
+from fedsim.methods import Batch, ClientContext, Method, RuleContext
 from fedsim.params import Params
 from fedsim.servers import Server
 from fedsim.training.inputs import Inputs
@@ -47,6 +47,7 @@ def train_client(
     """
     params: Params = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
     received = {name: params[name].detach().clone() for name in params if shared is None or name in shared}
+    rule = RuleContext(received, client_state or {}, sent or {})
     losses = []
     for _ in range(method.local_epochs if params else 0):
         order = torch.randperm(len(y), generator=rng).to(y.device)
@@ -54,10 +55,11 @@ def train_client(
             if len(rows) < method.min_batch:
                 continue
             target = targets and targets.take(len(rows))[0]
-            loss = method.loss(module, Batch(x[rows], y[rows], classes, client, target))
+            batch = Batch(x[rows], y[rows], classes, client, target, rule if method.reads_rule else None)
+            loss = method.loss(module, batch)
             grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
             with torch.no_grad():
-                extra = server.gradient(params, received, client_state or {}, sent or {})
+                extra = server.gradient(params, *rule)
                 grads = {n: g + extra[n] if n in extra else g for n, g in zip(params, grads, strict=True)}
                 grads = method.clipped({name: grad.unsqueeze(0) for name, grad in grads.items()})
             optimizer.step(grads)

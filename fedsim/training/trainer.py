@@ -1,7 +1,7 @@
 """Trains chunks of clients."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -303,7 +303,9 @@ class Trainer:
         shared = task.select(like, "shared")
         slots, client_state = task.server.init(shared)
         if client_state:  # it may depend on the values of round 0, which the module no longer has after an evaluation
-            first = task.build(self.models.backbone(task)).to(getattr(torch, task.dtype)).state_dict()
+            backbone = self.models.backbone(task)
+            backbone = replace(backbone, class_embeddings=backbone.class_embeddings.float())  # as the driver built it
+            first = task.build(backbone).to(getattr(torch, task.dtype)).state_dict()
             _, client_state = task.server.init({name: first[name] for name in shared})
         return moved(client_state, self.device), task.server.broadcast(slots, shared), task.unicast_like(like)
 
