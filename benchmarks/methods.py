@@ -28,6 +28,7 @@ METHODS = {
     "FedCLIP": ("fedclip", "fedavg"),
     "linear probe": ("probe", "fedavg"),
     "linear probe, alone": ("probe", "local_only"),
+    "FedOT": ("fedot", "fedavg"),
     "CLIP-Adapter": ("clip_adapter", "fedavg"),
     "Tip-Adapter": ("tip_adapter", "fedavg"),
     "PromptFL": ("promptfl", "fedavg"),

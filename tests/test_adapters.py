@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from fedsim import Backbone
+from fedsim import Backbone, InputError
 from fedsim.methods import Batch, trained
 from fedsim.registry import parse
 from fedsim.training.stack import gradients
@@ -111,3 +111,38 @@ def test_stacked_clients_have_the_gradients_that_they_have_alone(fields, backbon
         for name, grad in zip(trained(module), alone, strict=True):
             assert grad.abs().max() > 1e-6
             torch.testing.assert_close(grads[name][k], grad, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_fedot_turns_features_by_the_cayley_transform_of_each_block(blocks, backbone):
+    _, module = build(backbone, "fedot", blocks=blocks)
+    with torch.no_grad():
+        module.rotation.copy_(draw(*module.rotation.shape, seed=7))
+        module.weight.add_(0.1 * draw(CLASSES, WIDTH, seed=8))
+    whole, eye = torch.zeros(WIDTH, WIDTH, dtype=torch.float64), torch.eye(WIDTH // blocks, dtype=torch.float64)
+    for k, trained_matrix in enumerate(module.rotation.detach()):
+        skew, own = (trained_matrix - trained_matrix.T) / 2, slice(k * len(eye), (k + 1) * len(eye))
+        whole[own, own] = (eye + skew) @ torch.linalg.inv(eye - skew)
+    torch.testing.assert_close(whole @ whole.T, torch.eye(WIDTH, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert (whole - torch.eye(WIDTH, dtype=torch.float64)).abs().max() > 0.5
+    expected = SCALE * (X @ whole.T) @ module.weight.T / X.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(module(X), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_fedot_starts_as_the_probe_and_is_it_if_nothing_is_left_to_rotate(backbone):
+    x, y, (probe, head) = X.repeat(2, 1, 1), Y.repeat(2, 1), build(backbone, "probe")
+    weight = (head.weight + 0.1 * draw(CLASSES, WIDTH, seed=8)).detach().expand(2, -1, -1)
+    loss, grads = gradients(probe, head, {"weight": weight}, Batch(x, y))
+    for blocks in (1, WIDTH):
+        method, module = build(backbone, "fedot", blocks=blocks)
+        assert {name: method.scope(name) for name in module.state_dict()} == {"weight": "shared", "rotation": "private"}
+        params = {"weight": weight, "rotation": module.rotation.detach().expand(2, -1, -1, -1)}
+        ours, slopes = gradients(method, module, params, Batch(x, y))
+        torch.testing.assert_close(ours, loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(slopes["weight"], grads["weight"], rtol=1e-10, atol=1e-13)
+        assert (slopes["rotation"].abs().max() == 0) == (blocks == WIDTH)
+
+
+def test_blocks_that_do_not_divide_a_feature_are_refused(backbone):
+    with pytest.raises(InputError, match=r"--method\.blocks must be a divisor of the 12 numbers of a feature, not 5"):
+        build(backbone, "fedot", blocks=5)
