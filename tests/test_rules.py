@@ -427,6 +427,38 @@ def test_a_rule_that_needs_it_gets_each_clients_loss_before_it_trains(engine, co
     assert (adapter(plain) == adapter(watched)).all()
 
 
+# FedJudge -------------------------------------------------------------------------------------------------------
+
+
+def test_fedjudge_takes_the_steps_of_the_paper_whoever_trains():
+    cohorts = [(0, 1), (1, 2), (0, 1, 2), (0, 2)]
+    ours, _, kept = rounds(parse("server", {"name": "fedjudge", "pull": 0.01}), cohorts, population=3)
+    x, importance = np.zeros(2), [np.zeros(2) for _ in BOWLS]
+    for place, cohort in zip(ours, cohorts, strict=True):
+        moves = []
+        for k in cohort:
+            y, (curve, target) = x, (BOWLS[k].curve, BOWLS[k].target.numpy())
+            for _ in range(3):
+                total = importance[k] @ abs(y - x)
+                pull = 0.01 * (1 + 2 * total) * importance[k] * np.sign(y - x)  # of 0.01 * (S + S^2)
+                y = y - LR * (curve * (y - target) + pull)
+            importance[k] = abs(x - y) / (3 * LR)
+            moves.append(y - x)
+        x = x + np.mean(moves, axis=0)
+        np.testing.assert_allclose(place.numpy(), x, rtol=1e-12)
+    for k, each in enumerate(importance):
+        np.testing.assert_allclose(kept[k]["importance.w"].numpy(), each, rtol=1e-12)
+
+
+def test_fedjudges_first_round_is_fedavgs_and_so_are_all_without_a_pull():
+    ours, off, plain = (
+        rounds(parse("server", fields), [EVERYONE] * 2, 3)[0]
+        for fields in ("fedjudge", {"name": "fedjudge", "pull": 0.0}, "fedavg")
+    )
+    assert torch.equal(ours[0], plain[0]) and not torch.allclose(ours[1], plain[1], atol=1e-3)
+    assert torch.equal(off, plain)
+
+
 # Rules that see each delta ----------------------------------------------------------------------------------------
 
 
@@ -771,7 +803,7 @@ def test_in_a_run_rules_become_fedavg_where_they_should(config, tmp_path):
     np.testing.assert_allclose(of({"name": "trimmed_mean", "share": 0.0}, 3), three, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("server", ["scaffold", "feddyn", "fedexp", "q_fedavg", "ditto", "median", PER])
+@pytest.mark.parametrize("server", ["scaffold", "feddyn", "fedexp", "q_fedavg", "fedjudge", "ditto", "median", PER])
 def test_in_a_run_stacked_clients_go_where_single_ones_go(server, config, tmp_path):
     method = SGD | {"name": "fedclip"} if server is PER else SGD  # which has more than one tensor
     fields = {"method": method, "server": server, "clients": 6, "cohort": 4, "dtype": "float64"}
