@@ -111,7 +111,7 @@ class Config(BaseModel):
     # In each round, a train row is read as one of its augmented views, drawn at random.
     augment: int = Field(0, ge=0, description="augmented views cached per image")
     # The rest is halved into validation and test rows.
-    train_share: float = Field(0.6, gt=0, lt=1, description="share of train rows; the rest is halved")
+    train_share: float = Field(0.6, gt=0, le=1, description="share of train rows; the rest is halved")
     shots: int | None = Field(None, ge=1, description="train rows per client and class (default: all)")
     # The last classes by label (clients.new_of); 0.5 gives the base-to-new protocol.
     new_classes: float = Field(0.0, ge=0, lt=1, description="fraction of classes not trained on")

@@ -54,7 +54,7 @@ BAD = {
     "a cohort": (["run", "--cohort", "40"], "cohort of 40 from 4 clients; it can be at most 4"),
     "a config": (
         ["run", "--config", "nowhere.yaml"],
-        "no config file 'nowhere.yaml'; embedded configs: base_to_new, fedtpg_suite, ",
+        "no config file 'nowhere.yaml'; embedded configs: base_to_new, cross_dataset, ",
     ),
     "a GPU": (["run", "--gpus-per-actor", "0.5"], "--gpus-per-actor 0.5, but torch finds no GPU on this machine"),
     "an address": (["run", "--address", "127.0.0.1:9"], "no cluster answers at 127.0.0.1:9"),

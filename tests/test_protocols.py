@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 from test_federation import rows
 
-from fedsim import InputError, available, run
+from fedsim import Config, InputError, available, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.clients import make_clients, new_of
+from fedsim.config import read_yaml
 from fedsim.counts import BINS, COLUMNS, GROUPS, Counts, merge, tally
 from fedsim.datasets import TEST, UNASSIGNED
+from fedsim.prepare import prepare
 from fedsim.registry import parse
 from fedsim.reporting.metrics import calibration_error, harmonic_mean, macro_f1
 
@@ -295,3 +297,45 @@ def test_a_client_of_few_classes_does_better_among_its_own(config):
     assert (
         summary["personalization_own"] == 1.0 > summary["personalization"]
     )  # with one class there is nothing to confuse
+
+
+# Embedded configs -----------------------------------------------------------------------------------------------
+
+
+def clients_of(name):
+    """The clients of an embedded config on the embedded images, and the data."""
+    config = Config(**read_yaml(name))
+    data = config.dataset.load(None)
+    options = {"shots": config.shots, "new_classes": config.new_classes}
+    return make_clients(data, config.partition, config.clients, config.held_out, 0, config.train_share, **options), data
+
+
+@pytest.mark.parametrize(("name", "targets"), [("multi_source", 1), ("single_source", 4)])
+def test_clients_of_source_domains_have_blocks_of_classes_and_targets_are_tested_whole(name, targets):
+    clients, data = clients_of(name)
+    assert clients.trainers == (5 - targets) * 3 and len(clients.held_out) == targets
+    held_out = {int(data.domain[rows[0]]) for rows in clients.held_out}
+    for k in range(clients.trainers):
+        own = clients[k]
+        (domain,) = np.unique(data.domain[own.train])
+        assert domain not in held_out
+        assert np.unique(data.y[own.train]).tolist() == list(range(k % 3 * 5, k % 3 * 5 + 5))
+        assert np.bincount(data.y[own.train]).max() <= 8
+    for target in clients.held_out:
+        assert np.array_equal(target, np.flatnonzero(data.domain == data.domain[target[0]]))
+
+
+def test_pachinko_skews_domains_and_all_clients_have_the_same_number_of_rows():
+    clients, data = clients_of("pachinko")
+    sizes = [sum(map(len, splits(client))) for client in clients]
+    assert len(sizes) == 20 and max(sizes) - min(sizes) <= 3  # of 103 rows, cut into three with a remainder
+    largest = [np.bincount(data.domain[client.train]).max() / len(client.train) for client in clients]
+    assert np.mean(largest) > 0.6  # of five domains
+
+
+@pytest.mark.parametrize("name", ["pathological", "few_shot", "pachinko"])
+def test_a_partition_is_the_same_for_every_seed_of_training(name):
+    config = Config(**read_yaml(name) | {"rounds": 0})
+    first, second = (prepare(config.model_copy(update={"seed": seed})).clients for seed in (0, 1))
+    for one, other in zip(first, second, strict=True):
+        assert all(np.array_equal(*pair) for pair in zip(splits(one), splits(other), strict=True))

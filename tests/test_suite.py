@@ -1,6 +1,7 @@
 """Several data sets in one federation: made in the layouts of CoOp, from drawings of glyphs."""
 
 import json
+import shutil
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from fedsim.clients import make_clients, new_of
 from fedsim.cluster.pool import open_pool
 from fedsim.config import read_yaml
 from fedsim.counts import Counts
-from fedsim.datasets import TEST, TRAIN
+from fedsim.datasets import TEST, TRAIN, VAL
 from fedsim.datasets.glyphs import Glyphs
 from fedsim.folder import exclusive
 from fedsim.prepare import encode_experiment, prepare, sizing_of
@@ -172,7 +173,7 @@ def test_a_member_whose_files_do_not_fit_is_named(sets, tmp_path):
     with pytest.raises(InputError, match=r"^member empty: expected one split_zhou_\*.json"):
         (tmp_path / "empty").mkdir()
         load(tmp_path, None)
-    with pytest.raises(InputError, match=r"need the same splits: dtd has train, val, test rows; tree has no rows"):
+    with pytest.raises(InputError, match=r"test rows of their own, or none may have them: dtd with, tree without"):
         load(sets, {"dtd": "dtd", "tree": {"name": "image_folder", "folder": "caltech-101"}})
     with pytest.raises(InputError, match="member dtd must be image files of one domain; data set folder has others"):
         pictures = sorted((sets / "dtd" / "images").iterdir())
@@ -359,3 +360,70 @@ def test_the_config_of_fedtpgs_federation_runs_on_small_sets_of_its_layouts(sets
     page = (tmp_path / "run" / "report.html").read_text()
     assert "the trained classes of the row&#39;s data set (21 in all) compete" in page
     assert "local, base and new are means over the data sets" in page
+
+
+# Cross-dataset --------------------------------------------------------------------------------------------------
+
+# Correct and all predictions in FedTPG's published log (output/cross_data/fedtpg/5_8/43), in the order of the config.
+CROSS = [
+    (2312, 2465), (1734, 2463), (791, 3333), (2528, 3783), (3341, 3669),
+    (26102, 30300), (769, 1692), (5205, 8041), (13265, 19850), (3627, 8100),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def eleven(sets, tmp_path_factory) -> Path:
+    """The nine sets, EuroSAT, and an ImageNet of 12 classes, which has train and test rows only."""
+    root, glyphs = tmp_path_factory.mktemp("eleven"), Glyphs().load(None)
+    shutil.copytree(sets, root, dirs_exist_ok=True)
+    shutil.copytree(sets / "dtd", root / "eurosat")
+    (root / "eurosat" / "images").rename(root / "eurosat" / "2750")
+    for label in range(12):
+        rows = np.flatnonzero(glyphs.y == label)
+        for split, own in (("train", rows[:3]), ("val", rows[3:4])):
+            (folder := root / "imagenet" / split / f"n{label:08}").mkdir(parents=True)
+            for row in own:
+                glyphs.open(row).convert("RGB").save(folder / f"{row}.jpg")
+    names = "".join(f"n{label:08} {glyphs.classes[label]}\n" for label in range(12))
+    (root / "imagenet" / "classnames.txt").write_text(names)
+    return root
+
+
+def test_a_client_has_validation_rows_as_its_set_defines_them(eleven):
+    data = load(eleven, {"imagenet": {"name": "imagenet"}, "dtd": {}})
+    clients = make_clients(data, parse("partition", "by_domain"), None, (), 0, 0.5)
+    imagenet, dtd = clients[0], clients[1]
+    # ImageNet's train rows are cut as those of a set alone, dtd's are its own.
+    own = parse("dataset", "imagenet").load(eleven / "imagenet")
+    (alone,) = make_clients(own, parse("partition", "by_domain"), None, (), 0, 0.5)
+    for part in ("train", "val", "test"):
+        assert np.array_equal(getattr(imagenet, part), getattr(alone, part))
+    assert (len(imagenet.train), len(imagenet.val), len(imagenet.test)) == (24, 12, 12)
+    for split, rows in ((TRAIN, dtd.train), (VAL, dtd.val), (TEST, dtd.test)):
+        assert np.array_equal(rows, np.flatnonzero((data.domain == 1) & (data.split == split)))
+
+
+def test_the_cross_dataset_config_trains_on_imagenet_and_tests_ten_held_out_sets(eleven, tmp_path):
+    fields = read_yaml("cross_dataset")
+    assert Config(**fields).rounds == 500 and Config(**fields).cohort == 20
+    tenth = {"data_dir": eleven, "backbone": None, "pretrained": None, "cohort": 1, "rounds": 0}
+    report = report_of(Config(**fields | tenth, actors=0, page=False, out=tmp_path / "run"))
+    partition, tables = report.tables().partition, report.tables()
+    train = partition[partition.split == "train"]
+    assert train.groupby("client").label.nunique().tolist() == [5, 7]  # 12 classes are 2 blocks, the last one longer
+    assert (train.rows == 3).all() and not (partition.split == "val").any()  # fewer than 8 shots: all
+    assert tables.held_out == [*list(LAYOUTS), "eurosat"]
+    held = tables.trained.scores[tables.trained.scores.domain.isin(tables.held_out)]
+    assert held.groupby("domain").total.sum().reindex(tables.held_out).tolist() == [
+        *(3 * count for *_, count in LAYOUTS.values()), 12,
+    ]  # fmt: skip
+    accuracy = held.groupby("domain")[["correct", "total"]].sum()
+    assert report.summary()["generalization"] == pytest.approx((accuracy.correct / accuracy.total).mean())
+
+
+def test_the_counts_of_fedtpgs_cross_dataset_log_have_the_mean_of_the_log():
+    names = [f"set {k}" for k in range(10)]
+    scores = [[k, k, 1, correct, total, correct] for k, (correct, total) in enumerate(CROSS)]
+    report = Report({}, names, names, names, {}, list(range(10)))
+    report.add_scores(0, Counts(np.array(scores, np.int32)))
+    assert report.summary()["generalization"] == pytest.approx(0.6537420471045971, abs=1e-15)

@@ -11,14 +11,13 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator, Field
 
-from fedsim.datasets import Dataset, FixedDataset, Images
+from fedsim.datasets import TEST, Dataset, FixedDataset, Images
 from fedsim.datasets._tree import checked
 from fedsim.datasets._walk import folders
 from fedsim.errors import InputError, listing
 from fedsim.registry import component, name_of, parse
 
 MEMBER = "coop"  # the data set of a member that names none
-SPLITS = "train", "val", "test", "no"
 Members = dict[str, dict[str, Any]]
 
 
@@ -86,7 +85,7 @@ class Suite(Dataset):
         members = self.members or _members([folder.name for folder in folders(root)])
         assert members is not None
         sets = {name: _load(root, name, **fields) for name, fields in members.items()}
-        _check_splits(sets)
+        _check_tests(sets)
         labels = np.cumsum([0, *(len(data.classes) for data in sets.values())])
         return Images(
             files=[file for data in sets.values() for file in data.files],
@@ -120,9 +119,12 @@ def _templates(data: Images) -> tuple[str | None, ...]:
     return data.template if isinstance(data.template, tuple) else (data.template,) * len(data.classes)
 
 
-def _check_splits(sets: dict[str, Images]) -> None:
-    """Refuses sets that differ in the splits that they define, because the others are drawn for all alike."""
-    splits = {name: listing(SPLITS[code] for code in np.unique(data.split)) for name, data in sets.items()}
-    if len(set(splits.values())) > 1:
-        given = "; ".join(f"{name} has {text} rows" for name, text in splits.items())
-        raise InputError(f"the members of a suite need the same splits: {given}")
+def _check_tests(sets: dict[str, Images]) -> None:
+    """Refuses sets with and without test rows of their own, because these are drawn for all alike, or for none."""
+    without = [name for name, data in sets.items() if not (data.split == TEST).any()]
+    if 0 < len(without) < len(sets):
+        others = [name for name in sets if name not in without]
+        raise InputError(
+            f"the members of a suite need test rows of their own, or none may have them: {listing(others)} with, "
+            f"{listing(without)} without"
+        )

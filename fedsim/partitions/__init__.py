@@ -89,8 +89,8 @@ def cut(rows: Labels, selected: np.ndarray, train_share: float, rng: np.random.G
     in FedCLIP's code, which floors each share and drops the remainder.
     """
     split = rows.split[selected]
-    own_val, own_test = bool((rows.split == VAL).any()), bool((rows.split == TEST).any())
-    free = rng.permutation(selected[drawn(rows)[selected]])
+    is_drawn, own_test = drawn(rows)[selected], bool((rows.split == TEST).any())
+    free = rng.permutation(selected[is_drawn])
     other_share = (1 - train_share) / 2
     if own_test:
         # In floats, as in earlier versions: they decide how a half is rounded, and no row is lost either way.
@@ -100,15 +100,17 @@ def cut(rows: Labels, selected: np.ndarray, train_share: float, rng: np.random.G
         train = part(len(free), train_share)
         val = test = int(len(free) * (1 - decimal(train_share)) / 2)
     shuffled = np.split(free, [train, train + val, train + val + test])
-    fixed = selected[(split == TRAIN) & own_val], selected[split == VAL], selected[split == TEST]
+    fixed = selected[(split == TRAIN) & ~is_drawn], selected[split == VAL], selected[split == TEST]
     first, second, third = (np.sort(np.concatenate(pair)) for pair in zip(fixed, shuffled, strict=False))
     return first, second, third
 
 
 def drawn(rows: Labels) -> np.ndarray:
     """(n,) bool, the rows whose split is drawn; (1,) for data sets that generate rows on demand."""
-    # Where a data set defines train and test rows only, validation rows are drawn from its train rows.
-    return (rows.split == UNASSIGNED) | ((rows.split == TRAIN) & ~(rows.split == VAL).any())
+    # Where a data set, or one of a suite, defines only train and test rows, its train rows are cut.
+    own_val = rows.split == VAL
+    own_val = np.isin(rows.domain, rows.domain[own_val]) if rows.class_domain else own_val.any()
+    return (rows.split == UNASSIGNED) | ((rows.split == TRAIN) & ~own_val)
 
 
 def sizes(rows: int, train_share: float) -> tuple[int, int, int]:
