@@ -7,6 +7,7 @@ import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -162,6 +163,29 @@ def test_the_table_of_methods_has_their_parameters_and_bytes(flags, ray, folder)
     # The median of a protocol with 4 clients and of one with 5.
     assert shown["MB in all"]["FedCLIP"] == f"{4.5 * ADAPTER * BOTH_WAYS:.2f}"
     assert "nan" not in shown.to_string()
+
+
+@pytest.mark.parametrize("flags", commands_of("label_marginals"), ids=" ".join)
+def test_scrambled_labels_put_zero_shot_at_chance_and_leave_the_majority_class_as_it_is(flags, folder):
+    out = folder / "label_marginals"
+    where = ["--dataset", "folder", "--data-dir", folder / "drawings", "--out", out]
+    (table,) = tables(printed("label_marginals", *flags, *where))
+    assert list(table.columns) == ["0.5, right", "0.5, scrambled"]
+    assert list(table.index) == ["zero-shot", "own majority class", "prior", "linear probe, alone"]
+    right, scrambled = (table[name].astype(float) for name in table)
+    assert right["own majority class"] == scrambled["own majority class"]
+    assert scrambled["zero-shot"] < right["zero-shot"] / 2
+    assert (out / "folder.svg").read_text(encoding="utf-8").count("<svg") == 1
+
+
+def test_the_majority_class_of_a_client_is_that_of_its_train_rows(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    majority = runpy.run_path(str(FOLDER / "label_marginals.py"))["majority"]
+    rows = [(0, "cat", "train", 5), (0, "dog", "train", 3), (0, "cat", "test", 1), (0, "dog", "test", 3)]
+    rows += [(1, "dog", "train", 2), (1, "dog", "val", 9), (1, "owl", "val", 9), (1, "dog", "test", 1)]
+    partition = pd.DataFrame(rows, columns=["client", "label", "split", "rows"]).assign(domain="ink")
+    # Client 0 has most cats, as a quarter of its test rows; client 1 only dogs to train on, and to be tested on.
+    assert majority(SimpleNamespace(partition=partition)) == (1 / 4 + 1) / 2
 
 
 @pytest.mark.parametrize("flags", commands_of("real_clip"), ids=" ".join)
