@@ -35,6 +35,7 @@ METHODS = {
     "KgCoOp": ("kgcoop", "fedavg"),
     "ProGrad": ("prograd", "fedavg"),
     "CoCoOp": ("cocoop", "fedavg"),
+    "ProDA": ("proda", "fedavg"),
     "FedTPG": ("fedtpg", "fedavg"),
     "PromptFolio": ("promptfolio", "fedavg"),
     "FedPGP": ("fedpgp", "fedavg"),

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from test_prompts import CLASSES, a_backbone, a_batch, cosines, crossed, made
+from torch.nn.functional import normalize
 
+from fedsim.errors import InputError
 from fedsim.methods import Batch
 from fedsim.methods.prograd import aligned
 
@@ -123,3 +125,59 @@ def test_cocoop_whose_network_says_nothing_is_promptfl(classes, backbone):
     torch.testing.assert_close(grads["tokens"], expected["tokens"], rtol=1e-9, atol=1e-13)
     torch.testing.assert_close(grads["network.2.bias"], expected["tokens"].sum(dim=0), rtol=1e-9, atol=1e-13)
     assert (grads["network.0.weight"] == 0).all()
+
+
+def test_proda_bounds_the_cross_entropy_by_means_and_covariances(backbone):
+    """With the covariances of two classes written out, feature by feature."""
+    method, module = made("proda", backbone, prompts=3, length=5, orthogonality=0.7)
+    x, _ = a_batch(backbone, "proda")
+    with torch.no_grad():
+        module.tokens += 0.3 * torch.randn_like(module.tokens)  # random ones of 0.02 give nearly the same texts
+    for classes, y in ((None, [0, 1, 4, 3, 2, 0]), (MASK, [0, 2, 3, 3, 2, 0])):
+        active = range(5) if classes is None else classes.nonzero().flatten().tolist()
+        texts = texts_of(module, classes)
+        mean = texts.mean(axis=0)
+        covariance = np.einsum("kid,kjd->dij", texts - mean, texts - mean) / (3 + 1)
+        losses = []
+        for image, label in zip(normalize(x, dim=1).numpy(), y, strict=True):
+            right, scores = list(active).index(label), []
+            for i in range(len(active)):
+                both = covariance[:, i, i] + covariance[:, right, right] - 2 * covariance[:, i, right]
+                variance = (image**2 * both).sum()
+                scores.append(backbone.logit_scale * image @ mean[i] + backbone.logit_scale**2 / 2 * variance)
+            losses.append(np.log(np.exp(np.array(scores) - scores[right]).sum()))
+        stop = backbone.text.embed(backbone.text.tokenize(["."]))[0]
+        bare = [torch.cat([stop[:1], tokens, stop[1:]])[None] for tokens in module.tokens]
+        bare = normalize(torch.cat([backbone.text.encode(text, torch.tensor([7])) for text in bare]), dim=1)
+        likeness = np.mean([abs((bare[j] @ bare[k]).item()) for j, k in ((0, 1), (0, 2), (1, 2))])
+        expected = np.mean(losses) + 0.7 * likeness
+        assert method.loss(module, Batch(x, torch.tensor(y), classes)).item() == pytest.approx(expected, rel=1e-9)
+    scores = (
+        np.einsum("bd,kcd->bc", normalize(x, dim=1).numpy(), texts_of(module)) / 3
+    )  # of the mean texts, not stretched
+    np.testing.assert_allclose(module(x).detach(), backbone.logit_scale * scores, rtol=1e-9, atol=1e-9)
+
+
+def texts_of(module, classes=None):
+    """(K, n, D) text features with each of K prompts."""
+    return np.stack([module.texts(tokens, classes).detach().numpy() for tokens in module.tokens])
+
+
+@pytest.mark.parametrize("classes", [None, MASK])
+def test_proda_with_one_prompt_is_promptfl(classes, backbone):
+    x, _ = a_batch(backbone)
+    batch = Batch(x, torch.tensor([0, 2, 3, 3, 3, 0]), classes)
+    (proda, one), (promptfl, two) = made("proda", backbone, prompts=1), made("promptfl", backbone)
+    (ours, grads), (theirs, expected) = gradient(proda, one, batch), gradient(promptfl, two, batch)
+    assert ours == pytest.approx(theirs, rel=1e-12)
+    torch.testing.assert_close(grads["tokens"][0], expected["tokens"], rtol=1e-10, atol=1e-14)
+    assert torch.equal(one(x, classes), two(x, classes))
+
+
+@pytest.mark.parametrize("name", ["proda"])
+def test_several_prompts_that_start_alike_are_refused(name, backbone):
+    with pytest.raises(
+        InputError, match=r"--method\.init would give all 4 prompts the same tokens, .*--method\.prompts 1"
+    ):
+        made(name, backbone, init="a photo of a")
+    assert made(name, backbone, init="a photo of a", prompts=1)[1].tokens.shape[:2] == (1, 4)

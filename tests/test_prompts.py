@@ -383,6 +383,7 @@ def wide():
         ("cocoop", 35_360, 0),  # and 512 x 32 + 32 + 32 x 512 + 512
         ("fedtpg", 4_206_080, 0),
         ("promptfolio", 4_096, 4_096),
+        ("proda", 32_768, 0),  # 4 x 16 x 512
         ("fedpgp", 8_192, 2_112),  # (16 + 512) x 4
         ("fedotp", 2_048, 2_048),
     ],
@@ -418,8 +419,9 @@ def test_too_long_a_prompt_is_refused_in_one_sentence(name, backbone):
 
 @pytest.mark.parametrize("name", LONG)
 def test_too_long_a_text_to_start_from_is_refused_in_the_same_words(name, backbone):
+    one = {"prompts": 1} if hasattr(parse("method", name), "prompts") else {}
     with pytest.raises(InputError, match=r"--method\.init 'a a .* leaves no room for 'hot air balloon\.'"):
-        made(name, backbone, init="a " * 26 + "b")
+        made(name, backbone, init="a " * 26 + "b", **one)
 
 
 def test_what_does_not_fit_the_backbone_is_said(backbone):

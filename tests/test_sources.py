@@ -29,6 +29,8 @@ PROGRAMS = {
     # federated_main.py, over which configs/trainers/PromptFolio/vit_b16.yaml is laid
     "promptfolio": SGD
     | {"lr": 2e-3, "weight_decay": 5e-4, "batch_size": 16, "local_epochs": 5, "length": 8, "theta": 0.4},
+    # BMIPRS: train.py, configs/trainers/ProDA/vit_b16_c2_e100_ctx16_warmup5_BZ64_ProDA.yaml
+    "proda": SGD | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 4, "local_epochs": 1, "length": 16} | PER_ROUND,
     # scripts/fedotp_cifar100.sh, configs/trainers/GLP_OT/vit_b16.yaml
     "fedotp": SGD
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 4}

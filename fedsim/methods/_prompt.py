@@ -67,6 +67,19 @@ class PromptMethod(Method):
         further = torch.empty(depth - 1, *first.shape).normal_(std=0.02)
         return torch.cat([first[None], further.to(first)])
 
+    def several_tokens(self, tower: TextTower, count: int) -> Tensor:
+        """(K, L, W) tokens of several prompts before training.
+
+        Raises:
+            InputError: they would be the same, and so would their gradients.
+        """
+        if count > 1 and self.init.strip():
+            raise InputError(
+                f"--method.init would give all {count} prompts the same tokens, and training would not tell them "
+                "apart; leave it out for random ones, or take --method.prompts 1"
+            )
+        return torch.stack([self.initial_tokens(tower) for _ in range(count)])
+
     def length_flag(self, length: int) -> str:
         """The flag that sets the number of tokens, for messages."""
         return f"--method.init {self.init!r} ({length} tokens)" if self.init.strip() else f"--method.length {length}"
