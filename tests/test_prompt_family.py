@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from fedsim.errors import InputError
 from fedsim.methods import Batch
+from fedsim.methods._transport import plan
 from fedsim.methods.prograd import aligned
 
 MASK = torch.tensor([True, False, True, True, False])
@@ -174,7 +175,59 @@ def test_proda_with_one_prompt_is_promptfl(classes, backbone):
     assert torch.equal(one(x, classes), two(x, classes))
 
 
-@pytest.mark.parametrize("name", ["proda"])
+def sinkhorn(near, entropy, rounds):
+    """The balanced transport between the patches and the texts of one image and class."""
+    held = np.exp((near - 1) / entropy)
+    for _ in range(rounds):
+        held = held / held.sum(axis=1, keepdims=True) / len(held)
+        held = held / held.sum(axis=0) / held.shape[1]
+    return held
+
+
+def test_plot_scores_a_class_by_a_transport_to_which_every_patch_gives_alike(backbone, monkeypatch):
+    method, module = made("plot", backbone, prompts=3, length=5, tolerance=0, iterations=300)
+    x, y = a_batch(backbone, "plot")
+    with torch.no_grad():
+        module.tokens += 0.3 * torch.randn_like(module.tokens)
+    texts = torch.stack([module.texts(tokens) for tokens in module.tokens], dim=1).detach()  # (C, K, D)
+    expected = torch.zeros(6, 5, dtype=torch.float64)
+    for i, patches in enumerate(normalize(x, dim=2)):
+        for c in range(5):
+            near = (patches @ texts[c].T).numpy()
+            held = sinkhorn(near, 0.1, 300)
+            np.testing.assert_allclose(held.sum(axis=1), 1 / 9, rtol=1e-9)
+            expected[i, c] = backbone.logit_scale * (held * near).sum()
+    torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9)
+    assert method.loss(module, Batch(x, y)).item() == pytest.approx(crossed(expected, y), rel=1e-9)
+    monkeypatch.setattr("fedsim.methods._transport.MAX_SIMILARITIES", 1)  # an image at a time
+    torch.testing.assert_close(module(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_whole_mass_of_fedotp_is_plots_transport():
+    near = 0.3 + 0.2 * torch.randn(3, 4, 7, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    partial, balanced = (plan(near, 0.1, 1.0, 0.0, 3000, balanced) for balanced in (False, True))
+    torch.testing.assert_close(partial, balanced, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(
+        balanced.sum(dim=-1), torch.full((3, 4, 7), 1 / 7, dtype=torch.float64), rtol=1e-9, atol=0
+    )
+    assert torch.equal(plan(near, 0.1, 1.0, 1e-2, 100, True)[1], plan(near[1], 0.1, 1.0, 1e-2, 100, True))
+
+
+def test_plot_with_one_prompt_reads_the_mean_patch_and_with_one_patch_it_is_promptfl(backbone):
+    x, y = a_batch(backbone, "plot")
+    (plot, one), (promptfl, two) = made("plot", backbone, prompts=1), made("promptfl", backbone)
+    means = normalize(x, dim=2).mean(dim=1) @ two.texts(two.tokens).T
+    torch.testing.assert_close(one(x), backbone.logit_scale * means, rtol=1e-9, atol=1e-9)
+    ours, grads = gradient(plot, one, Batch(x[:, :1], y))
+    theirs, expected = gradient(promptfl, two, Batch(x[:, 0], y))
+    assert ours == pytest.approx(theirs, rel=1e-12)
+    torch.testing.assert_close(grads["tokens"][0], expected["tokens"], rtol=1e-9, atol=1e-13)
+    three = made("plot", backbone, prompts=3)[1]
+    texts = torch.stack([three.texts(tokens) for tokens in three.tokens]).mean(dim=0)  # with one patch, all get a third
+    torch.testing.assert_close(three(x[:, :1]), cosines(x[:, 0], texts, backbone.logit_scale), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["proda", "plot"])
 def test_several_prompts_that_start_alike_are_refused(name, backbone):
     with pytest.raises(
         InputError, match=r"--method\.init would give all 4 prompts the same tokens, .*--method\.prompts 1"

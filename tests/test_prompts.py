@@ -12,7 +12,7 @@ from fedsim.clip.model import Clip
 from fedsim.clip.towers import TextTower
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, Batch, trained
-from fedsim.methods.fedotp import plan
+from fedsim.methods._transport import plan
 from fedsim.registry import available, parse
 from fedsim.training.stack import gradients
 
@@ -361,7 +361,7 @@ def test_fedotp_scores_a_class_by_what_is_transported(double, monkeypatch):
             expected[i, c] = clip.logit_scale * (near * dykstra(near, 0.1, 0.8, 2000)).sum()
     np.testing.assert_allclose(module(x).detach(), expected, rtol=1e-6, atol=1e-8)
     assert method.loss(module, Batch(x, y)).item() == pytest.approx(crossed(torch.tensor(expected), y), rel=1e-7)
-    monkeypatch.setattr("fedsim.methods.fedotp.MAX_SIMILARITIES", 1)  # an image at a time
+    monkeypatch.setattr("fedsim.methods._transport.MAX_SIMILARITIES", 1)  # an image at a time
     np.testing.assert_allclose(module(x).detach(), expected, rtol=1e-6, atol=1e-8)
 
 
@@ -386,6 +386,7 @@ def wide():
         ("proda", 32_768, 0),  # 4 x 16 x 512
         ("fedpgp", 8_192, 2_112),  # (16 + 512) x 4
         ("fedotp", 2_048, 2_048),
+        ("plot", 32_768, 0),
     ],
 )
 def test_as_many_numbers_travel_and_stay_as_published(name, shared, private, wide):

@@ -31,6 +31,11 @@ PROGRAMS = {
     | {"lr": 2e-3, "weight_decay": 5e-4, "batch_size": 16, "local_epochs": 5, "length": 8, "theta": 0.4},
     # BMIPRS: train.py, configs/trainers/ProDA/vit_b16_c2_e100_ctx16_warmup5_BZ64_ProDA.yaml
     "proda": SGD | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 4, "local_epochs": 1, "length": 16} | PER_ROUND,
+    # plot-coop/scripts/main.sh, configs/trainers/PLOT/rn50.yaml, train.py
+    "plot": SGD
+    | {"lr": 2e-3, "weight_decay": 5e-4, "batch_size": 128, "local_epochs": 1, "length": 16, "prompts": 4}
+    | {"entropy": 0.1, "tolerance": 1e-2, "iterations": 100}
+    | PER_ROUND,
     # scripts/fedotp_cifar100.sh, configs/trainers/GLP_OT/vit_b16.yaml
     "fedotp": SGD
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 4}

@@ -230,6 +230,7 @@ def test_a_tower_without_patch_tokens_is_named(small):
 @pytest.mark.parametrize(
     "tower, method",
     [
+        ("vit", "plot"),
         ("vit", "finetune"),
         ("vit", "fedotp"),
         ("vit", "trip"),
