@@ -160,7 +160,7 @@ def test_clients_are_trained_on_both_paths_alike(clients, tmp_path):
     data = from_features(features)
     arrays = {"features": x, "tokens": rng.standard_normal((count, 9, width)).astype(np.float16)}
     data = replace(data, representations=Representations(count, "here", arrays=arrays))
-    method = parse("method", {"name": "trip", "lr": 1e-2, "experts": 2, "batch_size": 12})
+    method = parse("method", {"name": "trip", "lr": 1e-2, "experts": 2, "batch_size": 32})
     task = {"method": method, "server": parse("server", "fedavg"), "dtype": "float64", "frozen": frozen}
     stacked, single = (two_rounds(data, clients, tmp_path, reference, **task) for reference in (False, True))
     agree(stacked, single, 1e-8, 1e-10)
