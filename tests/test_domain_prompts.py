@@ -5,11 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 from test_prompts import CLASSES, a_backbone, a_batch, by_open_clip, made, tokens_of
-from torch.nn.functional import normalize
+from test_stack import agree, two_rounds
+from test_stack import clients as clients  # fixtures
+from test_stacked_towers import features as features
+from test_stacked_towers import frozen as frozen
+from torch.nn.functional import cross_entropy, normalize
 
-from fedsim import InputError
+from fedsim import InputError, component, run
+from fedsim.clip.sites import stackable
 from fedsim.methods import Batch, ClientContext
+from fedsim.methods.probe import Probe
 from fedsim.registry import parse
+from fedsim.training.client_store import PrivateState
 from fedsim.training.stack import gradients
 from fedsim.training.task import Task, initial_params
 
@@ -196,6 +203,66 @@ def test_fedpha_keeps_its_own_prompt_whatever_its_length_and_sends_the_shared_on
     assert {name: tuple(tensor.shape) for name, tensor in params.items()} == {"together": (16, 128), "own": (20, 128)}
     assert set(task.select(params, "private")) == {"own"} and task.is_personal(params)
     assert task.payload(params, cohort=2) == (4 * 16 * 128, 4 * 16 * 128)
+
+
+def test_clients_of_fedpha_may_have_private_prompts_of_different_lengths(backbone):
+    """Client 5 of spread 3 has one token more than client 4, and computes as with a prompt that is no longer."""
+    x, y = a_batch(backbone)
+    method, module = made("fedpha", backbone, length=4, private_length=2, spread=3)
+    assert module.own.shape == (5, 128) and not stackable(method.sites) and stackable(parse("method", "fedpha").sites)
+    for client, length in ((0, 2), (3, 5), (4, 2), (5, 3)):
+        batch = Batch(x, y, client=client_of(0)._replace(id=torch.tensor(client)))
+        plain, same = made("fedpha", backbone, length=4, private_length=length)
+        same.load_state_dict({"together": module.together, "own": module.own[:length]})
+        loss, expected = method.loss(module, batch), plain.loss(same, Batch(x, y))
+        assert loss == expected
+        assert torch.equal(method.logits(module, x, None, batch.client), same(x))
+        grad, (shorter,) = torch.autograd.grad(loss, module.own)[0], torch.autograd.grad(expected, [same.own])
+        assert torch.equal(grad[:length], shorter) and not grad[length:].any()
+
+
+def test_each_client_trains_and_stores_its_length(features, clients, frozen, tmp_path):
+    fields = {"name": "fedpha", "length": 2, "private_length": 1, "spread": 2, "batch_size": 64, "weight_decay": 0.0}
+    task = {
+        "method": parse("method", fields),
+        "server": parse("server", "fedavg"),
+        "dtype": "float64",
+        "frozen": frozen,
+    }
+    stacked, single = (two_rounds(features, clients, tmp_path, reference, **task) for reference in (False, True))
+    agree(stacked, single, 1e-8, 1e-10)
+    start = PrivateState.from_tensors(stacked[1][0]).params["own"][1:]  # client 0 has one token
+    for client, stored in enumerate(stacked[1]):
+        changed = (PrivateState.from_tensors(stored).params["own"][1:] != start).any(dim=1)
+        assert changed.tolist() == [client % 3 > 0, client % 3 > 1]
+
+
+SEEN = []
+
+
+@component
+class Attentive(Probe):
+    """Notes which client's parameters are evaluated on the rows of which domain."""
+
+    reads_client = True
+
+    def logits(self, module, x, classes=None, client=None):
+        SEEN.append((int(client.id), int(client.domain)))
+        return super().logits(module, x, classes)
+
+    def loss(self, module, batch):
+        return cross_entropy(module(batch.x, batch.classes), batch.y)
+
+    def scope(self, name):
+        return "private"
+
+
+def test_a_method_is_told_whose_parameters_it_evaluates_and_whose_rows(config):
+    SEEN.clear()
+    run(config(method=Attentive(), rounds=1))
+    # Two clients, of oil and photo, each on its own rows and on those of the held-out ink.
+    assert {(0, 1), (1, 2), (0, 0), (1, 0)} <= set(SEEN)
+    assert not {(0, 2), (1, 1)} & set(SEEN)
 
 
 def test_fedpha_removes_a_whole_number_of_directions_and_needs_independent_tokens(backbone):

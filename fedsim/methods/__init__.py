@@ -86,23 +86,27 @@ class Backbone:
 
 
 class ClientContext(NamedTuple):
-    """Whose rows are trained on or evaluated. For a stack of M clients, `domain` and `counts` have a leading M.
+    """Whose rows are trained on or evaluated. For a stack of M clients, all tensors have a leading M.
 
     Attributes:
         domain: () int64, index of the domain of the client's rows; -1 if they are of several.
         counts: (C,) int64, its train rows by class; zeros for held-out domains and new classes, which have none.
         round: in which it was sent its parameters, from 1; in an evaluation, the number of rounds done.
         rounds: their number in total; None unless `Method.fixed_rounds`, since a run may continue with more.
+        id: () int64, the client whose parameters are trained or evaluated, also on the rows of others; None in tests of
+            a method alone.
     """
 
     domain: Tensor
     counts: Tensor
     round: int
     rounds: int | None = None
+    id: Tensor | None = None
 
     def part(self, index: int | slice) -> "ClientContext":
         """That of a client of the stack, or of several."""
-        return self._replace(domain=self.domain[index], counts=self.counts[index])
+        ids = None if self.id is None else self.id[index]
+        return self._replace(domain=self.domain[index], counts=self.counts[index], id=ids)
 
 
 class RuleContext(NamedTuple):

@@ -24,7 +24,8 @@ class ClientContexts:
             return None
         domains = torch.tensor([self._domain(client) for client in clients], device=self.device)
         counts = torch.stack([self._counts(client) for client in clients]).to(self.device)
-        return ClientContext(domains, counts, round, task.rounds if task.method.fixed_rounds else None)
+        ids = torch.tensor([client.id for client in clients], device=self.device)
+        return ClientContext(domains, counts, round, task.rounds if task.method.fixed_rounds else None, ids)
 
     def _counts(self, client: Client) -> Tensor:
         return torch.from_numpy(np.bincount(self.data.y[client.train], minlength=len(self.data.classes)))

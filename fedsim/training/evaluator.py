@@ -100,7 +100,8 @@ class Evaluator:
     def _entry(self, task: Task, round: int, k: int, split: str, rows: np.ndarray, owner: Client) -> Entry:
         """Some rows of `owner`, to be predicted with the parameters of client k."""
         context = self.models.contexts.of(task, round, [owner])
-        return (k, split, rows), self._spaces(owner, rows), context and context.part(0)
+        context = context and context.part(0)._replace(id=torch.tensor(k))
+        return (k, split, rows), self._spaces(owner, rows), context
 
     def _by_vocabulary(self, rows: np.ndarray) -> list[np.ndarray]:
         """The rows in parts for which the same classes compete: in a suite, those of each data set."""

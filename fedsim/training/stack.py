@@ -162,7 +162,7 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
     fixed = {name: tensor for name, tensor in params.items() if name not in learned}
     shapes = {name: tensor.dim() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     stacked = [{n: 0 if v.dim() > shapes[n] else None for n, v in tensors.items()} for tensors in (learned, fixed)]
-    clients = batch.client and ClientContext._make((0, 0, None, None))
+    clients = batch.client and ClientContext._make(0 if isinstance(each, Tensor) else None for each in batch.client)
     masks, target = (None if tensor is None else 0 for tensor in (batch.classes, batch.target))
     rule = None
     if batch.rule:
