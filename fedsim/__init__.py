@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     __version__: str
 
+    from fedsim.codecs import Codec, Lossy
     from fedsim.config import Config
     from fedsim.datasets import Dataset, Features, FixedDataset, Images
     from fedsim.errors import Diverged, InputError, Stopped
@@ -29,6 +30,7 @@ __all__ = [
     "Choice",
     "ClientContext",
     "ClientUpdate",
+    "Codec",
     "Config",
     "Dataset",
     "Diverged",
@@ -41,6 +43,7 @@ __all__ = [
     "InputError",
     "Linear",
     "Log",
+    "Lossy",
     "Method",
     "Note",
     "Partition",
@@ -64,6 +67,7 @@ __all__ = [
 
 # Imported when they are first used: torch takes seconds, which `fedsim --help`, `watch` and `stop` can do without.
 _MODULES = {
+    "codecs": ("Codec", "Lossy"),
     "config": ("Config",),
     "datasets": ("Dataset", "Features", "FixedDataset", "Images"),
     "errors": ("Diverged", "InputError", "Stopped"),

@@ -25,7 +25,7 @@ fedsim sweep [FLAGS]                  search over hyperparameters
 fedsim compare RUN RUN ... [--out D]  compare finished runs in a table and a page
 fedsim watch FOLDER                   show the progress of a run or sweep in another process
 fedsim stop FOLDER                    interrupt it; the same command resumes it
-fedsim list [KIND]                    list methods, servers, datasets, partitions or fleets
+fedsim list [KIND]                    list methods, servers, codecs, datasets, ...
 fedsim help NAME                      describe a method, server, ... or command
 Every command has --help; fedsim --version"""
 # How things stand after Ctrl-C, for the commands that it does not make resumable.

@@ -23,6 +23,7 @@ from pydantic import (
 
 from fedsim.clip.precision import Precision
 from fedsim.clip.texts import Prompt, checked_prompt
+from fedsim.codecs import Codec
 from fedsim.datasets import Dataset
 from fedsim.errors import InputError, listing
 from fedsim.fields import LOGGERS, AbsolutePath, Loggers, Names, absolute, expanded
@@ -36,7 +37,8 @@ from fedsim.servers import Server
 from fedsim.yaml_files import read_mapping
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
-DEFAULTS = {"dataset": "glyphs", "partition": "by_domain", "method": "fedclip", "server": "fedavg", "fleet": "ideal"}
+DEFAULTS = {"dataset": "glyphs", "partition": "by_domain", "method": "fedclip", "server": "fedavg"}
+DEFAULTS |= {"codec": "plain", "fleet": "ideal"}
 # Fields that do not change the result: where an experiment runs, and with how many actors.
 EXECUTION = (
     "out",
@@ -120,6 +122,9 @@ class Config(BaseModel):
     )
     server: Annotated[InstanceOf[Server], _read("server"), _Fields] = Field(
         DEFAULTS["server"], description="how updates are combined"
+    )
+    codec: Annotated[InstanceOf[Codec], _read("codec"), _Fields] = Field(
+        DEFAULTS["codec"], description="how updates are encoded"
     )
     cohort: int | None = Field(None, ge=1, search=Log(2, 100), description="clients per round (default: all)")
     fleet: Annotated[InstanceOf[Fleet], _read("fleet"), _Fields] = Field(

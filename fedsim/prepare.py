@@ -43,7 +43,7 @@ from fedsim.training.task import Task, initial_params, local_rows, with_towers
 
 # The fields of Config that decide who holds which rows; and, with these, which model is trained and who trains it.
 PARTITION_FIELDS = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes"
-MODEL_FIELDS = "method", "server", "cohort", "fleet", "deadline_s", "over_selection", *PARTITION_FIELDS
+MODEL_FIELDS = "method", "server", "codec", "cohort", "fleet", "deadline_s", "over_selection", *PARTITION_FIELDS
 PAGE, ADAPTER = "report.html", "adapter.safetensors"
 RESULTS = ADAPTER, *TABLES, PAGE  # written at the end
 FILES = CONFIG, CHECKPOINT, *RESULTS  # of a finished run
@@ -118,7 +118,7 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
         _check_model(config, method, data, clients)
     if not like:
         data = cached(data, config.cache_dir)
-    task = Task(method, config.server, config.seed, config.dtype)
+    task = Task(method, config.server, config.seed, config.dtype, codec=config.codec)
     done = _finished(folder, config, task, *saved) if saved else None
     return Experiment(config, folder, method, data, clients, splits, done)
 
@@ -295,7 +295,8 @@ def _check_model(config: Config, method: Method, data: Data, clients: Population
     embeddings = torch.eye(len(classes), data.width)
     texts = Backbone(embeddings, 1.0, classes, data.templates, domains=len(data.source.domains))
     backbone = with_towers(texts, method.reads, clip)
-    task, cohort = Task(method, config.server, config.seed, config.dtype), config.cohort or clients.trainers
+    task = Task(method, config.server, config.seed, config.dtype, codec=config.codec)
+    cohort = config.cohort or clients.trainers
     params = initial_params(task, backbone, cohort)
     task.first_bank(params, clients.trainers)  # for its error
     payload = task.payload(params, cohort)

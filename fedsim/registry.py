@@ -22,7 +22,7 @@ from typing_extensions import dataclass_transform  # in typing from Python 3.11 
 from fedsim.errors import RENAMED, InputError, listing
 from fedsim.search_space import search_of
 
-KINDS = ("dataset", "partition", "method", "server", "fleet")
+KINDS = ("dataset", "partition", "method", "server", "codec", "fleet")
 # No field takes infinity or nan; where there may be no limit, the value is None.
 CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
 # What pydantic's messages say, and what ours say.

@@ -82,8 +82,8 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     """
     config, folder = experiment.config, experiment.folder
     store = PrivateStore(folder / "private")
-    one_by_one = config.engine == "reference"
-    task = Task(experiment.method, config.server, config.seed, config.dtype, config.rounds, store, one_by_one)
+    how = store, config.engine == "reference", config.codec
+    task = Task(experiment.method, config.server, config.seed, config.dtype, config.rounds, *how)
     checkpoints = Checkpoints(folder, experiment.identity(), config.fixed_rounds)
     state, report = start(experiment, task, checkpoints)
     if len(state.private):

@@ -30,7 +30,7 @@ def names(kind: str) -> str:
 
 BAD = {
     "a command": (["rum"], "no command 'rum'; available: run, sweep, compare, watch, stop, list, help"),
-    "a list": (["list", "x"], "no list 'x'; available: datasets, partitions, methods, servers, fleets"),
+    "a list": (["list", "x"], "no list 'x'; available: datasets, partitions, methods, servers, codecs, fleets"),
     "a component": (["help", "fedklip"], "no component 'fedklip'; did you mean fedclip"),
     "nothing like a component": (["help", "zzz"], "no component 'zzz'; available: coop, domainnet"),
     "help without end": (["help", "fedclip", "lora"], "unrecognized arguments: lora"),

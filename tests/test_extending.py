@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fedsim import Config, InputError, Method, Server, run
+from fedsim import Codec, Config, InputError, Method, Server, run
+from fedsim.methods._local_training import LocalTraining
 from fedsim.training.client_store import PrivateStore
 
 TEXT = (Path(__file__).parents[1] / "docs" / "extending.md").read_text("utf-8")
@@ -19,7 +20,7 @@ SHOWN = re.findall(r"`fedsim/(\w+)s/(\w+)\.py`:\n\n```python\n(.*?)```", TEXT, r
 
 def test_all_hooks_are_listed():
     listed = set(re.findall(r"`(\w+)`", TEXT.partition("## All hooks")[2]))
-    for cls in (Method, Server):
+    for cls in (LocalTraining, Method, Server, Codec):
         hooks = {name for name in vars(cls) if name[0] != "_"} - {field.name for field in fields(cls)}
         assert hooks - listed - {"reject_booleans_for_numbers"} == set()
 
@@ -100,6 +101,14 @@ def test_predictions_for_target_rows_become_more_confident(trained, shown):
         table = trained("flat", f"{weight}", method=method(weight=weight, lr=3e-4)).tables().trained.calibration
         confidence.append(table.query("round == 1 and group == 'held_out'").confidence.sum())
     assert confidence[1] > confidence[0] > 0
+
+
+def test_an_update_is_sent_in_multiples_of_a_step(trained):
+    method = {"name": "probe", "optimizer": "sgd", "lr": 0.1}
+    plain, coarse = trained("flat", "plain", method=method), trained("steps", method=method)
+    assert 2 * coarse.tables().rounds.bytes_up.sum() == plain.tables().rounds.bytes_up.sum()
+    for name, tensor in plain.adapter.items():
+        assert 0 < (coarse.adapter[name] - tensor).abs().max() < 1e-5
 
 
 def test_a_client_takes_steps_on_twice_its_rows(trained):

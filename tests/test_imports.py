@@ -13,8 +13,8 @@ import fedsim
 
 # A module may import those that stand before it; a package's files, their package and those before it.
 ORDER = """
-    errors events files yaml_files fields cache formats shares search_space rng registry params datasets partitions
-    representations clip methods updates servers state fleets clients cluster folder encoding counts
+    errors events files yaml_files fields cache formats shares search_space rng registry params codecs
+    datasets partitions representations clip methods updates servers state fleets clients cluster folder encoding counts
     training config data schedule reporting checkpoint prepare start federation simulate parallel_runs
     cli sweep __init__ __main__
 """.split()  # noqa: SIM905

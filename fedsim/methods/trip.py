@@ -46,7 +46,7 @@ class TRIP(PromptMethod):
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
     lr: float = Field(5e-4, search=Log(1e-5, 1e-1))
-    schedule: Schedule = "exponential"
+    schedule: Schedule = Field("exponential", search=Choice(("constant", "cosine", "exponential")))
     lr_decay: float = 0.8
     beta2: float = 0.98
     eps: float = 1e-7

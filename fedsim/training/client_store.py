@@ -19,7 +19,7 @@ from fedsim.folder import intact, start_again
 from fedsim.params import Params
 
 FILE_NAME = re.compile(r"(part-.*-)?client-\d+-round-\d+\.safetensors")  # a process that is killed may leave a part
-OPTIMIZER, RULE = "optimizer/", "rule/"  # prefixes of names in a file
+OPTIMIZER, RULE, LOST = "optimizer/", "rule/", "lost/"  # prefixes of names in a file
 Stored = list[tuple[int, int]]  # ids of clients, each with the round that last wrote its private state, or 0
 
 
@@ -31,26 +31,31 @@ class PrivateState:
         params: its private parameters.
         optimizer: the state of its optimizer, if the method keeps it.
         rule: its memory for the server rule.
+        lost: what the codec has lost of its updates so far.
     """
 
     params: Params = field(default_factory=dict)
     optimizer: Params = field(default_factory=dict)
     rule: Params = field(default_factory=dict)
+    lost: Params = field(default_factory=dict)
 
     @classmethod
     def from_tensors(cls, tensors: Params) -> "PrivateState":
         """The inverse of `tensors`."""
-        optimizer, rule = (
+        prefixes = OPTIMIZER, RULE, LOST
+        others = (
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            for prefix in (OPTIMIZER, RULE)
+            for prefix in prefixes
         )
-        params = {name: tensor for name, tensor in tensors.items() if not name.startswith((OPTIMIZER, RULE))}
-        return cls(params, optimizer, rule)
+        params = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+        return cls(params, *others)
 
     def tensors(self) -> Params:
-        """All of it, by names that tell the three apart."""
-        optimizer = {OPTIMIZER + name: tensor for name, tensor in self.optimizer.items()}
-        return self.params | optimizer | {RULE + name: tensor for name, tensor in self.rule.items()}
+        """All of it, by names that tell the four apart."""
+        others = {OPTIMIZER: self.optimizer, RULE: self.rule, LOST: self.lost}
+        return self.params | {
+            prefix + name: tensor for prefix, tensors in others.items() for name, tensor in tensors.items()
+        }
 
 
 @dataclass(frozen=True)

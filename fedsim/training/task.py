@@ -1,7 +1,7 @@
 """What all clients of a run have in common, and the parameters of round 0."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -9,6 +9,8 @@ from torch import nn
 
 from fedsim.clip.model import Clip
 from fedsim.clip.sites import Reads
+from fedsim.codecs import Codec
+from fedsim.codecs.plain import Plain
 from fedsim.datasets import Labels
 from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone, Method, Scope, masked, trained
@@ -16,9 +18,10 @@ from fedsim.methods._batch_norm import BatchNorm
 from fedsim.params import Params, flatten
 from fedsim.registry import name_of
 from fedsim.representations import Encoded
-from fedsim.rng import seed_for
+from fedsim.rng import seed_for, torch_rng
 from fedsim.servers import ClientUpdate, Server, Slots
 from fedsim.training.client_store import PrivateStore
+from fedsim.training.transmit import encoded
 
 FEATURES = Reads()
 MAX_BANK_BYTES = 512 << 20
@@ -34,6 +37,7 @@ class Task:
         rounds: of the run in all, on which the step size of a round may depend.
         private: where clients store their private state.
         reference: train client by client, on the readable path.
+        codec: how parameters and updates travel.
     """
 
     method: Method
@@ -43,6 +47,7 @@ class Task:
     rounds: int = 1
     private: PrivateStore | None = None
     reference: bool = False
+    codec: Codec = field(default_factory=Plain)
 
     def lr(self, round: int) -> float:
         """The step size of clients that were sent their parameters in this round."""
@@ -55,6 +60,11 @@ class Task:
     def select(self, params: Params, *scopes: Scope) -> Params:
         """The tensors of the given scopes."""
         return {name: tensor for name, tensor in params.items() if self.scope(name) in scopes}
+
+    def received(self, params: Params) -> Params:
+        """All tensors as a client receives them: those that travel in each round, encoded and decoded."""
+        sent = self.select(params, "shared", "server")
+        return params | self.codec.decode_down(self.codec.encode_down(sent), sent)
 
     def evaluated(self, params: Params, slots: Slots) -> Params:
         """All tensors as they are evaluated; see `Server.evaluated`."""
@@ -80,7 +90,8 @@ class Task:
         """Whether clients have a private state."""
         client_state = self.server.init(self.select(params, "shared"))[1]
         private = bool(self.unicast_like(params) or self.select(params, "private"))
-        return self.method.persist_optimizer or bool(client_state) or private
+        lost = self.codec.remembers and bool(self.select(params, "shared"))
+        return self.method.persist_optimizer or bool(client_state) or private or lost
 
     def is_personal(self, params: Params) -> bool:
         """Whether each client is evaluated with tensors of its own."""
@@ -127,7 +138,10 @@ class Task:
         message = self.server.reply(
             ClientUpdate(shared, shared, client_state, sent, 1, 1, 0, self.method, self.method.lr)
         ).message
-        return self.server.payload(shared, self.select(params, "server"), sent, message, cohort)
+        server, others = self.select(params, "server"), (sent, message, cohort)
+        down = self.codec.encode_down(shared), self.codec.encode_down(server)
+        up = encoded(self.codec, shared, torch_rng(self.seed, "codec")), server
+        return self.server.payload(*down, *others)[0], self.server.payload(*up, *others)[1]
 
     def build(self, backbone: Backbone) -> nn.Module:
         """The module of round 0, the same in every process: PyTorch's default initialisation under the run's seed.

@@ -26,6 +26,7 @@ from fedsim.training.stack import stack_size, train_stack
 from fedsim.training.targets import Targets
 from fedsim.training.task import Task, local_rows
 from fedsim.training.train import train_client
+from fedsim.training.transmit import transmit
 from fedsim.updates import CLIENT_STATS, ChunkSum
 
 Rows = dict[int, np.ndarray]  # train rows by client
@@ -74,6 +75,7 @@ class TrainedStack:
         received_losses: (M,) mean over each client's train rows before training, if the rule needs it; else nan.
         optimizer: each client's optimizer state by name, if the method keeps it from round to round.
         rule: each client's memory for the server rule, before this round.
+        lost: what the codec has lost of each client's updates before this round.
     """
 
     clients: list[int]
@@ -84,6 +86,7 @@ class TrainedStack:
     received_losses: list[float]
     optimizer: list[Params]
     rule: list[Params]
+    lost: list[Params]
 
 
 class Trainer:
@@ -119,9 +122,9 @@ class Trainer:
         rows = [] if unicast is None else zip(clients, unicast, strict=True)
         received = Received(
             version + 1,
-            moved(unflatten(versions[version], like), self.device),
+            task.received(moved(unflatten(versions[version], like), self.device)),
             moved(unflatten(broadcast, broadcast_like), self.device, task.dtype),
-            {client: unflatten(row, unicast_like) for (client, _), row in rows},
+            {client: task.received(unflatten(row, unicast_like)) for (client, _), row in rows},
         )
         shared = task.select(received.params, "shared")
         rows_of = {client: self.clients[client].train for client, _ in clients}
@@ -136,13 +139,20 @@ class Trainer:
                 trained = {name: stack.params[name][k] for name in shared}
                 staleness = round - 1 - version
                 old = shared | {name: tensor[k] for name, tensor in stack.unicast.items()}
+                lost: Params = {}
+                if not task.codec.lossless:
+                    rng = torch_rng(task.seed, "codec", round, client)
+                    trained, lost = transmit(task.codec, old, trained, stack.lost[k], rng)
                 result = old, trained, stack.rule[k], received.sent, rows, steps, staleness, task.method, lr
                 update = ClientUpdate(*result, loss=stack.received_losses[k])
                 reply = rule.reply(update)
                 if reply.client_state.keys() != client_state.keys():
                     raise TypeError(f"{name_of(rule)}: the client_state of reply needs the names of init's")
                 if self.stores(task):
-                    self._write_private(task, round, stack, k, reply.client_state)
+                    self._write_private(task, round, stack, k, reply.client_state, lost)
+                if not task.codec.lossless:
+                    for name, tensor in trained.items():  # only now, since a client stores what it has trained
+                        stack.params[name][k] = tensor
                 replies.append(reply)
                 stats.append((client, rows, steps, stack.losses[k], reply.weight))
             total.add(stack.clients, {name: stack.params[name] for name in shared}, replies)
@@ -189,7 +199,7 @@ class Trainer:
         # As they were sent: `start` may replace tensors of `params`.
         unicast = received.unicast.get(clients[0][0], {})
         sent_each = {name: torch.empty_like(params[name]) for name in unicast if name in shared}
-        states = []
+        states, lost = [], []
         for k, (client, written) in enumerate(clients):
             private = self.models.private(task, client, written)
             unicast = received.unicast.get(client, {})
@@ -202,6 +212,7 @@ class Trainer:
             if private.optimizer:
                 optimizer.load(k, private.optimizer)
             states.append(private.rule or client_state)
+            lost.append(private.lost)
         ids = [client for client, _ in clients]
         rows = np.concatenate([rows_of[client] for client in ids])
         x = self._inputs(task, rows, self._views(task, round, ids, rows_of))
@@ -237,7 +248,7 @@ class Trainer:
                 losses = train_stack(module, params, optimizer, common, x, y, sizes, *options).tolist()
         stored = range(len(ids)) if task.method.persist_optimizer else ()
         moments = [optimizer.moments(k) for k in stored]
-        return TrainedStack(ids, sizes, params, sent_each, losses, before, moments, states)
+        return TrainedStack(ids, sizes, params, sent_each, losses, before, moments, states, lost)
 
     def _expanded(
         self, task: Task, module: nn.Module, clients: list[int], batch: Batch, sizes: list[int]
@@ -281,7 +292,7 @@ class Trainer:
         views = [numpy_rng(task.seed, "views", round, k).integers(1, count, len(rows_of[k])) for k in clients]
         return np.concatenate(views)
 
-    def _write_private(self, task: Task, round: int, stack: TrainedStack, k: int, rule: Params) -> None:
+    def _write_private(self, task: Task, round: int, stack: TrainedStack, k: int, rule: Params, lost: Params) -> None:
         """Stores the private state of the stack's k-th client after a round."""
         client = stack.clients[k]
         stored = stack.params if task.server.unicasts else task.select(stack.params, "private")
@@ -289,6 +300,7 @@ class Trainer:
             params={name: tensor[k] for name, tensor in stored.items()},
             optimizer=stack.optimizer[k] if task.method.persist_optimizer else {},
             rule=rule,
+            lost=lost,
         )
         tensors = private.tensors()
         if not all(tensor.isfinite().all() for tensor in tensors.values()):

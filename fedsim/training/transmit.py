@@ -1,0 +1,40 @@
+"""A client's update on its way to the server."""
+
+import torch
+from torch import Tensor
+
+from fedsim.codecs import Codec
+from fedsim.params import Params, views
+
+
+@torch.no_grad()
+def transmit(
+    codec: Codec, received: Params, trained: Params, lost: Params, rng: torch.Generator
+) -> tuple[Params, Params]:
+    """What the server has of a client's parameters once it has decoded the update, and what the codec has lost so far.
+
+    Args:
+        received, trained: the shared tensors before and after local training.
+        lost: what the codec has lost before this round; empty if nothing.
+    """
+    if not trained:
+        return {}, {}
+    update = joined(trained) - joined(received)
+    if lost:
+        update += lost["update"]
+    if not update.isfinite().all():  # the round ends as diverged
+        return trained, lost
+    decoded = codec.decode(codec.encode(update, rng), update)
+    pieces = views(decoded, trained)
+    at_server = {name: received[name] + piece for name, piece in pieces.items()}
+    return at_server, {"update": update - decoded} if codec.remembers else {}
+
+
+def encoded(codec: Codec, params: Params, rng: torch.Generator) -> Params:
+    """An encoded update of parameters with these names and shapes, for its bytes."""
+    return codec.encode(torch.zeros_like(joined(params)), rng) if params else {}
+
+
+def joined(params: Params) -> Tensor:
+    """All tensors as one (P,) vector, in the order of `views`."""
+    return torch.cat([params[name].reshape(-1) for name in sorted(params)])
