@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedsim.clip.insertions import After, Insertions, replaced, through
+from fedsim.clip.memo import Memo
 from fedsim.clip.packing import packing_of
 from fedsim.clip.precision import Precision, autocast
 from fedsim.clip.stacked import over_clients
@@ -155,6 +156,7 @@ class TextTower:
         self._blocks = blocks
         self._precision: Precision = precision
         self.weights: Params = dict(self._module.named_parameters())
+        self._memo = Memo()
         self.context, self.width = text.positional_embedding.shape
         self.depth = len(text.transformer.resblocks)
 
@@ -233,7 +235,10 @@ class TextTower:
         def encode(starts: Tensor, rests: Tensor, ends: Tensor, tokens: Tensor | None = None) -> Tensor:
             return _call(self._module, self._precision, weights, starts, rests, ends, tokens, after)
 
-        return over_clients(encode, start, rests, ends, *([] if tokens is None else [tokens]))
+        given = [start, rests, ends] if tokens is None else [start, rests, ends, tokens]
+        if weights or after:
+            return over_clients(encode, *given)
+        return self._memo(lambda: over_clients(encode, *given), *given)
 
     def step_bytes(self, texts: Sequence[str]) -> int:
         """An estimate of what the tower keeps for the backward pass of a call with these texts after a short start."""

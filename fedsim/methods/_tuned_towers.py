@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from fedsim.clip.insertions import Insertions
+from fedsim.clip.memo import Memo
 from fedsim.clip.sites import Site
 from fedsim.clip.towers import ImageTower, TextTower
 from fedsim.errors import InputError
@@ -16,6 +17,7 @@ from fedsim.params import Params
 
 Side = Literal["image", "text"]
 Sides = Literal["both", "image", "text"]
+MAX_COMPARED = 8 << 20  # bytes; to compare all weights of a tower takes as long as to encode the texts again
 
 
 def sides(towers: Sides) -> tuple[Side, ...]:
@@ -49,7 +51,7 @@ class TunedTowers(nn.Module):
     def __init__(self, backbone: Backbone, towers: Sides) -> None:
         super().__init__()
         self.sides = sides(towers)
-        self.scale = backbone.logit_scale
+        self.scale, self.memo = backbone.logit_scale, Memo(MAX_COMPARED)
         self.image_tower = backbone.image if "image" in self.sides else None
         self.text_tower = backbone.text if "text" in self.sides else None
         if self.text_tower:
@@ -74,11 +76,15 @@ class TunedTowers(nn.Module):
 
     def texts(self, indices: Tensor | slice) -> Tensor:
         """(n, D) unit rows, the text features of the classes at these indices."""
-        if not self.text_tower:
+        if not (tower := self.text_tower):
             return self.class_embeddings[indices]
         tokens = self.tokens[indices]
-        changes = self.weights("text"), self.insertions("text")
-        return normalize(self.text_tower.encode(tokens, self.text_tower.ends(tokens), *changes), dim=-1)
+
+        def encode() -> Tensor:
+            changes = self.weights("text"), self.insertions("text")
+            return normalize(tower.encode(tokens, tower.ends(tokens), *changes), dim=-1)
+
+        return self.memo(encode, tokens, *self.state_dict().values())
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, ...) -> (B, C)
         if not self.text_tower or classes is None or classes.all():

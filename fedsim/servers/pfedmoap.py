@@ -15,6 +15,7 @@ from pydantic import InstanceOf
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from fedsim.clip.memo import Memo
 from fedsim.errors import InputError
 from fedsim.methods import Backbone
 from fedsim.methods._prompt import Prompted
@@ -113,8 +114,7 @@ class _Gated(Prompted):
         self.tokens = nn.Parameter(tokens)
         self.register_buffer("experts", torch.zeros(rule.experts, *tokens.shape))
         self.query, self.key, self.value, self.out = (nn.Linear(rule.width, rule.width) for _ in range(4))
-        self.rule, self.stride = rule, backbone.width // rule.width
-        self.encoded: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self.rule, self.stride, self.expert_memo = rule, backbone.width // rule.width, Memo()
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, D) -> (B, C)
         own = self.texts(self.tokens, classes)
@@ -142,12 +142,9 @@ class _Gated(Prompted):
 
     @torch.no_grad()
     def _expert_texts(self, experts: Tensor, classes: Tensor | None) -> Tensor:
-        """(n, E, width), encoded again only if the experts or the classes are others than in the last call."""
-        if self.encoded is None or not (_equal(experts, self.encoded[0]) and _equal(classes, self.encoded[1])):
-            texts = torch.stack([self.texts(tokens, classes)[:, :: self.stride] for tokens in experts], dim=1)
-            self.encoded = experts.clone(), classes, texts
-        return self.encoded[2]
+        """(n, E, width), encoded again only if the experts or the classes are others than in recent calls."""
 
+        def encode() -> Tensor:
+            return torch.stack([self.texts(tokens, classes)[:, :: self.stride] for tokens in experts], dim=1)
 
-def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other or (one is not None and other is not None and torch.equal(one, other))
+        return self.expert_memo(encode, experts, self.active(classes))
