@@ -1,4 +1,7 @@
-"""What a command costs: CPU seconds and memory of all its processes, read from /proc while it runs."""
+"""What a command costs: CPU seconds and memory of all its processes, read from /proc while it runs.
+
+uv run python benchmarks/_measure.py COMMAND    # of any command
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import re
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -163,3 +167,21 @@ def _machine() -> float:
     """CPU seconds that the machine has worked since it started."""
     times = [int(field) for field in Path("/proc/stat").read_text(encoding="utf-8").partition("\n")[0].split()[1:9]]
     return (sum(times) - times[3] - times[4]) / TICKS
+
+
+def main() -> None:
+    """Runs the command of the command line, and prints what it cost."""
+    process = subprocess.Popen(sys.argv[1:])
+    watch = Watch(process.pid)
+    watch.start()
+    process.wait()
+    watch.over.set()
+    watch.join()
+    print(f"CPU seconds: {watch.series[-1][1]:.1f}")
+    for name, size in sorted(watch.peaks.items()):
+        print(f"peak MiB, {name}: {size:.0f}")
+    sys.exit(process.returncode)
+
+
+if __name__ == "__main__":
+    main()

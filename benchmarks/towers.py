@@ -8,16 +8,23 @@ classes with the padding that fills the model's context. fedsim has encoded the 
 share a start, without padding. Both take the loss of the same module, whose text tower alone differs, and must agree in
 it and in its gradients. Class names are the first of ImageNet; images and weights are random, and cost what real ones
 do. CPU time of a step of one client, one thread, medians of alternating runs.
+
+A second table has evaluations of clients by one worker, in as many chunks as in a run, with and without its memory of
+texts that it has encoded.
 """
 
 import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
+import numpy as np
 import pandas as pd
 import torch
 from _runs import parsed, parser_of
@@ -27,21 +34,32 @@ from torch.func import functional_call
 from torch.nn.functional import normalize, pad
 
 from encode import weights_of
+from fedsim.clients import Population
 from fedsim.clip.checkpoints import EMBEDDED
 from fedsim.clip.insertions import Insertions
+from fedsim.clip.memo import Memo
 from fedsim.clip.model import Clip
 from fedsim.clip.towers import TextTower, _Text
+from fedsim.datasets import UNASSIGNED, Features
+from fedsim.encoding import from_features
+from fedsim.federation import CHUNKS
 from fedsim.methods import Backbone, Batch
-from fedsim.params import Params
+from fedsim.params import Params, flatten
 from fedsim.registry import parse
+from fedsim.servers.fedavg import FedAvg
+from fedsim.training.client_store import PrivateStore
 from fedsim.training.stack import by_autograd
+from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.worker import ClientWorker
 
-METHODS = {
+METHODS: dict[str, dict[str, str]] = {
     "PromptFL": {"name": "promptfl"},
     "FedTPG": {"name": "fedtpg"},
     "LoRA, text": {"name": "lora", "towers": "text"},
 }
+EVALUATED = METHODS | {"PromptFolio": {"name": "promptfolio"}}
 BATCH = 32
+ROWS = 40  # of an evaluated client: half of them train rows, a quarter validation rows
 
 
 class Padded(TextTower):
@@ -82,13 +100,17 @@ def main() -> None:
     parser.add_argument("--backbone", default="ViT-B-16", help="an open_clip model name")
     parser.add_argument("--classes", type=int, default=100, help="up to 1,000")
     parser.add_argument("--clients", type=int, default=2, help="clients whose steps are computed together")
+    parser.add_argument("--evaluated", nargs="+", type=int, default=[8, 50], help="clients that are evaluated")
     parser.add_argument("--repeats", type=int, default=3)
-    args = parsed(parser, backbone=EMBEDDED[0], classes=5, repeats=1)
+    args = parsed(parser, backbone=EMBEDDED[0], classes=5, evaluated=[3], repeats=1)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for name in METHODS for row in compare(name, args, Path(folder))]
-    print(f"{args.backbone}, {args.classes} classes, batches of {BATCH}\n")
-    print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=("", "", ".4f", ".1f")))
+        print(f"{args.backbone}, {args.classes} classes, batches of {BATCH}\n")
+        print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=("", "", ".4f", ".1f")))
+        rows = [evaluations(name, count, args, Path(folder)) for count in args.evaluated for name in EVALUATED]
+    print("\nCPU seconds of an evaluation\n")
+    print(pd.DataFrame(rows).to_markdown(index=False, floatfmt=("", "", ".0f", ".0f", ".2f", ".2f", ".1f")))
 
 
 def compare(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
@@ -146,6 +168,63 @@ def built(name: str, clip: Clip, tower: type[TextTower], names: tuple[str, ...])
     torch.manual_seed(2)
     module = method.build(backbone)
     return method, module, {key: tensor.detach() for key, tensor in module.state_dict().items()}
+
+
+def evaluations(name: str, count: int, args: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """Evaluations of so many clients in rounds whose parameters differ, and whose clients have private ones, if any."""
+    names = tuple(IMAGENET_CLASSNAMES[: args.classes])
+    frozen = Clip(weights_of(args.backbone, folder), "cpu").frozen()
+    clip = frozen.open("cpu")
+    width, draw = clip.model.text_projection.shape[1], np.random.default_rng(0)
+    text = draw.standard_normal((len(names), width)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    data = from_features(
+        Features(
+            x=draw.standard_normal((count * ROWS, width)).astype(np.float32),
+            y=draw.integers(0, len(names), count * ROWS),
+            domain=np.zeros(count * ROWS, np.int64),
+            split=np.full(count * ROWS, UNASSIGNED, np.int8),
+            classes=names,
+            domains=("one",),
+            class_embeddings=text,
+            logit_scale=100.0,
+        )
+    )
+    data = replace(data, class_embeddings=replace(data.class_embeddings, templates=("a photo of a {}",)))
+    parts = np.arange(count * ROWS).reshape(count, ROWS)
+    clients = Population([tuple(np.split(part, [ROWS // 2, 3 * ROWS // 4])) for part in parts], [])
+    private = PrivateStore(Path(tempfile.mkdtemp(dir=folder)))
+    method = parse("method", EVALUATED[name])
+    task = Task(method, FedAvg(), seed=0, private=private)
+    params = initial_params(task, backbone_of(data, reads=method.reads, clip=clip))
+    workers = {"without memory": ClientWorker(data, clients, frozen), "fedsim": ClientWorker(data, clients, frozen)}
+    calls: dict[str, list[float]] = {kind: [] for kind in workers}
+    seconds: dict[str, list[float]] = {kind: [] for kind in workers}
+    for kind, worker in workers.items():
+        first = worker.models.clip(task.dtype).model.transformer.resblocks[0]
+        first.register_forward_pre_hook(lambda *_, kind=kind: calls[kind].append(1))
+        worker.models.module(task)
+    for round in range(1, args.repeats + 1):
+        vector = flatten({key: tensor + 1e-3 * round for key, tensor in params.items()})
+        for client in range(count):
+            own = task.select(params, "private")
+            private.write(client, round, {key: tensor + 1e-3 * round + 1e-5 * client for key, tensor in own.items()})
+        counts = []
+        for kind, worker in workers.items():
+            calls[kind].clear()
+            began = time.process_time()
+            with (
+                nullcontext() if kind == "fedsim" else patch.object(Memo, "__call__", lambda _, compute, *on: compute())
+            ):
+                for chunk in np.array_split(np.arange(count), min(CHUNKS, count)):
+                    stored = [(client, round) for client in chunk.tolist()]
+                    counts.append(worker.evaluate(task, round, vector, (), [], ("val", "test"), stored).flat())
+            seconds[kind].append(time.process_time() - began)
+        before, after = counts[: len(counts) // 2], counts[len(counts) // 2 :]
+        assert all(map(np.array_equal, before, after))
+    old, new = (median(values) for values in seconds.values())
+    passes = {f"passes, {kind}": len(values) for kind, values in calls.items()}
+    return {"method": name, "clients": count, **passes, "s without memory": old, "s, fedsim": new, "ratio": old / new}
 
 
 if __name__ == "__main__":

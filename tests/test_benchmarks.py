@@ -3,6 +3,7 @@
 import ast
 import re
 import runpy
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
@@ -257,11 +258,21 @@ def test_the_papers_experiment_is_scaled_by_what_its_loop_passes_through_the_tow
 
 @pytest.mark.parametrize("flags", commands_of("towers"), ids=" ".join)
 def test_a_step_through_the_text_tower_is_timed_against_the_published_way(flags):
-    (table,) = tables(printed("towers", *flags))  # fails itself where the two ways have other gradients
+    table, evaluations = tables(printed("towers", *flags))  # fails itself where the ways have other results
     assert list(table.index[::2]) == ["PromptFL", "FedTPG", "LoRA, text"]
     seconds, ratios = (table[name].astype(float).to_numpy() for name in ("s a step", "against fedsim"))
     assert (seconds > 0).all() and (ratios[1::2] == 1).all()
     assert ratios[::2] == pytest.approx(seconds[::2] / seconds[1::2], rel=0.05)  # of seconds with four digits
+    once = evaluations["passes, fedsim"].astype(int)
+    assert once.to_dict() == {"PromptFL": 1, "FedTPG": 1, "LoRA, text": 1, "PromptFolio": 4}  # 3 have a prompt each
+    assert (evaluations["passes, without memory"].astype(int) >= 3).all()
+
+
+def test_what_a_command_costs_is_printed_after_it():
+    command = [sys.executable, FOLDER / "_measure.py", sys.executable, "-c", "print('done')"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    peaks = dict(re.findall(r"^peak MiB, (\w+): (\d+)$", out, flags=re.MULTILINE))
+    assert "done" in out and peaks.keys() == {"all", "root"}
 
 
 def test_a_gpus_table_can_be_made_on_a_cpu():
