@@ -28,20 +28,19 @@ MAX_ROUTED = 16  # images that are routed together
 class TRIP(PromptMethod):
     """Defaults are those of the authors' script, train.sh, but for the size of the prompts.
 
-    The script has 8 experts of 32 tokens, the program without flags 4 of 2, which is the default here. As many
-    parameters as in the README's table, 65,536, are those of 4 experts of 32 tokens. The script's 15 rounds are set in
-    the experiment, as is its server: `moving_average`, with clients weighted by rows.
+    The script has 8 experts of 32 tokens, the program without flags 4 of 2, as here; the README's table has the 65,536
+    parameters of 4 experts of 32 tokens. The script's 15 rounds are set in the experiment, as is its server:
+    `moving_average`, with clients weighted by rows.
 
-    The patches of an image are clustered by k-means whose clusters have limited room; patches that prefer a full
-    cluster belong to none. Clusters are assigned to fixed orthogonal keys, one per expert, by the largest sum of
-    cosines. The tokens of the image are those of all experts, weighted by the sizes of their clusters; images with
-    equal weights share their class texts. This has no parameters, so it is the same in all rounds.
+    Patches are clustered by k-means whose clusters have limited room; those that prefer a full cluster belong to none.
+    Clusters are assigned to fixed orthogonal keys, one per expert, by the largest sum of cosines, and weight the tokens
+    of the experts by their sizes. This has no parameters; images with equal weights share their class texts.
 
     Differs: all experts of the code begin with the same values, because one tensor initializes them; here each has its
-    own. Differs: the code starts k-means from random tokens of an image; here they are evenly spaced, so that an image
-    always has the same weights. Differs: the code clusters the tokens of the last block, that of the class among them,
-    in half precision; here they are the projected patches, without the class token.
-    Differs: the code distils from texts of several templates; here from those of `--prompt`.
+    own. Differs: the code starts k-means from random tokens; here they are evenly spaced, so that an image always has
+    the same weights. Differs: the code clusters the tokens of the last block, that of the class among them, in half
+    precision; here they are the projected patches. Differs: the code distils from texts of several templates; here from
+    those of `--prompt`.
     """
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adamw"
@@ -53,13 +52,9 @@ class TRIP(PromptMethod):
     weight_decay: float = 0.01
     batch_size: int = Field(16, search=Choice((8, 16, 32)))
     length: int = Field(2, search=Choice((2, 4, 8, 16), when=("init", "")))
-    experts: int = Field(4, ge=1, le=8, search=Choice((2, 4, 8)), description="prompts that are mixed; 1 is PromptFL")
-    distillation: float = Field(
-        1.0, ge=0, search=Log(0.01, 10.0), description="weight of the cross-entropy with zero-shot probabilities"
-    )
-    room: float = Field(
-        1.0, ge=1, search=Linear(1.0, 3.0), description="largest cluster, in multiples of the mean size; in training"
-    )
+    experts: int = Field(4, ge=1, le=8, search=Choice((2, 4, 8)), description="prompts that are mixed for each image")
+    distillation: float = Field(1.0, ge=0, search=Log(0.01, 10.0), description="weight of zero-shot CLIP as a teacher")
+    room: float = Field(1.0, ge=1, search=Linear(1.0, 3.0), description="room of a cluster in training, in mean sizes")
     test_room: float = Field(2.0, ge=1, search=Linear(1.0, 3.0), description="the same in evaluation")
 
     @property
@@ -71,9 +66,8 @@ class TRIP(PromptMethod):
 
     def loss(self, module: "_Experts", batch: Batch) -> Tensor:
         scores = module.scores(batch.x, self.room, batch.classes)
-        zero_shot = module.zero_shot(batch.x, batch.classes).softmax(dim=-1)
-        logits = module.spread(scores, batch.classes)
-        return cross_entropy(logits, batch.y) + self.distillation * cross_entropy(scores, zero_shot)
+        distillation = cross_entropy(scores, module.zero_shot(batch.x, batch.classes).softmax(dim=-1))
+        return cross_entropy(module.spread(scores, batch.classes), batch.y) + self.distillation * distillation
 
     def scope(self, name: str) -> Scope:
         return "frozen" if name == "keys" else "shared"
@@ -98,15 +92,11 @@ class _Experts(Prompted):
         if not len(x):
             return x.new_zeros(0, count)
         weights = torch.cat([route(part[:, 1:], self.keys, room) for part in x.split(MAX_ROUTED)]).to(x.dtype)
-        images = zip(*(each.split(max(1, MAX_TEXTS // max(1, count))) for each in (x[:, 0], weights)), strict=True)
-        return torch.cat([self._scores(features, own, classes) for features, own in images])
-
-    def _scores(self, features: Tensor, weights: Tensor, classes: Tensor | None) -> Tensor:
         distinct, which = weights.unique(dim=0, return_inverse=True)
-        tokens = torch.tensordot(distinct, self.tokens, dims=1)
+        tokens = torch.tensordot(distinct, self.tokens, dims=1).split(max(1, MAX_TEXTS // max(1, count)))
         # The text tower takes images as it takes the clients of a stack: in one call.
-        texts = vmap(lambda own: self.texts(own, classes))(tokens)  # (images with distinct weights, n, D)
-        return self.scale * torch.einsum("bd,bnd->bn", normalize(features, dim=-1), texts[which])
+        texts = torch.cat([vmap(lambda own: self.texts(own, classes))(part) for part in tokens])
+        return self.scale * torch.einsum("bd,bnd->bn", normalize(x[:, 0], dim=-1), texts[which])
 
     def zero_shot(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """(B, 1 + T, D) -> (B, n) logits of CLIP itself."""
@@ -117,19 +107,11 @@ class _Experts(Prompted):
 def route(
     tokens: Tensor, keys: Tensor, room: float, iterations: int = 100, step: float = 1e-4, tolerance: float = 1e-4
 ) -> Tensor:
-    """The share of each image's clustered patches that belongs to each expert.
+    """The share of each image's clustered patches that belongs to each expert: (B, T, D), (E, D) -> (B, E) float64.
 
-    The constants are those of the code. In each iteration, patches come in the order of their distances to the nearest
-    centre, less what clusters have as a bonus; `step` is the bonus per vacancy and iteration. An image stops when its
-    centres move by less than `tolerance` in the mean, whatever the other images do.
-
-    Args:
-        tokens: (B, T, D).
-        keys: (E, D).
-        room: of a cluster, in multiples of T / E.
-
-    Returns:
-        (B, E) float64, rows with sum 1.
+    The constants are the code's. Patches come in the order of their distances to the nearest centre, less the bonus of
+    its cluster, which grows by `step` per vacancy and iteration. An image stops when its centres move by less than
+    `tolerance` in the mean, whatever the other images do. `room` is that of a cluster, in multiples of T / E.
     """
     x, (count, experts) = tokens.double(), (tokens.shape[1], len(keys))
     places = torch.full((experts,), int(count // experts * room), device=x.device)
