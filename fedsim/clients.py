@@ -205,6 +205,12 @@ def held_out_indices(rows: Labels, held_out: tuple[str, ...]) -> list[int]:
     return [rows.domains.index(name) for name in dict.fromkeys(held_out)]
 
 
+def neighbors_of(client: int, population: int, count: int, seed: int) -> list[int]:
+    """Ids of the other clients on whose test rows a client's model is evaluated, ascending; the same in every round."""
+    drawn = numpy_rng(seed, "neighbors", client).choice(population - 1, count, replace=False)
+    return sorted((drawn + (drawn >= client)).tolist())
+
+
 def sample_cohort(population: int, cohort: int | None, seed: int, round: int) -> list[int]:
     """Ids of the clients that train in a round, without replacement.
 

@@ -141,8 +141,12 @@ class Config(BaseModel):
     seed: int = Field(0, ge=0, description="seed of everything but the partition")
     eval_every: int = Field(1, ge=1, description="evaluate every N rounds, and the last")
     eval_clients: int | None = Field(None, ge=1, description="clients evaluated, drawn once (default: all)")
+    # The number of clients - 1 is DP-FPL's.
+    neighbors: int = Field(
+        0, ge=0, description="others, drawn once, on whose test rows each client is evaluated, at N times the cost"
+    )
     # Nothing is sent. It decides no other result, so a finished run without it continues with it.
-    tune_epochs: int = Field(0, ge=0, description="local epochs of each client after the last round")
+    tune_epochs: int = Field(0, ge=0, description="epochs of each client after the last round")
     engine: Literal["stacked", "reference"] = Field(
         "stacked",
         description="clients trained together or one by one; equal up to rounding",

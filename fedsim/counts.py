@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsim.datasets import Labels
 
-SPLITS = ("val", "test", "new")
+SPLITS = ("val", "test", "new", "neighbor")  # the last: test rows of other clients, by a client's model
 COLUMNS = ("client", "domain", "split", "correct", "total", "correct_own")
 GROUPS = ("own", "held_out", "new")  # test rows of training clients' domains, of held-out domains, of new classes
 BINS = 15  # of confidence, as in Guo et al. 2017, arXiv 1706.04599
@@ -19,7 +19,7 @@ Entries = Sequence[tuple[int, str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of some clients on some rows. Validation rows are in `scores` alone.
+    """Counts of some clients on some rows. Validation rows, and those of neighbors, are in `scores` alone.
 
     The prediction is the most probable of all trained classes, or of the new ones where the row is of a new class. For
     `correct_own` it is the most probable of the client's own classes. In a suite, only classes of the row's data set
@@ -82,7 +82,7 @@ def tally(
 
     split = keys[entry, 1]
     group = np.where(split == SPLITS.index("new"), GROUPS.index("new"), np.isin(domain, list(held_out)))
-    test = split != SPLITS.index("val")
+    test = np.isin(split, [SPLITS.index(name) for name in ("test", "new")])
     group, label, predictions, correct = group[test], label[test], predictions[test], correct[test]
     confidence = confidence[test].astype(np.float64)
     size = len(GROUPS) * classes

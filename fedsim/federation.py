@@ -20,6 +20,7 @@ from fedsim.schedule import PlannedRound, schedule
 from fedsim.servers import Bank, Server
 from fedsim.servers.fedavg import FedAvg
 from fedsim.state import ServerState, advance, past_versions
+from fedsim.training.evaluator import EvaluationRows
 from fedsim.training.survey import Survey
 from fedsim.training.task import Task, backbone_of, local_rows
 from fedsim.training.trainer import Chunk
@@ -57,7 +58,7 @@ class Federation:
     Attributes:
         evaluated: ids of the training clients that are evaluated.
         test_only: ids of the clients that only have test rows, of held-out domains or new classes.
-        held_out: indices of the held-out domains.
+        rows_evaluated: on which rows clients are evaluated.
         received_names: names of the tensors that a client receives.
         payload: bytes that a client receives and sends in a round.
         survey: what is summed over all training clients before round 1; None if the method needs nothing.
@@ -70,7 +71,8 @@ class Federation:
         self.experiment, self.task, self.clients, self.workers = experiment, task, clients, workers
         self.evaluated = evaluated_clients(config, clients)
         self.test_only = list(range(clients.trainers, len(clients))) if "test" in experiment.splits else []
-        self.held_out = held_out_indices(experiment.data.source, config.held_out)
+        held_out = held_out_indices(experiment.data.source, config.held_out)
+        self.rows_evaluated = EvaluationRows(experiment.splits, held_out, config.neighbors, config.partition_seed)
         self.received_names = list(task.select(params, "shared", "server"))
         self.payload = task.payload(params, config.cohort or clients.trainers)
         self.survey = None
@@ -173,13 +175,12 @@ class Federation:
         broadcast = flatten(task.server.broadcast(state.slots, task.select(state.params, "shared")))
         chunks = self._chunks([(client, _last_write(state, client)) for client in self.evaluated])
         arguments = task, state.round, flatten(self.reported(state).params), broadcast
-        rows = self.test_only, self.held_out, self.experiment.splits
-        return merge(self.workers.map("tune", chunks, *arguments, *rows))
+        return merge(self.workers.map("tune", chunks, *arguments, self.test_only, self.rows_evaluated))
 
     def _counts(
         self, task: Task, round: int, params: Params, clients: list[tuple[int, int]], shared_rows: Sequence[int] = ()
     ) -> Counts:
-        arguments = task, round, flatten(params), shared_rows, self.held_out, self.experiment.splits
+        arguments = task, round, flatten(params), shared_rows, self.rows_evaluated
         return merge(self.workers.map("evaluate", self._chunks(clients), *arguments))
 
     def local_rows(self, clients: Sequence[int]) -> np.ndarray:

@@ -241,6 +241,10 @@ def _check_clients(config: Config, method: Method, clients: Population) -> None:
     for name, count in {"cohort": config.cohort, "eval_clients": config.eval_clients}.items():
         if count and count > clients.trainers:
             raise InputError(f"{name} of {count} from {clients.trainers} clients; it can be at most {clients.trainers}")
+    if config.neighbors >= clients.trainers:
+        raise InputError(
+            f"neighbors of {config.neighbors} from {clients.trainers} clients; each has {clients.trainers - 1} others"
+        )
     check(config, clients.trainers)
     _check_evaluated(config, clients)
     if method.reads_target and not len(clients.held_out):

@@ -73,6 +73,7 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
         "augment": source.representations.views - 1,
         "unseen_test": source.unseen_test,
         "label_space": task.method.label_space,
+        "personal": task.is_personal(params),
         "trained_parameters": sum(tensor.numel() for tensor in task.select(params, "shared", "private").values()),
         "flops_per_step": per_step,
         "flops_per_row": per_row,

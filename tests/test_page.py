@@ -112,7 +112,7 @@ def test_the_summary_is_the_report_s_and_nothing_is_loaded(shape, shown):
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
     assert len(page.ids) == len(set(page.ids))
     assert page.headings[1:] == ["Round by round", "By domain", "By client", "Who holds what", "What was run"]
-    assert {len(row) for rows in page.tables.values() for row in rows} <= {2, 4, 5, 7, 8}
+    assert {len(row) for rows in page.tables.values() for row in rows} <= {2, 4, 6, 7, 8}
     assert all(len(alt) > 20 for alt in page.alts)
 
 
@@ -146,13 +146,14 @@ def test_kinds_of_rows_have_their_f1_and_calibration_before_and_after(shown):
     report, page, _ = shown("plain")
     before, after = report.summary("zero_shot"), report.summary()
     head, own, away = page.table("All rows of a kind together, in percent: zero-shot CLIP → round")
-    assert head == ["rows", "among", "accuracy", "macro-F1", "calibration error"]
+    assert head == ["rows", "among", "accuracy", "balanced accuracy", "macro-F1", "calibration error"]
     for row, name, f1, ece in (
         (own, "own test rows", "macro_f1", "ece"),
         (away, "held-out domains", "generalization_f1", "generalization_ece"),
     ):
         assert row[:2] == [name, "all 4 classes"]
-        assert row[3:] == [f"{percent(before[key])} → {percent(after[key])}" for key in (f1, ece)]
+        assert row[4:] == [f"{percent(before[key])} → {percent(after[key])}" for key in (f1, ece)]
+    assert own[3] == f"{percent(before['balanced'])} → {percent(after['balanced'])}"
     assert own[2].split(" → ")[1] == percent(after["personalization"])  # two clients of 24 test rows each
     assert away[2].split(" → ")[1] == percent(after["generalization"])  # one domain
     assert not any("harmonic" in words for rows in page.tables.values() for row in rows for words in row)

@@ -17,6 +17,7 @@ from fedsim.registry import parse
 from fedsim.servers import Reply
 from fedsim.training.accumulator import Accumulator
 from fedsim.training.client_store import PrivateStore
+from fedsim.training.evaluator import EvaluationRows
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.stack import by_autograd, gradients, groups, stack_size
 from fedsim.training.task import Task, backbone_of, initial_params
@@ -312,7 +313,7 @@ def test_the_first_memory_of_a_client_is_that_of_round_0_whatever_its_actor_has_
     params = initial_params(task, backbone_of(features))
     trainer = ClientWorker(features, clients)
     later = flatten({name: tensor + 1 for name, tensor in params.items()})
-    trainer.evaluate(task, 1, later, [], [], ("test",), [(0, 0)])
+    trainer.evaluate(task, 1, later, [], EvaluationRows(("test",)), [(0, 0)])
     trainer.train(task, 2, {1: later}, np.empty(0), Chunk(1, [(0, 0)]))
     (first,) = (tensor for name, tensor in task.private.read(0, 2).items() if name.startswith("rule/"))
     assert torch.equal(first, params["weight"])

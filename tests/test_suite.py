@@ -362,6 +362,17 @@ def test_the_config_of_fedtpgs_federation_runs_on_small_sets_of_its_layouts(sets
     assert "local, base and new are means over the data sets" in page
 
 
+def test_rows_of_neighbors_are_judged_among_the_classes_of_their_data_set(suite):
+    tables = report_of(suite(method="probe", neighbors=2)).tables()
+    assert sorted(set(tables.scores.domain)) == sorted(THREE)
+    for model in tables.zero_shot, tables.of("trained", 1):
+        own, others = (
+            model.scores[model.scores.split == split].groupby("client")[["correct", "total"]].sum()
+            for split in ("test", "neighbor")
+        )
+        assert len(own) == 3 and (own + others == own.sum()).all(axis=None)  # one model for all
+
+
 # Cross-dataset --------------------------------------------------------------------------------------------------
 
 # Correct and all predictions in FedTPG's published log (output/cross_data/fedtpg/5_8/43), in the order of the config.

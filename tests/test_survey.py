@@ -16,6 +16,7 @@ from fedsim.methods.ncm import NCM
 from fedsim.params import flatten
 from fedsim.registry import parse
 from fedsim.schedule import schedule
+from fedsim.training.evaluator import EvaluationRows
 from fedsim.training.task import Task, backbone_of, initial_params
 from fedsim.training.trainer import Chunk
 from fedsim.training.worker import ClientWorker
@@ -111,7 +112,7 @@ def test_what_a_chunk_contributes_depends_on_no_earlier_call(features, clients):
     worker, fresh = ClientWorker(features, clients), ClientWorker(features, clients)
     arguments = task, flatten(params), {"rows": (5,), "sums": (5, 12)}
     first = fresh.survey(*arguments, [2, 0])
-    worker.evaluate(task, 1, flatten(params) + 1, [], [], ("val",), [(0, 0)])
+    worker.evaluate(task, 1, flatten(params) + 1, [], EvaluationRows(("val",)), [(0, 0)])
     assert np.array_equal(worker.survey(*arguments, [2, 0]), first)
     alone = [worker.survey(*arguments, [k]) for k in (2, 0)]
     assert np.array_equal(alone[0] + alone[1], first) and first.dtype == np.float64

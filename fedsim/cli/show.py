@@ -51,6 +51,8 @@ def _heads(tables: "Tables", means: list[dict[str, float]]) -> dict[str, dict[st
     heads |= {"personalization": "clients' own test rows", "worst_tenth": "worst tenth of clients"}
     if any(abs(model["personalization_own"] - model["personalization"]) > 0 for model in means):
         heads["personalization_own"] = "own test rows among own classes"
+    if "neighbor" in means[0]:
+        heads["neighbor"] = "other clients' test rows"
     titles = {f"accuracy in percent, round {tables.chosen_round} of {tables.last_round}": heads}
     if tables.new_classes:
         titles["base and new classes, and harmonic means"] = {

@@ -27,14 +27,17 @@ SHOWN = {
     "personalization": "personalization",
     "worst_tenth": "worst tenth",
     "validation": "validation",
+    "neighbor": "neighbor",
     "local": "local",
     "base": "base",
     "new": "new",
     "harmonic_2": "harmonic mean (base, new)",
     "harmonic_3": "harmonic mean (local, base, new)",
 }
-TUNED_SHOWN = "generalization", "personalization", "worst_tenth"
+TUNED_SHOWN = ("generalization", "personalization", "worst_tenth", "neighbor", "dual")
 MORE = {
+    "pooled": "all rows together",
+    "balanced": "balanced accuracy",
     "spread": "deviation over clients",
     "personalization_own": "own classes competing",
     "macro_f1": "macro-F1",
@@ -52,6 +55,7 @@ CAVEATS = {
     ("dataset", "data_dir"): "These runs are on different data: their accuracies do not compare.",
     ("held_out",): "These runs hold out different domains: all accuracies are measured on different rows.",
     ("new_classes",): "These runs train on different classes: all accuracies are measured on different rows.",
+    ("neighbors",): "These runs have different numbers of neighbors: neighbor is measured on different rows.",
     ("partition", "clients", "train_share", "partition_seed"): (
         "These runs have different partitions: all but generalization is measured on different rows."
     ),
@@ -236,13 +240,14 @@ def _word(run: Finished, field: str) -> str:
 def _table(groups: Groups, differing: list[str]) -> pd.DataFrame:
     """A row of text for each group, by the fields that differ."""
     measures = {key for _, group in groups for run in group for key in run.means}
-    tuned = [key for key in TUNED_SHOWN if any(run.tuned for _, group in groups for run in group)]
+    tuned = [key for key in TUNED_SHOWN if any(key in run.tuned for _, group in groups for run in group)]
     rows = []
     for name, group in groups:
         row = {"name": name} | {field: _word(group[0], field) for field in differing}
         row["chosen round"] = ", ".join(str(round) for round in sorted({run.chosen for run in group}))
         row |= {head: _mean(group, key) for key, head in SHOWN.items() if key in measures}
-        row |= {f"tuned, {SHOWN[key]}": _spread([run.tuned.get(key, np.nan) for run in group]) for key in tuned}
+        for key in tuned:
+            row[f"tuned, {SHOWN.get(key, key)}"] = _spread([run.tuned.get(key, np.nan) for run in group])
         row["zero-shot generalization"] = _spread([run.zero_shot["generalization"] for run in group])
         row["megabytes up"] = number(float(np.mean([run.megabytes for run in group])))
         row["seconds"] = number(float(np.mean([run.seconds for run in group])))

@@ -44,9 +44,9 @@ CHECK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": 
 def round_values(report: Report, first: int) -> Iterator[RoundValues]:
     """An event for each round of a report from `first` on.
 
-    Names: `accuracy/generalization`, `accuracy/personalization`, `accuracy/validation` and, if there are new classes,
-    `accuracy/new`, in [0, 1], of evaluated rounds; the same below `zero_shot`, in round 0; and `round/` with each of
-    `COSTS`. Values that are nan are left out.
+    Names: `accuracy/generalization`, `accuracy/personalization`, `accuracy/validation` and, where there are such rows,
+    `accuracy/new` and `accuracy/neighbor`, in [0, 1], of evaluated rounds; the same below `zero_shot`, in round 0; and
+    `round/` with each of `COSTS`. Values that are nan are left out.
     """
     for round in range(first, len(report.rounds) + 1):
         values = _costs(report, round) if round else _accuracies("zero_shot", ZERO_SHOT, 0, report.zero_shot, report)

@@ -31,9 +31,15 @@ def summarize(
     worst_tenth: the same, mean over the worst tenth of the clients.
     validation: accuracy of clients on their own validation rows, mean over clients.
     spread: standard deviation of the accuracies that personalization is the mean of.
+    pooled: accuracy on the own test rows of all clients together, so that a client weighs as its rows do.
+    balanced: balanced accuracy on the same rows, mean over the classes that they show.
     personalization_own: as personalization, but only a client's own classes compete for its rows.
     macro_f1, ece: of the own test rows of all clients together; see `macro_f1` and `calibration_error`.
     generalization_f1, generalization_ece: of the test rows of all held-out domains together.
+
+    neighbor: where clients have `neighbors`, accuracy of each client's model on the test rows of these together, mean
+        over clients; with all others for neighbors as in DP-FPL's code (linhhtran/DP-FPL, commit 7769f01,
+        Dassl/dassl/data/data_manager.py).
 
     Where there are rows of new classes, also these, as papers that train on base classes call them:
 
@@ -57,11 +63,15 @@ def summarize(
         "personalization": float(own.mean()),
         "worst_tenth": tail_mean(own) if len(own) else float("nan"),
         "validation": validation_of(scores),
+        "pooled": pooled_accuracy(scores[test & ~held]),
+        "balanced": balanced_accuracy(groups["own"][0]),
         "spread": float(own.std(ddof=0)),
         "personalization_own": float(among_own.mean()),
     }
     for group, f1, ece in (("own", "macro_f1", "ece"), ("held_out", "generalization_f1", "generalization_ece")):
         means |= {f1: macro_f1(groups[group][0]), ece: calibration_error(groups[group][1])}
+    if (neighbor := scores.split == "neighbor").any():
+        means["neighbor"] = float(accuracy_per_client(scores[neighbor]).mean())
     if not new.any():
         return means
     if suite:
@@ -117,6 +127,13 @@ def pooled_accuracy(scores: pd.DataFrame) -> float:
     return float(scores.correct.sum() / scores.total.sum()) if scores.total.sum() else float("nan")
 
 
+def balanced_accuracy(labels: pd.DataFrame) -> float:
+    """Accuracy in [0, 1] on the rows of a class, from rows of `Tables.labels`, mean over classes with rows."""
+    counts = labels.groupby("label")[["correct", "support"]].sum()
+    counts = counts[counts.support > 0]
+    return float((counts.correct / counts.support).mean())
+
+
 def tail_of(clients: int) -> int:
     """How many of this number of clients are the worst tenth: rounded down, but at least one."""
     return max(1, part(clients, 0.1))
@@ -163,6 +180,8 @@ def curves(scores: pd.DataFrame, held_out: Sequence[str]) -> pd.DataFrame:
     }
     if (new := scores.split == "new").any():
         accuracies["new"] = accuracy_per_client(scores[new])
+    if (neighbor := scores.split == "neighbor").any():
+        accuracies["neighbor"] = accuracy_per_client(scores[neighbor])
     rounds = pd.Index(sorted(scores["round"].unique()), name="round")
     return pd.DataFrame({name: values.groupby("round").mean() for name, values in accuracies.items()}, index=rounds)
 

@@ -17,6 +17,7 @@ from fedsim.reporting.metrics import (
     accuracy_per_client,
     accuracy_per_domain,
     against_cost,
+    balanced_accuracy,
     calibration_error,
     curves,
     macro_f1,
@@ -33,6 +34,8 @@ MEASURES = {
     "worst_tenth": "own test rows, worst tenth of the clients",
     "spread": "own test rows, standard deviation over clients",
     "personalization_own": "own test rows, only a client's own classes competing, mean over clients",
+    "neighbor": "test rows of other clients, mean over clients",
+    "dual": "dual: harmonic mean of the last round's model on own test rows of all clients, and of the tuned models",
     "validation": "validation rows, mean over clients",
 }
 # Of runs whose clients train on some of the classes only; `local` is personalization_own by another name.
@@ -63,14 +66,14 @@ def write_page(tables: Tables, file: Path) -> None:
 
 
 def _summary(tables: Tables) -> dict[str, pd.DataFrame]:
-    before, after = tables.summary(ZERO_SHOT), tables.summary()
+    means = {BEFORE: tables.summary(ZERO_SHOT), AFTER: tables.summary()}
+    means |= {AT_END: tables.summary(TUNED)} if tables.tuned else {}
     tested = rows_tested(tables)
     labels = {
         key: f"{label} ({number(tested[key])} rows)" if tested.get(key) else label
         for key, label in (MEASURES | NEW_MEASURES).items()
-        if key in after
+        if any(key in summary for summary in means.values())
     }
-    means = {BEFORE: before, AFTER: after} | ({AT_END: tables.summary(TUNED)} if tables.tuned else {})
     table = pd.DataFrame(means).loc[list(labels)]
     caption = (
         f"Top-1 accuracy in percent, round {tables.chosen_round}; the difference from zero-shot CLIP in percentage "
@@ -96,6 +99,7 @@ def _by_group(tables: Tables) -> dict[str, pd.DataFrame]:
             continue
         pairs = {
             "accuracy": [table.correct.sum() / table.support.sum() for table in labels],
+            "balanced accuracy": [balanced_accuracy(table) for table in labels],
             "macro-F1": [macro_f1(table) for table in labels],
             "calibration error": [calibration_error(table) for table in bins],
         }
@@ -214,7 +218,8 @@ def _partition(tables: Tables) -> Plot:
 def _facts(tables: Tables) -> dict[str, pd.DataFrame]:
     costs, facts = tables.rounds, portable(tables.facts)
     versions, skipped = facts.pop("versions", {}), facts.pop("skipped", [])
-    elsewhere = {"flops_per_step", "flops_per_row", "unseen_test"}  # in the teraflops below, and in `remarks`
+    # In the teraflops below, in `remarks`, and in which measures there are.
+    elsewhere = {"flops_per_step", "flops_per_row", "unseen_test", "personal"}
     facts = {name.replace("_", " "): _fact(value) for name, value in facts.items() if name not in elsewhere}
     train = tables.partition[tables.partition.split == "train"]
     facts |= {

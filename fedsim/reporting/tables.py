@@ -11,7 +11,7 @@ import pandas as pd
 from fedsim.clients import new_of
 from fedsim.counts import COLUMNS as SCORES
 from fedsim.counts import GROUPS, SPLITS, Counts
-from fedsim.reporting.metrics import best_round, summarize, validation_of
+from fedsim.reporting.metrics import best_round, harmonic_mean, summarize, validation_of
 
 # Column `model`: zero-shot CLIP (round 0); what the run trains; and what clients made of that after the last round.
 ZERO_SHOT, TRAINED, TUNED = "zero_shot", "trained", "tuned"
@@ -103,11 +103,23 @@ class Tables:
         return self.of(TUNED) if (self.scores.model == TUNED).any() else None
 
     def summary(self, model: str = TRAINED, round: int | None = None) -> dict[str, float]:
-        """`summarize` of zero-shot CLIP, of tuned models, or of the trained model in a round (default: the chosen)."""
+        """`summarize` of zero-shot CLIP, of tuned models, or of the trained model in a round (default: the chosen).
+
+        Of tuned models also `dual`, unless clients had models of their own before: the harmonic mean of `pooled` of the
+        last round's model and `personalization` of the tuned models.
+
+        Source: the benchmark of that name in FLIP (0-ml/flip, commit 17fc171, flcore/servers/server_fedavg.py), with
+        the clients' models before aggregation.
+
+        Differs: FLIP weighs clients by train rows, and takes the models before the aggregation of the same round.
+        """
         if model == TRAINED and round is None:
             round = self.chosen_round
         tables = self.of(model, round)
-        return summarize(tables.scores, tables.labels, tables.calibration, self.held_out, bool(self.class_domain))
+        means = summarize(tables.scores, tables.labels, tables.calibration, self.held_out, bool(self.class_domain))
+        if model == TUNED and not self.facts.get("personal"):
+            means["dual"] = harmonic_mean(self.summary(TRAINED, self.last_round)["pooled"], means["personalization"])
+        return means
 
 
 def score_table(evaluations: Iterable[Evaluation], domains: Sequence[str]) -> pd.DataFrame:

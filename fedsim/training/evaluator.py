@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.clients import Client, Population
+from fedsim.clients import Client, Population, neighbors_of
 from fedsim.counts import Counts, tally
 from fedsim.errors import Diverged, InputError
 from fedsim.params import Params, moved, unflatten
@@ -16,6 +17,22 @@ from fedsim.training.client_store import Stored
 from fedsim.training.models import Models
 from fedsim.training.predict import Entry, Spaces, predict
 from fedsim.training.task import Task
+
+
+class EvaluationRows(NamedTuple):
+    """On which rows clients are evaluated.
+
+    Attributes:
+        splits: those of `counts.SPLITS` that are evaluated; rows of the others are not read.
+        held_out: indices of the held-out domains.
+        neighbors: number of other clients on whose test rows the model of each client that trains is evaluated.
+        seed: that by which they are drawn.
+    """
+
+    splits: Sequence[str]
+    held_out: Sequence[int] = ()
+    neighbors: int = 0
+    seed: int = 0
 
 
 class Evaluator:
@@ -32,17 +49,14 @@ class Evaluator:
         round: int,
         params: np.ndarray,
         shared_rows: Sequence[int],
-        held_out: Sequence[int],
-        splits: Sequence[str],
+        evaluated: EvaluationRows,
         chunk: Stored,
     ) -> Counts:
-        """Counts of a chunk of clients on their own validation and test rows.
+        """Counts of a chunk of clients on their own validation and test rows, and on those of others.
 
         Args:
             params: (P,) all parameters as the server has them.
             shared_rows: ids of clients that do not train; every client of the chunk is evaluated on their rows too.
-            held_out: indices of the held-out domains.
-            splits: those of `counts.SPLITS` that are evaluated; rows of the others are not read.
 
         Raises:
             Diverged: a prediction is NaN, after some rounds of training.
@@ -51,7 +65,7 @@ class Evaluator:
         like = self.models.module(task)[1]
         received, personal = moved(unflatten(params, like), self.device), task.is_personal(like)
         own = ((k, self.models.private(task, k, written).params if personal else None) for k, written in chunk)
-        return self.count(task, round, received, own, shared_rows, held_out, splits)
+        return self.count(task, round, received, own, shared_rows, evaluated)
 
     def count(
         self,
@@ -60,8 +74,7 @@ class Evaluator:
         received: Params,
         own: Iterable[tuple[int, Params | None]],
         shared_rows: Sequence[int],
-        held_out: Sequence[int],
-        splits: Sequence[str],
+        evaluated: EvaluationRows,
     ) -> Counts:
         """The same of clients with the tensors that each has in place of some that it received; None: of one model.
 
@@ -80,8 +93,9 @@ class Evaluator:
             client = self.clients[k]
             parts = [("val", client.val, client), (client.split, client.test, client)]
             parts += [(other.split, other.test, other) for other in others]
+            parts += [("neighbor", rows, client) for rows in self._neighbors(k, evaluated)]
             for split, rows, owner in parts:
-                if split in splits:
+                if split in evaluated.splits:
                     entries += [self._entry(task, round, k, split, part, owner) for part in self._by_vocabulary(rows)]
             if tensors is not None:
                 module.eval().load_state_dict(received | tensors)
@@ -95,13 +109,25 @@ class Evaluator:
             if not round:
                 raise InputError(f"method {name_of(task.method)} predicts NaN before it is trained")
             raise Diverged.in_round(round, "a prediction of the trained model")
-        return tally([entry for entry, *_ in entries], predicted, predicted_own, confidence, self.data, held_out)
+        return tally(
+            [entry for entry, *_ in entries], predicted, predicted_own, confidence, self.data, evaluated.held_out
+        )
+
+    def _neighbors(self, client: int, evaluated: EvaluationRows) -> list[np.ndarray]:
+        """The test rows of a client's neighbors, all together; none of a client that does not train."""
+        count, trainers = evaluated.neighbors, self.clients.trainers
+        if not count or client >= trainers or "neighbor" not in evaluated.splits:
+            return []
+        ids = neighbors_of(client, trainers, count, evaluated.seed)
+        return [np.concatenate([self.clients[other].test for other in ids])]
 
     def _entry(self, task: Task, round: int, k: int, split: str, rows: np.ndarray, owner: Client) -> Entry:
         """Some rows of `owner`, to be predicted with the parameters of client k."""
         context = self.models.contexts.of(task, round, [owner])
         context = context and context.part(0)._replace(id=torch.tensor(k))
-        return (k, split, rows), self._spaces(owner, rows), context
+        protocol, own = self._spaces(owner, rows)
+        spaces = protocol, protocol if split == "neighbor" else own  # of other clients' rows, no classes are its own
+        return (k, split, rows), spaces, context
 
     def _by_vocabulary(self, rows: np.ndarray) -> list[np.ndarray]:
         """The rows in parts for which the same classes compete: in a suite, those of each data set."""

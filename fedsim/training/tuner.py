@@ -8,7 +8,7 @@ import numpy as np
 from fedsim.counts import Counts
 from fedsim.params import Params, moved, unflatten
 from fedsim.training.client_store import Stored
-from fedsim.training.evaluator import Evaluator
+from fedsim.training.evaluator import EvaluationRows, Evaluator
 from fedsim.training.task import Task
 from fedsim.training.trainer import Received, Trainer
 
@@ -26,8 +26,7 @@ class Tuner:
         params: np.ndarray,
         broadcast: np.ndarray,
         shared_rows: Sequence[int],
-        held_out: Sequence[int],
-        splits: Sequence[str],
+        rows: EvaluationRows,
         chunk: Stored,
     ) -> Counts:
         """Counts of a chunk of clients, each by the model with which it is evaluated, trained once more.
@@ -40,7 +39,7 @@ class Tuner:
             round: rounds done.
             params: (P,) all parameters as they are evaluated.
             broadcast: what the server rule sends besides the parameters, flat.
-            shared_rows, held_out, splits: as of `Evaluator.evaluate`.
+            shared_rows, rows: as of `Evaluator.evaluate`.
         """
         models = self.trainer.models
         like, (_, broadcast_like, unicast_like) = models.module(task)[1], self.trainer.rule_tensors(task)
@@ -51,7 +50,7 @@ class Tuner:
             stored = task.select(evaluated, "shared") | {name: evaluated[name] for name in unicast_like}
             own = {k: stored | models.private(task, k, written).params for k, written in chunk}
         tuned = self._tuned(task, Received(round + 1, evaluated, sent, own), chunk)
-        counts = self.evaluator.count(task, round, evaluated, tuned, shared_rows, held_out, splits)
+        counts = self.evaluator.count(task, round, evaluated, tuned, shared_rows, rows)
         # The clients of a stack are in the order of their numbers of rows.
         return replace(counts, scores=counts.scores[np.argsort(counts.scores[:, 0], kind="stable")])
 
