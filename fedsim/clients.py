@@ -8,6 +8,7 @@ import numpy as np
 from fedsim.datasets import TEST, Labels, vocabularies
 from fedsim.errors import InputError, listing
 from fedsim.partitions import Partition, Splits
+from fedsim.registry import name_of
 from fedsim.rng import numpy_rng
 from fedsim.shares import part
 
@@ -32,6 +33,7 @@ class Population(Sequence):
         held_out: (n,) test rows of each held-out domain.
         new: (n,) test rows of the new classes, which no client trains on; None if there are no new classes.
         new_classes: (m,) indices of the new classes.
+        common: (n,) train rows that every training client has, besides its own; None: there are none.
         images: (N,) the row whose image each row of the data set shows; None: its own (`Partition.images`).
     """
 
@@ -39,6 +41,7 @@ class Population(Sequence):
     held_out: Sequence[np.ndarray]
     new: np.ndarray | None = None
     new_classes: Sequence[int] = ()
+    common: np.ndarray | None = None
     images: np.ndarray | None = None
 
     @property
@@ -98,6 +101,7 @@ def make_clients(
     train_share: float = 0.6,
     shots: int | None = None,
     new_classes: float = 0.0,
+    common: float = 0.0,
 ) -> Population:
     """Assigns the rows of all domains except the held-out ones to clients, and each client's rows to its splits.
 
@@ -109,16 +113,18 @@ def make_clients(
         shots: train rows per client and class; None: all.
         new_classes: fraction of the classes that no client trains on, see `new_of`. Their rows in the training domains
             (only TEST rows if the data set has these) become one more client, after the held-out domains.
+        common: share of all train rows, few-shot ones if `shots`, that every client also has.
 
     Raises:
         InputError: a domain does not exist, none is left to train on, or a client has no train rows; there are no new
-            classes in such a share, or no rows of theirs; a data set that makes rows on demand has no rows to choose
-            from.
+            classes in such a share, or no rows of theirs, or no common rows; a data set that makes rows on demand has
+            no rows to choose from.
     """
-    if rows.rows_per_client and (shots or new_classes):
-        raise InputError(
-            f"{'shots' if shots else 'new_classes'} needs a finite data set; this one generates rows on demand"
-        )
+    if rows.rows_per_client and (shots or new_classes or common):
+        name = "shots" if shots else "new_classes" if new_classes else "common"
+        raise InputError(f"{name} needs a finite data set; this one generates rows on demand")
+    if common and rows.class_domain:
+        raise InputError("common gives all clients the same rows, but those of a suite have different classes")
     held_out_domains = held_out_indices(rows, held_out)
     domains = [domain for domain in range(len(rows.domains)) if domain not in held_out_domains]
     new, new_test = new_of(rows.classes, new_classes, rows.class_domain), None
@@ -140,8 +146,33 @@ def make_clients(
     if shots:
         few = _FewShot(splits, rows.y, shots, seed)
         splits = list(few) if isinstance(splits, list) else few
+    given = None
+    if common:
+        if not isinstance(splits, list):
+            raise InputError(
+                "common needs a partition that assigns the rows of all clients at once; "
+                f"{name_of(partition)} draws them client by client"
+            )
+        splits, given = _with_common(splits, common, seed)
     held_out_rows = [partition.held_out(rows, domain) for domain in held_out_domains]
-    return Population(splits, held_out_rows, new_test, new, images)
+    return Population(splits, held_out_rows, new_test, new, given, images)
+
+
+def _with_common(splits: list[Splits], share: float, seed: int) -> tuple[list[Splits], np.ndarray]:
+    """Gives all clients the same random share of all train rows; returns these rows, too.
+
+    No validation or test row of a client is among them.
+
+    Source: data sharing as in FedRDS, Lv et al. 2023, doi 10.3390/app132312962.
+    """
+    trained, *others = (np.concatenate(parts) for parts in zip(*splits, strict=True))
+    rows = np.setdiff1d(trained, np.concatenate(others))
+    if not (count := part(len(rows), share)):
+        raise InputError(
+            f"common {share:g} of {len(rows)} train rows rounds down to none; give {1 / max(1, len(rows)):.3g} or more"
+        )
+    common = np.sort(numpy_rng(seed, "common").choice(rows, count, replace=False))
+    return [(np.sort(np.append(own, np.setdiff1d(common, own))), val, test) for own, val, test in splits], common
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,8 @@ class Config(BaseModel):
     # The rest is halved into validation and test rows.
     train_share: float = Field(0.6, gt=0, le=1, description="share of train rows; the rest is halved")
     shots: int | None = Field(None, ge=1, description="train rows per client and class (default: all)")
+    # Besides their own rows; with server fedprox, FedRDS.
+    common: float = Field(0.0, ge=0, lt=1, description="share of train rows that all clients have")
     # The last classes by label (clients.new_of); 0.5 gives the base-to-new protocol.
     new_classes: float = Field(0.0, ge=0, lt=1, description="fraction of classes not trained on")
     method: Annotated[InstanceOf[Method], _read("method"), _Fields] = Field(

@@ -42,7 +42,7 @@ from fedsim.state import ServerState
 from fedsim.training.task import Task, initial_params, local_rows, with_towers
 
 # The fields of Config that decide who holds which rows; and, with these, which model is trained and who trains it.
-PARTITION_FIELDS = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes"
+PARTITION_FIELDS = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes", "common"
 MODEL_FIELDS = "method", "server", "codec", "cohort", "fleet", "deadline_s", "over_selection", *PARTITION_FIELDS
 PAGE, ADAPTER = "report.html", "adapter.safetensors"
 RESULTS = ADAPTER, *TABLES, PAGE  # written at the end
@@ -198,6 +198,7 @@ def _clients(config: Config, rows: Labels) -> Population:
         config.train_share,
         shots=config.shots,
         new_classes=config.new_classes,
+        common=config.common,
     )
 
 

@@ -82,6 +82,8 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
     if task.method.reads_target:
         count = sum(map(len, experiment.clients.held_out))
         facts["transductive"] = f"training reads {count} test rows of held-out domains, without labels"
+    if experiment.clients.common is not None:
+        facts["common_rows"] = len(experiment.clients.common)
     if experiment.clients.images is not None:
         facts["scrambled"] = "clients' rows have the images of other rows, in training and in tests"
     if task.server.evaluated_as:

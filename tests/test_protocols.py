@@ -113,7 +113,7 @@ def test_a_client_s_classes_are_those_of_its_rows_and_others_have_the_protocol_s
 
 def test_data_made_on_demand_has_no_rows_to_choose_from():
     data = parse("dataset", {"name": "synthetic", "rows": 20}).load(None)
-    for name, protocol in (("shots", {"shots": 1}), ("new_classes", {"new_classes": 0.5})):
+    for name, protocol in (("shots", {"shots": 1}), ("new_classes", {"new_classes": 0.5}), ("common", {"common": 0.5})):
         with pytest.raises(InputError, match=f"{name} needs a finite data set; this one generates rows"):
             make_clients(data, parse("partition", "natural"), 5, (), 0, **protocol)
 
