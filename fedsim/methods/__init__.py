@@ -210,7 +210,8 @@ class Method(LocalTraining, ABC):
     ) -> Tensor:
         """(B, R) what the module makes of images, for rules that compare modules; x, classes and client as in `Batch`.
 
-        The default is for methods that learn no feature of an image: the logits, and 0 for classes that do not compete.
+        The default is for methods that learn no feature of an image: their logits, with 0 for the classes that do not
+        compete.
         """
         logits = self.logits(module, x, classes, client)
         return logits if classes is None else logits.masked_fill(~classes, 0.0)

@@ -4,9 +4,10 @@ Source: Li, He and Song 2021, arXiv 2103.16257; details as in the authors' code,
 with one earlier model. mu 1 and the temperature 0.5 are the defaults of its program.
 
 Differs: the code compares the outputs of a projection head, a part of its networks. Here it is `representation` of the
-method: the gated feature of `fedclip`, the adapted one of `clip_adapter`, and the logits of methods that learn no
-feature. Before a client has trained, its last model is that of round 0; in the code it is a random network. The code
-weights clients by their rows (`weighting: rows`); the mean is uniform by default, as in `fedavg`.
+method: the gated feature of `fedclip`, the adapted one of `clip_adapter`, and the logits of other methods. Before a
+client has trained, its last model is that of round 0; in the code it is a random network. The code weights clients by
+their rows (`weighting: rows`); the mean is uniform by default, as in `fedavg`.
+
 Unread: the paper, beyond its abstract.
 """
 
@@ -28,11 +29,12 @@ PREFIX = "last."  # of parameter names in the client state
 
 @component
 class Moon(Averaging):
-    """Adds mu times the cross-entropy of two cosines to a client's loss, so that its model stays near the received one.
+    """Adds mu times a contrast to a client's loss, so that its representations stay near those of the received model.
 
-    The cosines are those of the representation of an image by the model that the client trains, with that by the model
-    it received and with that by the model it had trained when it was last asked; the first is to be the larger one.
-    Each client stores that last model. In its first round both are the same, and the contrast has no gradient.
+    The contrast is the cross-entropy of two cosines: of the representation of an image by the model in training, with
+    that by the received model and with that by the model that the client trained last; the first has to be the larger
+    one. Each client stores its last model, as the server has received it. Where it has none, its last model is that of
+    round 0, so that the contrast has no gradient in round 1.
     """
 
     mu: float = Field(
