@@ -29,6 +29,7 @@ METHODS = {
     "linear probe": ("probe", "fedavg"),
     "linear probe, alone": ("probe", "local_only"),
     "FedOT": ("fedot", "fedavg"),
+    "Fed-MP": ("fedmp", "likeness"),
     "CLIP-Adapter": ("clip_adapter", "fedavg"),
     "Tip-Adapter": ("tip_adapter", "fedavg"),
     "PromptFL": ("promptfl", "fedavg"),

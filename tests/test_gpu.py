@@ -67,7 +67,7 @@ def test_every_server_rule_gives_the_same_bits_again(name, small, tmp_path):
 def first_that_fits(name, make, folder):
     """A method that the rule can train: rules for low-rank pairs, for sgd and for modules with a head refuse others."""
     server = {"name": name} | OPTIONS.get(name, {})
-    for method in ("probe", {"name": "probe", "optimizer": "sgd"}, LORA, "fedclip", "promptfl"):
+    for method in ("probe", {"name": "probe", "optimizer": "sgd"}, LORA, "fedclip", "promptfl", "fedmp"):
         try:
             prepare(make(folder / "none", server=server, method=method, clients=12, partition="iid", fleet="lognormal"))
         except InputError:

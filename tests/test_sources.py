@@ -16,6 +16,9 @@ PROGRAMS = {
     # readme.md: methods/fed_at_clip.py --iters 200 --wk_iters 1 --lr 5e-05
     "fedclip": {"optimizer": "adam", "lr": 5e-5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
     | {"batch_size": 32, "local_epochs": 1, "persist_optimizer": False, "objective": "contrastive"},
+    # train.py
+    "fedmp": {"optimizer": "adam", "lr": 5e-5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
+    | {"batch_size": 18, "local_epochs": 2, "alpha": 0.3, "objective": "contrastive"},
     # scripts/main_pipeline.sh, configs/trainers/CoOp/vit_b16_ep50.yaml
     "promptfl": SGD | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 5, "length": 16},
     # ProGrad.public/scripts/prograd.sh, configs/trainers/ProGrad/rn50.yaml

@@ -40,18 +40,18 @@ class FedCLIP(Method):
     min_batch: ClassVar[int] = 2  # a single image has nothing to contrast; the code skips it
 
     def build(self, backbone: Backbone) -> nn.Module:
-        return _Gated(backbone)
+        return Gated(backbone)
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         logits = module(batch.x, batch.classes)
         return cross_entropy(logits, batch.y) if self.objective == "cross_entropy" else contrastive(logits, batch.y)
 
     def representation(
-        self, module: "_Gated", x: Tensor, classes: Tensor | None = None, client: ClientContext | None = None
+        self, module: "Gated", x: Tensor, classes: Tensor | None = None, client: ClientContext | None = None
     ) -> Tensor:
         return module.features(x)
 
-    def closed_form(self, module: "_Gated", params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
+    def closed_form(self, module: "Gated", params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
         """Five matrix products per step, without a graph; None if some logits are masked."""
         x, y, classes = batch.x, batch.y, batch.classes
         if self.objective == "cross_entropy" and classes is not None:
@@ -100,7 +100,7 @@ def _classify(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return losses, grad_logits.div_(y.shape[-1])
 
 
-class _Gated(nn.Module):
+class Gated(nn.Module):
     """Multiplies the feature by softmax attention over its D dimensions, before it is normalised."""
 
     text: Tensor

@@ -1,0 +1,42 @@
+"""The mean in which a client weighs as much as its classes are like the new ones (Fed-MP).
+
+Source: Zeng et al., NAACL 2024, arXiv 2404.01232; as in the authors' code, huiminzeng/Fed-MP, commit 92c9d66, train.py.
+
+Differs: a negative likeness counts as 0; in the code it reverses a client's update.
+"""
+
+from fedsim.errors import InputError
+from fedsim.methods.fedmp import FedMP
+from fedsim.registry import component, name_of
+from fedsim.servers import Reply, Server
+from fedsim.updates import apply_update, mean_delta
+
+
+@component
+class Likeness(Server):
+    """For method `fedmp`, whose clients compute their likeness.
+
+    It is the sum of the cosines of a new class's text with the client's class texts, to which residuals are added,
+    averaged over the new classes. Without new classes (`--new-classes`) all clients weigh the same.
+
+    The likeness is one number more than the gate in both directions.
+    """
+
+    def adapt(self, method):
+        if not isinstance(method, FedMP):
+            raise InputError(f"server {name_of(self)} needs the residuals of method fedmp, not {name_of(method)}")
+        if method.label_space == "client":
+            raise InputError(
+                f"server {name_of(self)} takes classes that do not compete for new ones; "
+                "set --method.label-space all, not client"
+            )
+        return method
+
+    def reply(self, update):
+        likeness = update.trained.get("likeness")
+        return Reply(1.0 if likeness is None else max(likeness.item(), 0.0))
+
+    def step(self, params, slots, total, rng):
+        if not total.weight:
+            return params, slots
+        return apply_update(params, mean_delta(total, params)), slots
