@@ -166,6 +166,17 @@ def test_the_table_of_methods_has_their_parameters_and_bytes(flags, ray, folder)
     assert "nan" not in shown.to_string()
 
 
+@pytest.mark.parametrize("flags", commands_of("codecs"), ids=" ".join)
+def test_codecs_are_compared_by_the_bytes_that_a_client_sends(flags, folder):
+    out = folder / "codecs"
+    (table,) = tables(printed("codecs", *on_data(folder, flags), "--out", out))
+    assert list(table.index) == ["plain", "int8 both ways", "top 1 %"]
+    up, down = table["kB up"].astype(float), table["kB down"].astype(float)
+    assert up["plain"] == down["plain"] == down["top 1 %"] > down["int8 both ways"]
+    assert up["plain"] > up["int8 both ways"] > up["top 1 %"]
+    assert list(out.glob("*.svg"))
+
+
 @pytest.mark.parametrize("flags", commands_of("label_marginals"), ids=" ".join)
 def test_scrambled_labels_put_zero_shot_at_chance_and_leave_the_majority_class_as_it_is(flags, folder):
     out = folder / "label_marginals"
