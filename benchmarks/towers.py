@@ -48,6 +48,7 @@ from fedsim.params import Params, flatten
 from fedsim.registry import parse
 from fedsim.servers.fedavg import FedAvg
 from fedsim.training.client_store import PrivateStore
+from fedsim.training.evaluator import EvaluationRows
 from fedsim.training.stack import by_autograd
 from fedsim.training.task import Task, backbone_of, initial_params
 from fedsim.training.worker import ClientWorker
@@ -218,7 +219,9 @@ def evaluations(name: str, count: int, args: argparse.Namespace, folder: Path) -
             ):
                 for chunk in np.array_split(np.arange(count), min(CHUNKS, count)):
                     stored = [(client, round) for client in chunk.tolist()]
-                    counts.append(worker.evaluate(task, round, vector, (), [], ("val", "test"), stored).flat())
+                    counts.append(
+                        worker.evaluate(task, round, vector, (), EvaluationRows(("val", "test")), stored).flat()
+                    )
             seconds[kind].append(time.process_time() - began)
         before, after = counts[: len(counts) // 2], counts[len(counts) // 2 :]
         assert all(map(np.array_equal, before, after))

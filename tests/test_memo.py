@@ -19,6 +19,7 @@ from fedsim.methods import _tuned_towers
 from fedsim.params import flatten
 from fedsim.registry import parse
 from fedsim.training import predict
+from fedsim.training.evaluator import EvaluationRows
 from fedsim.training.task import Task, backbone_of, initial_params
 from fedsim.training.trainer import Chunk
 from fedsim.training.worker import ClientWorker
@@ -119,7 +120,7 @@ def test_no_chunk_gets_the_texts_of_another_round_or_task(name, features, frozen
     sent = params, params + np.float32(0.05) * wave
 
     def evaluate(worker, task, round):
-        evaluated = task, round, sent[round], (), [], ("val", "test")
+        evaluated = task, round, sent[round], (), EvaluationRows(("val", "test"))
         return [worker.evaluate(*evaluated, chunk).flat().tolist() for chunk in chunks]
 
     alone = [evaluate(ClientWorker(features, clients, frozen), tasks[0], round) for round in (0, 1)]
