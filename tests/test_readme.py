@@ -125,6 +125,11 @@ def test_every_other_command_is_one_that_another_test_runs():
                 upto = 5 if words[3] == "job" else 4
                 assert " ".join(words[:upto]) in clusters, f"{name}: {line}"
                 parse_all(words)
+            elif words[2:4] == [
+                "python",
+                "benchmarks/_measure.py",
+            ]:  # what runs a command, as tests/test_benchmarks.py does
+                assert words[4:6] == ["fedsim", "run"] and parse_run(words[6:]), f"{name}: {line}"
             elif words[0] == "export":
                 assert line in clusters, f"{name}: {line}"
             else:

@@ -1,6 +1,7 @@
 """The table that a finished run prints: accuracies, the gain over zero-shot CLIP, and on which rows."""
 
 import re
+from pathlib import Path
 
 from fedsim import run
 from fedsim.__main__ import main
@@ -48,6 +49,15 @@ def test_the_sentence_names_new_classes_and_leaves_out_what_no_row_tests(config)
     assert re.search(
         r"CLIP on \d+ test rows of 1 client and on 180 test rows of new classes\.$", comparison(report.tables())
     )
+
+
+def test_the_files_that_a_run_has_written_are_listed(config):
+    with_page, without = config(page=True), config()
+    run(without)
+    for ours, count in (without, 4), (with_page, 5):
+        lines = shown(run(ours), ours.folder()).splitlines()
+        files = [line.strip() for line in lines if line.strip().startswith(str(ours.folder()))]
+        assert len(files) == count and all(Path(file).exists() for file in files)
 
 
 def test_the_command_prints_the_gain(features_dir, tmp_path, capsys):

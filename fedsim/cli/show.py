@@ -41,7 +41,7 @@ def show_run(console: Console, tables: "Tables", folder: Path) -> None:
         if tested.keys() & heads.keys():
             table.add_row("test rows", *(number(tested[key]) if key in tested else "" for key in heads))
         console.print(table)
-    for file in FILES:
+    for file in (name for name in FILES if (folder / name).exists()):  # --page false leaves one out
         console.print(f"  {folder / file}", soft_wrap=True)
 
 
