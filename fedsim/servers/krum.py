@@ -11,7 +11,8 @@ from fedsim.params import unflatten
 from fedsim.registry import component
 from fedsim.search_space import Field, Linear
 from fedsim.servers import Server
-from fedsim.updates import RoundSum, apply_update, blocks, stepped
+from fedsim.servers._krum import lowest_scores
+from fedsim.updates import apply_update, blocks, stepped
 
 
 @component
@@ -40,21 +41,8 @@ class Krum(Server):
         clients = len(stepped(total))
         if clients < max(2 * self.f + 3, self.m + self.f):  # too few responses to tell which to trust
             return params, slots
-        distances = np.sort(_squared_distances(total), axis=1)  # the first is a client's distance to itself
-        scores = distances[:, 1 : clients - self.f - 1].sum(axis=1)
-        chosen = np.sort(np.argsort(scores, kind="stable")[: self.m])  # ties: the first client
+        chosen = lowest_scores(total, self.f, self.m)
         mean = np.empty(total.require_deltas().shape[1])
         for block, deltas in blocks(total):
             mean[block] = deltas[chosen].mean(axis=0)
         return apply_update(params, unflatten(mean, params)), slots
-
-
-def _squared_distances(total: RoundSum) -> np.ndarray:
-    """(n, n) between the deltas of the clients that took a step."""
-    distances = np.zeros((len(stepped(total)),) * 2)
-    for _, deltas in blocks(total):
-        # Pair by pair: with a matrix product, equal distances would differ by rounding and not be ties.
-        for k, delta in enumerate(deltas[:-1]):
-            gaps = deltas[k + 1 :] - delta
-            distances[k, k + 1 :] += np.einsum("np,np->n", gaps, gaps)
-    return distances + distances.T
