@@ -141,7 +141,8 @@ class Federation:
             private[total.clients["client"]] = planned.round
             state = replace(state, private=private)
         if self.task.server.unicasts:
-            state = replace(state, bank=_updated(state.bank, flatten(shared), total))
+            sent = self.task.select(self.task.received(state.params), "shared")
+            state = replace(state, bank=_updated(state.bank, flatten(sent), total))
         state = advance(self.task.server, state, total, self.received_names, planned.needed, self.task.seed)
         self._check_params(state)
         return state, total.clients

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import run_until
 
-from fedsim import Averaging, Diverged, component, run
+from fedsim import Averaging, Config, Diverged, InputError, Reply, component, run
+from fedsim.checkpoint import load_checkpoint
 from fedsim.codecs import pack, unpack
 from fedsim.params import payload_bytes
 from fedsim.registry import available, parse
@@ -198,19 +199,66 @@ def test_the_readable_path_sends_the_same(probe, tmp_path):
         torch.testing.assert_close(tensor, one_by_one.adapter[name], rtol=0, atol=2e-4)
 
 
-def test_a_rule_sees_what_the_server_can_decode(probe):
-    """Products of LoRA pairs, for example, are those of the pairs that were sent."""
-    updates = []
+@pytest.mark.parametrize("computes", [False, True])
+def test_messages_are_those_of_the_decoded_update_only_if_the_server_computes_them(computes, probe):
+    seen = {"message": [], "memory": []}
 
     @component
-    class Watching(Averaging):
-        def reply(self, update):
-            updates.append(joined(update.trained) - joined(update.received))
-            return super().reply(update)
+    class Counting(Averaging):
+        """Sends, and stores, how many numbers of the update are not 0."""
 
-    run(probe(server=Watching(), codec={"name": "top_k", "share": 0.05}, rounds=1))
-    trained = [update for update in updates if update.any()]
-    assert len(trained) == 4 and all((update != 0).sum() == round(0.05 * PROBE) for update in trained)
+        computes_messages = computes
+
+        def init(self, params):
+            return {}, {"count": torch.zeros(())}
+
+        def reply(self, update):
+            count = ((joined(update.trained) - joined(update.received)) != 0).sum().float()
+            return Reply(1.0, {"count": count}, {"count": count})
+
+        def step(self, params, slots, total, rng):
+            seen["message"].append(total.message[0] / len(total.clients))
+            return super().step(params, slots, total, rng)
+
+    codec = {"name": "top_k", "share": 0.05}
+    config = probe(server=Counting(), codec=codec, rounds=1)
+    run(config)
+    store = PrivateStore(config.folder() / "private")
+    counts = [store.read(client, 1)["rule/count"] for client in range(5) if store._file(client, 1).exists()]
+    assert len(counts) == 4 and min(counts) > 0.8 * PROBE
+    assert seen["message"] == [round(0.05 * PROBE)] if computes else seen["message"][0] > 0.8 * PROBE
+
+
+def test_an_update_that_the_server_drops_is_still_to_be_sent():
+    codec, zero = parse("codec", {"name": "top_k", "share": 0.1}), {"a": torch.zeros(50)}
+    trained = {"a": an_update(50, torch.float32)}
+    _, lost = transmit(codec, zero, trained, {}, torch.Generator(), counts=False)
+    assert torch.equal(lost["update"], trained["a"])
+
+
+def test_the_bank_of_a_rule_that_unicasts_is_what_clients_have_sent(probe, tmp_path):
+    """Of one client, whose model the server has: what it received, rounded, plus its update."""
+    config = probe(server="fedamp", codec={"name": "plain", "down": "int8"}, clients=3, cohort=None, rounds=2)
+    run(config)
+    state, _ = load_checkpoint(config.folder(), config.experiment())
+    for client in range(3):
+        (stored,) = PrivateStore(config.folder() / "private").read(client, 2).values()
+        np.testing.assert_allclose(state.bank[client], stored.view(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"method": "facmic"}, r"codec sign would change .*running_var of facmic, which clients compute"),
+        ({"method": "facmic", "server": "moon"}, r"codec sign would change .*attention.* of facmic, which"),
+        ({"method": "lora", "server": "lora_stacking"}, r"lora_stacking gives clients new tensors .* codec sign would"),
+    ],
+)
+def test_what_a_codec_would_spoil_is_refused(fields, words, tmp_path):
+    ours = Config(dataset="glyphs", held_out=("ink",), rounds=1, actors=0, out=tmp_path / "run", codec="sign", **fields)
+    with pytest.raises(InputError, match=words) as raised:
+        run(ours)
+    assert "shared." not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", LOSSY)

@@ -1,7 +1,9 @@
 """Codecs: in how many bytes tensors travel between the server and its clients.
 
-A client encodes its update, which is what it has trained minus what it received, as one flat vector. The server decodes
-it, and its rule sees the decoded update. Bytes are counted from the encoded tensors.
+A client encodes its update, which is what it has trained minus what it received, as one flat vector, and the server
+adds what it decodes. A rule's messages, and what a client stores, follow from what the client has trained. Messages are
+sent in full, unless the server could compute them (`Server.computes_messages`). Bytes are counted from the encoded
+tensors.
 """
 
 from abc import ABC, abstractmethod
@@ -53,7 +55,7 @@ class Codec(ABC):
 
     @property
     def remembers(self) -> bool:
-        """Whether a client keeps what its last messages have lost."""
+        """Whether a client stores what encoding has discarded, to add it to its next update."""
         return False
 
     def encode_down(self, params: Params) -> Params:
@@ -81,7 +83,7 @@ class Lossy(Codec):
     """A codec that loses a part of each update."""
 
     error_feedback: bool = Field(
-        False, description="add what earlier messages of a client have lost to its next update; the client stores it"
+        False, description="add what encoding a client's updates has discarded to its next one; the client stores it"
     )
 
     @property

@@ -83,6 +83,9 @@ class Server(ABC):
     # Whether a tensor becomes a mean of the clients'. A rule that steps further, or less far, is refused for methods
     # with shared tensors that clients do not train, such as the running statistics of a batch norm.
     averages: ClassVar[bool] = True
+    # Whether the server could compute the clients' messages from their updates, such as products of trained tensors. If
+    # updates are encoded, messages are then those of the decoded ones; other messages are sent as clients compute them.
+    computes_messages: ClassVar[bool] = False
     # Whether `unicast` gives clients tensors of their own. A client then also stores its shared tensors after training,
     # and is evaluated with them. The server stores those of all clients, in memory and in each checkpoint.
     unicasts: ClassVar[bool] = False

@@ -22,6 +22,8 @@ class FedExLora(Averaging):
     they can be summed; products are not counted as traffic.
     """
 
+    computes_messages = True
+
     def adapt(self, method):
         return Merged.of(require_lora(self, method))
 

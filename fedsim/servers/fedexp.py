@@ -32,6 +32,7 @@ class FedExP(Averaging):
     """
 
     averages = False
+    computes_messages = True
 
     eps: float = Field(
         1e-3,

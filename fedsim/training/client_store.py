@@ -31,7 +31,7 @@ class PrivateState:
         params: its private parameters.
         optimizer: the state of its optimizer, if the method keeps it.
         rule: its memory for the server rule.
-        lost: what the codec has lost of its updates so far.
+        lost: what encoding has discarded of its updates and is still to be sent.
     """
 
     params: Params = field(default_factory=dict)

@@ -182,11 +182,29 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
     untrained = [name for name in task.select(params, "shared") if name not in trained(module)]
     if untrained and not task.server.averages:
         raise InputError(
-            f"server {name_of(task.server)} does not average, as {listing(untrained)} of {name_of(task.method)} need, "
+            f"server {name_of(task.server)} does not average, as {_of_method(task, untrained)} need, "
             "which clients compute without training them; take a rule that does, such as fedavg or fedprox"
+        )
+    if untrained and not task.codec.lossless:
+        raise InputError(
+            f"codec {name_of(task.codec)} would change {_of_method(task, untrained)}, which clients compute without "
+            "training them; take plain"
+        )
+    if not task.codec.lossless and task.server.start(task.select(params, "shared"), torch_rng(task.seed, "start")):
+        raise InputError(
+            f"server {name_of(task.server)} gives clients new tensors before they train, and codec "
+            f"{name_of(task.codec)} would encode these as if they were learned; take plain, or another rule"
         )
     task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
     return params
+
+
+def _of_method(task: Task, names: list[str]) -> str:
+    """Tensors of a method, in words that its user knows."""
+    method = task.method
+    while isinstance(inner := getattr(method, "inner", None), Method):  # as a server rule adapts it
+        method = inner
+    return f"{listing(name.removeprefix('shared.') for name in names)} of {name_of(method)}"
 
 
 def local_rows(method: Method, labels: Labels, rows: np.ndarray) -> int:

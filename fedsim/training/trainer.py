@@ -75,7 +75,7 @@ class TrainedStack:
         received_losses: (M,) mean over each client's train rows before training, if the rule needs it; else nan.
         optimizer: each client's optimizer state by name, if the method keeps it from round to round.
         rule: each client's memory for the server rule, before this round.
-        lost: what the codec has lost of each client's updates before this round.
+        lost: what encoding has discarded of each client's updates before this round.
     """
 
     clients: list[int]
@@ -139,15 +139,17 @@ class Trainer:
                 trained = {name: stack.params[name][k] for name in shared}
                 staleness = round - 1 - version
                 old = shared | {name: tensor[k] for name, tensor in stack.unicast.items()}
-                lost: Params = {}
-                if not task.codec.lossless:
-                    rng = torch_rng(task.seed, "codec", round, client)
-                    trained, lost = transmit(task.codec, old, trained, stack.lost[k], rng)
                 result = old, trained, stack.rule[k], received.sent, rows, steps, staleness, task.method, lr
                 update = ClientUpdate(*result, loss=stack.received_losses[k])
                 reply = rule.reply(update)
                 if reply.client_state.keys() != client_state.keys():
                     raise TypeError(f"{name_of(rule)}: the client_state of reply needs the names of init's")
+                lost: Params = {}
+                if not task.codec.lossless:
+                    rng = torch_rng(task.seed, "codec", round, client)
+                    trained, lost = transmit(task.codec, old, trained, stack.lost[k], rng, reply.weight > 0)
+                    if rule.computes_messages:
+                        reply = replace(reply, message=rule.reply(replace(update, trained=trained)).message)
                 if self.stores(task):
                     self._write_private(task, round, stack, k, reply.client_state, lost)
                 if not task.codec.lossless:

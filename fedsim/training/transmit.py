@@ -9,13 +9,14 @@ from fedsim.params import Params, views
 
 @torch.no_grad()
 def transmit(
-    codec: Codec, received: Params, trained: Params, lost: Params, rng: torch.Generator
+    codec: Codec, received: Params, trained: Params, lost: Params, rng: torch.Generator, counts: bool = True
 ) -> tuple[Params, Params]:
-    """What the server has of a client's parameters once it has decoded the update, and what the codec has lost so far.
+    """What the server has of a client's parameters once it has decoded the update, and what encoding has discarded.
 
     Args:
         received, trained: the shared tensors before and after local training.
-        lost: what the codec has lost before this round; empty if nothing.
+        lost: what encoding has discarded before this round and is still to be sent; empty if nothing.
+        counts: whether the update has a weight; of one that the server drops, all is still to be sent.
     """
     if not trained:
         return {}, {}
@@ -27,7 +28,8 @@ def transmit(
     decoded = codec.decode(codec.encode(update, rng), update)
     pieces = views(decoded, trained)
     at_server = {name: received[name] + piece for name, piece in pieces.items()}
-    return at_server, {"update": update - decoded} if codec.remembers else {}
+    rest = update - decoded if counts else update
+    return at_server, {"update": rest} if codec.remembers else {}
 
 
 def encoded(codec: Codec, params: Params, rng: torch.Generator) -> Params:
