@@ -6,7 +6,7 @@
 
 FedCLIP as in a plain `fedsim run`, unless `--method` says another. Bytes are those that one client sends, and receives,
 in a round: of the encoded tensors, packed bits, scales and positions included. All runs are in this process, on one
-thread; the same command goes on where it was interrupted.
+thread; the same command resumes them.
 """
 
 import argparse

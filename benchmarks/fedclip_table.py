@@ -9,7 +9,7 @@
 
 Accuracy on the held-out domain and on the own test rows of clients: zero-shot, FedAvg and FedProx of all
 of CLIP, FedCLIP, a linear probe, and each client alone. A seed draws the partition, the splits, the initial weights and
-the batches. Cells are ordinary runs in folders of their own: the same command goes on where it was interrupted.
+the batches. Cells are ordinary runs in folders of their own: the same command resumes them.
 """
 
 import argparse

@@ -6,7 +6,7 @@
 Several clients per domain with Dirichlet label skew, as in the published tables on DomainNet and Office-Caltech10. With
 scrambled labels, as the code behind several of them has it (fedsim/partitions/domain_dirichlet.py), the rows of a
 client show the images of other rows. docs/label_marginals.md explains the result. All runs are in this process, on one
-thread; the same command goes on where it was interrupted.
+thread; the same command resumes them.
 """
 
 import argparse

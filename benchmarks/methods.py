@@ -7,7 +7,7 @@
 
 Every method at its own published hyperparameters but for one local epoch; none was tuned here. What trains the image
 tower is in `fedclip_table.py`. Cells are ordinary runs in folders of their own, one task of the cluster each: the same
-command goes on where it was interrupted.
+command resumes them.
 """
 
 import argparse

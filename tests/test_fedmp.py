@@ -99,5 +99,5 @@ def test_the_mean_of_the_rule_is_weighted_by_likeness():
         delta = np.array([likeness - 1, went])  # by name
         chunks.append(a_chunk(rule, k, Bowl(1.0, []), delta, replied(rule, params, trained_params)))
     after, _ = rule.step(params, {}, sum_chunks(chunks), RNG)
-    assert after["w"] == 3.0  # (3 * 1 + 1 * 9) / 4
-    assert rule.step(params, {}, chunks[-1], RNG)[0] is params
+    assert after["w"] == pytest.approx((3 * 1 + 1 * 9 + 1e-6 * 100) / (4 + 1e-6))
+    assert rule.step(params, {}, chunks[-1], RNG)[0]["w"] == 100  # alone, a client that is not like them counts

@@ -46,7 +46,7 @@ class PromptMethod(Method):
         ge=1,
         le=4096,
         search=Choice((4, 8, 16), when=("init", "")),
-        description="learned tokens before the class name",
+        description="learned tokens before the class name, if `init` is empty",
     )
     init: str = Field("", description="text whose embeddings initialize the tokens, instead of `length` random ones")
 

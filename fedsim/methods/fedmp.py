@@ -22,7 +22,7 @@ from fedsim.methods._contrast import contrastive
 from fedsim.methods.fedclip import FedCLIP, Gated
 from fedsim.params import Params
 from fedsim.registry import component
-from fedsim.search_space import Field, Log
+from fedsim.search_space import Choice, Field, Log
 
 
 @component
@@ -35,7 +35,7 @@ class FedMP(FedCLIP):
     """
 
     local_epochs: int = 2
-    batch_size: int = 18
+    batch_size: int = Field(18, search=Choice((18, 32, 64, 128)))
     alpha: float = Field(0.3, ge=0, search=Log(0.01, 10.0), description="factor of the residuals")
     spread: float = Field(0.5, ge=0, description="residuals start uniformly between -spread and spread")
 

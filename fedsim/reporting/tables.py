@@ -105,8 +105,8 @@ class Tables:
     def summary(self, model: str = TRAINED, round: int | None = None) -> dict[str, float]:
         """`summarize` of zero-shot CLIP, of tuned models, or of the trained model in a round (default: the chosen).
 
-        Of tuned models also `dual`, unless clients had models of their own before: the harmonic mean of `pooled` of the
-        last round's model and `personalization` of the tuned models.
+        For tuned models, `dual` as well, unless clients had models of their own before: the harmonic mean of `pooled`
+        of the last round's model and `personalization` of the tuned models.
 
         Source: the benchmark of that name in FLIP (0-ml/flip, commit 17fc171, flcore/servers/server_fedavg.py), with
         the clients' models before aggregation.

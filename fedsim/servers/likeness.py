@@ -2,7 +2,8 @@
 
 Source: Zeng et al., NAACL 2024, arXiv 2404.01232; as in the authors' code, huiminzeng/Fed-MP, commit 92c9d66, train.py.
 
-Differs: a negative likeness counts as 0; in the code it reverses a client's update.
+Differs: a likeness below 1e-6 counts as 1e-6, so that clients weigh the same if none is like the new classes; in the
+code a negative one reverses a client's update.
 """
 
 from fedsim.errors import InputError
@@ -34,9 +35,7 @@ class Likeness(Server):
 
     def reply(self, update):
         likeness = update.trained.get("likeness")
-        return Reply(1.0 if likeness is None else max(likeness.item(), 0.0))
+        return Reply(1.0 if likeness is None else max(likeness.item(), 1e-6))
 
     def step(self, params, slots, total, rng):
-        if not total.weight:
-            return params, slots
         return apply_update(params, mean_delta(total, params)), slots

@@ -25,13 +25,14 @@ class QFedAvg(Server):
     `fedavg`; the larger q, the more the clients count for whom the model is worst. A client sends one number besides
     its delta. Clients without a local step do not count.
 
-    The denominator bounds the curvature of the fair objective, if local training is plain SGD, whose step size is then
-    taken for 1 / L, as in the paper. Adam's deltas are longer than its step size suggests, so its steps here are short
+    The denominator bounds the curvature of the fair objective, if local training is plain SGD: 1 / L is then its step
+    size, as in the paper. Adam's deltas are longer than its step size suggests, so its steps here are short
     unless L is set.
     """
 
     averages = False
     needs_loss = True
+    computes_messages = True
 
     q: float = Field(
         1.0, ge=0, search=Log(1e-3, 15.0), description="fairness: the power of a client's loss; 0 is fedavg"
