@@ -436,7 +436,7 @@ def test_a_round_writes_calls_and_keeps_no_more_after_two_thousand_rounds(config
     experiment = encode_experiment(experiment, sizing_of(config_), lambda event: None)
     claim(experiment.folder, "run")
     history, checkpoint = experiment.folder / HISTORY, experiment.folder / NAME
-    written, calls, kept = {}, {}, {}
+    written, sizes, calls, kept = {}, {}, {}, {}
     with open_pool(sizing_of(config_), 2) as pool:
         steps = rounds(experiment, pool)
         for report in steps:
@@ -446,7 +446,7 @@ def test_a_round_writes_calls_and_keeps_no_more_after_two_thousand_rounds(config
                 sys.setprofile(lambda frame, event, arg, counted=counted: counted.update([event == "call"]))
                 next(steps)
                 sys.setprofile(None)
-                written[done] = history.stat().st_size - before, checkpoint.stat().st_size // 64
+                written[done], sizes[done] = history.stat().st_size - before, checkpoint.stat().st_size
                 calls[done] = counted[True]
                 tracemalloc.start()
                 next(steps)
@@ -457,5 +457,6 @@ def test_a_round_writes_calls_and_keeps_no_more_after_two_thousand_rounds(config
                 tracemalloc.stop()
     assert len(list(experiment.folder.iterdir())) < 12
     assert written[2_000] == written[10]
+    assert 0 <= sizes[2_000] - sizes[10] < 64  # for the digits of the round
     assert calls[2_000] == pytest.approx(calls[10], rel=0.02)
     assert kept[2_000] < kept[10] + 10_000
