@@ -30,6 +30,7 @@ class CoCoOp(PromptMethod):
 
     Differs: the cosine starts at the full step size, without the program's first epoch at 1e-5. The program computes in
     half precision, and crops and flips images at random; here `--precision bf16` and `--augment` do.
+    Unread: the paper, beyond its abstract.
     """
 
     lr: float = 2e-3
