@@ -5,9 +5,10 @@
     uv run python benchmarks/methods.py --address auto --dataset pacs --data-dir DIR --backbone ViT-B-32 \\
         --pretrained openai --rounds 100
 
-Every method at its own published hyperparameters but for one local epoch; none was tuned here. What trains the image
-tower is in `fedclip_table.py`. Cells are ordinary runs in folders of their own, one task of the cluster each: the same
-command resumes them.
+With `--backbone`, methods that need a vision transformer are among them. Every method has its own published
+hyperparameters but for one local epoch; none was tuned here. What trains all of the image tower is in
+`fedclip_table.py`. Cells are ordinary runs in folders of their own, one task of the cluster each: the same command
+resumes them.
 """
 
 import argparse
@@ -48,6 +49,13 @@ METHODS = {
     "LoRA, stacking": ("lora", "lora_stacking"),
     "FedEx-LoRA": ("lora", "fedex_lora"),
 }
+NEED_VIT = {  # the embedded model has no patches
+    "FedOTP": ("fedotp", "fedavg"),
+    "PLOT": ("plot", "fedavg"),
+    "TRIP": ("trip", "moving_average"),
+    "PromptSRC": ("promptsrc", "moving_average"),
+}
+ALL = METHODS | NEED_VIT
 PROTOCOLS = {  # fedsim/experiments/NAME.yaml, and the number that its papers print
     "leave_one_out": "generalization",
     "in_domain": "personalization",
@@ -83,8 +91,10 @@ def cells(args: argparse.Namespace) -> list[dict]:
     data = data_of(args) | {"rounds": args.rounds, "threads_per_actor": args.threads}
     domains = args.held_out or parse("dataset", args.dataset).load(args.data_dir).domains
     made = []
-    for name, protocol, seed in itertools.product(args.methods or METHODS, args.protocols, range(args.seeds)):
-        method, server = METHODS[name]
+    for name, protocol, seed in itertools.product(
+        args.methods or (ALL if args.backbone else METHODS), args.protocols, range(args.seeds)
+    ):
+        method, server = ALL[name]
         what = {"method": {"name": method, "local_epochs": 1}, "server": server} | data
         for domain in domains if protocol == "leave_one_out" else [None]:
             here = {"seed": seed, "partition_seed": seed} | ({"held_out": (domain,)} if domain else {})
@@ -175,7 +185,7 @@ def page(table: pd.DataFrame, args: argparse.Namespace) -> str:
 def main() -> None:
     parser = parser_of(__doc__)
     add_data(parser)
-    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=ALL)
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS))
     parser.add_argument("--held-out", nargs="+", help="domains that leave_one_out holds out in turn (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
@@ -192,7 +202,7 @@ def main() -> None:
         about = {name: value for name, value in work[index].items() if name != "config"}
         results.append(about | cell(report, PROTOCOLS[about["protocol"]]))
         print(f"\r{len(results)}/{len(work)}", end="", flush=True)
-    place = {name: k for k, name in enumerate((*METHODS, *PROTOCOLS))}
+    place = {name: k for k, name in enumerate((*ALL, *PROTOCOLS))}
     table = pd.DataFrame(results).sort_values(["method", "protocol"], key=lambda names: names.map(place), kind="stable")
     args.out.mkdir(parents=True, exist_ok=True)
     table.to_parquet(args.out / f"{args.dataset}.parquet", index=False)
