@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 
 def parser_of(about: str | None) -> argparse.ArgumentParser:
@@ -32,6 +34,13 @@ def parsed(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(**quick)
     return parser.parse_args()
+
+
+def save_svg(figure: Figure, file: Path) -> None:
+    """Writes a figure, and closes it; the same numbers give the same file."""
+    with plt.rc_context({"svg.hashsalt": file.stem}):
+        figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
 
 
 def spread(values: pd.Series) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from _runs import add_data, data_of, parsed, parser_of, spread
+from _runs import add_data, data_of, parsed, parser_of, save_svg, spread
 
 from fedsim import Config, Report, run
 from fedsim.config import merged, read_yaml
@@ -85,9 +85,7 @@ def plot(curves: pd.DataFrame, file: Path) -> None:
     axis.grid(color="0.92")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    with plt.rc_context({"svg.hashsalt": "codecs"}):  # the same numbers give the same file
-        figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
+    save_svg(figure, file)
 
 
 def main() -> None:

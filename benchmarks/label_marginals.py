@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from _runs import add_data, data_of, parsed, parser_of, spread
+from _runs import add_data, data_of, parsed, parser_of, save_svg, spread
 
 from fedsim import Config, run
 from fedsim.registry import parse
@@ -100,9 +100,7 @@ def plot(table: pd.DataFrame, file: Path) -> None:
     figure.supxlabel("accuracy on clients' own test rows, percent", fontsize=10)
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper right", ncols=3, fontsize=10, frameon=False)
-    with plt.rc_context({"svg.hashsalt": "label_marginals"}):  # the same numbers give the same file
-        figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
+    save_svg(figure, file)
 
 
 def main() -> None:

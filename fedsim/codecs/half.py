@@ -12,7 +12,7 @@ from fedsim.search_space import Choice, Field
 
 @component
 class Half(Lossy):
-    """In fp16, parts of an update below 6e-8 become 0, and above 65,504 it is refused as diverged."""
+    """In fp16, numbers below 3e-8 become 0, and a run with one above 65,504 ends as diverged."""
 
     format: Literal["fp16", "bf16"] = Field(
         "bf16", search=Choice(("fp16", "bf16")), description="more digits, or the range of float32"

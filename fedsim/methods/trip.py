@@ -100,7 +100,7 @@ class _Experts(Prompted):
 
     def zero_shot(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         """(B, 1 + T, D) -> (B, n) logits of CLIP itself."""
-        return self.scale * normalize(x[:, 0], dim=-1) @ self.class_embeddings[self.active(classes)].T
+        return self.score(x[:, 0], self.class_embeddings[self.active(classes)])
 
 
 @torch.no_grad()

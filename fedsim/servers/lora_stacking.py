@@ -30,8 +30,6 @@ class LoraStacking(Averaging):
     as in method `lora`; the code uses PEFT's uniform initialization. All clients have the same rank.
     """
 
-    computes_messages = True
-
     def adapt(self, method):
         pairs = require_lora(self, method)
         if method.persist_optimizer:

@@ -33,8 +33,8 @@ class Moon(Averaging):
 
     The contrast is the cross-entropy of two cosines: of the representation of an image by the model in training, with
     that by the received model and with that by the model that the client trained last; the first has to be the larger
-    one. Each client stores its last model, as the server has received it. Where it has none, its last model is that of
-    round 0, so that the contrast has no gradient in round 1.
+    one. Each client stores its last model. Where it has none, its last model is that of round 0, so that the contrast
+    has no gradient in round 1.
     """
 
     mu: float = Field(

@@ -14,12 +14,8 @@ Spaces = tuple[Tensor, Tensor]  # (C,) bool each: the classes of the protocol, a
 Entry = tuple[tuple[int, str, np.ndarray], Spaces, ClientContext | None]
 Reader = Callable[[np.ndarray], Tensor]
 Model = Callable[[Tensor, Tensor | None, ClientContext | None], Tensor]  # as `Method.logits`, of a module
-BLOCK = {
-    "features": 4096,
-    "tokens": 256,
-    "all_tokens": 256,
-    "pixels": 64,
-}  # rows of one forward pass, by what the method reads
+# Rows of one forward pass, by what the method reads.
+BLOCK = {"features": 4096, "tokens": 256, "all_tokens": 256, "pixels": 64}
 
 
 class Predictions(NamedTuple):

@@ -119,12 +119,12 @@ class Trainer:
         version, clients, unicast = chunk
         like = self.models.module(task)[1]
         client_state, broadcast_like, unicast_like = self.rule_tensors(task)
-        rows = [] if unicast is None else zip(clients, unicast, strict=True)
+        sent_alone = [] if unicast is None else zip(clients, unicast, strict=True)
         received = Received(
             version + 1,
             task.received(moved(unflatten(versions[version], like), self.device)),
             moved(unflatten(broadcast, broadcast_like), self.device, task.dtype),
-            {client: task.received(unflatten(row, unicast_like)) for (client, _), row in rows},
+            {client: task.received(unflatten(row, unicast_like)) for (client, _), row in sent_alone},
         )
         shared = task.select(received.params, "shared")
         rows_of = {client: self.clients[client].train for client, _ in clients}
