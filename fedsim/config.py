@@ -144,9 +144,7 @@ class Config(BaseModel):
     eval_every: int = Field(1, ge=1, description="evaluate every N rounds, and the last")
     eval_clients: int | None = Field(None, ge=1, description="clients evaluated, drawn once (default: all)")
     # The number of clients - 1 is DP-FPL's.
-    neighbors: int = Field(
-        0, ge=0, description="others, drawn once, on whose test rows each client is evaluated, at N times the cost"
-    )
+    neighbors: int = Field(0, ge=0, description="N others on whose test rows to evaluate, too")
     # Nothing is sent. It decides no other result, so a finished run without it continues with it.
     tune_epochs: int = Field(0, ge=0, description="epochs of each client after the last round")
     engine: Literal["stacked", "reference"] = Field(

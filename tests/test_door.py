@@ -371,7 +371,7 @@ def test_the_help_of_a_run_lists_every_field_on_one_screen_and_says_how_componen
     for name in Config.model_fields:
         assert f"  --{name.replace('_', '-')} " in text
     for kind, default in DEFAULTS.items():
-        entry = f"--{kind} NAME one of {len(available(kind))} in `fedsim list {kind}s` (default: {default})"
+        entry = f"--{kind} NAME one of {len(available(kind))} (default: {default})"
         assert entry in " ".join(text.split())
 
 

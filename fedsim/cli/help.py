@@ -38,10 +38,9 @@ def run_help() -> str:
         f"other defaults apply: those marked glyphs, {values}."
     )
     lines = ["usage: fedsim run [--config FILE] [--detach] [--FIELD VALUE ...]", "", *wrap(intro, WIDTH)]
-    lines += ["", "components, each with fields --KIND.FIELD (fedsim help NAME):"]
+    lines += ["", "components (e.g. fedsim list methods), each with fields (fedsim help NAME):"]
     for kind, default in DEFAULTS.items():
-        count = f"one of {len(available(kind))} in `fedsim list {kind}s` (default: {default})"
-        lines += _entry(f"{flag(kind)} NAME", count)
+        lines += _entry(f"{flag(kind)} NAME", f"one of {len(available(kind))} (default: {default})")
     for name, field in Config.model_fields.items():
         if name in GROUPS:
             lines.append(f"{GROUPS[name]}:")
