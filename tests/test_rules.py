@@ -577,6 +577,24 @@ def test_fedper_names_tensors_where_none_is_called_so():
     with pytest.raises(InputError, match=r"begin with 'head'; .* --server\.prefix .* attention\.0\.bias, attention"):
         parse("server", "fedper").check(params, 3)
     assert parse("server", {"name": "fedper", "prefix": "attention.2"}).check(params, 3) is None
+    for prefix, words in (
+        ("attention.2,head", "none .* with 'head'"),
+        ("attention.0,attention", "all .* 'attention.0"),
+    ):
+        with pytest.raises(InputError, match=words):
+            parse("server", {"name": "fedper", "prefix": prefix}).check(params, 3)
+
+
+def test_fedper_keeps_several_blocks_of_a_tower_and_sends_the_others():
+    # As in FedSplitBERT; blocks 10 and 11 are not those that begin with 1.
+    names = [f"text.transformer/resblocks/{k}/mlp/c_fc/weight" for k in range(12)]
+    for prefix in (
+        "text.transformer/resblocks/0/,text.transformer/resblocks/1/",
+        ["text.transformer/resblocks/0/", names[1]],
+    ):
+        server = parse("server", {"name": "fedper", "prefix": prefix})
+        assert [name for name in names if server.scope(name, "shared") == "private"] == names[:2]
+        assert server.check(dict.fromkeys(names, torch.zeros(2, 2)), 3) is None
 
 
 # Ditto ----------------------------------------------------------------------------------------------------------

@@ -158,6 +158,8 @@ def _defaults(field: FieldInfo) -> list[str]:
     value = field.default
     if field.default_factory or value in (None, ()):  # the description says what happens
         return []
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
     return [f"default: {str(value).lower() if isinstance(value, bool) else value}"]
 
 
