@@ -15,9 +15,10 @@ from fedsim.sweep.command import EPILOG, parse_sweep
 from fedsim.sweep.prepare import prepare_sweep
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
+PAGES = [f"docs/{file.name}" for file in sorted((PROJECT / "docs").glob("*.md"))]
 TEXTS = {
     name: (PROJECT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "benchmarks/README.md", "tune/README.md", "cluster.yaml", "cluster.local.yaml")
+    for name in ("README.md", "benchmarks/README.md", "tune/README.md", "cluster.yaml", "cluster.local.yaml", *PAGES)
 }
 BENCHMARKS = sorted((PROJECT / "benchmarks").glob("[!_]*.py"))
 STUDIES = sorted((PROJECT / "tune").glob("*.yaml"))
@@ -25,10 +26,11 @@ UV = ["uv", "run"]
 
 
 def shown(*start: str) -> list[list[str]]:
-    """Every command of the README files that begins so, without its beginning."""
+    """Every command of the documentation that begins so, without its beginning; each once."""
     words = [*UV, "fedsim", *start]
     commands = [command for name in TEXTS for command in commands_in(TEXTS[name])]
-    return [command[len(words) :] for command in commands if command[: len(words)] == words]
+    found = [command[len(words) :] for command in commands if command[: len(words)] == words]
+    return [command for place, command in enumerate(found) if command not in found[:place]]
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +90,9 @@ def test_a_sweep_is_accepted_as_it_stands_and_runs_at_a_small_size(
     swaps = swaps | {f"tune/{study.name}": str(study) for study in STUDIES}
     parse_sweep([str(PROJECT / word) if word.startswith("tune/") else word for word in flags])
     prepare_sweep(parse_sweep([swaps.get(word, word) for word in flags])[0])
-    few = ["--trials", "2", "--rounds", "1", "--report-seeds", "0", "--at-once", "1", "--out", "sweep"]
+    few = ["--trials", "1", "--rounds", "1", "--report-seeds", "0", "--at-once", "1", "--out", "sweep"]
     assert main(["sweep", *smaller(flags, MOST, swaps), *few, "--address", address]) == 0, capsys.readouterr().err
-    assert "2 trials: 2 complete" in capsys.readouterr().out
+    assert "1 trial: 1 complete" in capsys.readouterr().out
     assert (tmp_path / "sweep" / "sweep.html").exists()
 
 

@@ -176,8 +176,10 @@ class Server(ABC):
         """Bytes that a client receives and sends in a round, counted from the tensors that travel.
 
         Args:
-            shared, server: the tensors of these scopes.
-            sent, message: from `broadcast` and `reply`.
+            shared: the tensors of this scope.
+            server: the tensors of this scope.
+            sent: from `broadcast`.
+            message: from `reply`.
             cohort: clients per round.
         """
         down, up = (shared, server, sent), (shared, message)

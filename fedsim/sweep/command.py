@@ -12,7 +12,7 @@ from rich.table import Table
 from fedsim.cli.flags import DETACH, Parser, parse_run, with_dashes
 from fedsim.cli.help import flag
 from fedsim.cli.launch import launch
-from fedsim.errors import InputError
+from fedsim.errors import InputError, counted
 from fedsim.formats import percent, spread
 from fedsim.sweep.config import SWEEP_FIELDS, Sweep, read_sweep
 from fedsim.sweep.prepare import prepare_sweep
@@ -96,7 +96,7 @@ def _metavar(name: str) -> str:
 
 def _show(console: Console, result: SweepResult) -> None:
     states = ", ".join(f"{count} {state}" for state, count in result.trials.state.value_counts().items())
-    console.print(f"{len(result.trials)} trials: {states}; the best is trial {result.best_trial}")
+    console.print(f"{counted(len(result.trials), 'trial')}: {states}; the best is trial {result.best_trial}")
     if len(result.reporting):
         console.print(_reporting_table(result.reporting))
     for file in ("sweep.html", "best.yaml", "trials.parquet", "study.db"):
