@@ -17,7 +17,7 @@ from fedsim.cluster.signals import signals_as_interrupts
 # What imports torch is imported in functions: it takes seconds, in which `main` already handles Ctrl-C, and some
 # commands do not need it.
 from fedsim.errors import EXPECTED, RESUMES, InputError, Stopped, code_of, listing, sentence_of
-from fedsim.registry import KINDS
+from fedsim.registry import FOLDERS
 
 USAGE = """\
 fedsim run [FLAGS]                    run one experiment
@@ -130,8 +130,7 @@ def stop_command(argv: list[str]) -> int:
 def list_command(argv: list[str]) -> int:
     """fedsim list: the names of components, and a line about each."""
     parser = Parser(prog="fedsim list", description="List components by kind.", allow_abbrev=False)
-    kinds = [f"{kind}s" for kind in KINDS]
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{listing(kinds)} (default: all)")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{listing(FOLDERS.values())} (default: all)")
     args = parser.parse_args(argv)
     from fedsim.cli.help import show_components
 

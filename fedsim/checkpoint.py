@@ -54,6 +54,7 @@ class Checkpoints:
             self.saved = state.round
         tensors = {f"params/{name}": tensor for name, tensor in state.params.items()}
         tensors |= _spread("slots", state.slots) | _spread("past", state.past)
+        tensors |= {f"privacy/{name}": tensor for name, tensor in state.privacy.items()}
         tensors |= {f"adapter/{name}": tensor for name, tensor in report.adapter.items()}
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         arrays |= {"private": state.private, "chosen_private": report.private}
@@ -86,8 +87,8 @@ class Checkpoints:
         if self.fixed_rounds and before["rounds"] != rounds:
             raise InputError(
                 f"{self.folder} holds a run of {before['rounds']} rounds, each of which depends on that number (as "
-                "with --method.schedule cosine or --server.average beta), so it cannot continue with --rounds "
-                f"{rounds}; give --rounds {before['rounds']}, or another --out"
+                "with --method.schedule cosine, --server.average beta or --privacy.epsilon), so it cannot continue "
+                f"with --rounds {rounds}; give --rounds {before['rounds']}, or another --out"
             )
         if round > rounds:
             raise InputError(
@@ -100,8 +101,9 @@ class Checkpoints:
         self.saved = round
         slots, past = _gathered(_below("slots/", tensors)), _gathered(_below("past/", tensors))
         past = {int(done): params for done, params in past.items()}
-        bank = {"bank": arrays["bank"]} if "bank" in arrays else {}
-        state = ServerState(round, _below("params/", tensors), slots, past, arrays["private"], **bank)
+        others: dict[str, Any] = {"bank": arrays["bank"]} if "bank" in arrays else {}
+        others |= {"privacy": _below("privacy/", tensors)}
+        state = ServerState(round, _below("params/", tensors), slots, past, arrays["private"], **others)
         fields["experiment"] = continued(fields["experiment"], experiment)
         report = Report(**fields, adapter=_below("adapter/", tensors), private=arrays["chosen_private"])
         for entry in entries:

@@ -31,6 +31,7 @@ from fedsim.fleets import Fleet
 from fedsim.folder import safe_name
 from fedsim.methods import Method
 from fedsim.partitions import Partition
+from fedsim.privacy import Privacy
 from fedsim.registry import CHECKED, KINDS, first_error, name_of, parse, reject_booleans_for_numbers, replaced
 from fedsim.search_space import Field, Log
 from fedsim.servers import Server
@@ -38,7 +39,7 @@ from fedsim.yaml_files import read_mapping
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 DEFAULTS = {"dataset": "glyphs", "partition": "by_domain", "method": "fedclip", "server": "fedavg"}
-DEFAULTS |= {"codec": "plain", "fleet": "ideal"}
+DEFAULTS |= {"codec": "plain", "privacy": "none", "fleet": "ideal"}
 # Fields that do not change the result: where an experiment runs, and with how many actors.
 EXECUTION = (
     "out",
@@ -128,6 +129,9 @@ class Config(BaseModel):
     codec: Annotated[InstanceOf[Codec], _read("codec"), _Fields] = Field(
         DEFAULTS["codec"], description="how updates are encoded"
     )
+    privacy: Annotated[InstanceOf[Privacy], _read("privacy"), _Fields] = Field(
+        DEFAULTS["privacy"], description="what is clipped and noised"
+    )
     cohort: int | None = Field(None, ge=1, search=Log(2, 100), description="clients per round (default: all)")
     fleet: Annotated[InstanceOf[Fleet], _read("fleet"), _Fields] = Field(
         DEFAULTS["fleet"], description="clients' devices, in simulated time"
@@ -184,7 +188,7 @@ class Config(BaseModel):
     @property
     def fixed_rounds(self) -> bool:
         """Whether each round depends on `rounds`, so that a run cannot be continued with more."""
-        return self.method.fixed_rounds or self.server.fixed_rounds
+        return self.method.fixed_rounds or self.server.fixed_rounds or self.privacy.solves
 
     def experiment(self) -> dict[str, Any]:
         """The fields that determine the result, as plain values."""

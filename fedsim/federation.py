@@ -16,6 +16,7 @@ from fedsim.errors import Diverged
 from fedsim.methods.zero_shot import ZeroShot
 from fedsim.params import Params, flatten
 from fedsim.prepare import Experiment, evaluated_clients
+from fedsim.rng import numpy_rng
 from fedsim.schedule import PlannedRound, schedule
 from fedsim.servers import Bank, Server
 from fedsim.servers.fedavg import FedAvg
@@ -59,6 +60,7 @@ class Federation:
         evaluated: ids of the training clients that are evaluated.
         test_only: ids of the clients that only have test rows, of held-out domains or new classes.
         rows_evaluated: on which rows clients are evaluated.
+        cohort: clients in a round.
         received_names: names of the tensors that a client receives.
         payload: bytes that a client receives and sends in a round.
         survey: what is summed over all training clients before round 1; None if the method needs nothing.
@@ -74,7 +76,8 @@ class Federation:
         held_out = held_out_indices(experiment.data.source, config.held_out)
         self.rows_evaluated = EvaluationRows(experiment.splits, held_out, config.neighbors, config.partition_seed)
         self.received_names = list(task.select(params, "shared", "server"))
-        self.payload = task.payload(params, config.cohort or clients.trainers)
+        self.cohort = config.cohort or clients.trainers
+        self.payload = task.payload(params, self.cohort)
         self.survey = None
         if task.select(params, "surveyed"):
             self.survey = Survey(task, params, backbone_of(experiment.encoded.source, dtype=task.dtype))
@@ -114,11 +117,12 @@ class Federation:
         """
         if planned.round == 1:
             state = self._surveyed(state)
+        bound = self.task.privacy.bound(state.privacy)
         chunks: Sequence[Chunk] = []
         for version, group in groupby(planned.trained, key=itemgetter(1)):
             stored = [(client, _last_write(state, client)) for client, _ in group]
-            chunks += [Chunk(version, clients) for clients in self._chunks(stored)]
-        if not chunks:
+            chunks += [Chunk(version, clients, bound=bound) for clients in self._chunks(stored)]
+        if not chunks and not self.task.privacy.poisson:
             past = past_versions(state, self.received_names, planned.needed)
             return replace(state, round=planned.round, past=past), np.empty(0, CLIENT_STATS)
         past = state.past | {state.round: {}}
@@ -134,7 +138,8 @@ class Federation:
             chunks = _WithUnicast(chunks, self.task.server, bank, received)
         sums = self.workers.map("train", chunks, self.task, planned.round, versions, broadcast)
         rounds = self.task.rounds if self.task.server.fixed_rounds else None
-        total = replace(sum_chunks(sums, self.clients.trainers), round=planned.round, rounds=rounds)
+        total = sum_chunks(sums, self.clients.trainers) if chunks else _nothing(shared, self.clients.trainers)
+        total, clients = replace(total, round=planned.round, rounds=rounds), total.clients
         _check_sum(total, planned.round)
         if len(state.private):
             private = state.private.copy()
@@ -143,9 +148,12 @@ class Federation:
         if self.task.server.unicasts:
             sent = self.task.select(self.task.received(state.params), "shared")
             state = replace(state, bank=_updated(state.bank, flatten(sent), total))
+        rng = numpy_rng(self.task.seed, "privacy", planned.round)
+        total, memory = self.task.privacy.release(total, state.privacy, self.cohort, rng)
+        state = replace(state, privacy=memory)
         state = advance(self.task.server, state, total, self.received_names, planned.needed, self.task.seed)
         self._check_params(state)
-        return state, total.clients
+        return state, clients
 
     def evaluate(self, state: ServerState) -> Counts:
         """Counts of all evaluated clients: by the shared model, or of each by its own if it has one."""
@@ -205,6 +213,12 @@ class Federation:
         if names := [name for name in self.received_names if not state.params[name].isfinite().all()]:
             remedy = "a smaller --method.lr" + " or --server.lr" * hasattr(self.task.server, "lr")
             raise Diverged.in_round(state.round, f"{names[0]} after the server's step", remedy)
+
+
+def _nothing(shared: Params, population: int) -> RoundSum:
+    """The sum over a cohort that is empty, as Poisson sampling may draw it."""
+    zeros = np.zeros(sum(tensor.numel() for tensor in shared.values()))
+    return RoundSum(zeros, 0.0, np.empty(0, CLIENT_STATS), population=population)
 
 
 def _updated(bank: np.ndarray, shared: np.ndarray, total: RoundSum) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Everything of an experiment that can be refused before anything starts."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,25 @@ from fedsim.datasets import Labels
 from fedsim.errors import InputError
 from fedsim.events import Progress
 from fedsim.folder import CHECKPOINT, CONFIG, check_folder, continued, read_sealed, refuse_another, start_again
+from fedsim.ledger import Ledger
 from fedsim.methods import Backbone, Method
+from fedsim.params import Params
 from fedsim.partitions import drawn
+from fedsim.privacy import Privacy
+from fedsim.privacy.none import Unprotected
 from fedsim.registry import name_of
 from fedsim.reporting.loggers import check_loggers
 from fedsim.reporting.parquet import FILES as TABLES
 from fedsim.reporting.report import Report
 from fedsim.representations import Encoded
-from fedsim.schedule import check, check_trained
+from fedsim.schedule import check, check_trained, schedule
 from fedsim.state import ServerState
 from fedsim.training.task import Task, initial_params, local_rows, with_towers
 
 # The fields of Config that decide who holds which rows; and, with these, which model is trained and who trains it.
 PARTITION_FIELDS = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes", "common"
-MODEL_FIELDS = "method", "server", "codec", "cohort", "fleet", "deadline_s", "over_selection", *PARTITION_FIELDS
+COHORT_FIELDS = "cohort", "fleet", "deadline_s", "over_selection"
+MODEL_FIELDS = "method", "server", "codec", "privacy", *COHORT_FIELDS, *PARTITION_FIELDS
 PAGE, ADAPTER = "report.html", "adapter.safetensors"
 RESULTS = ADAPTER, *TABLES, PAGE  # written at the end
 FILES = CONFIG, CHECKPOINT, *RESULTS  # of a finished run
@@ -60,6 +65,7 @@ class Experiment:
         clients: training clients first, then one per held-out domain.
         splits: the rows to evaluate on; with ("val",) test rows are not read, and held-out domains not evaluated.
         done: the report, if the folder holds a finished run.
+        privacy: as the config has it, with the noise that its epsilon needs.
     """
 
     config: Config
@@ -69,6 +75,7 @@ class Experiment:
     clients: Population
     splits: tuple[str, ...] = SPLITS
     done: Report | None = None
+    privacy: Privacy = field(default_factory=Unprotected)
 
     @property
     def encoded(self) -> EncodedData:
@@ -120,7 +127,8 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
         data = cached(data, config.cache_dir)
     task = Task(method, config.server, config.seed, config.dtype, codec=config.codec)
     done = _finished(folder, config, task, *saved) if saved else None
-    return Experiment(config, folder, method, data, clients, splits, done)
+    privacy = config.privacy if done or not config.privacy.solves else _solved(config, method, data, clients)
+    return Experiment(config, folder, method, data, clients, splits, done, privacy)
 
 
 def encode_experiment(
@@ -293,6 +301,15 @@ def _check_evaluated(config: Config, clients: Population) -> None:
 
 def _check_model(config: Config, method: Method, data: Data, clients: Population) -> None:
     """Builds the model with placeholder text features, so that what does not fit is refused before encoding starts."""
+    task, params = _placeholder(config, method, data, clients)
+    task.first_bank(params, clients.trainers)  # for its error
+    Ledger(config, task, params, clients.trainers, ())  # for its error
+    payload = task.payload(params, config.cohort or clients.trainers)
+    check_trained(config, method, clients.trainers, partial(_local_rows, method, data.source, clients), *payload)
+
+
+def _placeholder(config: Config, method: Method, data: Data, clients: Population) -> tuple[Task, Params]:
+    """The task, and the parameters of round 0 with placeholder text features."""
     clip = data.clip() if method.reads.towers else None
     if clip and "tokens" in method.reads.representations:
         clip.check_tokens()
@@ -300,12 +317,19 @@ def _check_model(config: Config, method: Method, data: Data, clients: Population
     embeddings = torch.eye(len(classes), data.width)
     texts = Backbone(embeddings, 1.0, classes, data.templates, domains=len(data.source.domains))
     backbone = with_towers(texts, method.reads, clip)
-    task = Task(method, config.server, config.seed, config.dtype, codec=config.codec)
-    cohort = config.cohort or clients.trainers
-    params = initial_params(task, backbone, cohort)
-    task.first_bank(params, clients.trainers)  # for its error
-    payload = task.payload(params, cohort)
-    check_trained(config, method, clients.trainers, partial(_local_rows, method, data.source, clients), *payload)
+    task = Task(method, config.server, config.seed, config.dtype, codec=config.codec, privacy=config.privacy)
+    return task, initial_params(task, backbone, config.cohort or clients.trainers)
+
+
+def _solved(config: Config, method: Method, data: Data, clients: Population) -> Privacy:
+    """The privacy with the noise that its epsilon needs."""
+    task, params = _placeholder(config, method, data, clients)
+    rows_of = partial(_local_rows, method, data.source, clients)
+    payload = task.payload(params, config.cohort or clients.trainers)
+    rounds = schedule(config, clients.trainers, rows_of, *payload)
+    solved = Ledger(config, task, params, clients.trainers, rounds).solved()
+    Ledger(config, replace(task, privacy=solved), params, clients.trainers, ())  # for its error
+    return solved
 
 
 def _local_rows(method: Method, labels: Labels, clients: Population, ids: Sequence[int]) -> np.ndarray:

@@ -22,7 +22,9 @@ from typing_extensions import dataclass_transform  # in typing from Python 3.11 
 from fedsim.errors import RENAMED, InputError, listing
 from fedsim.search_space import search_of
 
-KINDS = ("dataset", "partition", "method", "server", "codec", "fleet")
+KINDS = ("dataset", "partition", "method", "server", "codec", "privacy", "fleet")
+# Their folders, which are also the names of their lists.
+FOLDERS = {kind: f"{kind}s" for kind in KINDS} | {"privacy": "privacy"}
 # No field takes infinity or nan; where there may be no limit, the value is None.
 CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)
 # What pydantic's messages say, and what ours say.
@@ -96,7 +98,7 @@ def _check_values(cls: type, name: str) -> None:
 def available(kind: str) -> list[str]:
     """Names of all components of a kind (one of `KINDS`), in alphabetical order."""
     # By the files: importing the package would import torch, and lists of names do not need it.
-    modules = iter_modules([str(Path(__file__).parent / f"{kind}s")])
+    modules = iter_modules([str(Path(__file__).parent / FOLDERS[kind])])
     return sorted(module.name for module in modules if not module.name.startswith("_"))
 
 
@@ -109,11 +111,11 @@ def find(kind: str, name: str) -> type:
     name = name.replace("-", "_")
     if name not in available(kind):
         raise InputError(f"no {kind} {name!r}; available: {listing(available(kind), 40)}")
-    module = import_module(f"fedsim.{kind}s.{name}")
+    module = import_module(f"fedsim.{FOLDERS[kind]}.{name}")
     classes = [value for value in vars(module).values() if isclass(value) and value.__module__ == module.__name__]
     public = [cls for cls in classes if hasattr(cls, "__pydantic_fields__") and not cls.__name__.startswith("_")]
     if len(public) != 1:
-        raise TypeError(f"{kind}s/{name}.py must hold one public component, not {len(public)}")
+        raise TypeError(f"{FOLDERS[kind]}/{name}.py must hold one public component, not {len(public)}")
     return public[0]
 
 
@@ -174,4 +176,8 @@ def name_of(component: Any) -> str:
     """A component's name on the command line, which is its file's; the full name of a class from elsewhere."""
     cls = type(component)
     package, _, file = cls.__module__.rpartition(".")
-    return file if package in {f"fedsim.{kind}s" for kind in KINDS} else f"{cls.__module__}.{cls.__qualname__}"
+    return (
+        file
+        if package in {f"fedsim.{folder}" for folder in FOLDERS.values()}
+        else f"{cls.__module__}.{cls.__qualname__}"
+    )

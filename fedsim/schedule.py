@@ -87,6 +87,11 @@ def check(config: Config, population: int) -> None:
                 f"server.buffer of {config.server.buffer} from {population} clients; each can have one update in it"
             )
     elif config.over_selection:
+        if config.privacy.poisson:
+            raise InputError(
+                f"over_selection {config.over_selection:g}, but with Poisson sampling a round waits for all clients "
+                "that were drawn; leave it out"
+            )
         if config.cohort is None:
             raise InputError(f"over_selection {config.over_selection:g} needs a cohort smaller than {population}")
         if _asked(config, population) > population:
@@ -174,9 +179,12 @@ def _rounds(config: Config, population: int, seconds: Seconds) -> Iterator[Plann
     clock, enough = 0.0, config.cohort or population
     for round in count(1):
         available = np.flatnonzero(config.fleet.available(population, numpy_rng(config.seed, "availability", round)))
-        asked = available[
-            sample_cohort(len(available), min(_asked(config, population), len(available)), config.seed, round)
-        ]
+        if config.privacy.poisson and config.cohort is not None:
+            drawn = numpy_rng(config.seed, "cohort", round).random(population) < config.cohort / population
+            asked, enough = available[drawn[available]], population
+        else:
+            size = min(_asked(config, population), len(available))
+            asked = available[sample_cohort(len(available), size, config.seed, round)]
         # For all clients, so that a client's outcome does not depend on which others are asked.
         jitter, answers = config.fleet.outcomes(population, numpy_rng(config.seed, "luck", round))
         jitter, answers = jitter[asked], answers[asked]

@@ -17,6 +17,7 @@ from fedsim.federation import Federation
 from fedsim.files import reason, remove_parts, write_tensors
 from fedsim.folder import CONFIG, exclusive, write_sealed
 from fedsim.formats import number, percent
+from fedsim.ledger import Ledger
 from fedsim.methods import Method
 from fedsim.prepare import ADAPTER, FILES, PAGE, RESULTS, Experiment, encode_experiment, prepare, sizing_of
 from fedsim.reporting.facts import to_yaml
@@ -82,7 +83,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     """
     config, folder = experiment.config, experiment.folder
     store = PrivateStore(folder / "private")
-    how = store, config.engine == "reference", config.codec
+    how = store, config.engine == "reference", config.codec, experiment.privacy
     task = Task(experiment.method, config.server, config.seed, config.dtype, config.rounds, *how)
     checkpoints = Checkpoints(folder, experiment.identity(), config.fixed_rounds)
     state, report = start(experiment, task, checkpoints)
@@ -104,12 +105,14 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     store.prune([state.private, report.private])
     report.conclude(federation.reported(state))
     yield report
+    ledger = Ledger(config, task, state.params, len(federation.rows), federation.schedule(0))
     for planned in federation.schedule(state.round):
         began = time.perf_counter()
         state, stats = federation.train(state, planned)
         rows = federation.local_rows(stats["client"].tolist()) if task.method.expands else stats["rows"]
         sent, flops = federation.bytes_of(planned, len(stats)), _flops(report, stats["steps"], rows, task.method)
-        report.add_round(planned, stats, sent, time.perf_counter() - began, flops)
+        spent = ledger.epsilon(planned.round)
+        report.add_round(planned, stats, sent, time.perf_counter() - began, flops, spent)
         if planned.round % config.eval_every == 0:
             report.add_evaluation(federation.reported(state), federation.evaluate(state))
         checkpoints.save(state, report)

@@ -7,6 +7,7 @@ import numpy as np
 from fedsim.checkpoint import Checkpoints
 from fedsim.clip.texts import describe
 from fedsim.errors import InputError
+from fedsim.ledger import Ledger
 from fedsim.methods import Backbone
 from fedsim.params import Params
 from fedsim.prepare import Experiment, evaluated_clients, reads_of
@@ -44,7 +45,7 @@ def _round_zero(experiment: Experiment, task: Task) -> tuple[ServerState, Report
     slots, _ = task.server.init(task.select(params, "shared"))
     writers = clients.trainers if task.has_private_state(params) else 0
     bank = task.first_bank(params, clients.trainers)
-    state = ServerState(0, params, slots, private=np.zeros(writers, np.int64), bank=bank)
+    state = ServerState(0, params, slots, private=np.zeros(writers, np.int64), bank=bank, privacy=task.privacy.init())
     facts = _facts(experiment, task, backbone, params)
     names = config.experiment(), list(data.source.domains), list(data.source.class_labels), list(config.held_out)
     adapter = task.evaluated(params, slots)
@@ -86,6 +87,8 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
         facts["common_rows"] = len(experiment.clients.common)
     if experiment.clients.images is not None:
         facts["scrambled"] = "clients' rows have the images of other rows, in training and in tests"
+    if words := Ledger(experiment.config, task, params, experiment.clients.trainers, ()).words:
+        facts["privacy"] = words
     if task.server.evaluated_as:
         facts["evaluated"] = task.server.evaluated_as
     if experiment.data.weights:  # of ready-made features, the texts are not known

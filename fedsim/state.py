@@ -25,6 +25,7 @@ class ServerState:
             a `PrivateStore`.
         bank: (K, P) under a rule that `unicasts`, the shared tensors that each client last sent, flat; zeros if it has
             not trained yet. Empty under other rules.
+        privacy: what the server remembers for the privacy mechanism.
     """
 
     round: int
@@ -33,6 +34,7 @@ class ServerState:
     past: dict[int, Params] = field(default_factory=dict)
     private: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     bank: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    privacy: Params = field(default_factory=dict)
 
 
 def advance(

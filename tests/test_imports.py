@@ -14,9 +14,9 @@ import fedsim
 # A module may import those that stand before it; a package's files, their package and those before it.
 ORDER = """
     errors events files yaml_files fields cache formats shares search_space rng registry params codecs
-    datasets partitions representations clip methods updates servers state fleets clients cluster folder encoding counts
-    training config data schedule reporting checkpoint prepare start federation simulate parallel_runs
-    cli sweep __init__ __main__
+    datasets partitions representations clip methods updates servers privacy state fleets clients cluster folder
+    encoding counts training config data schedule ledger reporting checkpoint prepare start federation simulate
+    parallel_runs cli sweep __init__ __main__
 """.split()  # noqa: SIM905
 
 # The same within fedsim/reporting: from counts to tables, and from tables to what is shown.

@@ -15,11 +15,11 @@ from rich.table import Table
 from fedsim.errors import InputError, listing
 
 # What imports torch is imported in functions: it takes seconds, and `fedsim list` does not need it.
-from fedsim.registry import KINDS, available, find
+from fedsim.registry import FOLDERS, KINDS, available, find
 from fedsim.search_space import LIMITS, search_of
 
 WIDTH = 80
-LISTS = {f"{kind}s": kind for kind in KINDS}
+LISTS = {folder: kind for kind, folder in FOLDERS.items()}
 # The first field of each group, in the order of Config.
 GROUPS = {"dataset": "data", "held_out": "clients", "method": "training and evaluation", "engine": "execution"}
 METAVARS = {"data_dir": "DIR", "out": "DIR", "cache_dir": "DIR", "held_out": "DOMAINS", "prompt": "TEXT"}
@@ -115,7 +115,7 @@ def flag(field: str) -> str:
 
 def _summary(kind: str, name: str) -> str:
     """The first line of a component's file, which is not imported for it."""
-    file = Path(__file__).parents[1] / f"{kind}s" / f"{name}.py"
+    file = Path(__file__).parents[1] / FOLDERS[kind] / f"{name}.py"
     return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 

@@ -35,7 +35,7 @@ from fedsim.reporting.tables import COLUMNS, TRAINED, ZERO_SHOT, score_table
 
 FOLDER = "tensorboard"  # in that of the run
 RUN_ID = "run_id"  # a file that names the run's record in MLflow and W&B; written first, so that none is made twice
-COSTS = "loss", "bytes_up", "bytes_down", "seconds", "clock_s"  # columns of `Tables.rounds`
+COSTS = "loss", "bytes_up", "bytes_down", "seconds", "clock_s", "epsilon"  # columns of `Tables.rounds`
 PROJECT = "fedsim"  # the experiment in MLflow, and the project in W&B, unless the environment names another
 END_S = 20  # for the record of a run that was interrupted or has failed to be ended
 CHECK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # MLflow tries for minutes

@@ -35,6 +35,8 @@ def remarks(tables: Tables) -> list[str]:
         )
     if tables.facts.get("scrambled"):
         sentences.append(SCRAMBLED)
+    if about := tables.facts.get("privacy"):
+        sentences.append(_privacy(tables, about))
     if evaluated := tables.facts.get("evaluated"):
         sentences.append(f"Evaluated parameters: {evaluated}; clients are sent others.")
     if np.isnan(means["personalization"]):
@@ -45,6 +47,14 @@ def remarks(tables: Tables) -> list[str]:
             "expected to be lower than validation accuracy."
         )
     return sentences + [f"No client trains on a class of held-out domain {name}." for name in _foreign(tables)]
+
+
+def _privacy(tables: Tables, about: str) -> str:
+    epsilon = tables.rounds.epsilon.max() if len(tables.rounds) else 0.0
+    return (
+        f"Privacy: epsilon {number(epsilon)} after {counted(len(tables.rounds), 'round')} ({about}). It is that of a "
+        "deployment with secret random numbers, and about the shared parameters; the accuracies here are not private."
+    )
 
 
 def _tuned(tables: Tables) -> str:

@@ -42,7 +42,7 @@ class Report:
         counts: by evaluated round.
         validation: by evaluated round, the mean accuracy that the chosen round has the highest of.
         zero_shot: counts of zero-shot CLIP.
-        rounds: for each round (12,) float64, the columns of `Tables.rounds`.
+        rounds: for each round (13,) float64, the columns of `Tables.rounds`.
         holdings: (n, 5) int32, what `holdings` returns.
         adapter: the tensors of the chosen round, private ones as they were in round 0.
         private: (K,) int64, by client the round of its file in `private/` at the chosen round.
@@ -146,6 +146,7 @@ class Report:
         sent: tuple[int, int],
         seconds: float,
         flops: float = float("nan"),
+        epsilon: float = float("nan"),
     ) -> None:
         """Adds the costs of a round of training, and its mean loss over clients.
 
@@ -153,12 +154,13 @@ class Report:
             clients: (n,) of `updates.CLIENT_STATS`, of the clients that count.
             sent: bytes that all clients receive, and that they send.
             flops: floating-point operations; nan if they were not counted.
+            epsilon: of all rounds so far; nan without privacy.
         """
         losses = clients["loss"][~np.isnan(clients["loss"])]
         counts = planned.round, planned.asked, len(clients), planned.dropped, planned.late
         down, up = sent
         loss = losses.mean() if len(losses) else np.nan
-        row = *counts, up, down, seconds, planned.clock_s, loss, clients["steps"].sum(), flops
+        row = *counts, up, down, seconds, planned.clock_s, loss, clients["steps"].sum(), flops, epsilon
         self.rounds.append(np.array(row, np.float64))
 
     # In a checkpoint ---------------------------------------------------------------------------------------

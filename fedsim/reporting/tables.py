@@ -19,12 +19,13 @@ EVALUATIONS = ("scores", "labels", "calibration")
 INTEGERS = ("round", "asked", "clients", "dropped", "late", "bytes_up", "bytes_down", "steps")
 # Clients that were asked either drop out, miss the deadline, or count. Bytes down are of all that were asked, bytes up
 # of those that count; those of a survey, in round 1, are of all clients that train. clock_s are simulated seconds since
-# the start. Steps and flops, the floating-point operations of training, are of all clients together.
+# the start. Steps and flops, the floating-point operations of training, are of all clients together. epsilon is that of
+# all rounds so far; nan without privacy.
 COLUMNS = {
     "scores": ("model", "round", *SCORES),
     "labels": ("model", "round", "group", "label", "correct", "predicted", "support"),
     "calibration": ("model", "round", "group", "bin", "rows", "correct", "confidence"),
-    "rounds": (*INTEGERS[:-1], "seconds", "clock_s", "loss", "steps", "flops"),
+    "rounds": (*INTEGERS[:-1], "seconds", "clock_s", "loss", "steps", "flops", "epsilon"),
     "partition": ("client", "domain", "label", "split", "rows"),
 }
 Evaluation = tuple[str, int, Counts]  # model, round

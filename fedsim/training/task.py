@@ -16,6 +16,8 @@ from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone, Method, Scope, masked, trained
 from fedsim.methods._batch_norm import BatchNorm
 from fedsim.params import Params, flatten
+from fedsim.privacy import Privacy
+from fedsim.privacy.none import Unprotected
 from fedsim.registry import name_of
 from fedsim.representations import Encoded
 from fedsim.rng import seed_for, torch_rng
@@ -38,6 +40,7 @@ class Task:
         private: where clients store their private state.
         reference: train client by client, on the readable path.
         codec: how parameters and updates travel.
+        privacy: what of clients is clipped and noised.
     """
 
     method: Method
@@ -48,6 +51,7 @@ class Task:
     private: PrivateStore | None = None
     reference: bool = False
     codec: Codec = field(default_factory=Plain)
+    privacy: Privacy = field(default_factory=Unprotected)
 
     def lr(self, round: int) -> float:
         """The step size of clients that were sent their parameters in this round."""
@@ -185,6 +189,8 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
             f"server {name_of(task.server)} does not average, as {_of_method(task, untrained)} need, "
             "which clients compute without training them; take a rule that does, such as fedavg or fedprox"
         )
+    if task.privacy.protects:
+        _check_privacy(task, params, untrained)
     if untrained and not task.codec.lossless:
         raise InputError(
             f"codec {name_of(task.codec)} would change {_of_method(task, untrained)}, which clients compute without "
@@ -197,6 +203,19 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
         )
     task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
     return params
+
+
+def _check_privacy(task: Task, params: Params, untrained: list[str]) -> None:
+    """Refuses what clients would send besides tensors that they train, and what the mechanism refuses."""
+    privacy, method = f"privacy {name_of(task.privacy)}", name_of(task.method)
+    if task.select(params, "surveyed"):
+        raise InputError(f"{privacy} does not cover the survey of {method}, whose sums over clients' rows are exact")
+    if untrained:
+        raise InputError(
+            f"{privacy} would add noise to {_of_method(task, untrained)}, which clients compute without training them; "
+            "take another method"
+        )
+    task.privacy.check(task.method, task.server, task.select(params, "shared"))
 
 
 def _of_method(task: Task, names: list[str]) -> str:

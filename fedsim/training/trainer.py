@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from fedsim.training.stack import stack_size, train_stack
 from fedsim.training.targets import Targets
 from fedsim.training.task import Task, local_rows
 from fedsim.training.train import train_client
-from fedsim.training.transmit import transmit
+from fedsim.training.transmit import clipping, transmit
 from fedsim.updates import CLIENT_STATS, ChunkSum
 
 Rows = dict[int, np.ndarray]  # train rows by client
@@ -39,11 +40,13 @@ class Chunk(NamedTuple):
     Attributes:
         version: of the parameters that they received, by the number of rounds done.
         unicast: (n, Q) what `Server.unicast` gives each of them, flat; None under rules that do not unicast.
+        bound: the largest norm of a delta in the sum; longer ones are scaled to it.
     """
 
     version: int
     clients: Stored
     unicast: np.ndarray | None = None
+    bound: float = inf
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Trainer:
                 of round 0.
             broadcast: what the server rule sends besides the parameters, flat.
         """
-        version, clients, unicast = chunk
+        version, clients, unicast, bound = chunk
         like = self.models.module(task)[1]
         client_state, broadcast_like, unicast_like = self.rule_tensors(task)
         sent_alone = [] if unicast is None else zip(clients, unicast, strict=True)
@@ -150,6 +153,8 @@ class Trainer:
                     trained, lost = transmit(task.codec, old, trained, stack.lost[k], rng, reply.weight > 0)
                     if rule.computes_messages:
                         reply = replace(reply, message=rule.reply(replace(update, trained=trained)).message)
+                if bound < inf:  # as a weight, so that in float64 no delta is longer
+                    reply = replace(reply, weight=reply.weight * clipping(old, trained, bound))
                 if self.stores(task):
                     self._write_private(task, round, stack, k, reply.client_state, lost)
                 if not task.codec.lossless:

@@ -37,6 +37,12 @@ def encoded(codec: Codec, params: Params, rng: torch.Generator) -> Params:
     return codec.encode(torch.zeros_like(joined(params)), rng) if params else {}
 
 
+def clipping(received: Params, trained: Params, bound: float) -> float:
+    """The factor, at most 1, by which a client's delta is no longer than `bound`."""
+    squares = [(trained[name].double() - received[name].double()).square().sum().item() for name in sorted(trained)]
+    return min(1.0, bound / norm) if (norm := sum(squares) ** 0.5) else 1.0
+
+
 def joined(params: Params) -> Tensor:
     """All tensors as one (P,) vector, in the order of `views`."""
     return torch.cat([params[name].reshape(-1) for name in sorted(params)])
