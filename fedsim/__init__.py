@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     __version__: str
 
+    from fedsim.attacks import Attack, Poisoning
     from fedsim.codecs import Codec, Lossy
     from fedsim.config import Config
     from fedsim.datasets import Dataset, Features, FixedDataset, Images
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fedsim.updates import RoundSum, apply_update, blocks, mean_delta, stepped
 
 __all__ = [
+    "Attack",
     "Averaging",
     "Backbone",
     "Batch",
@@ -47,6 +49,7 @@ __all__ = [
     "Method",
     "Note",
     "Partition",
+    "Poisoning",
     "Reply",
     "Report",
     "RoundSum",
@@ -67,6 +70,7 @@ __all__ = [
 
 # Imported when they are first used: torch takes seconds, which `fedsim --help`, `watch` and `stop` can do without.
 _MODULES = {
+    "attacks": ("Attack", "Poisoning"),
     "codecs": ("Codec", "Lossy"),
     "config": ("Config",),
     "datasets": ("Dataset", "Features", "FixedDataset", "Images"),

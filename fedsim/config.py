@@ -21,6 +21,7 @@ from pydantic import (
     ValidationError,
 )
 
+from fedsim.attacks import Attack
 from fedsim.clip.precision import Precision
 from fedsim.clip.texts import Prompt, checked_prompt
 from fedsim.codecs import Codec
@@ -39,7 +40,7 @@ from fedsim.yaml_files import read_mapping
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 DEFAULTS = {"dataset": "glyphs", "partition": "by_domain", "method": "fedclip", "server": "fedavg"}
-DEFAULTS |= {"codec": "plain", "privacy": "none", "fleet": "ideal"}
+DEFAULTS |= {"codec": "plain", "privacy": "none", "attack": "honest", "fleet": "ideal"}
 # Fields that do not change the result: where an experiment runs, and with how many actors.
 EXECUTION = (
     "out",
@@ -131,6 +132,9 @@ class Config(BaseModel):
     )
     privacy: Annotated[InstanceOf[Privacy], _read("privacy"), _Fields] = Field(
         DEFAULTS["privacy"], description="what is clipped and noised"
+    )
+    attack: Annotated[InstanceOf[Attack], _read("attack"), _Fields] = Field(
+        DEFAULTS["attack"], description="what malicious clients do"
     )
     cohort: int | None = Field(None, ge=1, search=Log(2, 100), description="clients per round (default: all)")
     fleet: Annotated[InstanceOf[Fleet], _read("fleet"), _Fields] = Field(

@@ -10,7 +10,9 @@ import numpy as np
 
 from fedsim.datasets import Labels
 
-SPLITS = ("val", "test", "new", "neighbor")  # the last: test rows of other clients, by a client's model
+# neighbor: test rows of other clients, by a client's model. attacked: those of its test rows that an attack is to have
+# predicted as another class, with the trigger of the attack; correct are those that are predicted as that class.
+SPLITS = ("val", "test", "new", "neighbor", "attacked")
 COLUMNS = ("client", "domain", "split", "correct", "total", "correct_own")
 GROUPS = ("own", "held_out", "new")  # test rows of training clients' domains, of held-out domains, of new classes
 BINS = 15  # of confidence, as in Guo et al. 2017, arXiv 1706.04599
@@ -19,7 +21,7 @@ Entries = Sequence[tuple[int, str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of some clients on some rows. Validation rows, and those of neighbors, are in `scores` alone.
+    """Counts of some clients on some rows. Only test rows are in more than `scores`.
 
     The prediction is the most probable of all trained classes, or of the new ones where the row is of a new class. For
     `correct_own` it is the most probable of the client's own classes. In a suite, only classes of the row's data set
@@ -60,6 +62,7 @@ def tally(
     confidence: np.ndarray,
     rows: Labels,
     held_out: Collection[int] = (),
+    expected: Sequence[np.ndarray] | None = None,
 ) -> Counts:
     """Counts of some clients on some rows.
 
@@ -68,12 +71,14 @@ def tally(
         predictions, own_predictions: (sum of n,) classes, in the order of the entries.
         confidence: (sum of n,) float32, the probability of each prediction.
         held_out: indices of the held-out domains.
+        expected: of each entry, (n,) the classes that count as correct (default: those of its rows).
     """
     width, classes = len(rows.domains), len(rows.classes)
     indices = np.concatenate([np.empty(0, np.int64), *(index for _, _, index in entries)])
     entry = np.repeat(np.arange(len(entries)), [len(index) for _, _, index in entries])
     domain, label = rows.domain[indices], rows.y[indices]
-    correct, correct_own = predictions == label, own_predictions == label
+    right = label if expected is None else np.concatenate([np.empty(0, np.int64), *expected])
+    correct, correct_own = predictions == right, own_predictions == right
     cells, cell = np.unique(entry * width + domain, return_inverse=True)
     by_cell = [np.bincount(cell, weights, len(cells)) for weights in (correct, None, correct_own)]
     keys = np.array([(client, SPLITS.index(split)) for client, split, _ in entries], np.int64).reshape(-1, 2)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.attacks.honest import Honest
 from fedsim.clients import held_out_indices
 from fedsim.cluster.workers import Workers
 from fedsim.counts import Counts, merge
@@ -22,6 +23,8 @@ from fedsim.servers import Bank, Server
 from fedsim.servers.fedavg import FedAvg
 from fedsim.state import ServerState, advance, past_versions
 from fedsim.training.evaluator import EvaluationRows
+from fedsim.training.malice import colluded
+from fedsim.training.root import root_rows
 from fedsim.training.survey import Survey
 from fedsim.training.task import Task, backbone_of, local_rows
 from fedsim.training.trainer import Chunk
@@ -64,6 +67,7 @@ class Federation:
         received_names: names of the tensors that a client receives.
         payload: bytes that a client receives and sends in a round.
         survey: what is summed over all training clients before round 1; None if the method needs nothing.
+        root_rows: (n,) the train rows of which the server has copies.
         is_personal: each client is evaluated with tensors of its own.
         rows: (K,) int64, rows on which each client trains; -1 where unknown, since they may be generated on demand.
     """
@@ -82,6 +86,7 @@ class Federation:
         if task.select(params, "surveyed"):
             self.survey = Survey(task, params, backbone_of(experiment.encoded.source, dtype=task.dtype))
         self.is_personal = task.is_personal(params)
+        self.root_rows = root_rows(config.server, clients, config.seed)
         self.rows = np.full(clients.trainers, -1, np.int64)
 
     def schedule(self, done: int) -> Iterator[PlannedRound]:
@@ -122,7 +127,8 @@ class Federation:
         for version, group in groupby(planned.trained, key=itemgetter(1)):
             stored = [(client, _last_write(state, client)) for client, _ in group]
             chunks += [Chunk(version, clients, bound=bound) for clients in self._chunks(stored)]
-        if not chunks and not self.task.privacy.poisson:
+        enough = self.task.codec.enough(len(planned.trained), planned.asked)
+        if not enough or (not chunks and not self.task.privacy.poisson):
             past = past_versions(state, self.received_names, planned.needed)
             return replace(state, round=planned.round, past=past), np.empty(0, CLIENT_STATS)
         past = state.past | {state.round: {}}
@@ -140,6 +146,12 @@ class Federation:
         rounds = self.task.rounds if self.task.server.fixed_rounds else None
         total = sum_chunks(sums, self.clients.trainers) if chunks else _nothing(shared, self.clients.trainers)
         total, clients = replace(total, round=planned.round, rounds=rounds), total.clients
+        total = colluded(self.task, total)
+        if len(self.root_rows):
+            (root,) = self.workers.map(
+                "root", [self.root_rows], self.task, planned.round, versions[state.round], broadcast
+            )
+            total = replace(total, root=root)
         _check_sum(total, planned.round)
         if len(state.private):
             private = state.private.copy()
@@ -170,7 +182,10 @@ class Federation:
 
     def zero_shot(self) -> Counts:
         """The same by zero-shot CLIP."""
-        task = Task(ZeroShot(), FedAvg(), self.task.seed, self.task.dtype)
+        # A trigger of pixels is not in the features that zero-shot CLIP reads.
+        same = self.task.method.reads.image != "pixels" or not self.task.attack.triggers
+        attack = self.task.attack if same else Honest()
+        task = Task(ZeroShot(), FedAvg(), self.task.seed, self.task.dtype, attack=attack)
         return self._counts(task, 0, {}, [(client, 0) for client in [*self.evaluated, *self.test_only]])
 
     def tune(self, state: ServerState) -> Counts:

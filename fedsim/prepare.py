@@ -43,12 +43,14 @@ from fedsim.reporting.report import Report
 from fedsim.representations import Encoded
 from fedsim.schedule import check, check_trained, schedule
 from fedsim.state import ServerState
+from fedsim.training.malice import check_attack, check_attacked
+from fedsim.training.root import root_rows
 from fedsim.training.task import Task, initial_params, local_rows, with_towers
 
 # The fields of Config that decide who holds which rows; and, with these, which model is trained and who trains it.
 PARTITION_FIELDS = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes", "common"
 COHORT_FIELDS = "cohort", "fleet", "deadline_s", "over_selection"
-MODEL_FIELDS = "method", "server", "codec", "privacy", *COHORT_FIELDS, *PARTITION_FIELDS
+MODEL_FIELDS = "method", "server", "codec", "privacy", "attack", *COHORT_FIELDS, *PARTITION_FIELDS
 PAGE, ADAPTER = "report.html", "adapter.safetensors"
 RESULTS = ADAPTER, *TABLES, PAGE  # written at the end
 FILES = CONFIG, CHECKPOINT, *RESULTS  # of a finished run
@@ -119,7 +121,9 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
     clients = like.clients if like and _agree(PARTITION_FIELDS, config, like.config) else _clients(config, data.source)
     check_readable(data, config.cache_dir, rows_to_encode(data.source, clients))
     _check_share(config, data.source)
+    check_attack(config.attack, method, data.source, clients, config.seed, config.eval_clients)
     _check_clients(config, method, clients)
+    root_rows(config.server, clients, config.seed)  # for its error
     saved = Checkpoints(folder, _identity(config, splits), config.fixed_rounds).load()
     if not saved and not (like and _agree(MODEL_FIELDS, config, like.config)):
         _check_model(config, method, data, clients)
@@ -149,8 +153,13 @@ def encode_experiment(
 
 
 def evaluated_clients(config: Config, clients: Population) -> list[int]:
-    """Ids of the training clients that are evaluated on their own rows; the same in every round."""
-    return sample_cohort(clients.trainers, config.eval_clients, config.partition_seed, EVALUATION_DRAW)
+    """Ids of the training clients that are evaluated on their own rows, no malicious ones; the same in every round."""
+    malicious = config.attack.malicious(clients.trainers, config.seed)
+    if not malicious:
+        return sample_cohort(clients.trainers, config.eval_clients, config.partition_seed, EVALUATION_DRAW)
+    honest = [client for client in range(clients.trainers) if client not in malicious]
+    drawn = sample_cohort(len(honest), config.eval_clients, config.partition_seed, EVALUATION_DRAW)
+    return [honest[index] for index in drawn]
 
 
 def sizing_of(config: Config) -> Sizing:
@@ -302,6 +311,7 @@ def _check_evaluated(config: Config, clients: Population) -> None:
 def _check_model(config: Config, method: Method, data: Data, clients: Population) -> None:
     """Builds the model with placeholder text features, so that what does not fit is refused before encoding starts."""
     task, params = _placeholder(config, method, data, clients)
+    check_attacked(task, params)
     task.first_bank(params, clients.trainers)  # for its error
     Ledger(config, task, params, clients.trainers, ())  # for its error
     payload = task.payload(params, config.cohort or clients.trainers)
@@ -317,7 +327,8 @@ def _placeholder(config: Config, method: Method, data: Data, clients: Population
     embeddings = torch.eye(len(classes), data.width)
     texts = Backbone(embeddings, 1.0, classes, data.templates, domains=len(data.source.domains))
     backbone = with_towers(texts, method.reads, clip)
-    task = Task(method, config.server, config.seed, config.dtype, codec=config.codec, privacy=config.privacy)
+    how = {"codec": config.codec, "privacy": config.privacy, "attack": config.attack}
+    task = Task(method, config.server, config.seed, config.dtype, **how)
     return task, initial_params(task, backbone, config.cohort or clients.trainers)
 
 

@@ -22,7 +22,7 @@ from typing_extensions import dataclass_transform  # in typing from Python 3.11 
 from fedsim.errors import RENAMED, InputError, listing
 from fedsim.search_space import search_of
 
-KINDS = ("dataset", "partition", "method", "server", "codec", "privacy", "fleet")
+KINDS = ("dataset", "partition", "method", "server", "codec", "privacy", "attack", "fleet")
 # Their folders, which are also the names of their lists.
 FOLDERS = {kind: f"{kind}s" for kind in KINDS} | {"privacy": "privacy"}
 # No field takes infinity or nan; where there may be no limit, the value is None.

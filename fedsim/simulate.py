@@ -83,7 +83,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     """
     config, folder = experiment.config, experiment.folder
     store = PrivateStore(folder / "private")
-    how = store, config.engine == "reference", config.codec, experiment.privacy
+    how = store, config.engine == "reference", config.codec, experiment.privacy, config.attack
     task = Task(experiment.method, config.server, config.seed, config.dtype, config.rounds, *how)
     checkpoints = Checkpoints(folder, experiment.identity(), config.fixed_rounds)
     state, report = start(experiment, task, checkpoints)

@@ -83,6 +83,11 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
     if task.method.reads_target:
         count = sum(map(len, experiment.clients.held_out))
         facts["transductive"] = f"training reads {count} test rows of held-out domains, without labels"
+    if about := task.codec.about:
+        down, up = task.codec.overhead(experiment.config.cohort or experiment.clients.trainers)
+        facts["codec"] = f"{about}; {up:,} bytes up and {down:,} down per client and round, besides parameters"
+    if malicious := task.malicious(experiment.clients.trainers):
+        facts["malicious"] = sorted(malicious)
     if experiment.clients.common is not None:
         facts["common_rows"] = len(experiment.clients.common)
     if experiment.clients.images is not None:

@@ -43,11 +43,13 @@ class RoundSum(ChunkSum):
         population: all training clients of the run, whether they trained in this round or not.
         round: that of the clients, from 1.
         rounds: their number in total; None unless `Server.fixed_rounds`, since a run may continue with more.
+        root: (P,) float64, the delta that the server has trained on its own rows; None unless it has `root_rows`.
     """
 
     population: int = 0
     round: int = 1
     rounds: int | None = None
+    root: np.ndarray | None = None
 
     def require_deltas(self) -> np.ndarray:
         """`deltas`, for a rule that cannot do without them.
@@ -58,6 +60,16 @@ class RoundSum(ChunkSum):
         if self.deltas is None:
             raise TypeError("the deltas of each client were not kept; set `needs_deltas = True` in the server rule")
         return self.deltas
+
+    def require_root(self) -> np.ndarray:
+        """`root`, for a rule that cannot do without it.
+
+        Raises:
+            TypeError: the rule has no `root_rows`.
+        """
+        if self.root is None:
+            raise TypeError("the server has no rows to train on; set `root_rows` in the server rule")
+        return self.root
 
 
 def sum_chunks(chunks: Iterable[ChunkSum], population: int = 0) -> RoundSum:
@@ -93,8 +105,8 @@ def _append(chunk: ChunkSum, file: IO[bytes]) -> None:
 
 def _mapped(file: IO[bytes], like: np.ndarray, rows: int) -> np.ndarray:
     width, dtype = like.shape[1], like.dtype
-    # An empty file cannot be mapped.
-    return np.memmap(file, dtype, "r").reshape(-1, width) if width else np.zeros((rows, 0), dtype)
+    # An empty file cannot be mapped. Copy on write: what an attack changes stays in memory.
+    return np.memmap(file, dtype, "c").reshape(-1, width) if width else np.zeros((rows, 0), dtype)
 
 
 def stepped(total: RoundSum) -> np.ndarray:

@@ -177,6 +177,13 @@ def test_codecs_are_compared_by_the_bytes_that_a_client_sends(flags, folder):
     assert list(out.glob("*.svg"))
 
 
+@pytest.mark.parametrize("flags", commands_of("robustness"), ids=" ".join)
+def test_rules_are_set_against_attacks(flags, folder):
+    accuracy, success = tables(printed("robustness", *on_data(folder, flags), "--out", folder / "robustness"))
+    assert list(accuracy.index) == list(success.index) == ["fedavg", "krum", "fltrust"]
+    assert list(accuracy.columns) == ["none", "label_flip", "ipm x 10"] and list(success.columns) == ["label_flip"]
+
+
 @pytest.mark.parametrize("flags", commands_of("label_marginals"), ids=" ".join)
 def test_scrambled_labels_put_zero_shot_at_chance_and_leave_the_majority_class_as_it_is(flags, folder):
     out = folder / "label_marginals"

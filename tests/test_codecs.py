@@ -61,6 +61,7 @@ BITS = {
     "half": 16,
     "int8": 8 + 32 / 512,
     "qsgd": 4 + 32 / 512,
+    "secure_aggregation": 32,
     "sign": 1 + 32 / 512,
     "top_k": 0.01 * (32 + 17),  # 2 ** 17 > 100,000
     "random_k": 0.01 * 32,
@@ -165,8 +166,9 @@ def test_the_bytes_of_a_run_are_those_of_the_encoded_tensors(name, down, probe, 
     run(probe(codec={"name": name, "down": down}))
     _, encoded = sent(parse("codec", name), torch.zeros(PROBE))
     rounds = pd.read_parquet(tmp_path / "run" / "rounds.parquet")
-    assert (rounds.bytes_up == 4 * payload_bytes(encoded)).all()
-    assert (rounds.bytes_down == 4 * (4 * PROBE if down == "full" else PROBE + 4)).all()
+    more_down, more_up = parse("codec", name).overhead(4)
+    assert (rounds.bytes_up == 4 * (payload_bytes(encoded) + more_up)).all()
+    assert (rounds.bytes_down == 4 * ((4 * PROBE if down == "full" else PROBE + 4) + more_down)).all()
 
 
 def test_the_update_of_the_only_client_is_added_as_it_is_decoded(probe, tmp_path):

@@ -32,7 +32,7 @@ BAD = {
     "a command": (["rum"], "no command 'rum'; available: run, sweep, compare, watch, stop, list, help"),
     "a list": (
         ["list", "x"],
-        "no list 'x'; available: datasets, partitions, methods, servers, codecs, privacy, fleets",
+        "no list 'x'; available: datasets, partitions, methods, servers, codecs, privacy, attacks, fleets",
     ),
     "a component": (["help", "fedklip"], "no component 'fedklip'; did you mean fedclip"),
     "nothing like a component": (["help", "zzz"], "no component 'zzz'; available: coop, domainnet"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedsim import Codec, Config, InputError, Method, Server, run
+from fedsim import Attack, Codec, Config, InputError, Method, Server, run
 from fedsim.methods._local_training import LocalTraining
 from fedsim.training.client_store import PrivateStore
 
@@ -20,7 +20,7 @@ SHOWN = re.findall(r"`fedsim/(\w+)s/(\w+)\.py`:\n\n```python\n(.*?)```", TEXT, r
 
 def test_all_hooks_are_listed():
     listed = set(re.findall(r"`(\w+)`", TEXT.partition("## All hooks")[2]))
-    for cls in (LocalTraining, Method, Server, Codec):
+    for cls in (LocalTraining, Method, Server, Codec, Attack):
         hooks = {name for name in vars(cls) if name[0] != "_"} - {field.name for field in fields(cls)}
         assert hooks - listed - {"reject_booleans_for_numbers"} == set()
 
@@ -109,6 +109,17 @@ def test_an_update_is_sent_in_multiples_of_a_step(trained):
     assert 2 * coarse.tables().rounds.bytes_up.sum() == plain.tables().rounds.bytes_up.sum()
     for name, tensor in plain.adapter.items():
         assert 0 < (coarse.adapter[name] - tensor).abs().max() < 1e-5
+
+
+def test_a_client_that_sends_nothing_new_shortens_the_step(trained):
+    fields = {"method": {"name": "probe", "optimizer": "sgd", "lr": 0.1}, "clients": 5}
+    runs = (
+        trained("flat", "start", **fields, rounds=0),
+        trained("flat", "plain", **fields),
+        trained("silence", **fields),
+    )
+    start, plain, silent = (next(iter(report.adapter.values())) for report in runs)
+    assert 0 < (silent - start).norm() < (plain - start).norm()
 
 
 def test_a_client_takes_steps_on_twice_its_rows(trained):

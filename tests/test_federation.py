@@ -294,6 +294,7 @@ def test_every_server_leaves_its_arguments_alone_and_keeps_shapes_and_dtypes(nam
         clients * weight * flatten(message).astype(np.float64),
         np.tile(flatten(went), (clients, 1)) if server.needs_deltas else None,
         population=10,
+        root=flatten(went).astype(np.float64),
     )
     before = [np.copy(some) for some in (total.delta, total.message, total.deltas) if some is not None]
     once, slots = server.step(params, start, total, RNG)

@@ -53,6 +53,8 @@ def _heads(tables: "Tables", means: list[dict[str, float]]) -> dict[str, dict[st
         heads["personalization_own"] = "own test rows among own classes"
     if "neighbor" in means[0]:
         heads["neighbor"] = "other clients' test rows"
+    if "attack_success" in means[0]:
+        heads["attack_success"] = "attack success"
     titles = {f"accuracy in percent, round {tables.chosen_round} of {tables.last_round}": heads}
     if tables.new_classes:
         titles["base and new classes, and harmonic means"] = {

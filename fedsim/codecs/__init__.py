@@ -32,6 +32,17 @@ class Codec(ABC):
     # Whether decoding gives back what was encoded, to the bit.
     lossless: ClassVar[bool] = False
 
+    # Whether the server learns the sum of the updates alone. It is then computed from decoded updates in float64, in
+    # which it must be exact, and rules that need more are refused.
+    sums: ClassVar[bool] = False
+
+    def check(self, clients: int) -> None:  # noqa: B027 - most codecs accept anything
+        """Checks the number of clients per round before anything starts.
+
+        Raises:
+            InputError: the sum of as many updates does not fit.
+        """
+
     @abstractmethod
     def encode(self, update: Tensor, rng: torch.Generator) -> Params:
         """The tensors that a client sends for its update.
@@ -57,6 +68,19 @@ class Codec(ABC):
     def remembers(self) -> bool:
         """Whether a client stores what encoding has discarded, to add it to its next update."""
         return False
+
+    def overhead(self, clients: int) -> tuple[int, int]:
+        """Bytes that a client receives and sends in a round of so many clients, besides parameters and updates."""
+        return 0, 0
+
+    def enough(self, received: int, asked: int) -> bool:
+        """Whether the updates of so many of the clients asked can be decoded; if not, the round changes nothing."""
+        return True
+
+    @property
+    def about(self) -> str:
+        """What the report says of it; empty if its name and fields say it all."""
+        return ""
 
     def encode_down(self, params: Params) -> Params:
         """The tensors that a client is sent for some parameters."""

@@ -28,6 +28,8 @@ SHOWN = {
     "worst_tenth": "worst tenth",
     "validation": "validation",
     "neighbor": "neighbor",
+    "attack_success": "attack success",
+    "generalization_attack_success": "held-out attack success",
     "local": "local",
     "base": "base",
     "new": "new",
@@ -54,6 +56,7 @@ CHOSEN = (
 CAVEATS = {
     ("dataset", "data_dir"): "These runs are on different data: their accuracies do not compare.",
     ("held_out",): "These runs hold out different domains: all accuracies are measured on different rows.",
+    ("attack",): "These runs have different attacks, or malicious clients, which are not evaluated.",
     ("new_classes",): "These runs train on different classes: all accuracies are measured on different rows.",
     ("neighbors",): "These runs have different numbers of neighbors: neighbor is measured on different rows.",
     ("partition", "clients", "train_share", "partition_seed"): (

@@ -45,8 +45,8 @@ def round_values(report: Report, first: int) -> Iterator[RoundValues]:
     """An event for each round of a report from `first` on.
 
     Names: `accuracy/generalization`, `accuracy/personalization`, `accuracy/validation` and, where there are such rows,
-    `accuracy/new` and `accuracy/neighbor`, in [0, 1], of evaluated rounds; the same below `zero_shot`, in round 0; and
-    `round/` with each of `COSTS`. Values that are nan are left out.
+    `accuracy/new`, `accuracy/neighbor` and `accuracy/attack_success`, in [0, 1], of evaluated rounds; the same below
+    `zero_shot`, in round 0; and `round/` with each of `COSTS`. Values that are nan are left out.
     """
     for round in range(first, len(report.rounds) + 1):
         values = _costs(report, round) if round else _accuracies("zero_shot", ZERO_SHOT, 0, report.zero_shot, report)

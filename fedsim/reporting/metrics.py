@@ -41,6 +41,12 @@ def summarize(
         over clients; with all others for neighbors as in DP-FPL's code (linhhtran/DP-FPL, commit 7769f01,
         Dassl/dassl/data/data_manager.py).
 
+    Where clients are malicious, none of these are theirs; and where the attack aims at classes, also these:
+
+    attack_success: share of the own test rows of all clients together, of those that are attacked, that are predicted
+        as the attack intends.
+    generalization_attack_success: the same of held-out domains, mean over domains.
+
     Where there are rows of new classes, also these, as papers that train on base classes call them:
 
     local: personalization_own.
@@ -72,6 +78,10 @@ def summarize(
         means |= {f1: macro_f1(groups[group][0]), ece: calibration_error(groups[group][1])}
     if (neighbor := scores.split == "neighbor").any():
         means["neighbor"] = float(accuracy_per_client(scores[neighbor]).mean())
+    if (attacked := scores.split == "attacked").any():
+        means["attack_success"] = pooled_accuracy(scores[attacked & ~held])
+        if (attacked & held).any():
+            means["generalization_attack_success"] = float(accuracy_per_domain(scores[attacked & held]).mean())
     if not new.any():
         return means
     if suite:
@@ -113,6 +123,12 @@ def accuracy_per_client(scores: pd.DataFrame) -> pd.Series:
 def accuracy_per_domain(scores: pd.DataFrame) -> pd.Series:
     """Accuracy in [0, 1] by (round, domain), over all clients and splits of the given rows."""
     counts = scores.groupby(["round", "domain"])[["correct", "total"]].sum()
+    return (counts.correct / counts.total).dropna()
+
+
+def accuracy_per_round(scores: pd.DataFrame) -> pd.Series:
+    """Accuracy in [0, 1] by round, over all of the given rows together."""
+    counts = scores.groupby("round")[["correct", "total"]].sum()
     return (counts.correct / counts.total).dropna()
 
 
@@ -182,6 +198,8 @@ def curves(scores: pd.DataFrame, held_out: Sequence[str]) -> pd.DataFrame:
         accuracies["new"] = accuracy_per_client(scores[new])
     if (neighbor := scores.split == "neighbor").any():
         accuracies["neighbor"] = accuracy_per_client(scores[neighbor])
+    if (attacked := (scores.split == "attacked") & ~held).any():
+        accuracies["attack_success"] = accuracy_per_round(scores[attacked])
     rounds = pd.Index(sorted(scores["round"].unique()), name="round")
     return pd.DataFrame({name: values.groupby("round").mean() for name, values in accuracies.items()}, index=rounds)
 

@@ -35,6 +35,8 @@ MEASURES = {
     "spread": "own test rows, standard deviation over clients",
     "personalization_own": "own test rows, only a client's own classes competing, mean over clients",
     "neighbor": "test rows of other clients, mean over clients",
+    "attack_success": "attacked test rows predicted as the attack intends",
+    "generalization_attack_success": "the same of held-out domains",
     "dual": "dual: harmonic mean of the last round's model on own test rows of all clients, and of the tuned models",
     "validation": "validation rows, mean over clients",
 }
@@ -221,6 +223,8 @@ def _facts(tables: Tables) -> dict[str, pd.DataFrame]:
     # In the teraflops below, in `remarks`, and in which measures there are.
     elsewhere = {"flops_per_step", "flops_per_row", "unseen_test", "personal"}
     facts = {name.replace("_", " "): _fact(value) for name, value in facts.items() if name not in elsewhere}
+    if malicious := facts.pop("malicious", []):
+        facts["malicious clients"] = f"{len(malicious)}: {listing(malicious)}"
     train = tables.partition[tables.partition.split == "train"]
     facts |= {
         "domains": f"{len(tables.domains)}: {listing(tables.domains)}",

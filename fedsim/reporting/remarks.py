@@ -33,6 +33,12 @@ def remarks(tables: Tables) -> list[str]:
             f"Transductive: training reads the test rows of held-out {listing(tables.held_out)} without their labels, "
             "so held-out accuracy does not compare with that of methods that never see these rows."
         )
+    if malicious := tables.facts.get("malicious"):
+        clients = "client is" if len(malicious) == 1 else "clients are"
+        sentences.append(
+            f"Attack {tables.experiment['attack']['name']}: {len(malicious)} {clients} malicious; accuracies and "
+            "losses are those of the others."
+        )
     if tables.facts.get("scrambled"):
         sentences.append(SCRAMBLED)
     if about := tables.facts.get("privacy"):

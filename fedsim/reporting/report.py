@@ -148,7 +148,7 @@ class Report:
         flops: float = float("nan"),
         epsilon: float = float("nan"),
     ) -> None:
-        """Adds the costs of a round of training, and its mean loss over clients.
+        """Adds the costs of a round of training, and its mean loss over clients that are not malicious.
 
         Args:
             clients: (n,) of `updates.CLIENT_STATS`, of the clients that count.
@@ -156,7 +156,8 @@ class Report:
             flops: floating-point operations; nan if they were not counted.
             epsilon: of all rounds so far; nan without privacy.
         """
-        losses = clients["loss"][~np.isnan(clients["loss"])]
+        honest = ~np.isin(clients["client"], self.facts.get("malicious", []))
+        losses = clients["loss"][honest & ~np.isnan(clients["loss"])]
         counts = planned.round, planned.asked, len(clients), planned.dropped, planned.late
         down, up = sent
         loss = losses.mean() if len(losses) else np.nan

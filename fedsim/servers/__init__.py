@@ -90,6 +90,10 @@ class Server(ABC):
     # and is evaluated with them. The server stores those of all clients, in memory and in each checkpoint.
     unicasts: ClassVar[bool] = False
 
+    # Of how many train rows of clients the server has copies, perhaps a field of the rule. In each round it trains on
+    # them from what it sends, as a client would; `RoundSum.root` is its delta. Rounds must be synchronous.
+    root_rows: ClassVar[int] = 0
+
     def adapt(self, method: Method) -> Method:
         """The method as clients train it under this rule.
 

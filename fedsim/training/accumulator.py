@@ -16,15 +16,19 @@ class Accumulator:
     client would take longer.
     """
 
-    def __init__(self, shared: Params, device: str, keep_sum: bool = True, keep_deltas: bool = False) -> None:
+    def __init__(
+        self, shared: Params, device: str, keep_sum: bool = True, keep_deltas: bool = False, deltas: bool = False
+    ) -> None:
         """
         Args:
             shared: the shared tensors as the server has them.
             keep_sum, keep_deltas: keep the sum of the deltas, and the delta of each client.
+            deltas: `add` gets deltas instead of trained tensors.
         """
         self.by_stack = device != "cpu"
         size = sum(tensor.numel() for tensor in shared.values())
-        self.shared, self.weight, self.message = shared, 0.0, np.zeros(0)
+        self.shared = {name: torch.zeros_like(tensor) for name, tensor in shared.items()} if deltas else shared
+        self.weight, self.message = 0.0, np.zeros(0)
         self.delta = torch.zeros(size if keep_sum else 0, dtype=torch.float64, device=device)
         self.total = views(self.delta, shared) if keep_sum else {}
         # To add float32 to float64 directly would make a new tensor for every client.

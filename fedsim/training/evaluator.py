@@ -1,7 +1,8 @@
 """Evaluates chunks of clients."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from fedsim.params import Params, moved, unflatten
 from fedsim.registry import name_of
 from fedsim.training.client_store import Stored
 from fedsim.training.models import Models
-from fedsim.training.predict import Entry, Spaces, predict
+from fedsim.training.predict import Entry, Predictions, Spaces, predict
 from fedsim.training.task import Task
 
 
@@ -87,13 +88,23 @@ class Evaluator:
         entries, predictions = [], []
         reads, joint = task.method.reads.image, task.method.joint_classes
         model = partial(task.method.logits, module)
-        predictions_of = partial(predict, model, partial(self._read, task), reads, joint, device=self.device)
+        each_of = partial(predict, model, level=reads, joint=joint, device=self.device)
+
+        def predictions_of(entries: list[Entry]) -> list[Predictions]:
+            attacked = [split == "attacked" for (_, split, _), *_ in entries]
+            kinds = {
+                kind: iter(each_of(partial(self._read, task, kind), entries=list(compress(entries, chosen))))
+                for kind, chosen in ((False, [not each for each in attacked]), (True, attacked))
+            }
+            return [next(kinds[kind]) for kind in attacked]
+
         others = [self.clients[k] for k in shared_rows]
         for k, tensors in own:
             client = self.clients[k]
             parts = [("val", client.val, client), (client.split, client.test, client)]
             parts += [(other.split, other.test, other) for other in others]
             parts += [("neighbor", rows, client) for rows in self._neighbors(k, evaluated)]
+            parts += [("attacked", rows, owner) for owner, rows in self._attacked(task, [client, *others], evaluated)]
             for split, rows, owner in parts:
                 if split in evaluated.splits:
                     entries += [self._entry(task, round, k, split, part, owner) for part in self._by_vocabulary(rows)]
@@ -109,9 +120,23 @@ class Evaluator:
             if not round:
                 raise InputError(f"method {name_of(task.method)} predicts NaN before it is trained")
             raise Diverged.in_round(round, "a prediction of the trained model")
-        return tally(
-            [entry for entry, *_ in entries], predicted, predicted_own, confidence, self.data, evaluated.held_out
-        )
+        counted = [entry for entry, *_ in entries]
+        expected = [self._aims(task, rows) if split == "attacked" else self.data.y[rows] for _, split, rows in counted]
+        rest = confidence, self.data, evaluated.held_out, expected
+        return tally(counted, predicted, predicted_own, *rest)
+
+    def _attacked(
+        self, task: Task, owners: Sequence[Client], evaluated: EvaluationRows
+    ) -> Iterator[tuple[Client, np.ndarray]]:
+        """The test rows that an attack wants to be predicted as other classes than theirs, by their owner."""
+        if not task.attack.targeted or "attacked" not in evaluated.splits:
+            return
+        for owner in owners:
+            if owner.split == "test":
+                yield owner, owner.test[self._aims(task, owner.test) >= 0]
+
+    def _aims(self, task: Task, rows: np.ndarray) -> np.ndarray:
+        return task.attack.aims(self.data.y[rows], self.data.classes, self.trained_classes)
 
     def _neighbors(self, client: int, evaluated: EvaluationRows) -> list[np.ndarray]:
         """The test rows of a client's neighbors, all together; none of a client that does not train."""
@@ -142,5 +167,5 @@ class Evaluator:
         competing = self.data.competing(rows)
         return torch.from_numpy(protocol & competing), torch.from_numpy(own & competing)
 
-    def _read(self, task: Task, rows: np.ndarray) -> Tensor:
-        return self.models.inputs(task, rows).whole()
+    def _read(self, task: Task, attacked: bool, rows: np.ndarray) -> Tensor:
+        return self.models.inputs(task, rows, attacked=np.ones(len(rows), bool) if attacked else None).whole()

@@ -1,5 +1,6 @@
 """The inputs of a method for some rows, read when they are indexed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ class Inputs:
         views: (n,) the augmented view of each row; None: the image itself.
         dtype: that of the result, unless it is pixels, which are bytes.
         resident: `Representations.features`, if the device holds them.
+        attacked: (n,) bool, the rows that `trigger` changes; None: none.
+        trigger: what an attack makes of inputs.
     """
 
     representations: Representations
@@ -27,6 +30,8 @@ class Inputs:
     device: str
     dtype: torch.dtype
     resident: Tensor | None = None
+    attacked: np.ndarray | None = None
+    trigger: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -37,6 +42,13 @@ class Inputs:
     def __getitem__(self, index: Tensor) -> Tensor:
         """(*I) positions among the rows -> (*I, ...)."""
         at = index.cpu().numpy()
+        x = self._read(at)
+        if self.attacked is None or self.trigger is None:
+            return x
+        attacked = torch.from_numpy(self.attacked[at]).to(x.device)
+        return torch.where(attacked.view(*attacked.shape, *[1] * (x.dim() - attacked.dim())), self.trigger(x), x)
+
+    def _read(self, at: np.ndarray) -> Tensor:
         if self.resident is not None:
             rows = torch.from_numpy(self.representations.at(self.rows[at]))
             return self.resident[rows.to(self.device)].to(self.dtype)

@@ -34,11 +34,17 @@ class Models:
         self.tower_bytes = lru_cache(maxsize=4)(self._tower_bytes)
         self.resident = lru_cache(maxsize=1)(self._resident)
 
-    def inputs(self, task: Task, rows: np.ndarray, views: np.ndarray | None = None) -> Inputs:
-        """What the method reads of some rows, (n,), and perhaps their augmented views, (n,)."""
+    def inputs(
+        self, task: Task, rows: np.ndarray, views: np.ndarray | None = None, attacked: np.ndarray | None = None
+    ) -> Inputs:
+        """What the method reads of some rows, (n,), and perhaps their augmented views, (n,).
+
+        Args:
+            attacked: (n,) bool, the rows that are shown with the trigger of the attack.
+        """
         name, dtype = task.method.reads.image, getattr(torch, task.dtype)
         held = self.resident() if name == "features" and views is None else None
-        return Inputs(self.data.representations, name, rows, views, self.device, dtype, held)
+        return Inputs(self.data.representations, name, rows, views, self.device, dtype, held, attacked, task.trigger)
 
     def private(self, task: Task, client: int, written: int) -> PrivateState:
         """What a client stored in the round `written`; nothing if that is 0."""

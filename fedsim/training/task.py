@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fedsim.attacks import Attack
+from fedsim.attacks.honest import Honest
 from fedsim.clip.model import Clip
 from fedsim.clip.sites import Reads
 from fedsim.codecs import Codec
@@ -21,7 +23,7 @@ from fedsim.privacy.none import Unprotected
 from fedsim.registry import name_of
 from fedsim.representations import Encoded
 from fedsim.rng import seed_for, torch_rng
-from fedsim.servers import ClientUpdate, Server, Slots
+from fedsim.servers import ClientUpdate, Reply, Server, Slots
 from fedsim.training.client_store import PrivateStore
 from fedsim.training.transmit import encoded
 
@@ -41,6 +43,7 @@ class Task:
         reference: train client by client, on the readable path.
         codec: how parameters and updates travel.
         privacy: what of clients is clipped and noised.
+        attack: what malicious clients do.
     """
 
     method: Method
@@ -52,10 +55,24 @@ class Task:
     reference: bool = False
     codec: Codec = field(default_factory=Plain)
     privacy: Privacy = field(default_factory=Unprotected)
+    attack: Attack = field(default_factory=Honest)
 
     def lr(self, round: int) -> float:
         """The step size of clients that were sent their parameters in this round."""
         return self.method.lr_in(round, self.rounds)
+
+    @property
+    def keeps_deltas(self) -> bool:
+        """Whether the server has the delta of each client, not only their sum."""
+        return self.server.needs_deltas or self.server.unicasts or self.attack.colludes
+
+    def malicious(self, population: int) -> frozenset[int]:
+        """Ids of the malicious ones among so many training clients."""
+        return self.attack.malicious(population, self.seed)
+
+    def trigger(self, x: Tensor) -> Tensor:
+        """Attacked rows as they are shown to a model."""
+        return self.attack.trigger(x, torch_rng(self.seed, "trigger"))
 
     def scope(self, name: str) -> Scope:
         """Who holds the tensor of this name."""
@@ -137,15 +154,21 @@ class Task:
     def payload(self, params: Params, cohort: int) -> tuple[int, int]:
         """Bytes that a client receives and sends in a round with `cohort` clients."""
         shared = self.select(params, "shared")
-        slots, client_state = self.server.init(shared)
+        slots, _ = self.server.init(shared)
         sent = self.server.broadcast(slots, shared)
-        message = self.server.reply(
-            ClientUpdate(shared, shared, client_state, sent, 1, 1, 0, self.method, self.method.lr)
-        ).message
-        server, others = self.select(params, "server"), (sent, message, cohort)
+        server, others = self.select(params, "server"), (sent, self.reply(params).message, cohort)
         down = self.codec.encode_down(shared), self.codec.encode_down(server)
         up = encoded(self.codec, shared, torch_rng(self.seed, "codec")), server
-        return self.server.payload(*down, *others)[0], self.server.payload(*up, *others)[1]
+        more_down, more_up = self.codec.overhead(cohort)
+        return self.server.payload(*down, *others)[0] + more_down, self.server.payload(*up, *others)[1] + more_up
+
+    def reply(self, params: Params, rows: int = 1) -> Reply:
+        """What a client with so many rows sends besides an update of zeros, for names, shapes and its weight."""
+        shared = self.select(params, "shared")
+        slots, client_state = self.server.init(shared)
+        sent = self.server.broadcast(slots, shared)
+        update = ClientUpdate(shared, shared, client_state, sent, rows, 1, 0, self.method, self.method.lr)
+        return self.server.reply(update)
 
     def build(self, backbone: Backbone) -> nn.Module:
         """The module of round 0, the same in every process: PyTorch's default initialisation under the run's seed.
@@ -201,8 +224,30 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
             f"server {name_of(task.server)} gives clients new tensors before they train, and codec "
             f"{name_of(task.codec)} would encode these as if they were learned; take plain, or another rule"
         )
+    if task.codec.sums:
+        _check_sums(task, params, cohort)
     task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
     return params
+
+
+def _check_sums(task: Task, params: Params, cohort: int) -> None:
+    """Refuses what needs more than the sum of the updates, and a sum that does not fit."""
+    codec, server, reply = f"codec {name_of(task.codec)}", f"server {name_of(task.server)}", task.reply(params, rows=2)
+    if task.server.needs_deltas or task.server.unicasts or task.server.buffer is not None:
+        raise InputError(f"{server} needs the update of each client, and with {codec} only their sum is known")
+    if reply.message:
+        raise InputError(f"{server} has clients send messages besides their updates, which {codec} does not sum")
+    if reply.weight != 1:
+        raise InputError(
+            f"{server} weights the updates of clients, and {codec} sums them as they are; take equal weights"
+        )
+    if task.attack.colludes:
+        raise InputError(f"attack {name_of(task.attack)} needs the update of each client, and {codec} sums them")
+    if task.privacy.protects:
+        raise InputError(
+            f"privacy {name_of(task.privacy)} clips what the server decodes, and {codec} gives it the sum alone"
+        )
+    task.codec.check(cohort)
 
 
 def _check_privacy(task: Task, params: Params, untrained: list[str]) -> None:

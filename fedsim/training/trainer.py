@@ -20,6 +20,7 @@ from fedsim.servers import ClientUpdate
 from fedsim.training.accumulator import Accumulator
 from fedsim.training.client_store import PrivateState, Stored
 from fedsim.training.inputs import Inputs
+from fedsim.training.malice import forged, poisoned
 from fedsim.training.models import Models
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.received import received_losses
@@ -132,9 +133,10 @@ class Trainer:
         shared = task.select(received.params, "shared")
         rows_of = {client: self.clients[client].train for client, _ in clients}
         rule, lr = task.server, task.lr(received.round)
-        total = Accumulator(shared, self.device, not rule.needs_deltas, rule.needs_deltas or rule.unicasts)
+        total = Accumulator(shared, self.device, not rule.needs_deltas, task.keeps_deltas, task.codec.sums)
         stats = []
         for stack in self.train_stacks(task, round, received, clients, rows_of):
+            at_server = moved({n: stack.params[n] for n in shared}, self.device, "float64" if task.codec.sums else None)
             replies = []  # summed before the loop continues, because the tensors of a stack are reused for the next one
             for k, client in enumerate(stack.clients):
                 rows = len(rows_of[client])
@@ -142,6 +144,7 @@ class Trainer:
                 trained = {name: stack.params[name][k] for name in shared}
                 staleness = round - 1 - version
                 old = shared | {name: tensor[k] for name, tensor in stack.unicast.items()}
+                trained = forged(task, self.clients.trainers, round, client, old, trained)
                 result = old, trained, stack.rule[k], received.sent, rows, steps, staleness, task.method, lr
                 update = ClientUpdate(*result, loss=stack.received_losses[k])
                 reply = rule.reply(update)
@@ -157,12 +160,12 @@ class Trainer:
                     reply = replace(reply, weight=reply.weight * clipping(old, trained, bound))
                 if self.stores(task):
                     self._write_private(task, round, stack, k, reply.client_state, lost)
-                if not task.codec.lossless:
+                if task.attack.forges or not task.codec.lossless:
                     for name, tensor in trained.items():  # only now, since a client stores what it has trained
-                        stack.params[name][k] = tensor
+                        at_server[name][k] = tensor
                 replies.append(reply)
                 stats.append((client, rows, steps, stack.losses[k], reply.weight))
-            total.add(stack.clients, {name: stack.params[name] for name in shared}, replies)
+            total.add(stack.clients, at_server, replies)
         return total.sum(np.sort(np.array(stats, CLIENT_STATS), order="client"), round)
 
     def train_stacks(
@@ -222,8 +225,9 @@ class Trainer:
             lost.append(private.lost)
         ids = [client for client, _ in clients]
         rows = np.concatenate([rows_of[client] for client in ids])
-        x = self._inputs(task, rows, self._views(task, round, ids, rows_of))
-        y = torch.from_numpy(self.data.y[rows]).to(self.device)
+        labels, attacked = poisoned(task, self.data, self.trained_classes, self.clients.trainers, ids, rows_of)
+        x = self._inputs(task, rows, self._views(task, round, ids, rows_of), attacked)
+        y = torch.from_numpy(labels).to(self.device)
         sizes = [len(rows_of[client]) for client in ids]
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
         masks = task.competing(self.data, self.trained_classes, [rows_of[client] for client in ids])
@@ -286,9 +290,9 @@ class Trainer:
         """Those of all target rows, which are the same for every stack and in every round."""
         return self._inputs(task, np.concatenate([*self.clients.held_out]))
 
-    def _inputs(self, task: Task, rows: np.ndarray, views: np.ndarray | None = None) -> Tensor | Inputs:
+    def _inputs(self, task: Task, rows: np.ndarray, *more: np.ndarray | None) -> Tensor | Inputs:
         """The inputs of some rows: features at once, since they are small; images may not fit into memory."""
-        x = self.models.inputs(task, rows, views)
+        x = self.models.inputs(task, rows, *more)
         return x.whole() if x.name == "features" else x
 
     def _views(self, task: Task, round: int, clients: list[int], rows_of: Rows) -> np.ndarray | None:

@@ -13,6 +13,8 @@ def transmit(
 ) -> tuple[Params, Params]:
     """What the server has of a client's parameters once it has decoded the update, and what encoding has discarded.
 
+    If the codec `sums`, the first are the update itself, in float64.
+
     Args:
         received, trained: the shared tensors before and after local training.
         lost: what encoding has discarded before this round and is still to be sent; empty if nothing.
@@ -25,9 +27,9 @@ def transmit(
         update += lost["update"]
     if not update.isfinite().all():  # the round ends as diverged
         return trained, lost
-    decoded = codec.decode(codec.encode(update, rng), update)
+    decoded = codec.decode(codec.encode(update, rng), update.double() if codec.sums else update)
     pieces = views(decoded, trained)
-    at_server = {name: received[name] + piece for name, piece in pieces.items()}
+    at_server = pieces if codec.sums else {name: received[name] + piece for name, piece in pieces.items()}
     rest = update - decoded if counts else update
     return at_server, {"update": rest} if codec.remembers else {}
 

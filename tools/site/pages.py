@@ -29,6 +29,7 @@ LEADS = {  # what a reader of an overview has to know
     "classes. [Methods by what they read](../reads.md) says what each of them computes.",
     "server": "How the server combines what clients send: `--server NAME`, `--server.FIELD VALUE`.",
     "codec": "In how many bytes updates and parameters travel: `--codec NAME`, `--codec.FIELD VALUE`.",
+    "attack": "What malicious clients do: `--attack NAME`, `--attack.FIELD VALUE`. Their share is `--attack.share`.",
     "partition": "Which client holds which rows: `--partition NAME`, `--partition.FIELD VALUE`.",
     "dataset": "Images or features, with labels and domains: `--dataset NAME`, `--dataset.FIELD VALUE`; see "
     "[Data](../data.md).",
