@@ -48,6 +48,7 @@ METHODS = {
     "FedSA-LoRA": ("lora", "fedsa_lora"),
     "LoRA, stacking": ("lora", "lora_stacking"),
     "FedEx-LoRA": ("lora", "fedex_lora"),
+    "distilled CNN": ("distil", "fedavg"),
 }
 NEED_VIT = {  # the embedded model has no patches
     "FedOTP": ("fedotp", "fedavg"),

@@ -13,6 +13,7 @@ Site = Literal[
     "image_feature",
     "head",
     "patch_tokens",
+    "pixels",
     "visual_tokens",
     "image_adapters",
     "image_blocks",
@@ -31,6 +32,7 @@ TEXT_READS: tuple[TextRead, ...] = "features", "embeddings", "blocks"
 # What a site needs of an image and of a class; the first of the above for sites that are not named here.
 IMAGE_OF: dict[Site, ImageRead] = {
     "patch_tokens": "tokens",
+    "pixels": "pixels",
     "visual_tokens": "pixels",
     "image_adapters": "pixels",
     "image_blocks": "pixels",
