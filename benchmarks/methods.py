@@ -49,6 +49,8 @@ METHODS = {
     "LoRA, stacking": ("lora", "lora_stacking"),
     "FedEx-LoRA": ("lora", "fedex_lora"),
     "distilled CNN": ("distil", "fedavg"),
+    "Fed-BBPT": ("fed_bbpt", "fedavg"),
+    "ZooPFL": ("zoopfl", "fedavg"),
 }
 NEED_VIT = {  # the embedded model has no patches
     "FedOTP": ("fedotp", "fedavg"),

@@ -96,7 +96,7 @@ def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_
     # The readable path must agree to rounding, and a resumed run to the bit.
     slow = {"towers": "text"} if name == "finetune" else {}  # the image tower has a test of its own
     fields: dict = {"method": {"name": name, "batch_size": 8, "local_epochs": 1, **slow}}
-    if (IN_BLOCKS | {"pixels"}) & set(parse("method", name).sites):
+    if IN_BLOCKS & set(parse("method", name).sites):
         fields |= zip(("backbone", "pretrained"), small_clip("towers", "vit").values(), strict=True)
     whole = run(small(**fields, out=tmp_path / "whole"))
 

@@ -13,6 +13,7 @@ Schedule = Literal["constant", "cosine", "exponential", "step"]
 # The optimizers for which a hyperparameter is searched.
 SGD = ("optimizer", "sgd")
 ADAM = ("optimizer", "adam", "adamw")
+SPSA = ("estimator", "spsa")
 
 
 @component
@@ -58,8 +59,23 @@ class LocalTraining:
     persist_optimizer: bool = Field(
         False, description="keep each client's optimizer state between rounds instead of resetting it"
     )
+    estimator: Literal["autograd", "spsa"] = Field(
+        "autograd", description="gradient of a local step: exact, or estimated from values of the loss alone (spsa)"
+    )
+    directions: int = Field(
+        1, ge=1, le=10**6, search=Choice((1, 2, 4, 8), when=SPSA), description="random directions of an estimate"
+    )
+    perturbation: float = Field(
+        1e-3,
+        gt=0,
+        search=Log(1e-4, 1e-1, when=SPSA),
+        description="by how much a parameter is changed, up and down, for a direction's two values of the loss",
+    )
 
     min_batch: ClassVar[int] = 1  # smaller last batches are skipped
+    # Whether autograd's gradient of `loss` is not the slope of its values, because a part of it is detached, scaled or
+    # projected; `estimator` spsa is then refused.
+    changes_gradients: ClassVar[bool] = False
 
     @property
     def fixed_rounds(self) -> bool:

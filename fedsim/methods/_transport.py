@@ -28,6 +28,8 @@ class TransportMethod(PromptMethod):
     tolerance: float = Field(1e-3, ge=0, description="change of the scaling at which the iterations stop")
     iterations: int = Field(100, ge=1, description="maximum number of scaling iterations")
 
+    changes_gradients = True
+
     @property
     def sites(self) -> tuple[Site, ...]:
         return "text_tokens", "patch_tokens"

@@ -43,6 +43,7 @@ class FACMIC(Method):
 
     min_batch: ClassVar[int] = 2  # a single image has nothing to contrast, and no variance
     reads_target = True
+    changes_gradients = True
 
     def build(self, backbone: Backbone) -> nn.Module:
         return NormalizedGate(backbone)

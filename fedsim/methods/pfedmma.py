@@ -54,6 +54,8 @@ class PFedMMA(Method):
         description="factor of an adapter's output, which leaves the gradients of its weights unscaled",
     )
 
+    changes_gradients = True
+
     @property
     def sites(self) -> tuple[Site, ...]:
         return "image_adapters", "text_adapters"

@@ -42,6 +42,8 @@ class ProGrad(PromptFL):
         description="share that is removed of a gradient's part against zero-shot CLIP; 0 is PromptFL",
     )
 
+    changes_gradients = True
+
     def loss(self, module: _Prompt, batch: Batch) -> Tensor:
         """The cross-entropy, to which the divergence from zero-shot predictions adds nothing but its gradient.
 

@@ -64,6 +64,8 @@ class _Envelope(Halves):
 
     rule: InstanceOf[PFedMe]
 
+    changes_gradients = True
+
     def build(self, backbone: Backbone) -> Pair:
         pair = super().build(backbone)
         _as_buffers(pair.own)

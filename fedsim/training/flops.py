@@ -23,9 +23,10 @@ def flops_of(
 ) -> tuple[float, float]:
     """The operations of a local step that do not depend on its batch, and the operations per row of the batch.
 
-    They are those of the forward and backward pass of `Method.loss` under autograd: matrix products, convolutions and
-    attention, with two operations per multiply-add. The optimizer and representations that are computed once are not
-    counted. If a loss encodes the texts of the classes in its batch only, the count holds for the given rows.
+    They are those of the forward and backward pass of `Method.loss` under autograd, or of the forward passes of an
+    estimate: matrix products, convolutions and attention, with two operations per multiply-add. The optimizer and
+    representations that are computed once are not counted. If a loss encodes the texts of the classes in its batch
+    only, the count holds for the given rows.
 
     Args:
         rows: train rows, in any order; a whole batch if there are as many.
@@ -48,11 +49,14 @@ def flops_of(
             data.representations, task.method.reads.image, batch, None, "cpu", backbone.class_embeddings.dtype
         ).whole()
         y = torch.from_numpy(data.y[batch])
-        with Operations() as operations:
+        exact = task.method.estimator == "autograd"
+        with Operations() as operations, torch.set_grad_enabled(exact):
             target = x if task.method.reads_target else None
             given = rule if task.method.reads_rule else None
-            task.method.loss(module.train(), Batch(x, y, active, client, target, given)).backward()
-        return operations.total
+            loss = task.method.loss(module.train(), Batch(x, y, active, client, target, given))
+            if exact:
+                loss.backward()
+        return operations.total * (1 if exact else 2 * task.method.directions)
 
     # At least two rows, because some methods skip a batch of one; few images, because each passes through a tower.
     size = 2 if task.method.reads.image == "pixels" else max(2, task.method.batch_size // 2)

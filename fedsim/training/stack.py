@@ -5,6 +5,7 @@ For each client it computes what `train_client` computes, up to rounding.
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from fedsim.methods import Batch, ClientContext, Method, RuleContext, trained
 from fedsim.methods._calls import with_tensors
 from fedsim.params import Params
 from fedsim.servers import Server
+from fedsim.training.estimates import by_differences
 from fedsim.training.inputs import Inputs
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.targets import Targets
@@ -73,7 +75,7 @@ def train_stack(
         x, y: (N, ...) inputs and (N,) classes of all clients' train rows, client by client.
         sizes: train rows of each client, descending.
         server: the rule, for what it adds to the gradients.
-        rngs: for each client, draws the order of its rows in every epoch.
+        rngs: for each client, draws the order of its rows in every epoch, and the directions of estimates.
         states: each client's memory for the server rule.
         sent: what the rule sends besides the parameters.
         classes: (M, C) bool, the classes that compete in each client's loss; None: all.
@@ -110,7 +112,7 @@ def train_stack(
             group = {name: tensor[first:last] for name, tensor in params.items()}
             # Before the first step all clients have the same parameters, and one large product serves them all.
             same = received if epoch == 0 and offset == 0 else {}
-            loss, grads = gradients(method, module, group | same, batch)
+            loss, grads = gradients(method, module, group | same, batch, rngs[first:last])
             if adds:
                 extra = _added(server, {name: group[name] for name in learned}, rule, each)
                 grads = {name: grads[name] + extra[name] if name in extra else grads[name] for name in learned}
@@ -141,17 +143,24 @@ def groups(sizes: Sequence[int], batch: int, min_batch: int) -> Iterator[tuple[i
             first = last
 
 
-def gradients(method: Method, module: nn.Module, params: Params, batch: Batch) -> tuple[Tensor, Params]:
-    """Losses of M clients and their gradients: the method's closed form, or its `loss` under autograd.
+def gradients(
+    method: Method, module: nn.Module, params: Params, batch: Batch, rngs: Sequence[torch.Generator] = ()
+) -> tuple[Tensor, Params]:
+    """Losses of M clients and their gradients: the method's closed form, its `loss` under autograd, or an estimate.
 
     Args:
         params: tensors of the module's state_dict, (M, *shape), or (*shape) if all clients have the same.
         batch: that of M clients; every tensor has a leading M.
+        rngs: of each client, for an estimate.
 
     Returns:
         (M,) losses in nats; and the gradient of each trained parameter, (M, *shape), by its name.
     """
     with _one_sentence(method):
+        if method.estimator == "spsa":
+            like: Params = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
+            learned = {name: params[name] for name in like}
+            return by_differences(partial(_losses, method, module, params, batch), learned, like, method, rngs)
         closed = method.closed_form(module, params, batch)
         return by_autograd(method, module, params, batch) if closed is None else closed
 
@@ -160,15 +169,8 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
     """What `gradients` computes if a method has no closed form."""
     learned = {name: params[name] for name in trained(module)}
     fixed = {name: tensor for name, tensor in params.items() if name not in learned}
-    shapes = {name: tensor.dim() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    stacked = [{n: 0 if v.dim() > shapes[n] else None for n, v in tensors.items()} for tensors in (learned, fixed)]
-    clients = batch.client and ClientContext._make(0 if isinstance(each, Tensor) else None for each in batch.client)
-    masks, target = (None if tensor is None else 0 for tensor in (batch.classes, batch.target))
-    rule = None
-    if batch.rule:
-        received = {n: 0 if v.dim() > shapes[n] else None for n, v in batch.rule.received.items()}
-        rule = RuleContext._make((received, dict.fromkeys(batch.rule.client_state, 0), dict.fromkeys(batch.rule.sent)))
-    each = Batch._make((0, 0, masks, clients, target, rule))  # the dimension of the clients
+    stacked = _dims(module, learned), _dims(module, fixed)
+    each = _dims_of_batch(module, batch)
 
     def loss(learned: Params, fixed: Params, batch: Batch) -> Tensor:
         return with_tensors(method.loss, module, learned | fixed, batch)
@@ -176,7 +178,7 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
     if not method.reads.towers:
         grads, losses = vmap(grad_and_value(loss), in_dims=(*stacked, each))(learned, fixed, batch)
         return losses, grads
-    if len(batch.x) > 1 and stackable(method.sites) and _equally_many(batch.classes):
+    if _in_one_call(method, batch):
         # The text tower takes the texts of all clients in one call, and autograd is outside vmap, as `over_clients`
         # needs. A loss depends on the tensors of its client only.
         own = {n: v.expand(len(batch.x), *v.shape) if stacked[0][n] is None else v for n, v in learned.items()}
@@ -188,14 +190,50 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
     # One client at a time: the weights of a tower, or what is inserted into it, differ between clients.
     results: list[list[Tensor]] = []
     for k in range(len(batch.x)):
-        live = {n: (v if stacked[0][n] is None else v[k]).detach().requires_grad_() for n, v in learned.items()}
-        rest = {n: v if stacked[1][n] is None else v[k] for n, v in fixed.items()}
+        live = {n: v.detach().requires_grad_() for n, v in _of_client(learned, k, stacked[0]).items()}
+        rest = _of_client(fixed, k, stacked[1])
         with torch.enable_grad():
-            value = loss(live, rest, _of_client(batch, k, rule))
+            value = loss(live, rest, _batch_of_client(batch, k, each.rule))
         grads = torch.autograd.grad(value, list(live.values()), materialize_grads=True)
         results.append([value.detach(), *grads])
     losses, *grads = [_stacked(list(tensors)) for tensors in zip(*results, strict=True)]
     return losses, dict(zip(learned, grads, strict=True))
+
+
+def _losses(method: Method, module: nn.Module, params: Params, batch: Batch, moved: Params) -> Tensor:
+    """(M,) losses, without gradients, with the tensors `moved` in place of those in `params`; else as `gradients`."""
+    params = params | moved
+    dims, each = _dims(module, params), _dims_of_batch(module, batch)
+
+    def loss(params: Params, batch: Batch) -> Tensor:
+        return with_tensors(method.loss, module, params, batch)
+
+    if not method.reads.towers or _in_one_call(method, batch):
+        return vmap(loss, in_dims=(dims, each))(params, batch)
+    clients = range(len(batch.x))
+    return _stacked([loss(_of_client(params, k, dims), _batch_of_client(batch, k, each.rule)) for k in clients])
+
+
+def _in_one_call(method: Method, batch: Batch) -> bool:
+    """Whether the text tower takes the texts of all clients in one call."""
+    return len(batch.x) > 1 and stackable(method.sites) and _equally_many(batch.classes)
+
+
+def _dims(module: nn.Module, params: Params) -> dict[str, int | None]:
+    """The dimension of the clients of each tensor: 0, or None if all clients have the same."""
+    shapes = {name: tensor.dim() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    return {name: 0 if tensor.dim() > shapes[name] else None for name, tensor in params.items()}
+
+
+def _dims_of_batch(module: nn.Module, batch: Batch) -> Batch:
+    """The same of a batch."""
+    clients = batch.client and ClientContext._make(0 if isinstance(each, Tensor) else None for each in batch.client)
+    masks, target = (None if tensor is None else 0 for tensor in (batch.classes, batch.target))
+    rule = None
+    if batch.rule:
+        memory, sent = dict.fromkeys(batch.rule.client_state, 0), dict.fromkeys(batch.rule.sent)
+        rule = RuleContext._make((_dims(module, batch.rule.received), memory, sent))
+    return Batch._make((0, 0, masks, clients, target, rule))
 
 
 def _equally_many(classes: Tensor | None) -> bool:
@@ -203,15 +241,15 @@ def _equally_many(classes: Tensor | None) -> bool:
     return classes is None or len(classes.sum(dim=1).unique()) == 1
 
 
-def _of_client(batch: Batch, k: int, dims: tuple | None) -> Batch:
+def _of_client(params: Params, k: int, dims: dict[str, int | None]) -> Params:
+    return {name: tensor if dims[name] is None else tensor[k] for name, tensor in params.items()}
+
+
+def _batch_of_client(batch: Batch, k: int, dims: tuple | None) -> Batch:
     classes, target = (None if tensor is None else tensor[k] for tensor in (batch.classes, batch.target))
     rule = batch.rule
     if rule and dims:
-        parts = [
-            {n: v if dim[n] is None else v[k] for n, v in tensors.items()}
-            for tensors, dim in zip(rule, dims, strict=True)
-        ]
-        rule = RuleContext._make(parts)
+        rule = RuleContext._make(_of_client(tensors, k, dim) for tensors, dim in zip(rule, dims, strict=True))
     return Batch(batch.x[k], batch.y[k], classes, batch.client and batch.client.part(k), target, rule)
 
 

@@ -199,6 +199,11 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
         )
     if task.method.min_batch < 2 and any(isinstance(part, BatchNorm) for part in module.modules()):
         raise InputError(f"{name_of(task.method)} has a BatchNorm, and one row has no variance; it needs min_batch = 2")
+    if task.method.changes_gradients and task.method.estimator == "spsa":
+        raise InputError(
+            f"the gradient by which {name_of(task.method)} trains is not that of the values of its loss, from which "
+            "--method.estimator spsa would estimate it; take autograd"
+        )
     if (task.method.expands or task.select(params, "surveyed")) and task.method.reads.image != "features":
         what = "expands clients' rows" if task.method.expands else "makes a survey"
         raise InputError(f"{name_of(task.method)} {what}, which needs image features, not {task.method.reads.image}")

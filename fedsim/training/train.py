@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fedsim.methods import Batch, ClientContext, Method, RuleContext
 from fedsim.params import Params
 from fedsim.servers import Server
+from fedsim.training.estimates import estimated
 from fedsim.training.inputs import Inputs
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.targets import Targets
@@ -35,7 +36,7 @@ def train_client(
         x: (n, ...) inputs of the client's train rows.
         y: (n,) their classes.
         server: the rule, for what it adds to the gradients.
-        rng: draws the order of the rows in every epoch.
+        rng: draws the order of the rows in every epoch, and the directions of estimates.
         shared: names of the tensors that the client received; None: all.
         client_state, sent: the client's memory for the rule, and what the rule sends besides the parameters.
         classes: (C,) bool, the classes that compete in the loss; None: all.
@@ -56,8 +57,11 @@ def train_client(
                 continue
             target = targets and targets.take(len(rows))[0]
             batch = Batch(x[rows], y[rows], classes, client, target, rule if method.reads_rule else None)
-            loss = method.loss(module, batch)
-            grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+            if method.estimator == "spsa":
+                loss, grads = estimated(method, module, params, batch, rng)
+            else:
+                loss = method.loss(module, batch)
+                grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
             with torch.no_grad():
                 extra = server.gradient(params, *rule)
                 grads = {n: g + extra[n] if n in extra else g for n, g in zip(params, grads, strict=True)}
