@@ -40,6 +40,8 @@ from fedsim.cluster.worker import keep_freed_memory
 from fedsim.datasets import TRAIN
 from fedsim.datasets.glyphs import Glyphs
 from fedsim.encoding import encode
+from fedsim.methods import Batch
+from fedsim.methods.fed_bbpt import FedBBPT
 from fedsim.registry import parse
 from fedsim.reporting.metrics import accuracy_per_client, accuracy_per_domain
 from fedsim.reporting.parquet import read_tables
@@ -56,6 +58,7 @@ BACKBONE, BATCH = "ViT-B-32", 32
 PROMPT, DRAWN_BY = "a picture of a {}", 0
 WHOLE, ADAPTER = 151_277_313, 525_312  # parameters of CLIP ViT-B/32, and of FedCLIP's adapter on its 512 dimensions
 PAPER = "1.5E8", "5.3E5"  # the same to two digits, which is how the paper comes to "283x faster than FedAVG"
+ESTIMATED = FedBBPT()
 LINE, STEPS = 100e6, 10  # bits per second and local steps of the round that is worked out as an example
 ROUNDS = 200  # of the paper, over which a cache pays
 GAINS = 0, 1, 2, 4  # points above zero-shot
@@ -139,7 +142,13 @@ def prepare(folder: Path, backbone: str, batch: int) -> dict:
     counts = {name: counted(variant, folder, clip) for name, variant in VARIANTS.items()}
     found = whole, counts["all"]["trained"], counts["cached"]["trained"]
     assert found == (WHOLE, WHOLE, ADAPTER) or backbone != BACKBONE, found
-    return {"batch": batch, "classes": len(np.unique(features.y)), "counts": counts}
+    return {
+        "batch": batch,
+        "classes": len(np.unique(features.y)),
+        "counts": counts,
+        "split": split_learning(folder),
+        "estimate": ESTIMATED.directions * 4,
+    }
 
 
 def counted(variant: Variant, folder: Path, clip: Clip) -> dict[str, float]:
@@ -163,6 +172,34 @@ def counted(variant: Variant, folder: Path, clip: Clip) -> dict[str, float]:
         "flops": counter.get_total_flops(),
         "extrapolated": per_step + len(client.rows) * per_row,
     }
+
+
+def split_learning(folder: Path) -> dict[str, dict[str, int]]:
+    """Bytes of a batch by where the image tower is cut, read off the activations of a step of `finetune`.
+
+    The server has what is behind the cut and the text tower, and returns logits. Neither images nor labels leave the
+    client: activations and the gradient of the logits go up, the logits and the gradient of the activations down.
+    """
+    client, seen = Client(VARIANTS["all"], folder), {}
+    visual = client.module.image_tower._module
+    blocks = visual.transformer.resblocks
+
+    def keep(cut: str, tensor: torch.Tensor) -> None:
+        tensor.retain_grad()
+        seen[cut] = tensor
+
+    cuts = {"after the patch embedding": 0, f"after block {len(blocks) // 2} of {len(blocks)}": len(blocks) // 2}
+    for cut, k in cuts.items():
+        blocks[k].register_forward_pre_hook(lambda _, args, cut=cut: keep(cut, args[0]))
+    client.task.method.loss(client.module, Batch(client.x, client.y)).backward()
+    logits = len(client.x) * len(client.features.classes) * client.params["logit_scale"].element_size()
+    behind = "ln_post", "proj", "transformer"
+    found = {}
+    for cut, k in cuts.items():
+        front = [weight for name, weight in visual.named_parameters() if not name.startswith(behind)]
+        part = sum(weight.nbytes for weight in (*front, *blocks[:k].parameters()))
+        found[cut] = {"up": seen[cut].nbytes + logits, "down": seen[cut].grad.nbytes + logits, "part": part}
+    return found
 
 
 def measured(variant: Variant, folder: Path) -> dict[str, float]:
@@ -241,6 +278,36 @@ def table(facts: dict, runs: dict[str, list[dict]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def split_table(facts: dict) -> str:
+    """Split learning next to FedAvg, with the same gradients."""
+    whole = facts["counts"]["all"]
+    lines = [
+        f"| gradients of `finetune`, {facts['batch']} images a step | MB up a step | MB down a step "
+        f"| MB in a round of {STEPS} steps | as FedAvg at |",
+        "| --- " * 5 + "|",
+        f"| FedAvg on all of CLIP | | | {sent(whole) / 1e6:,.4g} | |",
+    ]
+    for cut, of in facts["split"].items():
+        step = of["up"] + of["down"]
+        cells = f"split learning, cut {cut}", *(f"{of[way] / 1e6:.4g}" for way in ("up", "down"))
+        lines.append(f"| {' | '.join(cells)} | {STEPS * step / 1e6:,.4g} | {sent(whole) / step:,.0f} steps |")
+    parts = " and ".join(f"{2 * of['part'] / 1e6:.3g}" for of in facts["split"].values())
+    prompt = facts["counts"]["prompt"]["up"]
+    said = paragraphs(
+        [
+            "Split learning (MPSL, FES-PIT; their own cuts were not read): activations at the cut and the gradient of",
+            "the logits go up, the logits and the gradient of the activations down, in 32 bits; images and labels stay",
+            f"with the client. Averaging the clients' parts takes {parts} MB more in a round, up and down.",
+        ],
+        [
+            "A client that estimates gradients (`fed_bbpt`) and takes one step in a round could send the slope in each",
+            f"direction, {facts['estimate']} bytes instead of {prompt:,}: the server can draw the directions itself.",
+            "fedsim sends and counts the parameters.",
+        ],
+    )
+    return "\n".join(lines) + f"\n\n{said}"
 
 
 def of_runs(runs: dict[str, list[dict]], key: str) -> dict[str, float]:
@@ -437,7 +504,8 @@ def main() -> None:
     if args.repeats:
         facts, runs = measure(args.repeats, args.backbone, args.batch)
         print(table(facts, runs))
-        print(f"\n{derived(facts, runs)}")
+        print(f"\n{derived(facts, runs)}\n")
+        print(split_table(facts))
     if args.runs:
         of = finished(args.runs)
         print(reach(of) if of else f"\nNo cell in {args.runs} that all methods there have finished.")

@@ -14,6 +14,8 @@ import pandas as pd
 import pytest
 from shown import MOST, PACS, PROJECT, commands_in, smaller, write_drawings, write_features
 
+from fedsim.registry import parse
+
 FOLDER = PROJECT / "benchmarks"
 SCRIPTS = sorted(FOLDER.glob("[!_]*.py"))
 TEXTS = [PROJECT / "README.md", FOLDER / "README.md", *SCRIPTS]
@@ -145,15 +147,24 @@ def test_bytes_to_an_accuracy_are_told_of_finished_runs(flags, fedclip_runs):
     assert f"{TINY / ADAPTER:.3g} times the bytes a round" in " ".join(text.split())
 
 
-def test_a_step_of_all_of_clip_costs_more_than_one_on_features():
+def test_a_step_of_all_of_clip_costs_more_than_one_on_features_and_split_learning_sends_activations():
     assert [] in commands_of("cost")
-    (table,) = tables(printed("cost"))
+    table, split = tables(printed("cost"))
     trained, seconds = (
         [float(cell.split()[0].replace(",", "")) for cell in table[name]] for name in ("trained", "CPU seconds")
     )
     cached, published, whole, lora, prompt = seconds
     assert trained == [2 * (256 * 256 + 256), trained[0], 43_224_449, 4 * 40_960 / 4, 16 * 256]
     assert cached < published < whole and cached < min(lora, prompt)
+
+    # ViT-S-32-alt: of 4 images, 1 + 49 tokens with 384 numbers of 4 bytes each, and the logits.
+    step = 4 * (50 * 384 + len(parse("dataset", {"name": "glyphs", "split": "concepts"}).load(None).classes)) * 4
+    assert len(split) == 3
+    for cut in ("after the patch embedding", "after block 6 of 12"):
+        row = split.loc[f"split learning, cut {cut}"]
+        assert row["MB up a step"] == row["MB down a step"] == f"{step / 1e6:.4g}"
+        assert row["MB in a round of 10 steps"] == f"{2 * 10 * step / 1e6:,.4g}"
+        assert row["as FedAvg at"] == f"{2 * 4 * 43_224_449 / (2 * step):,.0f} steps"
 
 
 @pytest.mark.parametrize("flags", commands_of("methods"), ids=" ".join)
