@@ -57,6 +57,7 @@ NEED_VIT = {  # the embedded model has no patches
     "PLOT": ("plot", "fedavg"),
     "TRIP": ("trip", "moving_average"),
     "PromptSRC": ("promptsrc", "moving_average"),
+    "ADAPT": ("adapt", "domain_prompts"),
 }
 ALL = METHODS | NEED_VIT
 PROTOCOLS = {  # fedsim/experiments/NAME.yaml, and the number that its papers print

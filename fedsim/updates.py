@@ -26,6 +26,7 @@ class ChunkSum:
         message: (Q,) float64, sum of weight * message; empty if clients send none.
         deltas: (n, P) in training's dtype, the delta of each client, in the order of `clients`; None unless the rule
             has `needs_deltas`.
+        messages: (n, Q) float64, the message of each client, without its weight; None unless there are `deltas`.
     """
 
     delta: np.ndarray
@@ -33,6 +34,7 @@ class ChunkSum:
     clients: np.ndarray
     message: np.ndarray = field(default_factory=lambda: np.zeros(0))
     deltas: np.ndarray | None = None
+    messages: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def sum_chunks(chunks: Iterable[ChunkSum], population: int = 0) -> RoundSum:
     first = next(chunks)
     # Copied: an array from an actor is in shared memory and would keep the whole chunk's sum there.
     delta, message, weight, clients = first.delta.copy(), first.message.copy(), first.weight, [first.clients.copy()]
+    messages = [] if first.messages is None else [first.messages.copy()]
     # The file is closed, and thereby deleted, with its last mapping.
     file = TemporaryFile() if first.deltas is not None else None  # noqa: SIM115
     if file:
@@ -90,11 +93,13 @@ def sum_chunks(chunks: Iterable[ChunkSum], population: int = 0) -> RoundSum:
         message += chunk.message
         weight += chunk.weight
         clients.append(chunk.clients.copy())
+        messages += [] if chunk.messages is None else [chunk.messages.copy()]
         if file:
             _append(chunk, file)
     stats = np.concatenate(clients)
     deltas = None if first.deltas is None or file is None else _mapped(file, first.deltas, len(stats))
-    return RoundSum(delta, weight, stats, message, deltas, population)
+    each = np.concatenate(messages) if messages else None
+    return RoundSum(delta, weight, stats, message, deltas, each, population)
 
 
 def _append(chunk: ChunkSum, file: IO[bytes]) -> None:

@@ -293,6 +293,7 @@ def test_every_server_leaves_its_arguments_alone_and_keeps_shapes_and_dtypes(nam
         np.array([(client, 8, 2, 0.0, weight) for client in range(clients)], CLIENT_STATS),
         clients * weight * flatten(message).astype(np.float64),
         np.tile(flatten(went), (clients, 1)) if server.needs_deltas else None,
+        np.tile(flatten(message).astype(np.float64), (clients, 1)) if server.needs_deltas else None,
         population=10,
         root=flatten(went).astype(np.float64),
     )

@@ -58,18 +58,20 @@ def test_towers_in_bf16_give_the_same_bits_again(method, small, vit, tmp_path):
 
 
 @pytest.mark.parametrize("name", available("server"))
-def test_every_server_rule_gives_the_same_bits_again(name, small, tmp_path):
-    fields = {"partition": "iid", "clients": 12, "fleet": "lognormal"} | first_that_fits(name, small, tmp_path)
+def test_every_server_rule_gives_the_same_bits_again(name, small, vit, tmp_path):
+    fields = {"partition": "iid", "clients": 12, "fleet": "lognormal"} | vit
+    fields |= first_that_fits(name, small, tmp_path, **vit)
     one, two = twice(small, tmp_path, **fields)
     assert one == two
 
 
-def first_that_fits(name, make, folder):
+def first_that_fits(name, make, folder, **fields):
     """A method that the rule can train: rules for low-rank pairs, for sgd and for modules with a head refuse others."""
     server = {"name": name} | OPTIONS.get(name, {})
-    for method in ("probe", {"name": "probe", "optimizer": "sgd"}, LORA, "fedclip", "promptfl", "fedmp"):
+    for method in ("probe", {"name": "probe", "optimizer": "sgd"}, LORA, "fedclip", "promptfl", "fedmp", "adapt"):
         try:
-            prepare(make(folder / "none", server=server, method=method, clients=12, partition="iid", fleet="lognormal"))
+            common = {"clients": 12, "partition": "iid", "fleet": "lognormal"} | fields
+            prepare(make(folder / "none", server=server, method=method, **common))
         except InputError:
             continue
         return {"server": server, "method": method}

@@ -77,7 +77,8 @@ def a_chunk(server, k, client, delta, reply=None):
     stats = np.array([(k, client.rows, client.steps, 0.0, reply.weight)], CLIENT_STATS)
     message = reply.weight * flatten(reply.message).astype(np.float64)
     each = delta[None].astype(np.float32) if server.needs_deltas else None
-    return RoundSum(reply.weight * delta, reply.weight, stats, message, each)
+    alone = flatten(reply.message).astype(np.float64)[None] if server.needs_deltas else None
+    return RoundSum(reply.weight * delta, reply.weight, stats, message, each, alone)
 
 
 def rounds(server, cohorts, population, clients=BOWLS):

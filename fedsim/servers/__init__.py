@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from fedsim.methods import Method, Scope
+from fedsim.methods import ClientContext, Method, Scope
 from fedsim.params import Params, payload_bytes
 from fedsim.registry import component
 from fedsim.search_space import Field
@@ -39,6 +39,7 @@ class ClientUpdate:
         lr: the step size of its local steps, which `Method.schedule` may have lowered.
         loss: the mean of the method's loss over its train rows before it trained, in nats; nan if it has too few rows
             for a step, or unless the rule has `needs_loss`.
+        client: whose update it is; None unless `Method.reads_client`, and when bytes are counted.
     """
 
     received: Params
@@ -51,6 +52,7 @@ class ClientUpdate:
     method: Method
     lr: float
     loss: float = float("nan")
+    client: ClientContext | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Reply:
 class Server(ABC):
     """A server rule and its hyperparameters. Subclasses are components; their methods do not modify their arguments."""
 
-    # Whether `step` needs the delta of each client (`RoundSum.deltas`), not only their sum.
+    # Whether `step` needs the delta and the message of each client (`RoundSum.deltas`), not only their sums.
     needs_deltas: ClassVar[bool] = False
     # Whether `reply` needs the loss of each client before it trains (`ClientUpdate.loss`), which takes a forward pass
     # over its train rows. Operations and simulated time do not count that pass.

@@ -22,7 +22,7 @@ class Accumulator:
         """
         Args:
             shared: the shared tensors as the server has them.
-            keep_sum, keep_deltas: keep the sum of the deltas, and the delta of each client.
+            keep_sum, keep_deltas: keep the sum of the deltas, and the delta and message of each client.
             deltas: `add` gets deltas instead of trained tensors.
         """
         self.by_stack = device != "cpu"
@@ -35,6 +35,7 @@ class Accumulator:
         buffer = torch.empty(max(map(torch.numel, shared.values()), default=0), dtype=torch.float64, device=device)
         self.float64_buffers = {name: buffer[: tensor.numel()].view_as(tensor) for name, tensor in shared.items()}
         self.deltas: dict[int, np.ndarray] | None = {} if keep_deltas else None
+        self.messages: dict[int, np.ndarray] = {}
 
     def add(self, clients: list[int], trained: Params, replies: list[Reply]) -> None:
         """Adds a stack of M clients.
@@ -52,6 +53,7 @@ class Accumulator:
                 total.add_(self.float64_buffers[name].copy_(trained[name][k]), alpha=reply.weight)
             if self.deltas is not None:
                 self.deltas[client] = flatten({name: trained[name][k] - old for name, old in self.shared.items()})
+                self.messages[client] = flatten(reply.message).astype(np.float64)
             if reply.message:
                 message = reply.weight * flatten(reply.message).astype(np.float64)
                 self.message = self.message + message if len(self.message) else message
@@ -68,9 +70,10 @@ class Accumulator:
         """
         for name, total in self.total.items():
             total.sub_(self.shared[name], alpha=self.weight)  # in float64 nothing is lost by subtracting last
-        deltas = None
+        deltas = messages = None
         if self.deltas is not None:
-            deltas = np.stack([self.deltas[client] for client in stats["client"].tolist()])
+            ids = stats["client"].tolist()
+            deltas, messages = (np.stack([kept[client] for client in ids]) for kept in (self.deltas, self.messages))
             if not np.isfinite(deltas).all():
                 raise Diverged.in_round(round, "an update")
-        return ChunkSum(self.delta.cpu().numpy(), self.weight, stats, self.message, deltas)
+        return ChunkSum(self.delta.cpu().numpy(), self.weight, stats, self.message, deltas, messages)

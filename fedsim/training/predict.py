@@ -69,8 +69,10 @@ def _predict(
     client: ClientContext | None = None,
 ) -> Predictions:
     """Predictions for rows within two label spaces, those of each row's entry."""
+    if not len(rows):  # open_clip's towers do not take 0 images
+        return Predictions(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
     size, blocks = BLOCK[level], []
-    for first in range(0, max(1, len(rows)), size):  # one block of logits at a time
+    for first in range(0, len(rows), size):  # one block of logits at a time
         logits = model(read(rows[first : first + size]), classes, client)
         index = torch.from_numpy(entry[first : first + size]).to(logits.device)
         protocol, own = (logits.masked_fill(~mask[index], -torch.inf) for mask in masks)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedsim.clients import Client, Population
 from fedsim.errors import Diverged
-from fedsim.methods import Batch, trained
+from fedsim.methods import Batch, ClientContext, trained
 from fedsim.params import Params, moved, unflatten
 from fedsim.registry import name_of
 from fedsim.rng import numpy_rng, seed_for, torch_rng
@@ -136,6 +136,7 @@ class Trainer:
         total = Accumulator(shared, self.device, not rule.needs_deltas, task.keeps_deltas, task.codec.sums)
         stats = []
         for stack in self.train_stacks(task, round, received, clients, rows_of):
+            contexts = self._contexts(task, received.round, stack.clients, rows_of)
             at_server = moved({n: stack.params[n] for n in shared}, self.device, "float64" if task.codec.sums else None)
             replies = []  # summed before the loop continues, because the tensors of a stack are reused for the next one
             for k, client in enumerate(stack.clients):
@@ -146,7 +147,7 @@ class Trainer:
                 old = shared | {name: tensor[k] for name, tensor in stack.unicast.items()}
                 trained = forged(task, self.clients.trainers, round, client, old, trained)
                 result = old, trained, stack.rule[k], received.sent, rows, steps, staleness, task.method, lr
-                update = ClientUpdate(*result, loss=stack.received_losses[k])
+                update = ClientUpdate(*result, loss=stack.received_losses[k], client=contexts and contexts.part(k))
                 reply = rule.reply(update)
                 if reply.client_state.keys() != client_state.keys():
                     raise TypeError(f"{name_of(rule)}: the client_state of reply needs the names of init's")
@@ -232,7 +233,7 @@ class Trainer:
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
         masks = task.competing(self.data, self.trained_classes, [rows_of[client] for client in ids])
         classes = None if masks is None else torch.from_numpy(masks).to(self.device)
-        context = self.models.contexts.of(task, received.round, [Client(k, rows_of[k], NO_ROWS, NO_ROWS) for k in ids])
+        context = self._contexts(task, received.round, ids, rows_of)
         targets = self._targets(task, round, ids)
         if task.method.expands:
             assert isinstance(x, Tensor), "features"
@@ -260,6 +261,10 @@ class Trainer:
         stored = range(len(ids)) if task.method.persist_optimizer else ()
         moments = [optimizer.moments(k) for k in stored]
         return TrainedStack(ids, sizes, params, sent_each, losses, before, moments, states, lost)
+
+    def _contexts(self, task: Task, round: int, clients: list[int], rows_of: Rows) -> ClientContext | None:
+        """That of a stack of clients, for methods that read it."""
+        return self.models.contexts.of(task, round, [Client(k, rows_of[k], NO_ROWS, NO_ROWS) for k in clients])
 
     def _expanded(
         self, task: Task, module: nn.Module, clients: list[int], batch: Batch, sizes: list[int]
