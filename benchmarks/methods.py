@@ -58,6 +58,7 @@ NEED_VIT = {  # the embedded model has no patches
     "TRIP": ("trip", "moving_average"),
     "PromptSRC": ("promptsrc", "moving_average"),
     "ADAPT": ("adapt", "domain_prompts"),
+    "CAPT": ("capt", "label_clusters"),
 }
 ALL = METHODS | NEED_VIT
 PROTOCOLS = {  # fedsim/experiments/NAME.yaml, and the number that its papers print

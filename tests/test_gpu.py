@@ -68,7 +68,16 @@ def test_every_server_rule_gives_the_same_bits_again(name, small, vit, tmp_path)
 def first_that_fits(name, make, folder, **fields):
     """A method that the rule can train: rules for low-rank pairs, for sgd and for modules with a head refuse others."""
     server = {"name": name} | OPTIONS.get(name, {})
-    for method in ("probe", {"name": "probe", "optimizer": "sgd"}, LORA, "fedclip", "promptfl", "fedmp", "adapt"):
+    for method in (
+        "probe",
+        {"name": "probe", "optimizer": "sgd"},
+        LORA,
+        "fedclip",
+        "promptfl",
+        "fedmp",
+        "adapt",
+        "capt",
+    ):
         try:
             common = {"clients": 12, "partition": "iid", "fleet": "lognormal"} | fields
             prepare(make(folder / "none", server=server, method=method, **common))

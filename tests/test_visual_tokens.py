@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import run_until
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from test_insertions import CLASSES, built, draw, one_by_one, pixels, written_out
 from test_insertions import backbones as backbones  # fixtures
 from test_insertions import texts as texts
+from test_insertions import wide as wide
 from test_rules import RNG, Bowl, a_chunk, replied
 from torch.nn.functional import layer_norm, normalize
 
@@ -19,6 +21,9 @@ from fedsim import Config, InputError, run
 from fedsim.clip.insertions import Insertions
 from fedsim.methods import Batch, ClientContext, RuleContext
 from fedsim.registry import parse
+from fedsim.reporting.metrics import parts_by_rows
+from fedsim.servers.label_clusters import complementary_clusters, divergences, similar_clusters
+from fedsim.training.task import Task, initial_params
 from fedsim.updates import sum_chunks
 
 X, Y = pixels(), torch.tensor([0, 2, 3])
@@ -164,3 +169,128 @@ def test_a_run_of_adapt(small):
     rounds, shared = report.tables().rounds, prompts.numel() + visual.numel()
     assert rounds.bytes_up.tolist() == [2 * (8 * shared + 8)] * 2  # of each client; and the index of its domain
     assert rounds.bytes_down.tolist() == [2 * 8 * (shared + prompts.numel())] * 2
+
+
+# CAPT -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [None, (60, 5, 30, 4)])
+@pytest.mark.parametrize("classes", [None, torch.tensor([True, False, True, True])])
+def test_capts_loss_adds_log_shares_and_two_terms_of_cosines(rows, classes, texts, backbones):
+    (model, tower), (visual, backbone) = texts, backbones()
+    fields = {"general_weight": 0.7, "class_weight": 0.4, "temperature": 0.3, "length": 3, "general": 2}
+    method, module = built("capt", backbone, **fields)
+    active = torch.arange(4) if classes is None else classes.nonzero().flatten()
+    weight, bias = module.projection.weight, module.projection.bias
+    tokens = (module.general @ weight.T + bias)[None]
+    images = normalize(written_out(visual, backbone.image.normalized(X), tokens), dim=1)
+    tokenized = tower.tokenize([f"{name}." for name in CLASSES])
+    embedded, ends = tower.embed(tokenized), tower.ends(tokenized) - 1
+    each = [
+        one_by_one(
+            model,
+            embedded[k, :1],
+            embedded[k : k + 1, 1:],
+            ends[k : k + 1],
+            torch.cat([module.general, module.class_aware[k]])[None],
+        )
+        for k in active
+    ]
+    counts = torch.tensor(rows or (0, 0, 0, 0)).double()[active] + 1
+    # Of the active classes alone: a constant in all shares changes no softmax.
+    y, shares = torch.tensor([active.tolist().index(k) for k in Y]), (counts / counts.sum()).log()
+
+    def unit(tokens):
+        return normalize(tokens if tower.width == 256 else tokens @ model.text_projection, dim=-1)
+
+    logits = 20 * images @ normalize(torch.cat(each), dim=1).T + shares
+    general = images @ unit(module.general).T / 0.3
+    by_class = images @ unit(module.class_aware[active]).mean(dim=1).T / 0.3 + shares
+    picked = [table.softmax(dim=1)[range(3), y].log().mean() for table in (logits, by_class)]
+    expected = -picked[0] + 0.7 * -(general.exp() / general.exp().sum()).log().mean() - 0.4 * picked[1]
+    rule = RuleContext({}, {}, {} if rows is None else {"class_rows": torch.tensor(rows).double()})
+    loss = method.loss(module, Batch(X, Y, classes, client(0), rule=rule))
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    parameters = list(module.parameters())
+    pairs = zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True)
+    assert all(torch.allclose(one, other, rtol=1e-6, atol=1e-11) for one, other in pairs)
+
+
+def test_capt_has_the_numbers_of_its_program_and_leaves_tokens_to_the_classes(wide):
+    params = initial_params(Task(parse("method", "capt"), parse("server", "label_clusters"), seed=0), wide)
+    sizes = {name: tensor.numel() for name, tensor in params.items()}
+    assert sizes.pop("class_aware") == len(CLASSES) * 3 * 512  # of 100 classes, 548,096 in all
+    assert sum(sizes.values()) == 512 + 393_984
+    with pytest.raises(InputError, match=r"--method.length 4 leaves no tokens for each class after --method.general 4"):
+        parse("method", {"name": "capt", "general": 4}).build(wide)
+
+
+def test_clusters_are_of_equal_and_of_complementary_shares():
+    shares = np.array([[0.9, 0.1, 0], [0, 0.1, 0.9], [0.8, 0.2, 0], [0, 0.2, 0.8]])
+    similar, complementary = similar_clusters(shares, 2), complementary_clusters(shares, 2)
+    assert similar[0] == similar[2] != similar[1] == similar[3]
+    assert complementary[0] == complementary[1] != complementary[2] == complementary[3]
+    assert len(set(similar_clusters(shares, 9))) == len(set(complementary_clusters(shares, 9))) == 4
+    assert len(set(similar_clusters(shares[[0, 0, 1]], 3))) == 2
+    apart = divergences(np.array([[1.0, 0], [0, 1], [0.5, 0.5]]))
+    expected = [[0, np.log(2), 0.75 * np.log(4 / 3)], [np.log(2), 0, 0.75 * np.log(4 / 3)]]
+    np.testing.assert_allclose(apart[:2, :2], np.array(expected)[:, :2], atol=1e-12)
+    half = (0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25) + np.log(1 / 0.75)) / 2
+    np.testing.assert_allclose(apart[2, :2], half)
+
+
+def a_round_of_label_clusters(counts, steps=None, **fields):
+    """The step of a rule from parameters of 0, and the clients' deltas: class-aware, general and projection."""
+    rule = parse("server", {"name": "label_clusters", **fields})
+    params = {"class_aware": torch.zeros(3, 1, 2), "general": torch.zeros(1, 2), "projection": torch.zeros(2)}
+    deltas = draw(len(counts), 10, seed=5).float().numpy()
+    chunks = []
+    for k, own in enumerate(counts):
+        bowl = Bowl(1.0, [], rows=int(sum(own)), steps=1)
+        reply = replace(replied(rule, params, params, client=bowl), message={"counts": torch.tensor(own)})
+        chunks.append(a_chunk(rule, k, bowl, deltas[k], reply))
+    after, slots = rule.step(params, rule.init(params)[0], sum_chunks(chunks), RNG)
+    return after, rule.broadcast(slots, after)["class_rows"], deltas
+
+
+def test_label_clusters_average_within_clusters_and_then_over_the_clients_of_a_class():
+    counts = [(18, 2, 0), (0, 1, 9), (8, 2, 0), (0, 2, 8)]
+    after, rows, deltas = a_round_of_label_clusters(counts, similar=2, complementary=2)
+    assert rows.tolist() == [26, 7, 17]
+    same, mixed = [(0, 2), (1, 3), (0, 2), (1, 3)], [(0, 1), (0, 1), (2, 3), (2, 3)]
+    aware = [deltas[list(own), :6].mean(axis=0).reshape(3, 2) for own in same]
+    general = [deltas[list(own), 6:8].mean(axis=0) for own in mixed]
+    weights = np.array([20, 10, 10, 10]) / 50
+    chosen = [(0, 2), (2, 3), (1, 3)]  # more than a tenth of whose rows are of the class
+    for label in range(3):
+        expected = np.mean([aware[k][label] for k in chosen[label]], axis=0)
+        np.testing.assert_allclose(after["class_aware"][label, 0], expected, rtol=1e-5)
+    np.testing.assert_allclose(after["general"][0], weights @ general, rtol=1e-5)
+    np.testing.assert_allclose(after["projection"], weights @ deltas[:, 8:], rtol=1e-5)
+
+
+def test_label_clusters_leave_a_class_alone_that_is_rare_everywhere_and_can_be_fedavg():
+    after, _, deltas = a_round_of_label_clusters([(20, 1, 9), (9, 1, 20)], similar=1, complementary=1)
+    assert not after["class_aware"][1].any() and after["class_aware"][[0, 2]].abs().min() > 0
+    single = {"similar": 1, "complementary": 1, "weighting": "uniform", "threshold": 0.0}
+    after, _, deltas = a_round_of_label_clusters([(20, 1, 9), (9, 1, 20), (1, 1, 1)], **single)
+    np.testing.assert_allclose(np.concatenate([t.flatten() for t in after.values()]), deltas.mean(axis=0), rtol=1e-5)
+
+
+def test_a_run_of_capt(small):
+    method = {"name": "capt", "length": 2, "batch_size": 4}
+    fields = {"partition": "long_tail", "partition_seed": 1, "clients": 3}
+    report, tensors = same_when_resumed_and_on_both_engines(small, method=method, server="label_clusters", **fields)
+    rounds, shared = report.tables().rounds, sum(tensor.numel() for tensor in tensors.values())
+    assert rounds.bytes_up.tolist() == [3 * 8 * (shared + 2)] * 2  # counts of two classes
+    assert rounds.bytes_down.tolist() == [3 * (8 * shared + 2 * 4)] * 2
+    with pytest.raises(InputError, match="server label_clusters needs the prompts of method capt, not adapt"):
+        parse("server", "label_clusters").adapt(parse("method", "adapt"))
+
+
+def test_classes_are_frequent_or_rare_by_the_train_rows_of_all_clients():
+    rows = {"cat": 15, "dog": 75, "owl": 5, "pig": 5}
+    assert parts_by_rows(pd.Series(rows)) == {"dog": "head", "cat": "medium", "owl": "medium", "pig": "tail"}
+    assert parts_by_rows(pd.Series(rows | {"dog": 76})) == dict.fromkeys(("dog", "cat"), "medium") | dict.fromkeys(
+        ("owl", "pig"), "tail"
+    )

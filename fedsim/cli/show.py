@@ -64,6 +64,8 @@ def _heads(tables: "Tables", means: list[dict[str, float]]) -> dict[str, dict[st
             "harmonic_2": "harmonic mean (base, new)",
             "harmonic_3": "harmonic mean (local, base, new)",
         }
+    if "head" in means[0]:
+        titles["own test rows by class, from frequent to rare"] = {part: part for part in ("head", "medium", "tail")}
     return titles
 
 

@@ -240,6 +240,10 @@ class TextTower:
             return over_clients(encode, *given)
         return self._memo(lambda: over_clients(encode, *given), *given)
 
+    def project(self, x: Tensor) -> Tensor:
+        """(..., W) -> (..., D), by the tower's last layer."""
+        return self._module.project(x)
+
     def step_bytes(self, texts: Sequence[str]) -> int:
         """An estimate of what the tower keeps for the backward pass of a call with these texts after a short start."""
         tokens = int((self.ends(self.tokenize(texts)) + 1).sum())
@@ -330,7 +334,9 @@ class _Text(nn.Module):
             if tokens is not None:  # (M, d, n, W) -> (d, B, n, W), for the B sequences
                 tokens = tokens.expand(clients, -1, -1, -1).repeat_interleave(sequences, dim=0).transpose(0, 1)
             x = through(self.transformer, x, 1, Insertions(tokens, after), mask)
-        x = self.ln_final(x[client * sequences + packing.rows, packing.columns])
+        return self.project(self.ln_final(x[client * sequences + packing.rows, packing.columns]))
+
+    def project(self, x: Tensor) -> Tensor:
         if self.text_projection is None:
             return x
         return self.text_projection(x) if isinstance(self.text_projection, nn.Linear) else x @ self.text_projection

@@ -21,7 +21,7 @@ from fedsim.reporting.plots import Line, Panel, Plot, plot_lines
 from fedsim.reporting.remarks import NEVER
 from fedsim.reporting.tables import TUNED, ZERO_SHOT
 
-# Column heads of the measures of `summarize`; those of new classes only if a run has some.
+# Column heads of the measures of a summary; those of new classes and of a long tail only if a run has some.
 SHOWN = {
     "generalization": "generalization",
     "personalization": "personalization",
@@ -35,6 +35,9 @@ SHOWN = {
     "new": "new",
     "harmonic_2": "harmonic mean (base, new)",
     "harmonic_3": "harmonic mean (local, base, new)",
+    "head": "head classes",
+    "medium": "medium classes",
+    "tail": "tail classes",
 }
 TUNED_SHOWN = ("generalization", "personalization", "worst_tenth", "neighbor", "dual")
 MORE = {

@@ -47,6 +47,12 @@ NEW_MEASURES = {
     "harmonic_2": "harmonic mean of base and new",
     "harmonic_3": "harmonic mean of local (a client's own classes), base and new",
 }
+# Of runs whose classes have a long tail of train rows; means over classes.
+TAIL_MEASURES = {
+    "head": "head: own test rows of the most frequent classes",
+    "medium": "medium: of the classes between",
+    "tail": "tail: of the rarest classes, with the last 5 % of train rows",
+}
 BEFORE, AFTER, AT_END = "zero-shot CLIP", "chosen round", "tuned models"
 
 
@@ -73,7 +79,7 @@ def _summary(tables: Tables) -> dict[str, pd.DataFrame]:
     tested = rows_tested(tables)
     labels = {
         key: f"{label} ({number(tested[key])} rows)" if tested.get(key) else label
-        for key, label in (MEASURES | NEW_MEASURES).items()
+        for key, label in (MEASURES | NEW_MEASURES | TAIL_MEASURES).items()
         if any(key in summary for summary in means.values())
     }
     table = pd.DataFrame(means).loc[list(labels)]

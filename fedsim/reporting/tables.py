@@ -11,11 +11,19 @@ import pandas as pd
 from fedsim.clients import new_of
 from fedsim.counts import COLUMNS as SCORES
 from fedsim.counts import GROUPS, SPLITS, Counts
-from fedsim.reporting.metrics import best_round, harmonic_mean, summarize, validation_of
+from fedsim.reporting.metrics import (
+    balanced_accuracy,
+    best_round,
+    harmonic_mean,
+    parts_by_rows,
+    summarize,
+    validation_of,
+)
 
 # Column `model`: zero-shot CLIP (round 0); what the run trains; and what clients made of that after the last round.
 ZERO_SHOT, TRAINED, TUNED = "zero_shot", "trained", "tuned"
 EVALUATIONS = ("scores", "labels", "calibration")
+TAIL = ("head", "medium", "tail")  # of the classes; see `parts_by_rows`
 INTEGERS = ("round", "asked", "clients", "dropped", "late", "bytes_up", "bytes_down", "steps")
 # Clients that were asked either drop out, miss the deadline, or count. Bytes down are of all that were asked, bytes up
 # of those that count; those of a survey, in round 1, are of all clients that train. clock_s are simulated seconds since
@@ -113,6 +121,9 @@ class Tables:
         the clients' models before aggregation.
 
         Differs: FLIP weighs clients by train rows, and takes the models before the aggregation of the same round.
+
+        With a long tail also `head`, `medium` and `tail`: balanced accuracy on the own test rows of all clients
+        together, over the classes of each part.
         """
         if model == TRAINED and round is None:
             round = self.chosen_round
@@ -120,7 +131,15 @@ class Tables:
         means = summarize(tables.scores, tables.labels, tables.calibration, self.held_out, bool(self.class_domain))
         if model == TUNED and not self.facts.get("personal"):
             means["dual"] = harmonic_mean(self.summary(TRAINED, self.last_round)["pooled"], means["personalization"])
-        return means
+        own = tables.labels[tables.labels.group == "own"]
+        parts = own.label.map(self.parts_of_classes)
+        return means | {part: balanced_accuracy(own[parts == part]) for part in TAIL if self.parts_of_classes}
+
+    @cached_property
+    def parts_of_classes(self) -> dict[str, str]:
+        """`parts_by_rows` of the train rows of all clients."""
+        train = self.partition[self.partition.split == "train"]
+        return parts_by_rows(train.groupby("label")["rows"].sum())
 
 
 def score_table(evaluations: Iterable[Evaluation], domains: Sequence[str]) -> pd.DataFrame:
