@@ -59,6 +59,7 @@ NEED_VIT = {  # the embedded model has no patches
     "PromptSRC": ("promptsrc", "moving_average"),
     "ADAPT": ("adapt", "domain_prompts"),
     "CAPT": ("capt", "label_clusters"),
+    "FedMVP": ("fedmvp", "fedavg"),
 }
 ALL = METHODS | NEED_VIT
 PROTOCOLS = {  # fedsim/experiments/NAME.yaml, and the number that its papers print

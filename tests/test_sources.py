@@ -61,6 +61,16 @@ PROGRAMS = {
     "pfedmma": SGD
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "blocks": 8, "width": 32, "scale": 1e-3}
     | CONSTANT,
+    # federated_main.py, configs/trainers/CAPT/vit_b16.yaml
+    "capt": SGD
+    | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 4, "general": 1}
+    | {"general_weight": 1.0, "class_weight": 1.0, "temperature": 0.1}
+    | CONSTANT,
+    # Launch_FL.py, config/defaults.py
+    "fedmvp": SGD
+    | {"lr": 3e-3, "weight_decay": 1e-5, "batch_size": 128, "local_epochs": 1, "length": 4, "heads": 4}
+    | {"consistency": 10.0, "persist_optimizer": True, "label_space": "client"}
+    | PER_ROUND,
     # main.py
     "facmic": {"optimizer": "adam", "lr": 5e-5, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.02}
     | {"batch_size": 32, "local_epochs": 1, "persist_optimizer": True, "adaptation": 1.0}

@@ -1,5 +1,6 @@
 """Methods that learn tokens inside the image tower, against formulas of a few lines."""
 
+import json
 from dataclasses import replace
 from itertools import product
 
@@ -15,12 +16,14 @@ from test_insertions import backbones as backbones  # fixtures
 from test_insertions import texts as texts
 from test_insertions import wide as wide
 from test_rules import RNG, Bowl, a_chunk, replied
-from torch.nn.functional import layer_norm, normalize
+from torch.nn.functional import gelu, layer_norm, normalize
 
 from fedsim import Config, InputError, run
 from fedsim.clip.insertions import Insertions
+from fedsim.config import read_yaml
 from fedsim.methods import Batch, ClientContext, RuleContext
 from fedsim.registry import parse
+from fedsim.reporting.facts import to_yaml
 from fedsim.reporting.metrics import parts_by_rows
 from fedsim.servers.label_clusters import complementary_clusters, divergences, similar_clusters
 from fedsim.training.task import Task, initial_params
@@ -52,18 +55,17 @@ def client(domain, counts=(1, 1, 1, 1)):
     return ClientContext(torch.tensor(domain), torch.tensor(counts), 1)
 
 
-def same_when_resumed_and_on_both_engines(small, **fields):
-    """The report and the tensors of a run, which has the same bits after an interruption."""
+def run_on_both_engines(small, interrupted=True, **fields):
+    """The report and the tensors of a run, interrupted or not; one client at a time, they are the same."""
     ended = {}
-    for name, engine in {"whole": "stacked", "again": "stacked", "reference": "reference"}.items():
-        config = small(name, engine=engine, **fields)
-        if name == "again":
+    for engine in "reference", "stacked":
+        config = small(engine, engine=engine, **fields)
+        if interrupted and engine == "stacked":
             run_until(1, config)
         report = run(config)
-        ended[name] = load_file(config.out / "adapter.safetensors")
-    assert all(torch.equal(tensor, ended["again"][name]) for name, tensor in ended["whole"].items())
-    torch.testing.assert_close(ended["whole"], ended["reference"], rtol=1e-6, atol=1e-9)
-    return report, ended["whole"]
+        ended[engine] = load_file(config.out / "adapter.safetensors")
+    torch.testing.assert_close(ended["stacked"], ended["reference"], rtol=1e-6, atol=1e-9)
+    return report, ended["stacked"]
 
 
 # ADAPT ----------------------------------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ def test_domain_prompts_need_adapt():
 
 def test_a_run_of_adapt(small):
     method = {"name": "adapt", "length": 2, "batch_size": 8, "weight_decay": 0.1}
-    report, tensors = same_when_resumed_and_on_both_engines(small, method=method, server="domain_prompts")
+    report, tensors = run_on_both_engines(small, method=method, server="domain_prompts")
     prompts, visual = tensors["tokens"], tensors["visual"]
     assert prompts.shape == (3, 2, 32) and visual.shape == (3, 32)
     # The held-out domain is the first; no client trains its prompt.
@@ -280,7 +282,7 @@ def test_label_clusters_leave_a_class_alone_that_is_rare_everywhere_and_can_be_f
 def test_a_run_of_capt(small):
     method = {"name": "capt", "length": 2, "batch_size": 4}
     fields = {"partition": "long_tail", "partition_seed": 1, "clients": 3}
-    report, tensors = same_when_resumed_and_on_both_engines(small, method=method, server="label_clusters", **fields)
+    report, tensors = run_on_both_engines(small, method=method, server="label_clusters", **fields)
     rounds, shared = report.tables().rounds, sum(tensor.numel() for tensor in tensors.values())
     assert rounds.bytes_up.tolist() == [3 * 8 * (shared + 2)] * 2  # counts of two classes
     assert rounds.bytes_down.tolist() == [3 * (8 * shared + 2 * 4)] * 2
@@ -294,3 +296,113 @@ def test_classes_are_frequent_or_rare_by_the_train_rows_of_all_clients():
     assert parts_by_rows(pd.Series(rows | {"dog": 76})) == dict.fromkeys(("dog", "cat"), "medium") | dict.fromkeys(
         ("owl", "pig"), "tail"
     )
+
+
+# FedMVP ---------------------------------------------------------------------------------------------------------
+
+ATTRIBUTES = {
+    "cat": ["soft fur", "a long tail"],
+    "hot air balloon": [],
+    "owl": ["a beak", "round eyes", "wings"],
+    "pig": ["a snout"],
+}
+PAIRS = [(name, f", {each}" if each else "") for name, own in ATTRIBUTES.items() for each in own or [""]]
+
+
+def fedmvps_tokens(visual, backbone, module, texts):
+    """(B, 4, W) of a module with two heads, in plain arithmetic."""
+    w = dict(module.named_parameters())
+
+    def norm(x, name):
+        return layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    x = backbone.image.normalized(X).unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    patches = x @ visual.conv1.weight.flatten(1).T + visual.positional_embedding[1:]
+    context = linear(texts, "project")
+    weights, biases = w["attention.in_proj_weight"].chunk(3), w["attention.in_proj_bias"].chunk(3)
+    inputs = norm(patches, "norm_patches"), norm(context, "norm_texts"), context
+    query, key, value = (x @ own.T + bias for x, own, bias in zip(inputs, weights, biases, strict=True))
+    heads = [slice(0, 8), slice(8, 16)]
+    mixed = [(query[..., own] @ key[:, own].T / 8**0.5).softmax(dim=-1) @ value[:, own] for own in heads]
+    attended = linear(torch.cat(mixed, dim=-1), "attention.out_proj")
+    value, gate = linear(norm(attended, "norm"), "widen").chunk(2, dim=-1)
+    out = attended + linear(value * gelu(gate), "narrow")
+    # 9 patches in 4 parts, as adaptive pooling cuts them: from floor(9 k / 4) to ceil(9 (k + 1) / 4).
+    return torch.stack([out[:, first:last].mean(dim=1) for first, last in ((0, 3), (2, 5), (4, 7), (6, 9))], dim=1)
+
+
+@pytest.mark.parametrize("classes", [None, torch.tensor([True, False, True, True])])
+def test_fedmvp_generates_tokens_from_patches_and_attributes_of_active_classes(classes, texts, backbones):
+    (_, tower), (visual, backbone) = texts, backbones()
+    method, module = built("fedmvp", backbone, attributes=ATTRIBUTES, heads=2, consistency=1.5)
+    pairs = [pair for pair in PAIRS if classes is None or pair[1]]
+    tokens = tower.tokenize([f"a photo of a {name}{attribute}." for name, attribute in pairs])
+    encoded = normalize(tower.encode_after(tokens[0, :0], tokens, tower.ends(tokens)), dim=1)
+    visual_tokens = fedmvps_tokens(visual, backbone, module, encoded)
+    images = normalize(written_out(visual, backbone.image.normalized(X), visual_tokens[None]), dim=1)
+    logits = torch.full((3, 4), -torch.inf, dtype=torch.float64)
+    for label, name in enumerate(CLASSES):
+        if own := [k for k, (other, _) in enumerate(pairs) if other == name]:
+            logits[:, label] = 20 * (images @ encoded[own].T).mean(dim=1)
+    torch.testing.assert_close(module(X, classes), logits, rtol=1e-9, atol=1e-10)
+    losses = []
+    for x in X, X.flip(-1):
+        plain = normalize(visual(backbone.image.normalized(x)), dim=1)
+        right = logits.log_softmax(dim=1)[range(3), Y]
+        losses.append((-right + 1.5 * (1 - (images * plain).sum(dim=1))).mean())
+    found = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        loss = method.loss(module, Batch(X, Y, classes))
+        found.add(min(range(2), key=lambda k: abs(losses[k] - loss)))
+        assert min(abs(other - loss) for other in losses) < 1e-9
+    assert found == {0, 1}
+    parameters = list(module.parameters())
+    torch.manual_seed(0)
+    ours = torch.autograd.grad(method.loss(module, Batch(X, Y, classes)), parameters)
+    torch.manual_seed(0)
+    theirs = torch.autograd.grad(losses[torch.rand(()) < 0.5], parameters)
+    assert all(torch.allclose(one, other, rtol=1e-6, atol=1e-10) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_fedmvp_without_attributes_has_the_class_texts_themselves(backbones):
+    _, backbone = backbones()
+    _, module = built("fedmvp", backbone)
+    tokens = backbone.text.tokenize([f"a photo of a {name}." for name in CLASSES])
+    encoded = normalize(backbone.text.encode(tokens, backbone.text.ends(tokens)), dim=1)
+    torch.testing.assert_close(module.described()[0], encoded)
+    images = module.images(X, encoded)
+    torch.testing.assert_close(module(X), 20 * normalize(images, dim=1) @ encoded.T, rtol=1e-10, atol=1e-10)
+
+
+def test_fedmvp_has_as_many_parameters_as_published(wide):
+    task = Task(parse("method", "fedmvp"), parse("server", "fedavg"), seed=0)
+    assert sum(tensor.numel() for tensor in initial_params(task, wide).values()) == 9_845_760
+
+
+def test_attributes_come_from_a_file_and_are_part_of_the_experiment(tmp_path, backbones):
+    file = tmp_path / "attributes.json"
+    file.write_text(json.dumps(ATTRIBUTES))
+    method = parse("method", {"name": "fedmvp", "attributes": str(file)})
+    assert method == parse("method", {"name": "fedmvp", "attributes": ATTRIBUTES}) != parse("method", "fedmvp")
+    config = Config(method=method)
+    (tmp_path / "config.yaml").write_text(to_yaml(config.plain()))
+    file.write_text("{}")  # no run reads it again
+    assert Config(**read_yaml(tmp_path / "config.yaml")).method == method
+    with pytest.raises(InputError, match=r"method\.attributes has no owl, pig"):
+        built("fedmvp", backbones()[1], attributes={"cat": [], "hot air balloon": []})
+    file.write_text('{"cat": "soft fur"}')
+    for wrong in str(file), str(tmp_path / "none.json"), "", None, 3, ["cat"]:
+        with pytest.raises(InputError) as refusal:
+            parse("method", {"name": "fedmvp", "attributes": wrong})
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_run_of_fedmvp(small):
+    method = {"name": "fedmvp", "batch_size": 4, "attributes": {"cat": ["soft fur"], "dog": ["a snout", "paws"]}}
+    report, tensors = run_on_both_engines(small, interrupted=False, method=method, rounds=1)
+    shared = sum(tensor.numel() for tensor in tensors.values())
+    assert report.tables().rounds.bytes_up.tolist() == [2 * 8 * shared]

@@ -16,9 +16,9 @@ class Insertions(NamedTuple):
     """What is inserted into the blocks of a tower.
 
     Attributes:
-        tokens: (d, n, W) n tokens for each of the first d blocks. The first n are added to the input, after the patches
-            of an image or after the first token of a text; in front of each further block, n others replace what has
-            become of them.
+        tokens: (d, n, W) n tokens for each of the first d blocks; in the image tower also (d, B, n, W), those of each
+            image. The first n are added to the input, after the patches of an image or after the first token of a text;
+            in front of each further block, n others replace what has become of them.
         after: the function after a block, by the index of the block.
     """
 

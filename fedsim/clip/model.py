@@ -15,7 +15,8 @@ from torch.nn.functional import normalize
 
 from fedsim.clip.checkpoints import Weights
 from fedsim.clip.precision import autocast, check_device
-from fedsim.clip.towers import ImageTower, TextTower, tokenize_distinct
+from fedsim.clip.tokens import tokenize_distinct
+from fedsim.clip.towers import ImageTower, TextTower
 from fedsim.errors import InputError, first_line
 
 

@@ -17,7 +17,8 @@ from fedsim.clip.memo import Memo
 from fedsim.clip.packing import packing_of
 from fedsim.clip.precision import Precision, autocast
 from fedsim.clip.stacked import over_clients
-from fedsim.errors import InputError, shortened
+from fedsim.clip.tokens import tokenize
+from fedsim.errors import InputError
 from fedsim.params import Params
 
 # Bytes that a frozen block of the text tower keeps for its backward pass, per token and unit of its width: 10 float32
@@ -89,6 +90,15 @@ class ImageTower:
             return _call(self._module, self._precision, weights, x)
         named = {f"vit.{name}": weight for name, weight in (weights or {}).items()}
         return _call(_Inserted(self._vit), self._precision, named, x, insertions)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, T, W) patches with their positions, as they come to the tower's first layer norm.
+
+        Raises:
+            InputError: this tower has none.
+        """
+        x = _call(self._vit.conv1, self._precision, None, self.normalized(pixels))
+        return x.flatten(2).mT + self._vit.positional_embedding[1:]
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, 3, H, W), as the tower reads them."""
@@ -250,41 +260,6 @@ class TextTower:
         return KEPT_BYTES * tokens * self.width * self.depth
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """n texts -> (n, context) int64, by an open_clip tokenizer.
-
-    Raises:
-        InputError: a text is longer than the model's context, and open_clip would truncate it silently.
-    """
-    # Only CLIP's own tokenizer tells the length of a text. Others truncate silently too; `tokenize_distinct` refuses
-    # texts that are equal up to there.
-    for text in texts if hasattr(tokenizer, "encode") else ():
-        if (length := len(tokenizer.encode(text)) + 2) > tokenizer.context_length:
-            raise InputError(
-                f"{shortened(text)!r} has {length} tokens; the model takes {tokenizer.context_length}, "
-                "including start and end"
-            )
-    return tokenizer(list(texts))
-
-
-def tokenize_distinct(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """The same of texts of classes that compete with each other.
-
-    Raises:
-        InputError: two texts have the same tokens, for example because they differ only in case, so their classes would
-            be the same.
-    """
-    tokens = tokenize(tokenizer, texts)
-    first: dict[tuple[int, ...], str] = {}
-    for text, row in zip(texts, tokens.tolist(), strict=True):
-        if (other := first.setdefault(tuple(row), text)) is not text:
-            raise InputError(
-                f"{shortened(other)!r} and {shortened(text)!r} have the same tokens, so the model cannot distinguish "
-                "their classes; rename one"
-            )
-    return tokens
-
-
 class _Text(nn.Module):
     """open_clip's `encode_text` for the texts of clients, each with a start that its texts have in common."""
 
@@ -337,9 +312,10 @@ class _Text(nn.Module):
         return self.project(self.ln_final(x[client * sequences + packing.rows, packing.columns]))
 
     def project(self, x: Tensor) -> Tensor:
-        if self.text_projection is None:
+        last = self.text_projection
+        if last is None:
             return x
-        return self.text_projection(x) if isinstance(self.text_projection, nn.Linear) else x @ self.text_projection
+        return last(x) if isinstance(last, nn.Module) else x @ last
 
 
 def _call(module: nn.Module, precision: Precision, weights: Params | None, *args: Any) -> Tensor:
