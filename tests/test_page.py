@@ -18,6 +18,7 @@ from fedsim.reporting.metrics import curves
 from fedsim.reporting.page import write_page
 from fedsim.reporting.parquet import read_tables
 from fedsim.reporting.report import Report
+from fedsim.reporting.tables import COLUMNS
 
 
 class Page(HTMLParser):
@@ -286,7 +287,8 @@ def crowd(clients: int, classes: int = 60, domains: int = 5) -> Report:
     report.add_zero_shot(counts)
     for round in (0, 1):
         report.add_scores(round, counts)
-    report.rounds = [np.array([1, clients, clients, 0, 0, 4e6, 4e6, 0.5, 0.0, 1.25, clients, np.nan])]
+    costs = [1, clients, clients, 0, 0, 4e6, 4e6, 0.5, 0.0, 1.25, clients]
+    report.rounds = [np.array(costs + [np.nan] * (len(COLUMNS["rounds"]) - len(costs)))]
     return report
 
 
