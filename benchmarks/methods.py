@@ -51,6 +51,7 @@ METHODS = {
     "distilled CNN": ("distil", "fedavg"),
     "Fed-BBPT": ("fed_bbpt", "fedavg"),
     "ZooPFL": ("zoopfl", "fedavg"),
+    "FedMS": ("fedms", "fedavg"),
 }
 NEED_VIT = {  # the embedded model has no patches
     "FedOTP": ("fedotp", "fedavg"),

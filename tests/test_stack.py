@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import run_until
 from torch import nn
-from torch.nn.functional import dropout, normalize
+from torch.nn.functional import cross_entropy, dropout, normalize
 
 from fedsim import Averaging, Backbone, InputError, Method, available, component, run
 from fedsim.clients import Population
@@ -109,6 +109,52 @@ def test_moments_that_are_kept_go_on_where_they_were(optimizer, features, client
     assert np.array_equal(afresh[0][0].delta, stacked[0][0].delta)  # nothing was kept yet
     assert not np.allclose(afresh[0][1].delta, stacked[0][1].delta)
     assert afresh[1] == [{}] * len(SIZES)
+
+
+@component
+class Alternating(Method):
+    """A head of which odd rounds train the weight, even ones the bias, and every third both."""
+
+    def build(self, backbone):
+        head = nn.Linear(WIDTH, CLASSES)
+        head.forward = lambda x, classes=None: x @ head.weight.T + head.bias
+        return head
+
+    def learned(self, names, round):
+        return names if round % 3 == 0 else [("bias", "weight")[round % 2]]
+
+    def scope(self, name):
+        return "private"
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_parameters_that_a_round_does_not_train_are_as_without_a_gradient(reference, features, clients, tmp_path):
+    # Neither weight decay nor moments that are kept move them, and Adam's steps are counted for each.
+    private = PrivateStore(tmp_path)
+    decays = {"optimizer": "adamw", "weight_decay": 0.1, "persist_optimizer": True}
+    method = Alternating(lr=0.05, batch_size=100, local_epochs=2, **decays)
+    task = Task(method, parse("server", "fedavg"), 0, "float64", private=private, reference=reference)
+    params = initial_params(task, backbone_of(features))
+    trainer, ids = ClientWorker(features, clients), range(len(SIZES))
+    for round in (1, 2, 3, 4):
+        chunk = Chunk(round - 1, [(client, round - 1) for client in ids])
+        trainer.train(task, round, {round - 1: flatten(params)}, np.zeros(0), chunk)
+    for client in ids:
+        rows = clients[client].train
+        x, y = torch.tensor(features.representations.features[rows]).double(), torch.from_numpy(features.y[rows])
+        head = task.build(backbone_of(features)).double()
+        adam = torch.optim.AdamW(head.parameters(), lr=0.05, weight_decay=0.1)
+        for round in (1, 2, 3, 4):
+            for name, parameter in head.named_parameters():
+                parameter.requires_grad_(name in method.learned(["weight", "bias"], round))
+            for _ in range(2):
+                adam.zero_grad()
+                cross_entropy(x @ head.weight.T + head.bias, y).backward()
+                adam.step()
+        kept = private.read(client, 4)
+        assert {name: kept[f"optimizer/steps/{name}"].item() for name in ("weight", "bias")} == {"weight": 4, "bias": 6}
+        for name, parameter in head.named_parameters():
+            torch.testing.assert_close(kept[name], parameter.detach(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("alike", [True, False])

@@ -22,6 +22,10 @@ from fedsim.registry import parse
 KINDS = "animal", "vehicle"
 IN_IMAGES = {"pixels", "visual_tokens", "image_adapters", "image_blocks"}
 IN_BLOCKS = {"visual_tokens", "image_adapters"}  # of a vision transformer, which the embedded model does not have
+SETTINGS = {
+    "finetune": {"towers": "text"},  # the image tower has a test of its own
+    "fedms": {"first_stage": 1, "rounds_per_block": 0},  # both stages
+}
 TOWERED = [name for name in available("method") if parse("method", name).reads.towers]
 
 
@@ -94,8 +98,7 @@ def test_a_tower_that_is_not_declared_is_not_there(config):
 @pytest.mark.parametrize("name", [name for name in TOWERED if "tokens" not in parse("method", name).reads.image])
 def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_kill(name, small, small_clip, tmp_path):
     # The readable path must agree to rounding, and a resumed run to the bit.
-    slow = {"towers": "text"} if name == "finetune" else {}  # the image tower has a test of its own
-    fields: dict = {"method": {"name": name, "batch_size": 8, "local_epochs": 1, **slow}}
+    fields: dict = {"method": {"name": name, "batch_size": 8, "local_epochs": 1, **SETTINGS.get(name, {})}}
     if IN_BLOCKS & set(parse("method", name).sites):
         fields |= zip(("backbone", "pretrained"), small_clip("towers", "vit").values(), strict=True)
     whole = run(small(**fields, out=tmp_path / "whole"))

@@ -6,6 +6,7 @@ clients that it needs first). The hyperparameters of local training are fields o
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -276,6 +277,15 @@ class Method(LocalTraining, ABC):
     def scope(self, name: str) -> Scope:
         """The scope of a tensor; a server rule may change it."""
         return "shared"
+
+    def learned(self, names: Collection[str], round: int) -> Collection[str]:
+        """Those of a module's parameters that clients train in a round; the others keep their values in it.
+
+        Args:
+            names: of the parameters that have the scope shared or private.
+            round: in which the clients were sent their parameters, from 1.
+        """
+        return names
 
     def is_auxiliary(self, name: str) -> bool:
         """Whether a tensor serves training only: `logits` do not depend on it, and it makes no model personal."""

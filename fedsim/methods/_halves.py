@@ -1,5 +1,7 @@
 """Base of the methods that hold two modules of a method: a shared one, and a client's own."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +46,10 @@ class Halves(Wrapper):
         if half == "own" and scope == "surveyed":
             return "frozen"  # a copy, which does not travel a second time
         return "private" if half == "own" and scope == "shared" else scope
+
+    def learned(self, names: Collection[str], round: int) -> set[str]:
+        inside = {half: [n.removeprefix(f"{half}.") for n in names if n.startswith(f"{half}.")] for half in HALVES}
+        return {f"{half}.{name}" for half in HALVES for name in self.inner.learned(inside[half], round)}
 
     def is_auxiliary(self, name: str) -> bool:
         return self.inner.is_auxiliary(name.partition(".")[2])

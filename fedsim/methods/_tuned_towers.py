@@ -1,5 +1,6 @@
 """Base of methods that change the weights of CLIP's towers, or what passes through their blocks: logits and loss."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -87,12 +88,7 @@ class TunedTowers(nn.Module):
         return self.memo(encode, tokens, *self.state_dict().values())
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, ...) -> (B, C)
-        if not self.text_tower or classes is None or classes.all():
-            return self.score(x, slice(None))
-        # Only active classes are encoded; the others are masked.
-        active = classes.nonzero().flatten()
-        logits = self.score(x, active)
-        return logits.new_full((len(logits), len(classes)), -torch.inf).index_copy(1, active, logits)
+        return among(self.score, x, classes) if self.text_tower else self.score(x, slice(None))
 
     def score(self, x: Tensor, indices: Tensor | slice) -> Tensor:
         """(B, n) logits of the classes at these indices; only their texts are encoded."""
@@ -101,9 +97,32 @@ class TunedTowers(nn.Module):
         return self.temperature() * normalize(x, dim=-1) @ self.texts(indices).T
 
 
+def among(score: Callable[[Tensor, Tensor | slice], Tensor], x: Tensor, classes: Tensor | None) -> Tensor:
+    """(B, ...) -> (B, C) logits by a `score`, which encodes the texts of active classes only; the others are masked."""
+    if classes is None or classes.all():
+        return score(x, slice(None))
+    active = classes.nonzero().flatten()
+    logits = score(x, active)
+    return logits.new_full((len(logits), len(classes)), -torch.inf).index_copy(1, active, logits)
+
+
 def objective(kind: Objective, module: TunedTowers, batch: Batch) -> Tensor:
     if kind == "cross_entropy":
         return cross_entropy(module(batch.x, batch.classes), batch.y)
-    # Only the classes in the batch are encoded: texts dominate the cost of a step through the text tower.
-    present, targets = batch.y.unique(return_inverse=True)
-    return contrastive(module.score(batch.x, present), targets)
+    indices, targets = compared(kind, batch)
+    return contrastive(module.score(batch.x, indices), targets)
+
+
+def compared(kind: Objective, batch: Batch) -> tuple[Tensor | slice, Tensor]:
+    """The n classes that a loss compares, as indices, and (B,) the position of each row's class among them."""
+    if kind == "contrastive":
+        # Only the classes in the batch are encoded: texts dominate the cost of a step through the text tower.
+        return batch.y.unique(return_inverse=True)
+    if batch.classes is None:
+        return slice(None), batch.y
+    return batch.classes.nonzero().flatten(), (batch.classes.cumsum(dim=0) - 1)[batch.y]
+
+
+def loss_of(kind: Objective, logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss of (B, n) logits of the classes that `compared` gives, and the targets that it gives, in nats."""
+    return contrastive(logits, targets) if kind == "contrastive" else cross_entropy(logits, targets)

@@ -100,9 +100,12 @@ class Paired(TunedTowers):
 
     def _added(self, side: Side, name: str) -> Tensor:
         key = module_key(f"{side}.{name}")
-        product = self.up[key] @ self.down[key]
-        merged = getattr(self.merged, key, None)
+        product, merged = self.product(key), getattr(self.merged, key, None)
         return self.strength * (product if merged is None else product + merged)
+
+    def product(self, key: str) -> Tensor:
+        """(..., out, in), that of a pair."""
+        return self.up[key] @ self.down[key]
 
 
 def random_down(shape: Sequence[int], rng: torch.Generator | None = None) -> Tensor:

@@ -61,6 +61,19 @@ class Models:
         like = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
         return module, like
 
+    def parameters(self, task: Task) -> list[str]:
+        """Names of the parameters that clients train, in some round at least."""
+        names = [name for name, _ in self.module(task)[0].named_parameters()]
+        return [name for name in names if task.scope(name) in ("shared", "private")]
+
+    def learning(self, task: Task, round: int) -> nn.Module:
+        """The module of a task; of its parameters, those that clients train in a round require gradients."""
+        module, names = self.module(task)[0], self.parameters(task)
+        learned = task.method.learned(names, round)
+        for name in names:
+            module.get_parameter(name).requires_grad_(name in learned)
+        return module
+
     def backbone(self, task: Task) -> Backbone:
         """What the method sees of the frozen CLIP."""
         reads = task.method.reads

@@ -4,7 +4,7 @@ They call torch's fused kernels directly: to construct a torch.optim.Optimizer i
 seconds per actor, and even the functional wrappers around the kernels take a tenth of the time of a step.
 """
 
-from itertools import chain
+from itertools import chain, compress
 
 import torch
 from torch import Tensor
@@ -75,25 +75,30 @@ class Optimizer:
         """One step of the clients from `first` to before `last`.
 
         Args:
-            grads: (last - first, *shape), by name of each parameter.
+            grads: (last - first, *shape), by name of each parameter that is stepped.
         """
         if not grads:
             return
+        names = [name for name in self.params if name in grads]
         last = self.count if last is None else last
         counts = set(self.taken[first:last])
         self.taken[first:last] = [count if count is None else count + 1 for count in self.taken[first:last]]
-        for steps in self.state.get("steps", {}).values():
+        taken = [steps for name, steps in self.state.get("steps", {}).items() if name in grads]
+        for steps in taken:
             steps[first:last] += 1
         # adam's kernel takes one step count for each tensor of the call.
         if self.together and (self.method.optimizer == "sgd" or (len(counts) == 1 and None not in counts)):
-            flat = [grads[name].contiguous() for name in self.params]
+            flat = [grads[name].contiguous() for name in names]
             tensors_by_kind = self.state | {"": self.params}
-            views = {kind: [v[first:last] for v in tensors.values()] for kind, tensors in tensors_by_kind.items()}
-            views |= {"steps": [steps[first] for steps in self.state.get("steps", {}).values()]}
+            views = {kind: [tensors[n][first:last] for n in names] for kind, tensors in tensors_by_kind.items()}
+            views |= {"steps": [steps[first] for steps in taken]}
         else:
             chosen = slice(first * len(self.params), last * len(self.params))
-            flat = [grads[name][k].contiguous() for k in range(last - first) for name in self.params]
+            flat = [grads[name][k].contiguous() for k in range(last - first) for name in names]
             views = {kind: tensors[chosen] for kind, tensors in self.views.items()}
+            if len(names) < len(self.params):
+                stepped = [name in grads for name in self.params] * (last - first)
+                views = {kind: list(compress(tensors, stepped)) for kind, tensors in views.items()}
         self._kernel(views, flat)
 
     def _kernel(self, views: dict[str, list[Tensor]], grads: list[Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedsim.clients import Client, Population
 from fedsim.errors import Diverged
-from fedsim.methods import Batch, ClientContext, trained
+from fedsim.methods import Batch, ClientContext
 from fedsim.params import Params, moved, unflatten
 from fedsim.registry import name_of
 from fedsim.rng import numpy_rng, seed_for, torch_rng
@@ -195,7 +195,7 @@ class Trainer:
 
     @torch.no_grad()
     def _train_stack(self, task: Task, round: int, received: Received, clients: Stored, rows_of: Rows) -> TrainedStack:
-        module, _ = self.models.module(task)
+        module = self.models.learning(task, received.round)
         module.train()  # `evaluate` leaves it in eval mode, and which calls came before depends on scheduling
         # For each stack again, since a module may change its buffers while it trains one.
         if constants := task.select(received.params, "server", "frozen", "surveyed"):
@@ -347,4 +347,4 @@ class Trainer:
             params = {
                 name: torch.empty_like(tensor.expand(clients, *tensor.shape[1:])) for name, tensor in params.items()
             }
-        return params, Optimizer(task.method, {name: params[name] for name in trained(module)})
+        return params, Optimizer(task.method, {name: params[name] for name in self.models.parameters(task)})
