@@ -52,6 +52,7 @@ METHODS = {
     "Fed-BBPT": ("fed_bbpt", "fedavg"),
     "ZooPFL": ("zoopfl", "fedavg"),
     "FedMS": ("fedms", "fedavg"),
+    "FedDLP": ("feddlp", "fedavg"),
 }
 NEED_VIT = {  # the embedded model has no patches
     "FedOTP": ("fedotp", "fedavg"),

@@ -115,6 +115,18 @@ PROGRAMS = {
     | {"batch_size": 32, "local_epochs": 1, "rank": 2, "alpha": 16.0, "towers": "text", "objective": "contrastive"}
     | {"clip_norm": 1.0}
     | CONSTANT,
+    # scripts/d47/d47_gs_soradualheterot_sd_all_pfl.sh, system/main.py, flcore/clients/clientsoradualhetero.py
+    "feddlp": {"optimizer": "adamw", "lr": 5e-5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    | {"batch_size": 32, "local_epochs": 1, "rank": 2, "own_rank": 4, "alpha": 16.0, "modules": "all", "clip_norm": 1.0}
+    | {"own_teacher": 10.0, "shared_teacher": 1.0, "temperature": 3.0, "threshold": 5e-5}
+    | CONSTANT,
+    # src/train_vilt.sh, src/train/visionlanguage_tasks/task_trainer.py, src/configs/task_configs_fed.py
+    "feddat": {"optimizer": "adamw", "lr": 1e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.01}
+    | {"local_epochs": 1, "reduction": 16, "temperature": 3.0},
+    # the paper, and train.py
+    "fedsdaf": SGD
+    | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 128, "local_epochs": 30, "reduction": 4, "heads": 8}
+    | {"distillation": 1.0},
     # clip_adapter.py
     "clip_adapter": {"reduction": 4, "ratio": 0.2},
 }

@@ -5,13 +5,14 @@ import pytest
 import torch
 from conftest import run_until
 from torch import nn
-from torch.nn.functional import cross_entropy, dropout, normalize
+from torch.nn.functional import cross_entropy, dropout, normalize, one_hot, softshrink
 
 from fedsim import Averaging, Backbone, InputError, Method, available, component, run
 from fedsim.clients import Population
 from fedsim.datasets import Features
 from fedsim.encoding import from_features
 from fedsim.methods import Batch, trained
+from fedsim.methods.probe import Probe
 from fedsim.params import flatten
 from fedsim.registry import parse
 from fedsim.servers import Reply
@@ -155,6 +156,33 @@ def test_parameters_that_a_round_does_not_train_are_as_without_a_gradient(refere
         assert {name: kept[f"optimizer/steps/{name}"].item() for name in ("weight", "bias")} == {"weight": 4, "bias": 6}
         for name, parameter in head.named_parameters():
             torch.testing.assert_close(kept[name], parameter.detach(), rtol=1e-9, atol=1e-12)
+
+
+@component
+class Shrunk(Method):
+    """A head that shrinks toward zero after each step."""
+
+    def build(self, backbone):
+        return Probe().build(backbone)
+
+    def proximal(self, params):
+        return {"weight": softshrink(params["weight"], 0.01)}
+
+
+@pytest.mark.parametrize(("server", "stored"), [("local_only", "weight"), ("ditto", "own.weight")])
+def test_a_proximal_step_follows_each_step_of_each_client(server, stored, features, clients, tmp_path):
+    method = Shrunk(optimizer="sgd", lr=0.05, batch_size=4, local_epochs=2)
+    task = {"method": method, "server": parse("server", server), "dtype": "float64"}
+    stacked, single = (two_rounds(features, clients, tmp_path, reference, **task) for reference in (False, True))
+    agree(stacked, single, 1e-9, 1e-12)
+    assert all((client[stored] == 0).any() for client in stacked[1])
+    rows, head = clients[1].train, backbone_of(features).class_embeddings.double()  # one row: four steps
+    x = normalize(torch.tensor(features.representations.features[rows]).double(), dim=1)
+    for _ in range(4):
+        errors = (20 * x @ head.T).softmax(dim=1) - one_hot(torch.from_numpy(features.y[rows]), CLASSES)
+        head = softshrink(head - 0.05 * 20 * errors.T @ x, 0.01)
+    if server == "local_only":
+        torch.testing.assert_close(stacked[1][1][stored], head, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("alike", [True, False])

@@ -24,6 +24,7 @@ IN_IMAGES = {"pixels", "visual_tokens", "image_adapters", "image_blocks"}
 IN_BLOCKS = {"visual_tokens", "image_adapters"}  # of a vision transformer, which the embedded model does not have
 SETTINGS = {
     "finetune": {"towers": "text"},  # the image tower has a test of its own
+    "feddlp": {"modules": "attention"},
     "fedms": {"first_stage": 1, "rounds_per_block": 0},  # both stages
 }
 TOWERED = [name for name in available("method") if parse("method", name).reads.towers]

@@ -1,6 +1,7 @@
 """Base of the methods that hold two modules of a method: a shared one, and a client's own."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,12 @@ class Halves(Wrapper):
         torch.set_rng_state(state)
         return Pair(self.inner.build(backbone), own)
 
+    def inner_loss(self, half: nn.Module, batch: Batch) -> Tensor:
+        """The method's loss of a half, which reads what the client has received of the shared one."""
+        if batch.rule and self.inner.reads_rule:
+            batch = batch._replace(rule=batch.rule._replace(received=_inside("shared", batch.rule.received)))
+        return self.inner.loss(half, batch)
+
     def logits(
         self, module: "Pair", x: Tensor, classes: Tensor | None = None, client: ClientContext | None = None
     ) -> Tensor:
@@ -47,9 +54,12 @@ class Halves(Wrapper):
             return "frozen"  # a copy, which does not travel a second time
         return "private" if half == "own" and scope == "shared" else scope
 
+    def proximal(self, params: Params) -> Params:
+        return {f"{half}.{n}": v for half in HALVES for n, v in self.inner.proximal(_inside(half, params)).items()}
+
     def learned(self, names: Collection[str], round: int) -> set[str]:
-        inside = {half: [n.removeprefix(f"{half}.") for n in names if n.startswith(f"{half}.")] for half in HALVES}
-        return {f"{half}.{name}" for half in HALVES for name in self.inner.learned(inside[half], round)}
+        tensors = dict.fromkeys(names)
+        return {f"{half}.{n}" for half in HALVES for n in self.inner.learned(_inside(half, tensors), round)}
 
     def is_auxiliary(self, name: str) -> bool:
         return self.inner.is_auxiliary(name.partition(".")[2])
@@ -64,3 +74,8 @@ class Pair(nn.Module):
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
         return self.own(x, classes)
+
+
+def _inside(half: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Those of a half, by their names in it."""
+    return {name.removeprefix(f"{half}."): v for name, v in tensors.items() if name.startswith(f"{half}.")}

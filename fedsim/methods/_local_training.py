@@ -111,6 +111,14 @@ class LocalTraining:
         factors = (self.clip_norm / (norms + 1e-6)).clamp(max=1)
         return {name: grad * factors.view(-1, *[1] * (grad.dim() - 1)) for name, grad in grads.items()}
 
+    def proximal(self, params: Params) -> Params:
+        """What replaces parameters after each step of the optimizer, by a proximal step (default: nothing).
+
+        Args:
+            params: (M, *shape), by name, what M clients have trained, after the step.
+        """
+        return {}
+
     def steps(self, rows: int) -> int:
         """Local steps per round of a client with this many train rows."""
         return self.local_epochs * (rows // self.batch_size + (rows % self.batch_size >= max(1, self.min_batch)))

@@ -7,7 +7,7 @@ are inserted into transformer blocks and activated progressively.
 
 Unread: the rest of the papers. What tells when a further block is activated, and which; how long the first stage is;
 the gate's network and what it weighs; how local experts start; towers, ranks and the optimizer. Here the number of
-rounds decides, from the last block to the first, in each stage anew; the gate is a linear layer on the frozen image
+rounds decides, from the last block to the first, in each stage again; the gate is a linear layer on the frozen image
 feature, and weighs logits; local experts start as zero-shot CLIP; the rest is as in `lora`.
 """
 

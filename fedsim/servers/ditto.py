@@ -44,7 +44,7 @@ class _Twins(Halves):
     """Two copies of a method with independent losses; the recorded loss is their sum."""
 
     def loss(self, module: Pair, batch: Batch) -> Tensor:
-        return self.inner.loss(module.shared, batch) + self.inner.loss(module.own, batch)
+        return self.inner_loss(module.shared, batch) + self.inner_loss(module.own, batch)
 
     def closed_form(self, module: Pair, params: Params, batch: Batch) -> tuple[Tensor, Params] | None:
         """The closed form of each half, if the inner method has one."""

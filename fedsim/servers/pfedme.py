@@ -77,7 +77,7 @@ class _Envelope(Halves):
         start = {name: w.detach() for name, w in shared.items()}
 
         def of(theta: Params) -> Tensor:
-            return with_tensors(self.inner.loss, module.own, theta, batch)
+            return with_tensors(self.inner_loss, module.own, theta, batch)
 
         theta = start
         for _ in range(rule.steps):

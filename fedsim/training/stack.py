@@ -117,6 +117,8 @@ def train_stack(
                 extra = _added(server, {name: group[name] for name in learned}, rule, each)
                 grads = {name: grads[name] + extra[name] if name in extra else grads[name] for name in learned}
             optimizer.step(method.clipped({name: grads[name] for name in learned}), first, last)
+            for name, tensor in method.proximal({name: group[name] for name in learned}).items():
+                group[name].copy_(tensor)
             losses[first:last] += loss
             steps[first:last] += 1
     return (losses.cpu() / steps).where(steps > 0, torch.nan)

@@ -67,5 +67,8 @@ def train_client(
                 grads = {n: g + extra[n] if n in extra else g for n, g in zip(params, grads, strict=True)}
                 grads = method.clipped({name: grad.unsqueeze(0) for name, grad in grads.items()})
             optimizer.step(grads)
+            with torch.no_grad():
+                for name, tensor in method.proximal({n: params[n].detach().unsqueeze(0) for n in params}).items():
+                    params[name].copy_(tensor[0])
             losses.append(loss.detach())
     return torch.stack(losses).mean().item() if losses else float("nan")
