@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedsim.parallel_runs import run_all
     from fedsim.params import unflatten
     from fedsim.partitions import FixedPartition, Partition
+    from fedsim.privacy import Noised, Privacy
     from fedsim.registry import available, component
     from fedsim.reporting.report import Report
     from fedsim.search_space import Choice, Field, Linear, Log
@@ -47,9 +48,11 @@ __all__ = [
     "Log",
     "Lossy",
     "Method",
+    "Noised",
     "Note",
     "Partition",
     "Poisoning",
+    "Privacy",
     "Reply",
     "Report",
     "RoundSum",
@@ -81,6 +84,7 @@ _MODULES = {
     "methods": ("Backbone", "Batch", "ClientContext", "Method"),
     "params": ("unflatten",),
     "partitions": ("FixedPartition", "Partition"),
+    "privacy": ("Noised", "Privacy"),
     "registry": ("available", "component"),
     "reporting.report": ("Report",),
     "search_space": ("Choice", "Field", "Linear", "Log"),

@@ -195,6 +195,16 @@ def test_rules_are_set_against_attacks(flags, folder):
     assert list(accuracy.columns) == ["none", "label_flip", "ipm x 10"] and list(success.columns) == ["label_flip"]
 
 
+@pytest.mark.parametrize("flags", commands_of("privacy"), ids=" ".join)
+def test_privacy_is_compared_by_the_epsilon_that_was_spent(flags, folder):
+    out = folder / "privacy"
+    (table,) = tables(printed("privacy", *on_data(folder, flags), "--out", out))
+    assert list(table.epsilon) == ["none", "8"]
+    without, spent = table.spent
+    assert without == "nan" and 7.9 < float(spent) <= 8
+    assert list(out.glob("*.svg"))
+
+
 @pytest.mark.parametrize("flags", commands_of("label_marginals"), ids=" ".join)
 def test_scrambled_labels_put_zero_shot_at_chance_and_leave_the_majority_class_as_it_is(flags, folder):
     out = folder / "label_marginals"

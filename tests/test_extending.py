@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedsim import Attack, Codec, Config, InputError, Method, Server, run
+from fedsim import Attack, Codec, Config, InputError, Method, Privacy, Server, run
 from fedsim.methods._local_training import LocalTraining
 from fedsim.training.client_store import PrivateStore
 
@@ -20,7 +20,7 @@ SHOWN = re.findall(r"`fedsim/(\w+)s/(\w+)\.py`:\n\n```python\n(.*?)```", TEXT, r
 
 def test_all_hooks_are_listed():
     listed = set(re.findall(r"`(\w+)`", TEXT.partition("## All hooks")[2]))
-    for cls in (LocalTraining, Method, Server, Codec, Attack):
+    for cls in (LocalTraining, Method, Server, Codec, Attack, Privacy):
         hooks = {name for name in vars(cls) if name[0] != "_"} - {field.name for field in fields(cls)}
         assert hooks - listed - {"reject_booleans_for_numbers"} == set()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedsim.config import Config
-from fedsim.registry import KINDS, available, find
+from fedsim.registry import FOLDERS, KINDS, available, find
 from fedsim.sweep.config import Sweep
 
 PROJECT = Path(__file__).parents[1]
@@ -41,9 +41,9 @@ class Loaded(HTMLParser):
 
 def test_every_component_has_a_page_and_a_row(site):
     for kind in KINDS:
-        overview = (site / f"{kind}s" / "index.html").read_text(encoding="utf-8")
+        overview = (site / FOLDERS[kind] / "index.html").read_text(encoding="utf-8")
         for name in available(kind):
-            page = (site / f"{kind}s" / f"{name}.html").read_text(encoding="utf-8")
+            page = (site / FOLDERS[kind] / f"{name}.html").read_text(encoding="utf-8")
             assert f'href="{name}.html"' in overview
             for field in find(kind, name).__pydantic_fields__:
                 assert f"--{kind}.{field.replace('_', '-')}<" in page

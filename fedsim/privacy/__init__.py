@@ -22,7 +22,7 @@ from fedsim.params import Params
 from fedsim.privacy._accounting import Accounting
 from fedsim.registry import component, name_of
 from fedsim.search_space import Field, Log
-from fedsim.servers import ClientUpdate, Server
+from fedsim.servers import ClientUpdate, Reply, Server
 from fedsim.updates import RoundSum
 
 
@@ -146,8 +146,12 @@ def check_mean(privacy: Privacy, method: Method, server: Server, params: Params)
         "needs the losses of clients": server.needs_loss,
         "has no rounds": server.buffer is not None,
         "gives clients new tensors before they train": bool(server.start(params, torch.Generator())),
-        "weights clients, or sums messages of theirs": not _replies_alike(method, server, params),
     }
+    if not any(reasons.values()):
+        answers = replies(method, server, params)
+        reasons["weights clients, or sums messages of theirs"] = any(
+            each.weight != 1 or each.message for each in answers
+        )
     for reason, holds in reasons.items():
         if holds:
             raise InputError(
@@ -157,13 +161,13 @@ def check_mean(privacy: Privacy, method: Method, server: Server, params: Params)
             )
 
 
-def _replies_alike(method: Method, server: Server, params: Params) -> bool:
-    """Whether a client's reply has weight 1 and no message, whatever the client has trained on how many rows."""
+def replies(method: Method, server: Server, params: Params) -> list[Reply]:
+    """What two clients reply that differ in their rows and in what they have trained."""
     slots, client_state = server.init(params)
     sent = server.broadcast(slots, params)
-    replies = []
+    answers = []
     for rows in (1, 3):
         trained = {name: tensor + rows for name, tensor in params.items()}
         update = ClientUpdate(params, trained, client_state, sent, rows, rows, 0, method, method.lr, float(rows))
-        replies.append(server.reply(update))
-    return all(reply.weight == 1 and not reply.message for reply in replies)
+        answers.append(server.reply(update))
+    return answers

@@ -1,6 +1,7 @@
-"""The losses of clients with the tensors that they received, for server rules that read them."""
+"""What clients receive, and their losses with that, for server rules that read them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,23 @@ from fedsim.methods._calls import with_tensors
 from fedsim.params import Params
 from fedsim.training.inputs import Inputs
 from fedsim.training.targets import Targets
+
+
+@dataclass(frozen=True)
+class Received:
+    """What the clients of a chunk were sent.
+
+    Attributes:
+        round: in which they were sent it.
+        params: all parameters as the server had them.
+        sent: what the rule sends besides.
+        unicast: by client, what it alone has in place of some of `params`; the same names for all clients, or none.
+    """
+
+    round: int
+    params: Params
+    sent: Params
+    unicast: dict[int, Params]
 
 
 @torch.no_grad()

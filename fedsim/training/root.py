@@ -8,8 +8,9 @@ from fedsim.params import flatten, moved, unflatten
 from fedsim.registry import name_of
 from fedsim.rng import numpy_rng
 from fedsim.servers import Server
+from fedsim.training.received import Received
 from fedsim.training.task import Task
-from fedsim.training.trainer import Received, Trainer
+from fedsim.training.trainer import Trainer
 
 ROOT = -1  # in place of a client's id
 

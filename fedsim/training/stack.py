@@ -4,7 +4,6 @@ For each client it computes what `train_client` computes, up to rounding.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -12,14 +11,15 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from fedsim.clip.sites import stackable
-from fedsim.errors import InputError
 from fedsim.methods import Batch, ClientContext, Method, RuleContext, trained
 from fedsim.methods._calls import with_tensors
 from fedsim.params import Params
 from fedsim.servers import Server
+from fedsim.training.dimensions import batch_of_client, dims_of, dims_of_batch, of_client, one_sentence
 from fedsim.training.estimates import by_differences
 from fedsim.training.inputs import Inputs
 from fedsim.training.optimizer import Optimizer
+from fedsim.training.private_steps import PrivateSteps
 from fedsim.training.targets import Targets
 
 # What a stack's parameters, gradients and moments may take. On a CPU this is what stays in cache; larger stacks are
@@ -31,17 +31,18 @@ BUDGET_BYTES = {"cpu": 36 << 20, "cuda": 5 << 30}
 TOWER_BYTES = {"cpu": 0, "cuda": 6 << 30}
 
 
-def stack_size(params: Params, method: Method, device: str, tower_bytes: int = 0) -> int:
+def stack_size(params: Params, method: Method, device: str, tower_bytes: int = 0, rows: int = 0) -> int:
     """The number of clients that are trained together.
 
     Args:
         params: the tensors of a client.
         tower_bytes: what the text tower keeps for the backward pass of a client's step; 0 if it has no part in it.
+        rows: of a batch, if each has gradients of its own.
     """
     if not stackable(method.sites):
         return 1
     kind = torch.device(device).type
-    client_bytes = 4 * sum(tensor.numel() * tensor.element_size() for tensor in params.values())
+    client_bytes = (4 + rows) * sum(tensor.numel() * tensor.element_size() for tensor in params.values())
     size = BUDGET_BYTES[kind] // max(1, client_bytes)
     return max(1, min(size, TOWER_BYTES[kind] // tower_bytes) if tower_bytes else size)
 
@@ -64,6 +65,7 @@ def train_stack(
     client: ClientContext | None = None,
     unicast: Params | None = None,
     targets: Targets | None = None,
+    private: PrivateSteps | None = None,
 ) -> Tensor:
     """Trains M clients in place, each on its own rows.
 
@@ -82,6 +84,7 @@ def train_stack(
         client: the M clients, for methods that read them.
         unicast: (M, *shape) each, the shared tensors that each client was sent for itself, as it received them.
         targets: of the M clients, for methods that read rows of held-out domains.
+        private: how gradients are clipped and noised, if single rows are protected.
 
     Returns:
         (M,) mean loss over each client's local steps, in nats; nan where it took none.
@@ -112,7 +115,10 @@ def train_stack(
             group = {name: tensor[first:last] for name, tensor in params.items()}
             # Before the first step all clients have the same parameters, and one large product serves them all.
             same = received if epoch == 0 and offset == 0 else {}
-            loss, grads = gradients(method, module, group | same, batch, rngs[first:last])
+            if private:
+                loss, grads = private.gradients(method, module, group | same, batch, first)
+            else:
+                loss, grads = gradients(method, module, group | same, batch, rngs[first:last])
             if adds:
                 extra = _added(server, {name: group[name] for name in learned}, rule, each)
                 grads = {name: grads[name] + extra[name] if name in extra else grads[name] for name in learned}
@@ -158,7 +164,7 @@ def gradients(
     Returns:
         (M,) losses in nats; and the gradient of each trained parameter, (M, *shape), by its name.
     """
-    with _one_sentence(method):
+    with one_sentence(method):
         if method.estimator == "spsa":
             like: Params = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
             learned = {name: params[name] for name in like}
@@ -171,8 +177,8 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
     """What `gradients` computes if a method has no closed form."""
     learned = {name: params[name] for name in trained(module)}
     fixed = {name: tensor for name, tensor in params.items() if name not in learned}
-    stacked = _dims(module, learned), _dims(module, fixed)
-    each = _dims_of_batch(module, batch)
+    stacked = dims_of(module, learned), dims_of(module, fixed)
+    each = dims_of_batch(module, batch)
 
     def loss(learned: Params, fixed: Params, batch: Batch) -> Tensor:
         return with_tensors(method.loss, module, learned | fixed, batch)
@@ -192,10 +198,10 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
     # One client at a time: the weights of a tower, or what is inserted into it, differ between clients.
     results: list[list[Tensor]] = []
     for k in range(len(batch.x)):
-        live = {n: v.detach().requires_grad_() for n, v in _of_client(learned, k, stacked[0]).items()}
-        rest = _of_client(fixed, k, stacked[1])
+        live = {n: v.detach().requires_grad_() for n, v in of_client(learned, k, stacked[0]).items()}
+        rest = of_client(fixed, k, stacked[1])
         with torch.enable_grad():
-            value = loss(live, rest, _batch_of_client(batch, k, each.rule))
+            value = loss(live, rest, batch_of_client(batch, k, each.rule))
         grads = torch.autograd.grad(value, list(live.values()), materialize_grads=True)
         results.append([value.detach(), *grads])
     losses, *grads = [_stacked(list(tensors)) for tensors in zip(*results, strict=True)]
@@ -205,7 +211,7 @@ def by_autograd(method: Method, module: nn.Module, params: Params, batch: Batch)
 def _losses(method: Method, module: nn.Module, params: Params, batch: Batch, moved: Params) -> Tensor:
     """(M,) losses, without gradients, with the tensors `moved` in place of those in `params`; else as `gradients`."""
     params = params | moved
-    dims, each = _dims(module, params), _dims_of_batch(module, batch)
+    dims, each = dims_of(module, params), dims_of_batch(module, batch)
 
     def loss(params: Params, batch: Batch) -> Tensor:
         return with_tensors(method.loss, module, params, batch)
@@ -213,7 +219,7 @@ def _losses(method: Method, module: nn.Module, params: Params, batch: Batch, mov
     if not method.reads.towers or _in_one_call(method, batch):
         return vmap(loss, in_dims=(dims, each))(params, batch)
     clients = range(len(batch.x))
-    return _stacked([loss(_of_client(params, k, dims), _batch_of_client(batch, k, each.rule)) for k in clients])
+    return _stacked([loss(of_client(params, k, dims), batch_of_client(batch, k, each.rule)) for k in clients])
 
 
 def _in_one_call(method: Method, batch: Batch) -> bool:
@@ -221,38 +227,9 @@ def _in_one_call(method: Method, batch: Batch) -> bool:
     return len(batch.x) > 1 and stackable(method.sites) and _equally_many(batch.classes)
 
 
-def _dims(module: nn.Module, params: Params) -> dict[str, int | None]:
-    """The dimension of the clients of each tensor: 0, or None if all clients have the same."""
-    shapes = {name: tensor.dim() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    return {name: 0 if tensor.dim() > shapes[name] else None for name, tensor in params.items()}
-
-
-def _dims_of_batch(module: nn.Module, batch: Batch) -> Batch:
-    """The same of a batch."""
-    clients = batch.client and ClientContext._make(0 if isinstance(each, Tensor) else None for each in batch.client)
-    masks, target = (None if tensor is None else 0 for tensor in (batch.classes, batch.target))
-    rule = None
-    if batch.rule:
-        memory, sent = dict.fromkeys(batch.rule.client_state, 0), dict.fromkeys(batch.rule.sent)
-        rule = RuleContext._make((_dims(module, batch.rule.received), memory, sent))
-    return Batch._make((0, 0, masks, clients, target, rule))
-
-
 def _equally_many(classes: Tensor | None) -> bool:
     """Whether all clients have as many active classes, since the dimensions of a stack are the same for all."""
     return classes is None or len(classes.sum(dim=1).unique()) == 1
-
-
-def _of_client(params: Params, k: int, dims: dict[str, int | None]) -> Params:
-    return {name: tensor if dims[name] is None else tensor[k] for name, tensor in params.items()}
-
-
-def _batch_of_client(batch: Batch, k: int, dims: tuple | None) -> Batch:
-    classes, target = (None if tensor is None else tensor[k] for tensor in (batch.classes, batch.target))
-    rule = batch.rule
-    if rule and dims:
-        rule = RuleContext._make(_of_client(tensors, k, dim) for tensors, dim in zip(rule, dims, strict=True))
-    return Batch(batch.x[k], batch.y[k], classes, batch.client and batch.client.part(k), target, rule)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
@@ -262,18 +239,5 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 def _added(server: Server, params: Params, rule: RuleContext, own: Collection[str]) -> Params:
     """What the rule adds to the gradients of M clients; `own` names what each received for itself."""
     dims = {name: 0 if name in own else None for name in rule.received}
-    with _one_sentence(server):
+    with one_sentence(server):
         return vmap(server.gradient, in_dims=(0, dims, 0, None))(params, *rule)
-
-
-@contextmanager
-def _one_sentence(component: object) -> Iterator[None]:
-    """Turns the long errors of torch.func into one sentence that says what cannot be stacked, and why."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        if not any(word in str(error) for word in ("vmap", "functorch", "captured Tensor", "to return a Tensor")):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        name = getattr(component, "__qualname__", type(component).__name__)
-        raise InputError(f"{name} cannot be stacked ({reason}); --engine reference trains client by client") from None

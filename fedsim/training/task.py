@@ -15,7 +15,7 @@ from fedsim.codecs import Codec
 from fedsim.codecs.plain import Plain
 from fedsim.datasets import Labels
 from fedsim.errors import InputError, listing
-from fedsim.methods import Backbone, Method, Scope, masked, trained
+from fedsim.methods import Backbone, Batch, Method, Scope, masked, trained
 from fedsim.methods._batch_norm import BatchNorm
 from fedsim.params import Params, flatten
 from fedsim.privacy import Privacy
@@ -106,6 +106,11 @@ class Task:
         if data.class_domain or not trained.all():
             return np.stack([trained & data.competing(own) for own in rows])
         return None
+
+    @property
+    def recodes(self) -> bool:
+        """Whether the server has other tensors of a client than it has trained."""
+        return self.attack.forges or not self.codec.lossless or self.privacy.protects_updates
 
     def has_private_state(self, params: Params) -> bool:
         """Whether clients have a private state."""
@@ -219,6 +224,8 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
         )
     if task.privacy.protects:
         _check_privacy(task, params, untrained)
+        if task.privacy.protects == "rows":
+            _check_rows(task, module, backbone)
     if untrained and not task.codec.lossless:
         raise InputError(
             f"codec {name_of(task.codec)} would change {_of_method(task, untrained)}, which clients compute without "
@@ -266,6 +273,24 @@ def _check_privacy(task: Task, params: Params, untrained: list[str]) -> None:
             "take another method"
         )
     task.privacy.check(task.method, task.server, task.select(params, "shared"))
+
+
+def _check_rows(task: Task, module: nn.Module, backbone: Backbone) -> None:
+    """Refuses a method whose loss of a batch is not the mean of its rows' losses, on random features of three rows."""
+    if task.method.reads.image != "features" or task.method.reads_rule:
+        return
+    x = torch.randn(3, backbone.width, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 0]).clamp_max(len(backbone.class_embeddings) - 1)
+    with torch.no_grad():
+        module.eval()  # without dropout
+        whole = task.method.loss(module, Batch(x, y))
+        rows = torch.stack([task.method.loss(module, Batch(x[k : k + 1], y[k : k + 1])) for k in range(3)])
+        module.train()
+    if not torch.allclose(whole, rows.mean(), rtol=1e-3):
+        raise InputError(
+            f"privacy {name_of(task.privacy)} clips the gradients of single rows, but the loss of method "
+            f"{name_of(task.method)} is not the mean of its rows' losses; take another method or objective"
+        )
 
 
 def _of_method(task: Task, names: list[str]) -> str:

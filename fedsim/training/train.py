@@ -11,6 +11,7 @@ from fedsim.servers import Server
 from fedsim.training.estimates import estimated
 from fedsim.training.inputs import Inputs
 from fedsim.training.optimizer import Optimizer
+from fedsim.training.private_steps import PrivateSteps
 from fedsim.training.targets import Targets
 
 
@@ -28,6 +29,7 @@ def train_client(
     classes: Tensor | None = None,
     client: ClientContext | None = None,
     targets: Targets | None = None,
+    private: PrivateSteps | None = None,
 ) -> float:
     """Trains the module in place on one client's rows. `stack.train_stack` must give the same results.
 
@@ -42,6 +44,7 @@ def train_client(
         classes: (C,) bool, the classes that compete in the loss; None: all.
         client: the client, for methods that read it.
         targets: of this client alone, for methods that read rows of held-out domains.
+        private: how gradients are clipped and noised, if single rows are protected.
 
     Returns:
         The mean loss over local steps, in nats; nan if there was no step.
@@ -57,14 +60,18 @@ def train_client(
                 continue
             target = targets and targets.take(len(rows))[0]
             batch = Batch(x[rows], y[rows], classes, client, target, rule if method.reads_rule else None)
-            if method.estimator == "spsa":
-                loss, grads = estimated(method, module, params, batch, rng)
+            if private:
+                loss, grads = private.alone(method, module, params, batch)
+            elif method.estimator == "spsa":
+                loss, estimates = estimated(method, module, params, batch, rng)
+                grads = dict(zip(params, estimates, strict=True))
             else:
                 loss = method.loss(module, batch)
-                grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+                each = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+                grads = dict(zip(params, each, strict=True))
             with torch.no_grad():
                 extra = server.gradient(params, *rule)
-                grads = {n: g + extra[n] if n in extra else g for n, g in zip(params, grads, strict=True)}
+                grads = {n: grad + extra[n] if n in extra else grad for n, grad in grads.items()}
                 grads = method.clipped({name: grad.unsqueeze(0) for name, grad in grads.items()})
             optimizer.step(grads)
             with torch.no_grad():

@@ -23,12 +23,13 @@ from fedsim.training.inputs import Inputs
 from fedsim.training.malice import forged, poisoned
 from fedsim.training.models import Models
 from fedsim.training.optimizer import Optimizer
-from fedsim.training.received import received_losses
+from fedsim.training.private_steps import private_steps
+from fedsim.training.received import Received, received_losses
 from fedsim.training.stack import stack_size, train_stack
 from fedsim.training.targets import Targets
 from fedsim.training.task import Task, local_rows
 from fedsim.training.train import train_client
-from fedsim.training.transmit import clipping, transmit
+from fedsim.training.transmit import clipping, protected, transmit
 from fedsim.updates import CLIENT_STATS, ChunkSum
 
 Rows = dict[int, np.ndarray]  # train rows by client
@@ -48,23 +49,6 @@ class Chunk(NamedTuple):
     clients: Stored
     unicast: np.ndarray | None = None
     bound: float = inf
-
-
-@dataclass(frozen=True)
-class Received:
-    """What the clients of a chunk were sent.
-
-    Attributes:
-        round: in which they were sent it.
-        params: all parameters as the server had them.
-        sent: what the rule sends besides.
-        unicast: by client, what it alone has in place of some of `params`; the same names for all clients, or none.
-    """
-
-    round: int
-    params: Params
-    sent: Params
-    unicast: dict[int, Params]
 
 
 @dataclass(frozen=True)
@@ -152,16 +136,18 @@ class Trainer:
                 if reply.client_state.keys() != client_state.keys():
                     raise TypeError(f"{name_of(rule)}: the client_state of reply needs the names of init's")
                 lost: Params = {}
+                if task.privacy.protects_updates:
+                    trained = protected(task.privacy, old, trained, torch_rng(task.seed, "privacy", round, client))
                 if not task.codec.lossless:
                     rng = torch_rng(task.seed, "codec", round, client)
                     trained, lost = transmit(task.codec, old, trained, stack.lost[k], rng, reply.weight > 0)
-                    if rule.computes_messages:
-                        reply = replace(reply, message=rule.reply(replace(update, trained=trained)).message)
+                if task.recodes and rule.computes_messages:
+                    reply = replace(reply, message=rule.reply(replace(update, trained=trained)).message)
                 if bound < inf:  # as a weight, so that in float64 no delta is longer
                     reply = replace(reply, weight=reply.weight * clipping(old, trained, bound))
                 if self.stores(task):
                     self._write_private(task, round, stack, k, reply.client_state, lost)
-                if task.attack.forges or not task.codec.lossless:
+                if task.recodes:
                     for name, tensor in trained.items():  # only now, since a client stores what it has trained
                         at_server[name][k] = tensor
                 replies.append(reply)
@@ -178,7 +164,8 @@ class Trainer:
         ordered = sorted(clients, key=lambda pair: (-rows[pair[0]], pair[0]))
         own = task.select(received.params, "shared", "private")
         tower_bytes = self.models.tower_bytes(task)
-        size = 1 if task.reference else stack_size(own, task.method, self.device, tower_bytes)
+        of_rows = task.method.batch_size * (task.privacy.protects == "rows")
+        size = 1 if task.reference else stack_size(own, task.method, self.device, tower_bytes, of_rows)
         for part in self._parts(task, ordered, rows_of) if tower_bytes and size > 1 else [ordered]:
             for first in range(0, len(part), size):
                 yield self._train_stack(task, round, received, part[first : first + size], rows_of)
@@ -234,7 +221,7 @@ class Trainer:
         masks = task.competing(self.data, self.trained_classes, [rows_of[client] for client in ids])
         classes = None if masks is None else torch.from_numpy(masks).to(self.device)
         context = self._contexts(task, received.round, ids, rows_of)
-        targets = self._targets(task, round, ids)
+        targets, private = self._targets(task, round, ids), private_steps(task, round, ids)
         if task.method.expands:
             assert isinstance(x, Tensor), "features"
             x, y, sizes = self._expanded(task, module, ids, Batch(x, y, client=context), sizes)
@@ -253,11 +240,12 @@ class Trainer:
                 own = None if classes is None else classes[0]
                 options = {"shared": [*common, *sent_each], "client_state": states[0], "sent": received.sent}
                 options |= {"classes": own, "client": context and context.part(0), "targets": targets}
+                options |= {"private": private}
                 with torch.enable_grad():
                     losses = [train_client(module, optimizer, x, y, task.method, task.server, rngs[0], **options)]
             else:
                 options = task.method, task.server, rngs, states, received.sent, classes, context, sent_each, targets
-                losses = train_stack(module, params, optimizer, common, x, y, sizes, *options).tolist()
+                losses = train_stack(module, params, optimizer, common, x, y, sizes, *options, private).tolist()
         stored = range(len(ids)) if task.method.persist_optimizer else ()
         moments = [optimizer.moments(k) for k in stored]
         return TrainedStack(ids, sizes, params, sent_each, losses, before, moments, states, lost)

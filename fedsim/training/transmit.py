@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fedsim.codecs import Codec
 from fedsim.params import Params, views
+from fedsim.privacy import Privacy
 
 
 @torch.no_grad()
@@ -32,6 +33,18 @@ def transmit(
     at_server = pieces if codec.sums else {name: received[name] + piece for name, piece in pieces.items()}
     rest = update - decoded if counts else update
     return at_server, {"update": rest} if codec.remembers else {}
+
+
+@torch.no_grad()
+def protected(privacy: Privacy, received: Params, trained: Params, rng: torch.Generator) -> Params:
+    """The tensors whose difference from the received ones a client sends in place of those that it has trained."""
+    if not trained:
+        return {}
+    update = joined(trained) - joined(received)
+    noised = privacy.protect(update, rng)
+    if noised is update:
+        return trained
+    return {name: received[name] + piece for name, piece in views(noised, trained).items()}
 
 
 def encoded(codec: Codec, params: Params, rng: torch.Generator) -> Params:

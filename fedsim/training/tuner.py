@@ -9,8 +9,9 @@ from fedsim.counts import Counts
 from fedsim.params import Params, moved, unflatten
 from fedsim.training.client_store import Stored
 from fedsim.training.evaluator import EvaluationRows, Evaluator
+from fedsim.training.received import Received
 from fedsim.training.task import Task
-from fedsim.training.trainer import Received, Trainer
+from fedsim.training.trainer import Trainer
 
 
 class Tuner:

@@ -13,14 +13,18 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from fedsim.cli.help import flag, limits_of
-from fedsim.registry import KINDS, available, find
+from fedsim.registry import FOLDERS, KINDS, available, find
 from fedsim.search_space import search_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sizes import Size, sizes
 
 PROJECT = Path(__file__).parents[2]
-TITLES = {kind: f"{kind.capitalize()}s" for kind in KINDS} | {"dataset": "Data sets", "server": "Server rules"}
+TITLES = {kind: f"{kind.capitalize()}s" for kind in KINDS} | {
+    "dataset": "Data sets",
+    "server": "Server rules",
+    "privacy": "Privacy",
+}
 TITLES |= {"privacy": "Privacy"}
 COPIES = {"benchmarks.md": "benchmarks/README.md", "changes.md": "CHANGELOG.md"}
 LEADS = {  # what a reader of an overview has to know
@@ -43,7 +47,12 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for entry in config.nav or ():
         if isinstance(entry, dict) and "Components" in entry:
             entry["Components"] = [
-                {TITLES[kind]: [f"{kind}s/index.md", *({name: f"{kind}s/{name}.md"} for name in available(kind))]}
+                {
+                    TITLES[kind]: [
+                        f"{FOLDERS[kind]}/index.md",
+                        *({name: f"{FOLDERS[kind]}/{name}.md"} for name in available(kind)),
+                    ]
+                }
                 for kind in KINDS
             ]
     return config
@@ -52,10 +61,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     measured = sizes()
     for kind in KINDS:
-        files.append(File.generated(config, f"{kind}s/index.md", content=overview(kind, measured)))
+        files.append(File.generated(config, f"{FOLDERS[kind]}/index.md", content=overview(kind, measured)))
         for name in available(kind):
             page = component_page(kind, name, measured if kind == "method" else {})
-            files.append(File.generated(config, f"{kind}s/{name}.md", content=page))
+            files.append(File.generated(config, f"{FOLDERS[kind]}/{name}.md", content=page))
     for page, source in COPIES.items():
         files.append(File.generated(config, page, content=copied(PROJECT / source)))
     return files
