@@ -9,7 +9,6 @@ from pathlib import Path
 from fedsim.cli.background import stop, watch
 from fedsim.cli.flags import DETACH, Parser, parse_run
 from fedsim.cli.launch import launch
-from fedsim.cli.progress import plain_console, progress_bars, show_on
 from fedsim.cli.show import rich_table, show_run
 from fedsim.cli.streams import SafeStream, safe_streams
 from fedsim.cluster.signals import signals_as_interrupts
@@ -17,20 +16,28 @@ from fedsim.cluster.signals import signals_as_interrupts
 # What imports torch is imported in functions: it takes seconds, in which `main` already handles Ctrl-C, and some
 # commands do not need it.
 from fedsim.errors import EXPECTED, RESUMES, InputError, Stopped, code_of, listing, sentence_of
+from fedsim.progress import plain_console, progress_bars, show_on
 from fedsim.registry import FOLDERS
 
 USAGE = """\
 fedsim run [FLAGS]                    run one experiment
 fedsim sweep [FLAGS]                  search over hyperparameters
 fedsim compare RUN RUN ... [--out D]  compare finished runs in a table and a page
+fedsim page RUN                       write the page of a finished run again
 fedsim watch FOLDER                   show the progress of a run or sweep in another process
 fedsim stop FOLDER                    interrupt it; the same command resumes it
 fedsim list [KIND]                    list methods, servers, codecs, datasets, ...
 fedsim help NAME                      describe a method, server, ... or command
+fedsim doctor                         look at this machine: versions, GPUs, memory, weights, Ray
+fedsim cache [prune]                  list encoded features, or remove those not used for a while
+fedsim completion SHELL               print a script that completes flags and names in a shell
 Every command has --help; fedsim --version"""
 # How things stand after Ctrl-C, for the commands that it does not make resumable.
 AFTER_INTERRUPT = {
     "compare": "run the same command again",
+    "page": "run the same command again",
+    "doctor": "nothing was changed",
+    "cache": "run the same command again",
     "watch": "the run or sweep itself continues",
     "stop": "the run or sweep may not have ended yet",
 }
@@ -59,10 +66,14 @@ def _command(argv: list[str]) -> int:
         "run": run_command,
         "sweep": sweep_command,
         "compare": compare_command,
+        "page": page_command,
         "watch": watch_command,
         "stop": stop_command,
         "list": list_command,
         "help": help_command,
+        "doctor": doctor_command,
+        "cache": cache_command,
+        "completion": completion_command,
     }
     if argv[:1] == ["help"] and (len(argv) == 1 or argv[1] in commands):
         argv = [*argv[1:2], "--help"]
@@ -172,6 +183,69 @@ def compare_command(argv: list[str]) -> int:
     console.print(rich_table(table))
     console.print(f"page  {page}")
     return 0
+
+
+def page_command(argv: list[str]) -> int:
+    """fedsim page: the page of a finished run, from its tables."""
+    parser = Parser(prog="fedsim page", description="Write report.html of a finished run again.", allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
+    args = parser.parse_args(argv)
+    from fedsim.folder import exclusive
+    from fedsim.prepare import PAGE
+    from fedsim.reporting.page import write_page
+    from fedsim.reporting.parquet import read_tables
+
+    tables = read_tables(args.run)
+    with exclusive(args.run, "run"):
+        write_page(tables, args.run / PAGE)
+    plain_console().print(f"page  {args.run / PAGE}", soft_wrap=True)
+    return 0
+
+
+def doctor_command(argv: list[str]) -> int:
+    """fedsim doctor: what a run finds on this machine; 1 if something needs a remedy."""
+    description = "Look at this machine: versions, GPUs, memory, folders, weights, and whether Ray starts."
+    parser = Parser(prog="fedsim doctor", description=description, allow_abbrev=False)
+    add_cache_dir(parser)
+    parser.add_argument("--address", metavar="ADDR", help="Ray cluster, host:port or auto (default: a private one)")
+    args = parser.parse_args(argv)
+    from fedsim.cli.doctor import examine, report
+
+    return 1 if report(plain_console(), examine(args.cache_dir, args.address)) else 0
+
+
+def cache_command(argv: list[str]) -> int:
+    """fedsim cache: what is in the cache; fedsim cache prune: removes what is not used."""
+    parser = Parser(prog="fedsim cache", description="List or prune encoded features.", allow_abbrev=False)
+    parser.add_argument("action", nargs="?", choices=("list", "prune"), default="list", help="(default: list)")
+    parser.add_argument("--days", type=float, default=30, metavar="N", help="unused for so long (default: 30; 0: all)")
+    add_cache_dir(parser)
+    args = parser.parse_args(argv)
+    from fedsim.cli.cached import show_cache
+
+    show_cache(plain_console(), args.cache_dir, args.days if args.action == "prune" else None)
+    return 0
+
+
+def completion_command(argv: list[str]) -> int:
+    """fedsim completion: a script for a shell."""
+    description = 'Print a script that completes flags and names: eval "$(fedsim completion bash)"'
+    parser = Parser(prog="fedsim completion", description=description, allow_abbrev=False)
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    shell = parser.parse_args(argv).shell
+    from fedsim.cli.completion import completion
+    from fedsim.cli.flags import run_parser
+    from fedsim.sweep.command import sweep_parser
+
+    print(completion(shell, {"run": [run_parser()], "sweep": [sweep_parser(), run_parser()]}))
+    return 0
+
+
+def add_cache_dir(parser: Parser) -> None:
+    from fedsim.config import cache_dir
+
+    folder = cache_dir()
+    parser.add_argument("--cache-dir", type=Path, default=folder, metavar="DIR", help=f"(default: {folder})")
 
 
 if __name__ == "__main__":

@@ -97,6 +97,8 @@ def read_array(file: Path, notice: Notice) -> np.ndarray | None:
         # A forged file may have the right seal and still not be an array.
         with suppress(ValueError, EOFError):
             if _is_sealed(file):
+                with suppress(OSError):  # of another user
+                    os.utime(file)  # `fedsim cache prune` keeps what is used
                 return _mapped(file)
     notice(file)
     return None

@@ -60,7 +60,7 @@ def fields_of(component: Any) -> dict[str, Any]:
     return {"name": name_of(component)} | {name: getattr(component, name) for name in component.__pydantic_fields__}
 
 
-def _cache() -> Path:
+def cache_dir() -> Path:
     if named := os.environ.get("FEDSIM_CACHE_DIR"):
         return Path(named)
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -178,7 +178,7 @@ class Config(BaseModel):
     )
     address: str | None = Field(None, description="Ray cluster, host:port or auto (default: a private one)")
     cache_dir: Annotated[Path, AfterValidator(absolute)] = Field(
-        default_factory=_cache, description="encoded features; or set $FEDSIM_CACHE_DIR"
+        default_factory=cache_dir, description="encoded features; or set $FEDSIM_CACHE_DIR"
     )
     loggers: Loggers = Field((), description=f"{','.join(LOGGERS)} (default: none)")
     page: bool = Field(True, description="write report.html; false skips it")

@@ -20,6 +20,7 @@ from fedsim.formats import number, percent
 from fedsim.ledger import Ledger
 from fedsim.methods import Method
 from fedsim.prepare import ADAPTER, FILES, PAGE, RESULTS, Experiment, encode_experiment, prepare, sizing_of
+from fedsim.progress import callback
 from fedsim.reporting.facts import to_yaml
 from fedsim.reporting.loggers import Loggers, round_values
 from fedsim.reporting.page import write_page
@@ -35,7 +36,7 @@ from fedsim.training.worker import ClientWorker
 FINISHED = Note("run", "already finished; nothing was run")
 
 
-def run(config: Config, progress: Progress = lambda event: None) -> Report:
+def run(config: Config, progress: Progress | None = None) -> Report:
     """Runs one experiment. The number of actors, crashes and interruptions never change its results.
 
     Running the same config in the same folder again resumes an interrupted run, or returns the report of a finished
@@ -43,17 +44,20 @@ def run(config: Config, progress: Progress = lambda event: None) -> Report:
     one whose step sizes depend on the number of rounds (`schedule` cosine) does not continue. In the same way, a
     finished run without `tune_epochs` continues with it.
 
+    Args:
+        progress: called with each event; by default, a Jupyter notebook shows bars.
+
     Raises:
         InputError: the config cannot work. Raised before Ray starts wherever that can be checked.
         Diverged: training produced NaN or infinite values.
         Stopped: the run ended for an external reason, such as a full disk or a logger that does not start.
     """
     experiment = prepare(config)
-    with Loggers(config, experiment.folder, progress) as loggers:
+    with Loggers(config, experiment.folder, callback(progress)) as loggers:
         if experiment.done:
-            progress(FINISHED)
+            loggers.progress(FINISHED)
             return _log_finished(experiment.done, experiment, loggers.progress)
-        progress(Started("run"))
+        loggers.progress(Started("run"))
         if config.actors == 0:
             return simulate(experiment, loggers.progress)
         return run_in_driver_actor(simulate, (experiment,), config.address, loggers.progress)

@@ -16,11 +16,11 @@ from fedsim.__main__ import main
 from fedsim.checkpoint import NAME
 from fedsim.cli.flags import parse_run, run_parser
 from fedsim.cli.help import show_components
-from fedsim.cli.progress import plain_console, progress_bars, show_on
 from fedsim.config import DEFAULTS
 from fedsim.errors import Diverged, code_of, listing, sentence_of
 from fedsim.events import Note
 from fedsim.folder import refuse_another
+from fedsim.progress import plain_console, progress_bars, show_on
 from fedsim.registry import FOLDERS, KINDS, available, component, find, parse
 
 

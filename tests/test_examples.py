@@ -5,8 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
+from traitlets.config import Config as TraitsConfig
 
 PROJECT = Path(__file__).parents[1]
 # Where the README says that an example is saved.
@@ -25,6 +29,36 @@ def test_contributing_names_files_that_exist():
     files = {file.name for folder in folders for file in (PROJECT / folder).rglob("*.py")} | {"NAME.py"}
     text = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\w+\.py\b", text)) <= files
+
+
+def executed(book, folder: Path) -> list[dict]:
+    """What the cells of a notebook show, by MIME type."""
+    with TemporaryDirectory() as sockets:  # not TCP, where other users could listen; paths of sockets must be short
+        config = TraitsConfig(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+        NotebookClient(book, timeout=300, resources={"metadata": {"path": folder}}, config=config).execute()
+    return [output.get("data", {}) for cell in book.cells for output in cell.get("outputs", ())]
+
+
+@pytest.mark.ray
+def test_a_notebook_that_has_started_ray_runs_twice_on_that_cluster(features_dir, tmp_path):
+    start = "import ray\nray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)"
+    fields = f"dataset='features', data_dir={str(features_dir)!r}, held_out=('ink',), rounds=1, actors=1, page=False"
+    runs = [f"from fedsim import Config, run\nrun(Config({fields}, seed={seed}, out='{seed}'))" for seed in (0, 1)]
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(code) for code in (start, *runs, "ray.shutdown()")]
+    )
+    shown = executed(book, tmp_path)
+    assert sum(data.get("text/plain", "").startswith("<Report of fedclip with fedavg: round ") for data in shown) == 2
+    assert [(tmp_path / str(seed) / "scores.parquet").exists() for seed in (0, 1)] == [True, True]
+
+
+@pytest.mark.parametrize("notebook", sorted((PROJECT / "examples").glob("*.ipynb")), ids=lambda file: file.stem)
+def test_a_notebook_runs_from_top_to_bottom_and_shows_bars_tables_and_plots(notebook, tmp_path):
+    book = nbformat.read(notebook, as_version=4)
+    assert not any(cell.get("outputs") for cell in book.cells), "notebooks are stored without output"
+    shown = executed(book, tmp_path)
+    assert any("image/png" in data for data in shown) and any("<table" in data.get("text/html", "") for data in shown)
+    assert any("<div>training <progress max=10 value=10>" in data.get("text/html", "") for data in shown)
 
 
 @pytest.mark.ray

@@ -122,7 +122,7 @@ def test_every_other_command_is_one_that_another_test_runs():
             words = [word for word in command if word not in ("--group", "aws")]
             line = " ".join(words)
             if words[:3] == [*UV, "fedsim"]:
-                assert words[3] in ("run", "sweep", "compare"), f"{name}: {line}"
+                assert words[3] in ("run", "sweep", "compare", "doctor", "cache"), f"{name}: {line}"
             elif words[:3] == [*UV, "ray"]:
                 upto = 5 if words[3] == "job" else 4
                 assert " ".join(words[:upto]) in clusters, f"{name}: {line}"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from fedsim import run
 from fedsim.__main__ import main
-from fedsim.cli.progress import plain_console
 from fedsim.cli.show import show_run
+from fedsim.progress import plain_console
 from fedsim.reporting.remarks import comparison
 
 

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from fedsim.cli.background import StatusFile, detach, read_status
 from fedsim.cli.flags import DETACH
-from fedsim.cli.progress import plain_console, progress_bars, show_on
 from fedsim.events import Progress
 from fedsim.folder import Kind
+from fedsim.progress import plain_console, progress_bars, show_on
 
 
 def launch(

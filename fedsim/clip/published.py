@@ -53,6 +53,16 @@ def cache_folder(about: Mapping[str, Any]) -> str:
     return "--".join(["models", *_repository(about)])
 
 
+def downloaded() -> list[str]:
+    """Published weights in the cache of the Hugging Face hub on this machine, such as `ViT-B-32 openai`."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    pretrained = import_open_clip().pretrained
+    published = ((model, tag, pretrained.get_pretrained_cfg(model, tag)) for model, tag in pretrained.list_pretrained())
+    there = {folder.name for folder in Path(HF_HUB_CACHE).glob("models--*")}
+    return [f"{model} {tag}" for model, tag, about in published if about.get("hf_hub") and cache_folder(about) in there]
+
+
 def common_preprocessing(model: str) -> dict[str, Any]:
     """The preprocessing of an architecture's published weights if it is the same for all, as for SigLIP."""
     pretrained = import_open_clip().pretrained

@@ -10,6 +10,7 @@ import pandas as pd
 from fedsim.errors import listing
 from fedsim.files import write_text
 from fedsim.formats import difference, number, percent
+from fedsim.reporting.accuracies import rows_tested
 from fedsim.reporting.facts import to_yaml
 from fedsim.reporting.html import LONGEST, Section, portable, render
 from fedsim.reporting.metrics import (
@@ -25,7 +26,7 @@ from fedsim.reporting.metrics import (
     tail_of,
 )
 from fedsim.reporting.plots import Line, Panel, Plot, plot_bars, plot_heat, plot_lines
-from fedsim.reporting.remarks import remarks_of_page, rows_tested
+from fedsim.reporting.remarks import remarks_of_page
 from fedsim.reporting.tables import TUNED, ZERO_SHOT, Tables
 
 MEASURES = {

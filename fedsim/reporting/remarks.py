@@ -4,6 +4,7 @@ import numpy as np
 
 from fedsim.errors import counted, listing
 from fedsim.formats import number
+from fedsim.reporting.accuracies import rows_tested
 from fedsim.reporting.tables import Tables
 
 NEVER = "The round is never chosen on test rows; curves of test rows are shown for inspection only."
@@ -107,14 +108,6 @@ def comparison(tables: Tables) -> str:
     name = f"{tables.experiment['method']['name']} with {tables.experiment['server']['name']}"
     comparison = f"{name} in round {tables.chosen_round} is compared with zero-shot CLIP on {' and on '.join(counts)}."
     return comparison if counts else ""
-
-
-def rows_tested(tables: Tables) -> dict[str, int]:
-    """Test rows behind an accuracy of `summarize`; a row that several models are tested on counts once."""
-    scores = tables.zero_shot.scores
-    scores = scores[scores.split == "test"]
-    held = scores.domain.isin(tables.held_out)
-    return {"generalization": int(scores.total[held].sum()), "personalization": int(scores.total[~held].sum())}
 
 
 def _foreign(tables: Tables) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from fedsim.clients import Client
 from fedsim.counts import SPLITS, Counts
 from fedsim.datasets import Labels
 from fedsim.params import Params
+from fedsim.reporting.accuracies import accuracies
 from fedsim.reporting.metrics import best_round, validation_of
 from fedsim.reporting.tables import (
     COLUMNS,
@@ -29,7 +31,7 @@ from fedsim.schedule import PlannedRound
 from fedsim.state import ServerState
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The results of a run, as counts.
 
@@ -86,6 +88,15 @@ class Report:
     def summary(self, model: str = TRAINED, round: int | None = None) -> dict[str, float]:
         """`Tables.summary`: means of the trained model at the chosen round, unless another is given."""
         return self.tables().summary(model, round)
+
+    def __repr__(self) -> str:
+        method, server = self.experiment["method"]["name"], self.experiment["server"]["name"]
+        return f"<Report of {method} with {server}: round {self.chosen_round} of {self.last_round}>"
+
+    def _repr_html_(self) -> str:
+        """The accuracies, as a notebook shows them."""
+        made = accuracies(self.tables()).items()
+        return "".join(f"<p>{escape(title)}</p>{rows.to_html(border=0)}" for title, rows in made)
 
     @property
     def last_round(self) -> int:

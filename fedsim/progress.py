@@ -1,5 +1,8 @@
-"""Progress bars on the terminal."""
+"""Progress bars on the terminal and in notebooks."""
 
+import sys
+import time
+from html import escape
 from typing import Any
 
 from rich.console import Console
@@ -8,6 +11,8 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from fedsim.events import Event, Note, Progress, Step
+
+UPDATE_S = 0.2  # between two updates of a notebook
 
 
 def plain_console(**options: Any) -> Console:
@@ -52,3 +57,36 @@ def show_on(bars: Bars, heading: str = "") -> Progress:
             bars.update(tasks[event.stage], completed=event.done, note=event.note)
 
     return show
+
+
+def callback(progress: Progress | None) -> Progress:
+    """The callback that is given; without one, bars in a Jupyter notebook, and nothing elsewhere."""
+    return progress or (_notebook_bars() if "ipykernel" in sys.modules else lambda event: None)
+
+
+def _notebook_bars() -> Progress:
+    """Bars in HTML below the cell that is running. rich's need widgets, which a notebook may lack."""
+    from IPython.display import HTML, display
+
+    steps: dict[str, Step] = {}
+    notes: list[str] = []
+    area: Any = display(HTML(""), display_id=True)
+    updated = 0.0
+
+    def show(event: Event) -> None:
+        nonlocal updated
+        if isinstance(event, Note):
+            notes.append(f"{event.stage}: {event.text}")
+        elif isinstance(event, Step):
+            steps[event.stage] = event
+            if event.done < event.total and time.monotonic() - updated < UPDATE_S:
+                return
+        updated = time.monotonic()
+        area.update(HTML("".join([*(f"<div>{escape(note)}</div>" for note in notes), *map(_bar, steps.values())])))
+
+    return show
+
+
+def _bar(step: Step) -> str:
+    name, note = escape(step.stage), escape(step.note)
+    return f"<div>{name} <progress max={step.total} value={step.done}></progress> {step.done}/{step.total} {note}</div>"
