@@ -1,4 +1,4 @@
-"""The examples are the README's, and become components by being saved where it says; CONTRIBUTING names real files."""
+"""The documentation shows the examples, and they become components where it says; CONTRIBUTING names real files."""
 
 import re
 import shutil
@@ -13,15 +13,19 @@ from nbclient import NotebookClient
 from traitlets.config import Config as TraitsConfig
 
 PROJECT = Path(__file__).parents[1]
-# Where the README says that an example is saved.
+# Where the documentation says that an example is saved.
 SAVED = {"my_method.py": "fedsim/methods/bias.py", "my_rule.py": "fedsim/servers/nesterov.py"}
 
 
-def test_the_readme_shows_the_examples_as_they_are():
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+def test_the_documentation_shows_the_examples_as_they_are():
+    readme, extending = (PROJECT / name for name in ("README.md", "docs/extending.md"))
     examples = [file.read_text(encoding="utf-8") for file in sorted((PROJECT / "examples").glob("*.py"))]
-    assert re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) == examples
-    assert all(f"`{name}`" in readme for name in SAVED.values())
+    shown = re.findall(r"```python\n(.*?)```", extending.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert shown[: len(examples)] == examples
+    (part,) = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert part in examples[0]
+    for name in SAVED.values():
+        assert f"`{name}`" in readme.read_text("utf-8") and f"`{name}`:" in extending.read_text("utf-8")
 
 
 def test_contributing_names_files_that_exist():

@@ -134,6 +134,8 @@ def test_every_other_command_is_one_that_another_test_runs():
                 assert words[4:6] == ["fedsim", "run"] and parse_run(words[6:]), f"{name}: {line}"
             elif words[0] == "export":
                 assert line in clusters, f"{name}: {line}"
+            elif words[:3] == ["uv", "sync", "--extra"]:
+                assert f"\n{words[3]} = [" in (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
             else:
                 assert scripts & {*words} or line.startswith(gate), f"{name}: {line}"
 
@@ -153,7 +155,11 @@ def test_the_readme_has_two_commands_that_do_all_the_set_up():
 
 
 def test_every_protocol_is_an_embedded_config():
-    rows = re.findall(r"^\| `(\w+)` \|", README.partition("| `--config` |")[2].partition("\n\n")[0], flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)` \|",
+        TEXTS["docs/protocols.md"].partition("| `--config` |")[2].partition("\n\n")[0],
+        flags=re.MULTILINE,
+    )
     assert sorted(rows) == sorted(
         {file.stem for file in EXPERIMENTS.glob("*.yaml")} - {"glyphs", "glyphs_concepts", "paper"}
     )

@@ -30,10 +30,13 @@ COPIES = {"benchmarks.md": "benchmarks/README.md", "changes.md": "CHANGELOG.md"}
 LEADS = {  # what a reader of an overview has to know
     "method": "What clients train, and with which hyperparameters: `--method NAME`, `--method.FIELD VALUE`. Trained "
     "parameters, and bytes that a client receives and sends in a round with `fedavg`, are those of ViT-B-32 and 15 "
-    "classes. [Methods by what they read](../reads.md) says what each of them computes.",
-    "server": "How the server combines what clients send: `--server NAME`, `--server.FIELD VALUE`.",
+    "classes. [Methods at a glance](../reads.md) says what each of them computes.",
+    "server": "How the server combines what clients send: `--server NAME`, `--server.FIELD VALUE`. "
+    "[Server rules at a glance](../reads.md#server-rules) has them in groups.",
     "codec": "In how many bytes updates and parameters travel: `--codec NAME`, `--codec.FIELD VALUE`.",
-    "attack": "What malicious clients do: `--attack NAME`, `--attack.FIELD VALUE`. Their share is `--attack.share`.",
+    "attack": "What malicious clients do: `--attack NAME`, `--attack.FIELD VALUE`; see "
+    "[Attacks](../privacy.md#attacks).",
+    "privacy": "What is clipped and noised: `--privacy NAME`, `--privacy.FIELD VALUE`; see [Privacy](../privacy.md).",
     "partition": "Which client holds which rows: `--partition NAME`, `--partition.FIELD VALUE`.",
     "dataset": "Images or features, with labels and domains: `--dataset NAME`, `--dataset.FIELD VALUE`; see "
     "[Data](../data.md).",
