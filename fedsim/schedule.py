@@ -75,6 +75,8 @@ def check(config: Config, population: int) -> None:
             f"server {server} unicasts, so clients are evaluated with what they have trained, and it cannot define "
             "what is evaluated"
         )
+    if config.privacy.poisson and config.cohort is None:
+        raise InputError(f"Poisson sampling of clients needs a --cohort smaller than {population}, and all take part")
     if asynchronous:
         if config.server.unicasts:
             raise InputError(f"server {server} unicasts, which needs synchronous rounds, so it cannot have a buffer")

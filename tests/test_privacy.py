@@ -159,6 +159,18 @@ def test_the_clip_norm_follows_the_quantile_of_norms():
     assert memory["clip"].item() == pytest.approx(2.0, rel=0.1)
 
 
+def test_leaving_a_client_out_moves_the_noised_sum_and_count_as_far_as_accounted_for():
+    """A client with updates of zero would move the count twice as far, since these are shorter than any clip norm."""
+    privacy = parse("privacy", central(clip=1.0, noise=2.0, quantile=0.5))
+    accounting, (noise, count_noise) = privacy.accounting(None, 10, 10, True), privacy._noises(10)
+    assert accounting.neighbors == "what a client adds to each sum, or nothing in its place"
+    for weight in (1.0, 0.3):
+        totals = a_sum([1.0] * 9 + [weight]), a_sum([1.0] * 9)
+        clips = [privacy.release(total, privacy.init(), 10, np.random.default_rng(0))[1]["clip"] for total in totals]
+        count = abs(log(clips[0] / clips[1])) * 10 / 0.2
+        assert sqrt(noise**-2 + (count / count_noise) ** 2) == pytest.approx(accounting.sensitivity / 2.0)
+
+
 def test_the_noises_of_sum_and_count_are_together_worth_the_noise_multiplier():
     for cohort, count_noise in ((4, None), (400, None), (100, 3.0)):
         privacy = parse("privacy", central(noise=2.0, quantile=0.5, count_noise=count_noise))
@@ -276,6 +288,8 @@ def test_an_update_that_is_not_finite_is_not_hidden_by_clipping(probe):
             {"privacy": central(noise=0, clip=None, quantile=0.5)},
             "quantile adapts the clip norm from --privacy.clip on",
         ),
+        ({"privacy": central(noise=1, count_noise=2.0)}, "count-noise 2 has no effect on a clip norm that stays"),
+        ({"privacy": central(noise=1, sampling="poisson"), "cohort": None}, "needs a --cohort smaller than 6"),
         ({"server": {"name": "fedavg", "weighting": "rows"}}, "server fedavg weights clients, or sums messages"),
         ({"server": "median"}, "server median needs the delta of each client"),
         ({"server": "scaffold", "method": SGD}, "server scaffold weights clients, or sums messages of theirs"),

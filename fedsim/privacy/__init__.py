@@ -2,8 +2,8 @@
 
 The noise of a simulation is pseudo-random: it follows from the seed, and so does who trains in a round. Epsilon is that
 of a deployment of the same mechanism with secret, truly random numbers. It is about the shared parameters of all
-rounds. Accuracies and losses, which a simulation computes from the clients' rows, are not covered; nor is which clients
-exist, or how many rows they have.
+rounds. Accuracies and losses, which a simulation computes from the clients' rows, are not covered; nor is the choice of
+a round or of a run of a sweep by them, which clients exist, or how many rows they have.
 """
 
 from __future__ import annotations
@@ -126,6 +126,11 @@ class Noised(Privacy):
             raise InputError(f"privacy {name} adds noise in proportion to --privacy.clip, and there is none; give one")
         if not params:
             raise InputError(f"privacy {name} protects shared tensors, and {name_of(method)} has none to send")
+        if server.root_rows:
+            raise InputError(
+                f"server {name_of(server)} trains on copies of clients' rows, which privacy {name} does not cover; "
+                "take another rule"
+            )
 
     @property
     def multiplier(self) -> float:

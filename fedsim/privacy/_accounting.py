@@ -52,7 +52,8 @@ class Accounting:
         if not noise:
             return inf
         noise /= self.sensitivity
-        unsampled = float(_package().get_epsilon_gaussian(noise / releases**0.5, delta))
+        with np.errstate(divide="ignore"):  # the package's logarithm of 0, where epsilon is 0
+            unsampled = float(_package().get_epsilon_gaussian(noise / releases**0.5, delta))
         if self.sampling == "none":
             return unsampled
         divergences = np.array(_divergences(self.sampling, self.cohort, self.population, noise))

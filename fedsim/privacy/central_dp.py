@@ -33,7 +33,7 @@ class CentralDP(Noised):
     A uniform cohort that is kept secret amplifies privacy. That is claimed where clients store nothing from round to
     round and the fleet is ideal, or with Poisson sampling; else epsilon is that of the client with the most rounds.
     Under Poisson sampling, one client more or less is hidden; with cohorts of a fixed size, other rows in the place of
-    a client's; if no cohort is drawn, a client whose updates are zero.
+    a client's; if no cohort is drawn, what a client adds to the sums and to the counts.
     """
 
     protects = "clients"
@@ -68,6 +68,11 @@ class CentralDP(Noised):
             raise InputError(
                 "--privacy.quantile adapts the clip norm from --privacy.clip on, which is none; give a number"
             )
+        if self.quantile is None and self.count_noise is not None:
+            raise InputError(
+                f"--privacy.count-noise {self.count_noise:g} has no effect on a clip norm that stays; give "
+                "--privacy.quantile, too, or leave it out"
+            )
 
     def init(self):
         return {} if self.quantile is None else {"clip": torch.tensor(self.clip, dtype=torch.float64)}
@@ -95,7 +100,7 @@ class CentralDP(Noised):
             return Accounting("one client more or less", 1.0, "poisson", cohort, population)
         if cohort < population and uniform:
             return Accounting("a client's rows replaced", 2.0, "fixed", cohort, population)
-        return Accounting("a client's updates, or zeros in their place")
+        return Accounting("what a client adds to each sum, or nothing in its place")
 
     def _noises(self, cohort: int) -> tuple[float, float]:
         """Noise multipliers of the sum and of the count, which together are worth `noise`."""

@@ -60,7 +60,8 @@ def _privacy(tables: Tables, about: str) -> str:
     epsilon = tables.rounds.epsilon.max() if len(tables.rounds) else 0.0
     return (
         f"Privacy: epsilon {number(epsilon)} after {counted(len(tables.rounds), 'round')} ({about}). It is that of a "
-        "deployment with secret random numbers, and about the shared parameters; the accuracies here are not private."
+        "deployment with secret random numbers, and about the shared parameters of all rounds; the accuracies here, "
+        "and the choice of a round by them, are not private."
     )
 
 
