@@ -117,13 +117,21 @@ def check_trained(
     """
     if not config.rounds:
         return
-    asked, dropped, late, received = 0, 0, 0, 0
+    asked, dropped, late, received, counted = 0, 0, 0, 0, 0
     for planned in islice(schedule(config, population, rows_of, bytes_down, bytes_up), config.rounds):
         # One by one: the first client is nearly always enough, and rows may have to be drawn.
-        if any(method.steps(int(rows_of([client])[0])) for client, _ in planned.trained):
+        enough = config.codec.enough(len(planned.trained), planned.asked)
+        if enough and any(method.steps(int(rows_of([client])[0])) for client, _ in planned.trained):
             return
         received += len(planned.trained)
+        counted += len(planned.trained) * enough
         asked, dropped, late = asked + planned.asked, dropped + planned.dropped, late + planned.late
+    if received and not counted:
+        raise InputError(
+            f"no round of {config.rounds} has as many responses as codec {name_of(config.codec)} needs: {received} of "
+            f"{asked} clients asked respond in time; set a lower --codec.threshold or --over-selection, or another "
+            "fleet"
+        )
     if received:
         raise InputError(
             f"no client takes a local step in {config.rounds} rounds: each has fewer train rows than the "

@@ -86,6 +86,17 @@ def test_a_round_in_which_too_few_clients_respond_changes_nothing(config, tmp_pa
         assert same == (rounds.clients[round - 1] == 0)
 
 
+def test_the_share_that_must_respond_is_exact():
+    assert codec(threshold=0.55).enough(55, 100) and not codec(threshold=0.55).enough(54, 100)
+
+
+@pytest.mark.parametrize("fields", [{"cohort": 3, "over_selection": 0.9}, {"fleet": {"dropout": 0.9}}])
+def test_a_run_in_which_too_few_always_respond_is_refused(fields, config):
+    fleet = {"name": "lognormal"} | fields.get("fleet", {})
+    with pytest.raises(InputError, match="no round of 3 has as many responses as codec secure_aggregation needs: "):
+        prepare(config(**(FIELDS | {"codec": NAME, "rounds": 3} | fields | {"fleet": fleet})))
+
+
 BAD = {
     "each update": ({"server": "median"}, "server median needs the update of each client, and with codec secure_aggre"),
     "own models": ({"server": "fedamp"}, "server fedamp needs the update of each client"),

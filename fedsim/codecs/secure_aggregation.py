@@ -22,6 +22,7 @@ from fedsim.codecs import Codec, pack, unpack
 from fedsim.errors import InputError
 from fedsim.registry import component
 from fedsim.search_space import Field
+from fedsim.shares import decimal
 
 KEY = SHARE = 32  # bytes
 
@@ -69,7 +70,7 @@ class SecureAggregation(Codec):
         return members * SHARE, members * SHARE + ceil(members * SHARE / clients)
 
     def enough(self, received, asked):
-        return received >= self.threshold * asked
+        return received >= decimal(self.threshold) * asked
 
     @property
     def about(self):

@@ -255,7 +255,7 @@ def _check_sums(task: Task, params: Params, cohort: int) -> None:
         )
     if task.attack.colludes:
         raise InputError(f"attack {name_of(task.attack)} needs the update of each client, and {codec} sums them")
-    if task.privacy.protects:
+    if task.privacy.protects == "clients" and not task.privacy.protects_updates:
         raise InputError(
             f"privacy {name_of(task.privacy)} clips what the server decodes, and {codec} gives it the sum alone"
         )
