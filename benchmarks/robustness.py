@@ -46,10 +46,11 @@ RULES = (
 )
 
 
-def rule(name: str, clients: int, malicious: int, root_rows: int) -> dict[str, Any]:
-    """A server rule that expects this many of the clients to be malicious."""
+def rule(name: str, clients: int, share: float, root_rows: int) -> dict[str, Any]:
+    """A server rule that expects this share of the clients to be malicious."""
+    malicious = part(clients, share)
     fields: dict[str, dict[str, Any]] = {
-        "trimmed_mean": {"share": malicious / clients},
+        "trimmed_mean": {"share": share},
         "krum": {"f": malicious},
         "multi-krum": {"name": "krum", "f": malicious, "m": clients - malicious - 2},
         "bulyan": {"f": malicious},
@@ -60,7 +61,6 @@ def rule(name: str, clients: int, malicious: int, root_rows: int) -> dict[str, A
 
 def cells(args: argparse.Namespace) -> pd.DataFrame:
     """Accuracy of the honest clients and success of the attack, in percent, of each run."""
-    malicious = part(args.clients, args.share)
     fields = merged(
         read_yaml("glyphs"), data_of(args) | {"held_out": args.held_out, "rounds": args.rounds, "actors": 0}
     )
@@ -69,7 +69,7 @@ def cells(args: argparse.Namespace) -> pd.DataFrame:
     for name, server, seed in product(args.attacks, args.rules, range(args.seeds)):
         attack = ATTACKS[name] | ({"share": args.share} if name != "none" else {})
         out = args.out / args.dataset / f"{name}-{server}-{seed}".replace(" ", "_")
-        ours = {"attack": attack, "server": rule(server, args.clients, malicious, args.root_rows)}
+        ours = {"attack": attack, "server": rule(server, args.clients, args.share, args.root_rows)}
         ours |= {"seed": seed, "partition_seed": seed}
         means = run(Config(**fields, **ours, out=out)).summary(round=args.rounds)
         about = {"attack": name, "rule": server, "seed": seed}

@@ -289,6 +289,13 @@ def test_an_update_too_large_for_its_numbers_ends_the_run(config):
         run(config(**(FIELDS | {"dtype": "float32"}), attack={"name": "sign_flip", "share": 0.5, "scale": 1e40}))
 
 
+def test_attackers_may_collude_where_clients_protect_their_rows(sent):
+    updates, malicious = sent("ipm", privacy={"name": "example_dp", "noise": 1.0}, server=Recording())
+    honest = torch.stack([update for client, update in updates.items() if client not in malicious]).mean(dim=0)
+    for client in malicious:
+        torch.testing.assert_close(updates[client], -0.5 * honest, rtol=0, atol=1e-12)
+
+
 # Refusals ---------------------------------------------------------------------------------------------------------
 
 BAD = {

@@ -106,6 +106,33 @@ def test_robust_and_personal_rules_get_noised_updates(server, probe):
     assert report.rounds
 
 
+def test_a_server_that_trains_on_copies_of_clients_rows_is_refused(probe):
+    server = {"name": "fltrust", "root_rows": 10}
+    for privacy in (local(noise=1.0), example(noise=1.0)):
+        with pytest.raises(
+            InputError, match=f"fltrust trains on copies of clients' rows, which privacy {privacy['name']}"
+        ):
+            run(probe(server=server, privacy=privacy))
+
+
+@pytest.mark.parametrize("privacy", [local(clip=0.1, noise=0.5), example(noise=0.5)])
+def test_updates_that_clients_protect_are_summed_securely(privacy, probe, tmp_path):
+    plain = run(probe(privacy=privacy, out=tmp_path / "plain"))
+    codec = {"name": "secure_aggregation", "bits": 53, "fraction": 40}
+    assert_close(run(probe(privacy=privacy, codec=codec)), plain)
+
+
+def test_a_client_that_forges_its_update_does_not_clip_it(probe, tmp_path):
+    attack = {"name": "sign_flip", "share": 0.5, "scale": 100.0}
+    one = {"clients": 2, "cohort": None, "rounds": 1, "attack": attack}
+    private, plain = (
+        flatten(run(probe(**one, privacy=privacy, out=tmp_path / privacy["name"])).adapter)
+        for privacy in (local(clip=1e-3, noise=0), {"name": "none"})
+    )
+    start = flatten(run(probe(**one | {"rounds": 0}, out=tmp_path / "start")).adapter)
+    assert np.linalg.norm(private - start) == pytest.approx(np.linalg.norm(plain - start), rel=0.05)
+
+
 # Rows -------------------------------------------------------------------------------------------------------------
 
 

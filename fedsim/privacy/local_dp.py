@@ -19,6 +19,7 @@ class LocalDP(Noised):
     All shared tensors are clipped together, and noise with the standard deviation noise * clip is added to each number;
     a codec encodes the sum. What the server makes of that, robust rules included, needs no more noise. Epsilon is that
     of the client with the most rounds; nothing is gained by the secret of who was drawn, since the server knows.
+    Malicious clients that forge an update send it as it is.
     """
 
     protects = "clients"

@@ -55,10 +55,15 @@ def poisoned(
     return np.concatenate(labels), np.concatenate(attacked)
 
 
+def forges(task: Task, population: int, client: int) -> bool:
+    """Whether a client sends another update than it has trained. It then clips nothing and adds no noise, either."""
+    return task.attack.forges and client in task.malicious(population)
+
+
 @torch.no_grad()
 def forged(task: Task, population: int, round: int, client: int, received: Params, trained: Params) -> Params:
     """The shared tensors that a client says it has trained; if it is honest, those that it has."""
-    if not task.attack.forges or not trained or client not in task.malicious(population):
+    if not trained or not forges(task, population, client):
         return trained
     rng = torch_rng(task.seed, "attack", round, client)
     pieces = views(task.attack.forge(joined(trained) - joined(received), rng), trained)
@@ -120,7 +125,7 @@ def check_attacked(task: Task, params: Params) -> None:
             f"attack {attack} replaces updates once all clients have trained, and under server {server} they also send "
             "messages, which would be those of what they trained; take another rule"
         )
-    if task.attack.colludes and task.privacy.protects:
+    if task.attack.colludes and task.privacy.protects == "clients":
         raise InputError(
             f"attack {attack} replaces updates that privacy {name_of(task.privacy)} has clipped; take another attack"
         )

@@ -20,7 +20,7 @@ from fedsim.servers import ClientUpdate
 from fedsim.training.accumulator import Accumulator
 from fedsim.training.client_store import PrivateState, Stored
 from fedsim.training.inputs import Inputs
-from fedsim.training.malice import forged, poisoned
+from fedsim.training.malice import forged, forges, poisoned
 from fedsim.training.models import Models
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.private_steps import private_steps
@@ -136,7 +136,7 @@ class Trainer:
                 if reply.client_state.keys() != client_state.keys():
                     raise TypeError(f"{name_of(rule)}: the client_state of reply needs the names of init's")
                 lost: Params = {}
-                if task.privacy.protects_updates:
+                if task.privacy.protects_updates and not forges(task, self.clients.trainers, client):
                     trained = protected(task.privacy, old, trained, torch_rng(task.seed, "privacy", round, client))
                 if not task.codec.lossless:
                     rng = torch_rng(task.seed, "codec", round, client)
