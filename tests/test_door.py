@@ -29,7 +29,7 @@ def names(kind: str) -> str:
 
 
 BAD = {
-    "a command": (["rum"], "no command 'rum'; available: run, sweep, compare, watch, stop, list, help"),
+    "a command": (["rum"], "no command 'rum'; available: run, sweep, compare, page, watch, stop, list, help"),
     "a list": (
         ["list", "x"],
         "no list 'x'; available: datasets, partitions, methods, servers, codecs, privacy, attacks, fleets",
