@@ -95,3 +95,8 @@ def test_more_rows_than_there_are_are_refused(config):
         prepare(config(**FIELDS, server={"name": "fltrust", "root_rows": 5000}))
     with pytest.raises(InputError, match="server fltrust has copies of clients' train rows, which needs a partition"):
         prepare(config(**(FIELDS | {"partition": "bootstrap"}), server="fltrust"))
+
+
+def test_fewer_rows_than_a_step_needs_are_refused(config):
+    with pytest.raises(InputError, match=r"root_rows must be 2 or more with method fedclip, got 1: the server could"):
+        prepare(config(**(FIELDS | {"method": "fedclip"}), server={"name": "fltrust", "root_rows": 1}))

@@ -106,6 +106,10 @@ BAD = {
     ),
     "weights": ({"server": {"name": "fedavg", "weighting": "rows"}}, "server fedavg weights the updates of clients"),
     "an attack": ({"attack": {"name": "ipm", "share": 0.5}}, "attack ipm"),
+    "nothing": (
+        {"codec": {"name": NAME, "fraction": 0, "clip": 0.5}},
+        "--codec.clip 0.5 is less than one unit of --codec.fraction 0, 1, so every update would be zero",
+    ),
     "overflow": (
         {"codec": {"name": NAME, "bits": 20}},
         "the sum of 6 updates up to 1 with 20 bits after the point needs integers of 24 bits, and --codec.bits is 20",

@@ -36,13 +36,18 @@ class SecureAggregation(Codec):
     protocol: Literal["bonawitz", "one_shot"] = Field("bonawitz", description="whose messages are counted")
     bits: int = Field(32, ge=8, le=53, description="of an integer, and so of each number that a client sends")
     fraction: int = Field(20, ge=0, le=40, description="bits after the binary point")
-    clip: float = Field(1.0, gt=0, description="larger numbers of an update are cut to this")
+    clip: float = Field(1.0, gt=0, le=1e9, description="larger numbers of an update are cut to this")
     threshold: float = Field(
         0.67, gt=0, le=1, description="share of the clients asked that must respond; a round with fewer changes nothing"
     )
     committee: int = Field(16, ge=1, description="members; one_shot only")
 
     def check(self, clients):
+        if not self._largest:
+            raise InputError(
+                f"--codec.clip {self.clip:g} is less than one unit of --codec.fraction {self.fraction}, "
+                f"{0.5**self.fraction:g}, so every update would be zero; give a larger one"
+            )
         largest = clients * self._largest
         if largest >= 2 ** (self.bits - 1):
             raise InputError(

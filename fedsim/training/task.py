@@ -238,6 +238,11 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
         )
     if task.codec.sums:
         _check_sums(task, params, cohort)
+    if (rows := task.server.root_rows) and not task.method.steps(rows):
+        raise InputError(
+            f"server.root_rows must be {task.method.min_batch} or more with method {name_of(task.method)}, got {rows}: "
+            "the server could not take a step"
+        )
     task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
     return params
 
