@@ -62,6 +62,7 @@ NEED_VIT = {  # the embedded model has no patches
     "ADAPT": ("adapt", "domain_prompts"),
     "CAPT": ("capt", "label_clusters"),
     "FedMVP": ("fedmvp", "fedavg"),
+    "SGPT": ("sgpt", "group_keys"),
 }
 ALL = METHODS | NEED_VIT
 PROTOCOLS = {  # fedsim/experiments/NAME.yaml, and the number that its papers print

@@ -77,6 +77,7 @@ def first_that_fits(name, make, folder, **fields):
         "fedmp",
         "adapt",
         "capt",
+        "sgpt",
     ):
         try:
             common = {"clients": 12, "partition": "iid", "fleet": "lognormal"} | fields

@@ -66,6 +66,11 @@ PROGRAMS = {
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 4, "general": 1}
     | {"general_weight": 1.0, "class_weight": 1.0, "temperature": 0.1}
     | CONSTANT,
+    # train.sh, for CIFAR-100 with 10 classes per client; main_prompt.py
+    "sgpt": SGD
+    | {"lr": 0.01, "weight_decay": 1e-5, "batch_size": 40, "local_epochs": 5, "shared_blocks": 4, "group_blocks": 3}
+    | {"groups": 20, "pull": 1.0}
+    | CONSTANT,
     # Launch_FL.py, config/defaults.py
     "fedmvp": SGD
     | {"lr": 3e-3, "weight_decay": 1e-5, "batch_size": 128, "local_epochs": 1, "length": 4, "heads": 4}
