@@ -63,6 +63,7 @@ NEED_VIT = {  # the embedded model has no patches
     "CAPT": ("capt", "label_clusters"),
     "FedMVP": ("fedmvp", "fedavg"),
     "SGPT": ("sgpt", "group_keys"),
+    "PLAN": ("plan", "domain_means"),
 }
 ALL = METHODS | NEED_VIT
 PROTOCOLS = {  # fedsim/experiments/NAME.yaml, and the number that its papers print

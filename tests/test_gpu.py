@@ -78,6 +78,7 @@ def first_that_fits(name, make, folder, **fields):
         "adapt",
         "capt",
         "sgpt",
+        "plan",
     ):
         try:
             common = {"clients": 12, "partition": "iid", "fleet": "lognormal"} | fields

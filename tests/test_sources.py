@@ -71,6 +71,11 @@ PROGRAMS = {
     | {"lr": 0.01, "weight_decay": 1e-5, "batch_size": 40, "local_epochs": 5, "shared_blocks": 4, "group_blocks": 3}
     | {"groups": 20, "pull": 1.0}
     | CONSTANT,
+    # readme.md, methods/PLAN.py
+    "plan": SGD
+    | {"lr": 1.5e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 8, "depth": 12}
+    | {"heads": 8, "text_aggregation": "mean", "distillation": 1.0}
+    | CONSTANT,
     # Launch_FL.py, config/defaults.py
     "fedmvp": SGD
     | {"lr": 3e-3, "weight_decay": 1e-5, "batch_size": 128, "local_epochs": 1, "length": 4, "heads": 4}
