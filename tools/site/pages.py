@@ -20,13 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from sizes import Size, sizes
 
 PROJECT = Path(__file__).parents[2]
-TITLES = {kind: f"{kind.capitalize()}s" for kind in KINDS} | {
-    "dataset": "Data sets",
-    "server": "Server rules",
-    "privacy": "Privacy",
-}
+TITLES = {kind: f"{kind.capitalize()}s" for kind in KINDS} | {"dataset": "Data sets", "server": "Server rules"}
 TITLES |= {"privacy": "Privacy"}
 COPIES = {"benchmarks.md": "benchmarks/README.md", "changes.md": "CHANGELOG.md"}
+CITING = "docs/citing.md"
 LEADS = {  # what a reader of an overview has to know
     "method": "What clients train, and with which hyperparameters: `--method NAME`, `--method.FIELD VALUE`. Trained "
     "parameters, and bytes that a client receives and sends in a round with `fedavg`, are those of ViT-B-32 and 15 "
@@ -68,6 +65,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for name in available(kind):
             page = component_page(kind, name, measured if kind == "method" else {})
             files.append(File.generated(config, f"{FOLDERS[kind]}/{name}.md", content=page))
+    # Its links are to files of the repository, for readers there.
+    links = re.sub(r"\(\.\./fedsim/(\w+)/(\w+)\.py\)", r"(\1/\2.md)", (PROJECT / CITING).read_text(encoding="utf-8"))
+    files.append(File.generated(config, "citing.md", content=without_files(links)))
     for page, source in COPIES.items():
         files.append(File.generated(config, page, content=copied(PROJECT / source)))
     return files
@@ -145,5 +145,9 @@ def first_line(component: type) -> str:
 
 def copied(path: Path) -> str:
     """A page of the repository; its links to other files become their names, because they are not in the site."""
-    text = path.read_text(encoding="utf-8")
-    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)#][^)]*\)", r"\1", text)
+    return without_files(path.read_text(encoding="utf-8"), r"[^)#][^)]*")
+
+
+def without_files(text: str, path: str = r"\.\./[^)]*") -> str:
+    """The text with the names of links in place of links to such paths."""
+    return re.sub(rf"\[([^\]]+)\]\((?!https?:){path}\)", r"\1", text)
