@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedsim.class_tasks import ClassTasks, split_classes
 from fedsim.datasets import TEST, Labels, vocabularies
 from fedsim.errors import InputError, listing
 from fedsim.partitions import Partition, Splits
@@ -23,6 +24,13 @@ class Client:
     test: np.ndarray
     split: str = "test"  # of the evaluated rows; "new" for rows of classes that no client trains on
 
+    def within(self, classes: Sequence[int], labels: Labels) -> "Client":
+        """The same with its rows of these classes only."""
+        kept = np.zeros(len(labels.classes), bool)
+        kept[list(classes)] = True
+        parts = {name: getattr(self, name) for name in ("train", "val", "test")}
+        return replace(self, **{name: rows[kept[labels.y[rows]]] for name, rows in parts.items()})
+
 
 @dataclass(frozen=True)
 class Population(Sequence):
@@ -35,6 +43,7 @@ class Population(Sequence):
         new_classes: (m,) indices of the new classes.
         common: (n,) train rows that every training client has, besides its own; None: there are none.
         images: (N,) the row whose image each row of the data set shows; None: its own (`Partition.images`).
+        class_tasks: which classes are trained in which rounds; None: all in every round.
     """
 
     splits: Sequence[Splits]
@@ -43,6 +52,7 @@ class Population(Sequence):
     new_classes: Sequence[int] = ()
     common: np.ndarray | None = None
     images: np.ndarray | None = None
+    class_tasks: ClassTasks | None = None
 
     @property
     def trainers(self) -> int:
@@ -85,11 +95,37 @@ class Population(Sequence):
         present[rows.y[np.concatenate([client.train, client.val, client.test])]] = True
         return present
 
-    def trained_classes(self, rows: Labels) -> np.ndarray:
-        """(C,) bool, all classes but the new ones."""
+    def trained_classes(self, rows: Labels, round: int | None = None) -> np.ndarray:
+        """(C,) bool, all classes but the new ones, and but those whose task has not begun by a round."""
         trained = np.ones(len(rows.classes), bool)
         trained[list(self.new_classes)] = False
+        if self.class_tasks and round is not None:
+            trained &= np.isin(np.arange(len(trained)), self.class_tasks.seen(round))
         return trained
+
+    def in_tasks(self, rows: Labels, tasks: int, rounds: int, seed: int) -> "Population":
+        """The same clients, whose classes arrive in so many tasks over the rounds.
+
+        Raises:
+            InputError: there are too few classes or rounds, or clients whose rows cannot be limited to some classes.
+        """
+        if tasks == 1:
+            return replace(self, class_tasks=None)
+        if not isinstance(self.splits, list):
+            raise InputError(
+                "tasks needs a partition that assigns the rows of all clients at once; this one draws them client by "
+                "client"
+            )
+        if rows.class_domain:
+            raise InputError("tasks splits the classes of one data set, and each of a suite has classes of its own")
+        trained = np.flatnonzero(self.trained_classes(rows)).tolist()
+        return replace(self, class_tasks=split_classes(trained, tasks, rounds, seed))
+
+    def train_rows(self, client: int, round: int, rows: Labels) -> np.ndarray:
+        """(n,) the rows on which a client trains in a round."""
+        if not self.class_tasks:
+            return self[client].train
+        return self[client].within(self.class_tasks.current(round), rows).train
 
 
 def make_clients(

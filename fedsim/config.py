@@ -121,6 +121,8 @@ class Config(BaseModel):
     common: float = Field(0.0, ge=0, lt=1, description="share of train rows that all clients have")
     # The last classes by label (clients.new_of); 0.5 gives the base-to-new protocol.
     new_classes: float = Field(0.0, ge=0, lt=1, description="fraction of classes not trained on")
+    # In each round, clients train on the rows of one task's classes (class_tasks.py).
+    tasks: int = Field(1, ge=1, description="class tasks, one by one over the rounds")
     method: Annotated[InstanceOf[Method], _read("method"), _Fields] = Field(
         DEFAULTS["method"], description="what is trained"
     )
@@ -192,7 +194,8 @@ class Config(BaseModel):
     @property
     def fixed_rounds(self) -> bool:
         """Whether each round depends on `rounds`, so that a run cannot be continued with more."""
-        return self.method.fixed_rounds or self.server.fixed_rounds or self.privacy.solves
+        by_part = self.method.fixed_rounds, self.server.fixed_rounds, self.privacy.solves, self.tasks > 1
+        return any(by_part)
 
     def experiment(self) -> dict[str, Any]:
         """The fields that determine the result, as plain values."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.attacks.honest import Honest
+from fedsim.class_tasks import task_in
 from fedsim.clients import held_out_indices
 from fedsim.cluster.workers import Workers
 from fedsim.counts import Counts, merge
@@ -69,7 +70,8 @@ class Federation:
         survey: what is summed over all training clients before round 1; None if the method needs nothing.
         root_rows: (n,) the train rows of which the server has copies.
         is_personal: each client is evaluated with tensors of its own.
-        rows: (K,) int64, rows on which each client trains; -1 where unknown, since they may be generated on demand.
+        rows: (T, K) int64, rows on which each client trains in the rounds of each class task; -1 where unknown, since
+            they may be generated on demand.
     """
 
     def __init__(self, experiment: Experiment, task: Task, workers: Workers, params: Params) -> None:
@@ -87,7 +89,7 @@ class Federation:
             self.survey = Survey(task, params, backbone_of(experiment.encoded.source, dtype=task.dtype))
         self.is_personal = task.is_personal(params)
         self.root_rows = root_rows(config.server, clients, config.seed)
-        self.rows = np.full(clients.trainers, -1, np.int64)
+        self.rows = np.full((config.tasks, clients.trainers), -1, np.int64)
 
     def schedule(self, done: int) -> Iterator[PlannedRound]:
         """The rounds that remain after `done` rounds."""
@@ -169,12 +171,14 @@ class Federation:
 
     def evaluate(self, state: ServerState) -> Counts:
         """Counts of all evaluated clients: by the shared model, or of each by its own if it has one."""
-        params = self.reported(state).params
+        params, rows = self.reported(state).params, self.rows_evaluated
+        if tasks := self.clients.class_tasks:
+            rows = rows._replace(classes=[*tasks.seen(state.round), *self.clients.new_classes])
         clients = [(client, _last_write(state, client) * self.is_personal) for client in self.evaluated]
         if self.is_personal:
-            return self._counts(self.task, state.round, params, clients, shared_rows=self.test_only)
+            return self._counts(self.task, state.round, params, clients, rows, shared_rows=self.test_only)
         clients += [(client, 0) for client in self.test_only]
-        return self._counts(self.task, state.round, params, clients)
+        return self._counts(self.task, state.round, params, clients, rows)
 
     def reported(self, state: ServerState) -> ServerState:
         """The state with the parameters that are evaluated, where the rule sends clients other ones."""
@@ -186,7 +190,8 @@ class Federation:
         same = self.task.method.reads.image != "pixels" or not self.task.attack.triggers
         attack = self.task.attack if same else Honest()
         task = Task(ZeroShot(), FedAvg(), self.task.seed, self.task.dtype, attack=attack)
-        return self._counts(task, 0, {}, [(client, 0) for client in [*self.evaluated, *self.test_only]])
+        clients = [(client, 0) for client in [*self.evaluated, *self.test_only]]
+        return self._counts(task, 0, {}, clients, self.rows_evaluated)
 
     def tune(self, state: ServerState) -> Counts:
         """Counts of all evaluated clients, each by its model after `tune_epochs` more local epochs; stores nothing.
@@ -202,18 +207,25 @@ class Federation:
         return merge(self.workers.map("tune", chunks, *arguments, self.test_only, self.rows_evaluated))
 
     def _counts(
-        self, task: Task, round: int, params: Params, clients: list[tuple[int, int]], shared_rows: Sequence[int] = ()
+        self,
+        task: Task,
+        round: int,
+        params: Params,
+        clients: list[tuple[int, int]],
+        rows: EvaluationRows,
+        shared_rows: Sequence[int] = (),
     ) -> Counts:
-        arguments = task, round, flatten(params), shared_rows, self.rows_evaluated
+        arguments = task, round, flatten(params), shared_rows, rows
         return merge(self.workers.map("evaluate", self._chunks(clients), *arguments))
 
-    def local_rows(self, clients: Sequence[int]) -> np.ndarray:
-        """(n,) int64, the rows on which these clients train in a local epoch."""
-        labels = self.experiment.data.source
+    def local_rows(self, clients: Sequence[int], round: int) -> np.ndarray:
+        """(n,) int64, the rows on which these clients train in a local epoch of a round."""
+        labels, config = self.experiment.data.source, self.experiment.config
+        rows = self.rows[task_in(round, config.tasks, config.rounds)]
         for client in clients:
-            if self.rows[client] < 0:
-                self.rows[client] = local_rows(self.task.method, labels, self.clients[client].train)
-        return self.rows[list(clients)]
+            if rows[client] < 0:
+                rows[client] = local_rows(self.task.method, labels, self.clients.train_rows(client, round, labels))
+        return rows[list(clients)]
 
     def _chunks(self, clients: list[Any]) -> list[list[Any]]:
         # Their size never follows from the number of actors: sums are rounded chunk by chunk.

@@ -49,7 +49,7 @@ from fedsim.training.task import Task, initial_params, local_rows, with_towers
 
 # The fields of Config that decide who holds which rows; and, with these, which model is trained and who trains it.
 PARTITION_FIELDS = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes", "common"
-COHORT_FIELDS = "cohort", "fleet", "deadline_s", "over_selection"
+COHORT_FIELDS = "cohort", "fleet", "deadline_s", "over_selection", "tasks"
 MODEL_FIELDS = "method", "server", "codec", "privacy", "attack", *COHORT_FIELDS, *PARTITION_FIELDS
 PAGE, ADAPTER = "report.html", "adapter.safetensors"
 RESULTS = ADAPTER, *TABLES, PAGE  # written at the end
@@ -119,6 +119,7 @@ def prepare(config: Config, like: Experiment | None = None, splits: tuple[str, .
     data = like.data if like else load_data(config)
     _check_data(config, folder, method, data)
     clients = like.clients if like and _agree(PARTITION_FIELDS, config, like.config) else _clients(config, data.source)
+    clients = clients.in_tasks(data.source, config.tasks, config.rounds, config.partition_seed)
     check_readable(data, config.cache_dir, rows_to_encode(data.source, clients))
     _check_share(config, data.source)
     check_attack(config.attack, method, data.source, clients, config.seed, config.eval_clients)
@@ -313,6 +314,8 @@ def _check_model(config: Config, method: Method, data: Data, clients: Population
     task, params = _placeholder(config, method, data, clients)
     check_attacked(task, params)
     task.first_bank(params, clients.trainers)  # for its error
+    if clients.class_tasks and (method.reads_target or method.expands or task.select(params, "surveyed")):
+        raise InputError(f"method {name_of(config.method)} reads rows of all classes from round 1 on, not in --tasks")
     Ledger(config, task, params, clients.trainers, ())  # for its error
     payload = task.payload(params, config.cohort or clients.trainers)
     check_trained(config, method, clients.trainers, partial(_local_rows, method, data.source, clients), *payload)
@@ -343,5 +346,5 @@ def _solved(config: Config, method: Method, data: Data, clients: Population) -> 
     return solved
 
 
-def _local_rows(method: Method, labels: Labels, clients: Population, ids: Sequence[int]) -> np.ndarray:
-    return np.array([local_rows(method, labels, clients[client].train) for client in ids], np.int64)
+def _local_rows(method: Method, labels: Labels, clients: Population, ids: Sequence[int], round: int) -> np.ndarray:
+    return np.array([local_rows(method, labels, clients.train_rows(k, round, labels)) for k in ids], np.int64)

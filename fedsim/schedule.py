@@ -26,8 +26,8 @@ from fedsim.shares import decimal
 
 MAX_MISSES = 10_000  # clients in a row that may miss the deadline before the run is refused
 
-RowsOf = Callable[[Sequence[int]], np.ndarray]
-Seconds = Callable[[np.ndarray], np.ndarray]
+RowsOf = Callable[[Sequence[int], int], np.ndarray]  # of clients, in a round
+Seconds = Callable[[np.ndarray, int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,14 @@ def check(config: Config, population: int) -> None:
         )
     if config.privacy.poisson and config.cohort is None:
         raise InputError(f"Poisson sampling of clients needs a --cohort smaller than {population}, and all take part")
+    for name, given in (
+        (f"server {server}, whose rounds are asynchronous", asynchronous),
+        (f"server {server}, which has rows of all classes", config.server.root_rows > 0),
+        (f"privacy {name_of(config.privacy)}, which counts all rows", name_of(config.privacy) != "none"),
+        (f"attack {name_of(config.attack)}, whose classes may arrive later", config.attack.targeted),
+    ):
+        if given and config.tasks > 1:
+            raise InputError(f"tasks does not go with {name}")
     if asynchronous:
         if config.server.unicasts:
             raise InputError(f"server {server} unicasts, which needs synchronous rounds, so it cannot have a buffer")
@@ -121,7 +129,7 @@ def check_trained(
     for planned in islice(schedule(config, population, rows_of, bytes_down, bytes_up), config.rounds):
         # One by one: the first client is nearly always enough, and rows may have to be drawn.
         enough = config.codec.enough(len(planned.trained), planned.asked)
-        if enough and any(method.steps(int(rows_of([client])[0])) for client, _ in planned.trained):
+        if enough and any(method.steps(int(rows_of([client], planned.round)[0])) for client, _ in planned.trained):
             return
         received += len(planned.trained)
         counted += len(planned.trained) * enough
@@ -160,7 +168,7 @@ def schedule(
 
     Args:
         population: number of training clients; their ids are below it.
-        rows_of: train rows of the clients of these ids.
+        rows_of: train rows of the clients of these ids in a round.
         bytes_down, bytes_up: what a client receives and sends.
         survey_bytes: the same of the survey, once.
 
@@ -169,26 +177,34 @@ def schedule(
     """
     costs = config.fleet.costs(population, numpy_rng(config.seed, "fleet"))
 
-    def seconds(clients: np.ndarray) -> np.ndarray:
+    def seconds(clients: np.ndarray, round: int) -> np.ndarray:
         """(n,) float64, what the work of these clients takes without jitter."""
         if config.fleet.instantaneous:
             return np.zeros(len(clients))  # without drawing the clients' rows
-        rows = rows_of(clients.tolist()) * config.method.local_epochs
+        rows = rows_of(clients.tolist(), round) * config.method.local_epochs
         row, down, up = costs[clients].T
         return rows * row + bytes_down * down + bytes_up * up
 
-    rounds = (_buffers if config.server.buffer is not None else _rounds)(config, population, seconds)
+    if config.server.buffer is not None:
+        rounds = _buffers(config, population, seconds)
+    else:
+        rounds = _rounds(config, population, seconds, rows_of)
     if not any(survey_bytes):
         return rounds
     survey_s = float((costs[:, 1:] @ np.array(survey_bytes, np.float64)).max())
     return (replace(planned, clock_s=survey_s + planned.clock_s) for planned in rounds)
 
 
-def _rounds(config: Config, population: int, seconds: Seconds) -> Iterator[PlannedRound]:
-    """Synchronous rounds: ask a cohort, then wait for enough answers, for all, or for the deadline."""
+def _rounds(config: Config, population: int, seconds: Seconds, rows_of: RowsOf) -> Iterator[PlannedRound]:
+    """Synchronous rounds: ask a cohort, then wait for enough answers, for all, or for the deadline.
+
+    Where classes arrive in tasks, clients without a row of the current one are not asked.
+    """
     clock, enough = 0.0, config.cohort or population
     for round in count(1):
         available = np.flatnonzero(config.fleet.available(population, numpy_rng(config.seed, "availability", round)))
+        if config.tasks > 1:
+            available = available[rows_of(available.tolist(), round) > 0]
         if config.privacy.poisson and config.cohort is not None:
             drawn = numpy_rng(config.seed, "cohort", round).random(population) < config.cohort / population
             asked, enough = available[drawn[available]], population
@@ -198,7 +214,7 @@ def _rounds(config: Config, population: int, seconds: Seconds) -> Iterator[Plann
         # For all clients, so that a client's outcome does not depend on which others are asked.
         jitter, answers = config.fleet.outcomes(population, numpy_rng(config.seed, "luck", round))
         jitter, answers = jitter[asked], answers[asked]
-        due = seconds(asked) * jitter
+        due = seconds(asked, round) * jitter
         deadline = inf if config.deadline_s is None else config.deadline_s
         in_time = np.flatnonzero(answers & (due <= deadline))
         counted = in_time[np.argsort(due[in_time], kind="stable")[:enough]]  # ties: the lower id
@@ -232,7 +248,7 @@ def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[Plan
             clients = np.sort([_take(candidates, choice) for _ in range(min(room, len(candidates)))]).astype(np.int64)
             if len(clients):
                 jitter, answers = config.fleet.outcomes(len(clients), draws)
-                due = seconds(clients) * jitter
+                due = seconds(clients, round) * jitter
                 outcomes = np.where(~answers, "dropped", np.where(due <= deadline, "answered", "late")).tolist()
                 ends = (clock + np.minimum(due, deadline)).tolist()
                 for end, client, outcome in zip(ends, clients.tolist(), outcomes, strict=True):

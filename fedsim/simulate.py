@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.checkpoint import Checkpoints
+from fedsim.class_tasks import last_rounds
 from fedsim.cluster.driver import run_in_driver_actor
 from fedsim.cluster.pool import open_pool
 from fedsim.cluster.workers import Pool
@@ -109,15 +110,16 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     store.prune([state.private, report.private])
     report.conclude(federation.reported(state))
     yield report
-    ledger = Ledger(config, task, state.params, len(federation.rows), federation.schedule(0))
+    ledger = Ledger(config, task, state.params, experiment.clients.trainers, federation.schedule(0))
+    ends = last_rounds(config.tasks, config.rounds) if config.tasks > 1 else ()
     for planned in federation.schedule(state.round):
         began = time.perf_counter()
         state, stats = federation.train(state, planned)
-        rows = federation.local_rows(stats["client"].tolist()) if task.method.expands else stats["rows"]
+        rows = federation.local_rows(stats["client"].tolist(), planned.round) if task.method.expands else stats["rows"]
         sent, flops = federation.bytes_of(planned, len(stats)), _flops(report, stats["steps"], rows, task.method)
         spent = ledger.epsilon(planned.round)
         report.add_round(planned, stats, sent, time.perf_counter() - began, flops, spent)
-        if planned.round % config.eval_every == 0:
+        if planned.round % config.eval_every == 0 or planned.round in ends:
             report.add_evaluation(federation.reported(state), federation.evaluate(state))
         checkpoints.save(state, report)
         _end(federation, state, report, checkpoints)

@@ -46,12 +46,14 @@ def test_one_client_that_trains_in_one_round_is_enough(config):
     prepare(config(partition="iid", clients=120, method="probe"))  # a step of one row
     prepare(config(fleet=SLOW, deadline_s=1e-9, rounds=0))  # nothing is to be trained
     rows = np.array([1, 1, 2])
-    check_trained(Config(cohort=1, rounds=50), Config().method, 3, lambda ids: rows[list(ids)], 0, 0)
+    check_trained(Config(cohort=1, rounds=50), Config().method, 3, lambda ids, round: rows[list(ids)], 0, 0)
 
 
 def test_rows_are_asked_for_only_until_a_client_takes_a_step():
     asked = []
-    check_trained(Config(), Config().method, 1000, lambda ids: (asked.extend(ids), np.full(len(ids), 5))[1], 0, 0)
+    check_trained(
+        Config(), Config().method, 1000, lambda ids, round: (asked.extend(ids), np.full(len(ids), 5))[1], 0, 0
+    )
     assert asked == [0]
 
 

@@ -239,7 +239,7 @@ def test_rounds_without_privacy_have_no_epsilon(probe):
 
 def test_a_poisson_cohort_is_each_client_by_itself(probe):
     ours = probe(privacy=central(noise=1.0, sampling="poisson"), clients=100, cohort=5)
-    rounds = schedule(ours, 100, lambda ids: np.ones(len(ids), np.int64), 0, 0)
+    rounds = schedule(ours, 100, lambda ids, round: np.ones(len(ids), np.int64), 0, 0)
     cohorts = list(islice(rounds, 400))
     sizes = np.array([len(planned.trained) for planned in cohorts])
     assert sizes.mean() == pytest.approx(5, abs=0.35) and sizes.var() == pytest.approx(4.75, rel=0.25)
@@ -264,7 +264,7 @@ def test_the_server_clips_what_it_has_decoded(probe, watching):
 def test_a_fleet_that_drops_clients_is_accounted_for_by_the_client_with_the_most_rounds(probe):
     ours = probe(privacy=central(noise=1.0), fleet={"name": "lognormal", "dropout": 0.3}, rounds=6)
     spent = run(ours).tables().rounds.epsilon.to_numpy()
-    rounds = schedule(ours, 6, lambda ids: np.ones(len(ids), np.int64), 0, 0)
+    rounds = schedule(ours, 6, lambda ids, round: np.ones(len(ids), np.int64), 0, 0)
     counts, expected = np.zeros(6, int), []
     for planned in islice(rounds, 6):
         counts[[client for client, _ in planned.trained]] += 1

@@ -39,7 +39,7 @@ class Timed(Fleet):
 
 def rounds(many: int, population: int, **fields):
     """The first rounds where every client has one row; nothing is sent."""
-    return list(islice(schedule(Config(**fields), population, lambda ids: np.ones(len(ids)), 0, 0), many))
+    return list(islice(schedule(Config(**fields), population, lambda ids, round: np.ones(len(ids)), 0, 0), many))
 
 
 def clients_of(planned) -> list[int]:
@@ -68,7 +68,7 @@ def test_time_is_rows_times_epochs_and_bytes_over_the_link():
         "up_mbps": 4,
     }
     config = Config(fleet=fleet, method={"name": "fedclip", "local_epochs": 3})
-    planned = next(schedule(config, 2, lambda ids: np.array([20, 50]), 2_000_000, 3_000_000))
+    planned = next(schedule(config, 2, lambda ids, round: np.array([20, 50]), 2_000_000, 3_000_000))
     assert planned.clock_s == pytest.approx(50 * 3 / 10 + 2 + 6)  # the slower one; 8 megabits are one megabyte
 
 

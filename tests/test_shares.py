@@ -55,5 +55,5 @@ def test_new_classes_the_trimmed_mean_and_the_worst_tenth_round_down():
 def test_over_selection_asks_for_the_decimal_number_of_clients():
     for cohort, more, asked in ((100, 0.1, 110), (10, 0.3, 13), (7, 0.1, 8), (50, 0.14, 57)):
         config = Config(fleet="lognormal", cohort=cohort, over_selection=more)
-        planned = next(schedule(config, 200, lambda ids: np.ones(len(ids)), 0, 0))
+        planned = next(schedule(config, 200, lambda ids, round: np.ones(len(ids)), 0, 0))
         assert planned.asked == asked

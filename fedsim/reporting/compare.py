@@ -30,6 +30,9 @@ SHOWN = {
     "neighbor": "neighbor",
     "attack_success": "attack success",
     "generalization_attack_success": "held-out attack success",
+    "average_accuracy": "average over tasks",
+    "last_accuracy": "after the last task",
+    "forgetting": "forgetting",
     "local": "local",
     "base": "base",
     "new": "new",
@@ -61,6 +64,7 @@ CAVEATS = {
     ("held_out",): "These runs hold out different domains: all accuracies are measured on different rows.",
     ("attack",): "These runs have different attacks, or malicious clients, which are not evaluated.",
     ("new_classes",): "These runs train on different classes: all accuracies are measured on different rows.",
+    ("tasks",): "These runs have different tasks: at the same round, they have seen different rows.",
     ("neighbors",): "These runs have different numbers of neighbors: neighbor is measured on different rows.",
     ("partition", "clients", "train_share", "partition_seed"): (
         "These runs have different partitions: all but generalization is measured on different rows."

@@ -4,10 +4,12 @@ Arguments are rows of the tables in `tables.py`.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from fedsim.class_tasks import task_in
 from fedsim.counts import GROUPS
 from fedsim.shares import part
 
@@ -109,6 +111,50 @@ def best_round(validation: Mapping[int, float]) -> int:
     """
     trained = {round: mean for round, mean in validation.items() if round and not np.isnan(mean)}
     return max(trained, key=lambda round: trained[round]) if trained else max(validation, default=0)
+
+
+def of_last_task(validation: Mapping[int, float], experiment: Mapping[str, Any]) -> dict[int, float]:
+    """The rounds of the same class task as the last one; those of earlier tasks are evaluated on fewer classes."""
+    tasks = {round: task_in(round, experiment.get("tasks", 1), experiment.get("rounds", 0)) for round in validation}
+    return {round: mean for round, mean in validation.items() if tasks[round] == max(tasks.values())}
+
+
+# Classes that arrive in tasks ------------------------------------------------------------------------------
+
+
+def task_accuracies(labels: pd.DataFrame, tasks: Sequence[Sequence[str]], ends: Sequence[int]) -> pd.DataFrame:
+    """Accuracy in [0, 1] at the end of each task, on the clients' own test rows of each task so far.
+
+    Args:
+        labels: rows of `Tables.labels`, of one model.
+        tasks: the names of the classes of each task.
+        ends: the rounds with which the first tasks end.
+
+    Returns:
+        By round: a column for each task, 1, 2, ..., with nan before it begins, and `seen` of all rows so far together.
+    """
+    task_of = {name: number for number, names in enumerate(tasks, 1) for name in names}
+    own = labels[(labels.group == "own") & labels["round"].isin(ends)]
+    own = own.assign(task=own.label.map(task_of))
+    by_task = own.groupby(["round", "task"])[["correct", "support"]].sum()
+    seen = own.groupby("round")[["correct", "support"]].sum()
+    table = (by_task.correct / by_task.support).unstack("task").reindex(index=list(ends))
+    return table.reindex(columns=range(1, len(tasks) + 1)).assign(seen=seen.correct / seen.support)
+
+
+def continual(by_task: pd.DataFrame) -> dict[str, float]:
+    """The measures of class-incremental learning, from what `task_accuracies` returns.
+
+    average_accuracy: accuracy on the rows of all classes so far, mean over the ends of the tasks (the average
+        incremental accuracy of iCaRL, Rebuffi et al. 2017, arXiv 1611.07725).
+    last_accuracy: the same at the end of the last task.
+    forgetting: of each task but the last, the best accuracy on its rows at the end of an earlier task minus that at the
+        end of the last, mean over these tasks (Chaudhry et al. 2018, arXiv 1801.10112).
+    """
+    tasks = by_task.drop(columns="seen")
+    forgotten = (tasks[:-1].max() - tasks.iloc[-1]).dropna()
+    average, last = float(by_task.seen.mean()), float(by_task.seen.iloc[-1])
+    return {"average_accuracy": average, "last_accuracy": last, "forgetting": float(forgotten.mean())}
 
 
 # Accuracies ------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def write_page(tables: Tables, file: Path) -> None:
     sections = [
         Section("", [remarks_of_page(tables)], tables=_summary(tables) | _by_group(tables)),
         _by_round(tables),
+        *([_by_task(tables)] if len(tables.by_task) else []),
         _by_domain(tables),
         _by_client(tables),
         Section("Who holds what", plots=[_partition(tables)]),
@@ -164,6 +165,15 @@ def _lines(tables: Tables, curves: pd.DataFrame) -> list[Line]:
     ]
 
 
+def _by_task(tables: Tables) -> Section:
+    names = {number: f"task {number}" for number in range(1, tables.experiment["tasks"] + 1)} | {"seen": "all so far"}
+    table = tables.by_task.rename(columns=names).map(lambda share: "" if np.isnan(share) else percent(share))
+    classes = pd.DataFrame({"classes": [listing(task, LONGEST) for task in tables.facts["class_tasks"]]})
+    classes.index = pd.Index(list(names.values())[:-1], name="task")
+    caption = "Accuracy in percent on the own test rows of all clients together, at the end of each task"
+    return Section("Task by task", tables={caption: table, "Classes of each task": classes})
+
+
 def _broken_down(tables: Tables, by: str, domains: Sequence[str]) -> pd.DataFrame:
     """Rows of each split, and accuracy on test rows before and after, by domain or by client."""
     partition = tables.partition
@@ -228,7 +238,7 @@ def _facts(tables: Tables) -> dict[str, pd.DataFrame]:
     costs, facts = tables.rounds, portable(tables.facts)
     versions, skipped = facts.pop("versions", {}), facts.pop("skipped", [])
     # In the teraflops below, in `remarks`, and in which measures there are.
-    elsewhere = {"flops_per_step", "flops_per_row", "unseen_test", "personal"}
+    elsewhere = {"flops_per_step", "flops_per_row", "unseen_test", "personal", "class_tasks"}
     facts = {name.replace("_", " "): _fact(value) for name, value in facts.items() if name not in elsewhere}
     if malicious := facts.pop("malicious", []):
         facts["malicious clients"] = f"{len(malicious)}: {listing(malicious)}"

@@ -3,7 +3,7 @@
 import numpy as np
 
 from fedsim.errors import counted, listing
-from fedsim.formats import number
+from fedsim.formats import number, percent
 from fedsim.reporting.accuracies import rows_tested
 from fedsim.reporting.tables import Tables
 
@@ -25,6 +25,8 @@ def remarks(tables: Tables) -> list[str]:
         sentences = [f"Round {chosen} is reported because it is the last: no client has validation rows."]
     else:
         sentences = [f"Round {chosen} of {last} is reported: the first with the highest mean validation accuracy."]
+    if len(tables.by_task):
+        sentences.append(_tasks(tables, means))
     if last and tables.facts.get("trained_parameters") and not tables.rounds.steps.sum():
         sentences.insert(0, "No client took a local step in any round: the numbers are those of untrained parameters.")
     if tables.tuned:
@@ -62,6 +64,16 @@ def _privacy(tables: Tables, about: str) -> str:
         f"Privacy: epsilon {number(epsilon)} after {counted(len(tables.rounds), 'round')} ({about}). It is that of a "
         "deployment with secret random numbers, and about the shared parameters of all rounds; the accuracies here, "
         "and the choice of a round by them, are not private."
+    )
+
+
+def _tasks(tables: Tables, means: dict[str, float]) -> str:
+    return (
+        f"Classes arrive in {tables.experiment['tasks']} tasks. A round is evaluated on the classes so far, and the "
+        "reported one is chosen among those of the last task. On own test rows of all clients together, accuracy is "
+        f"{percent(means['average_accuracy'])}% on average over the ends of the tasks and "
+        f"{percent(means['last_accuracy'])}% at the end of the last; forgetting is "
+        f"{percent(means['forgetting'])} points."
     )
 
 

@@ -14,7 +14,7 @@ from fedsim.counts import SPLITS, Counts
 from fedsim.datasets import Labels
 from fedsim.params import Params
 from fedsim.reporting.accuracies import accuracies
-from fedsim.reporting.metrics import best_round, validation_of
+from fedsim.reporting.metrics import best_round, of_last_task, validation_of
 from fedsim.reporting.tables import (
     COLUMNS,
     TRAINED,
@@ -126,7 +126,7 @@ class Report:
         self.validation[round] = validation
         # Only two are compared, so that the cost of a round does not grow with the number of rounds.
         both = {done: self.validation[done] for done in (self.chosen_round, round) if done in self.validation}
-        self.chosen_round = best_round(both)
+        self.chosen_round = best_round(of_last_task(both, self.experiment))
 
     def add_evaluation(self, state: ServerState, counts: Counts) -> None:
         """Adds the evaluation of a state, and keeps its tensors if its round is the best so far.

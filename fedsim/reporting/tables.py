@@ -8,15 +8,19 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
+from fedsim.class_tasks import last_rounds
 from fedsim.clients import new_of
 from fedsim.counts import COLUMNS as SCORES
 from fedsim.counts import GROUPS, SPLITS, Counts
 from fedsim.reporting.metrics import (
     balanced_accuracy,
     best_round,
+    continual,
     harmonic_mean,
+    of_last_task,
     parts_by_rows,
     summarize,
+    task_accuracies,
     validation_of,
 )
 
@@ -93,7 +97,8 @@ class Tables:
     def chosen_round(self) -> int:
         """`best_round` of the trained model."""
         rounds = self.trained.scores.groupby("round")
-        return best_round({int(cast(int, round)): validation_of(rows) for round, rows in rounds})
+        validation = {int(cast(int, round)): validation_of(rows) for round, rows in rounds}
+        return best_round(of_last_task(validation, self.experiment))
 
     @cached_property
     def last_round(self) -> int:
@@ -107,12 +112,21 @@ class Tables:
         return [self.classes[index] for index in new_of(self.classes, share, self.class_domain)]
 
     @cached_property
+    def by_task(self) -> pd.DataFrame:
+        """`task_accuracies` of the trained model; empty unless classes arrive in tasks."""
+        tasks = self.facts.get("class_tasks", [])
+        ends = last_rounds(len(tasks), self.experiment["rounds"]) if tasks else []
+        return task_accuracies(self.trained.labels, tasks, [round for round in ends if round <= self.last_round])
+
+    @cached_property
     def tuned(self) -> "Tables | None":
         """The tuned models, if the run has any."""
         return self.of(TUNED) if (self.scores.model == TUNED).any() else None
 
     def summary(self, model: str = TRAINED, round: int | None = None) -> dict[str, float]:
         """`summarize` of zero-shot CLIP, of tuned models, or of the trained model in a round (default: the chosen).
+
+        Of the trained model at the chosen round, `continual` as well, if classes arrive in tasks.
 
         For tuned models, `dual` as well, unless clients had models of their own before: the harmonic mean of `pooled`
         of the last round's model and `personalization` of the tuned models.
@@ -129,6 +143,8 @@ class Tables:
             round = self.chosen_round
         tables = self.of(model, round)
         means = summarize(tables.scores, tables.labels, tables.calibration, self.held_out, bool(self.class_domain))
+        if model == TRAINED and round == self.chosen_round and len(self.by_task):
+            means |= continual(self.by_task)
         if model == TUNED and not self.facts.get("personal"):
             means["dual"] = harmonic_mean(self.summary(TRAINED, self.last_round)["pooled"], means["personalization"])
         own = tables.labels[tables.labels.group == "own"]

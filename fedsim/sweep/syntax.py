@@ -9,7 +9,7 @@ from fedsim.search_space import Choice, Span
 
 # Fields of Config that cannot be searched, by the reason.
 SEEDS = ("seed", "partition_seed")
-EVALUATION = ("eval_clients", "eval_every", "neighbors", "tune_epochs")
+EVALUATION = ("eval_clients", "eval_every", "neighbors", "tune_epochs", "tasks")
 SAME_RESULT = (*EXECUTION, "chunk", "engine", "threads_per_actor")
 BACKBONE = ("backbone", "pretrained", "precision")
 DATA = ("dataset", "data_dir", "skip_unreadable", *BACKBONE, "prompt", "held_out", "augment")

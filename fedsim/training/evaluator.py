@@ -28,12 +28,14 @@ class EvaluationRows(NamedTuple):
         held_out: indices of the held-out domains.
         neighbors: number of other clients on whose test rows the model of each client that trains is evaluated.
         seed: that by which they are drawn.
+        classes: indices of those whose rows are evaluated and that compete; None: all.
     """
 
     splits: Sequence[str]
     held_out: Sequence[int] = ()
     neighbors: int = 0
     seed: int = 0
+    classes: Sequence[int] | None = None
 
 
 class Evaluator:
@@ -98,16 +100,17 @@ class Evaluator:
             }
             return [next(kinds[kind]) for kind in attacked]
 
-        others = [self.clients[k] for k in shared_rows]
+        others = [self._client(k, evaluated) for k in shared_rows]
         for k, tensors in own:
-            client = self.clients[k]
+            client = self._client(k, evaluated)
             parts = [("val", client.val, client), (client.split, client.test, client)]
             parts += [(other.split, other.test, other) for other in others]
             parts += [("neighbor", rows, client) for rows in self._neighbors(k, evaluated)]
             parts += [("attacked", rows, owner) for owner, rows in self._attacked(task, [client, *others], evaluated)]
             for split, rows, owner in parts:
                 if split in evaluated.splits:
-                    entries += [self._entry(task, round, k, split, part, owner) for part in self._by_vocabulary(rows)]
+                    pieces = self._by_vocabulary(rows)
+                    entries += [self._entry(task, round, k, split, part, owner, evaluated.classes) for part in pieces]
             if tensors is not None:
                 module.eval().load_state_dict(received | tensors)
                 predictions += predictions_of(entries[len(predictions) :])
@@ -138,19 +141,33 @@ class Evaluator:
     def _aims(self, task: Task, rows: np.ndarray) -> np.ndarray:
         return task.attack.aims(self.data.y[rows], self.data.classes, self.trained_classes)
 
+    def _client(self, k: int, evaluated: EvaluationRows) -> Client:
+        """A client with the rows on which it is evaluated, and the train rows that its model may know of."""
+        client = self.clients[k]
+        return client if evaluated.classes is None else client.within(evaluated.classes, self.data)
+
     def _neighbors(self, client: int, evaluated: EvaluationRows) -> list[np.ndarray]:
         """The test rows of a client's neighbors, all together; none of a client that does not train."""
         count, trainers = evaluated.neighbors, self.clients.trainers
         if not count or client >= trainers or "neighbor" not in evaluated.splits:
             return []
         ids = neighbors_of(client, trainers, count, evaluated.seed)
-        return [np.concatenate([self.clients[other].test for other in ids])]
+        return [np.concatenate([self._client(other, evaluated).test for other in ids])]
 
-    def _entry(self, task: Task, round: int, k: int, split: str, rows: np.ndarray, owner: Client) -> Entry:
+    def _entry(
+        self,
+        task: Task,
+        round: int,
+        k: int,
+        split: str,
+        rows: np.ndarray,
+        owner: Client,
+        classes: Sequence[int] | None,
+    ) -> Entry:
         """Some rows of `owner`, to be predicted with the parameters of client k."""
         context = self.models.contexts.of(task, round, [owner])
         context = context and context.part(0)._replace(id=torch.tensor(k))
-        protocol, own = self._spaces(owner, rows)
+        protocol, own = self._spaces(owner, rows, classes)
         spaces = protocol, protocol if split == "neighbor" else own  # of other clients' rows, no classes are its own
         return (k, split, rows), spaces, context
 
@@ -161,10 +178,12 @@ class Evaluator:
         domain = self.data.domain[rows]
         return [rows[domain == each] for each in np.unique(domain)]
 
-    def _spaces(self, client: Client, rows: np.ndarray) -> Spaces:
+    def _spaces(self, client: Client, rows: np.ndarray, classes: Sequence[int] | None) -> Spaces:
         own = self.clients.classes_of(client, self.data)
         protocol = own if client.split == "new" else self.trained_classes
         competing = self.data.competing(rows)
+        if classes is not None:
+            competing &= np.isin(np.arange(len(competing)), classes)
         return torch.from_numpy(protocol & competing), torch.from_numpy(own & competing)
 
     def _read(self, task: Task, attacked: bool, rows: np.ndarray) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import inf
 from typing import NamedTuple
 
@@ -83,7 +83,7 @@ class Trainer:
     def __init__(self, models: Models, clients: Population) -> None:
         self.models, self.clients = models, clients
         self.data, self.device = models.data, models.device
-        self.trained_classes = clients.trained_classes(self.data)
+        self.trained_classes = partial(clients.trained_classes, self.data)  # of a round
         self.buffers = lru_cache(maxsize=4)(self._buffers)
         self.rule_tensors = lru_cache(maxsize=4)(self._rule_tensors)
         self.target_inputs = lru_cache(maxsize=1)(self._target_inputs)
@@ -115,7 +115,7 @@ class Trainer:
             {client: task.received(unflatten(row, unicast_like)) for (client, _), row in sent_alone},
         )
         shared = task.select(received.params, "shared")
-        rows_of = {client: self.clients[client].train for client, _ in clients}
+        rows_of = {client: self.clients.train_rows(client, received.round, self.data) for client, _ in clients}
         rule, lr = task.server, task.lr(received.round)
         total = Accumulator(shared, self.device, not rule.needs_deltas, task.keeps_deltas, task.codec.sums)
         stats = []
@@ -166,13 +166,13 @@ class Trainer:
         tower_bytes = self.models.tower_bytes(task)
         of_rows = task.method.batch_size * (task.privacy.protects == "rows")
         size = 1 if task.reference else stack_size(own, task.method, self.device, tower_bytes, of_rows)
-        for part in self._parts(task, ordered, rows_of) if tower_bytes and size > 1 else [ordered]:
+        for part in self._parts(task, received.round, ordered, rows_of) if tower_bytes and size > 1 else [ordered]:
             for first in range(0, len(part), size):
                 yield self._train_stack(task, round, received, part[first : first + size], rows_of)
 
-    def _parts(self, task: Task, clients: Stored, rows_of: Rows) -> list[Stored]:
+    def _parts(self, task: Task, round: int, clients: Stored, rows_of: Rows) -> list[Stored]:
         """The clients by their number of active classes, since those of a stack encode equally many texts."""
-        masks = task.competing(self.data, self.trained_classes, [rows_of[client] for client, _ in clients])
+        masks = task.competing(self.data, self.trained_classes(round), [rows_of[client] for client, _ in clients])
         if masks is None:
             return [clients]
         parts: dict[int, Stored] = {}
@@ -213,12 +213,12 @@ class Trainer:
             lost.append(private.lost)
         ids = [client for client, _ in clients]
         rows = np.concatenate([rows_of[client] for client in ids])
-        labels, attacked = poisoned(task, self.data, self.trained_classes, self.clients.trainers, ids, rows_of)
+        labels, attacked = poisoned(task, self.data, self.trained_classes(), self.clients.trainers, ids, rows_of)
         x = self._inputs(task, rows, self._views(task, round, ids, rows_of), attacked)
         y = torch.from_numpy(labels).to(self.device)
         sizes = [len(rows_of[client]) for client in ids]
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
-        masks = task.competing(self.data, self.trained_classes, [rows_of[client] for client in ids])
+        masks = task.competing(self.data, self.trained_classes(received.round), [rows_of[client] for client in ids])
         classes = None if masks is None else torch.from_numpy(masks).to(self.device)
         context = self._contexts(task, received.round, ids, rows_of)
         targets, private = self._targets(task, round, ids), private_steps(task, round, ids)

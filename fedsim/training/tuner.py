@@ -57,7 +57,8 @@ class Tuner:
 
     def _tuned(self, task: Task, received: Received, chunk: Stored) -> Iterator[tuple[int, Params]]:
         """Each client and the tensors that it has trained, which the next ones replace."""
-        rows_of = {client: self.trainer.clients[client].train for client, _ in chunk}
+        clients, data = self.trainer.clients, self.trainer.data
+        rows_of = {client: clients.train_rows(client, received.round, data) for client, _ in chunk}
         for stack in self.trainer.train_stacks(task, received.round, received, chunk, rows_of):
             for k, client in enumerate(stack.clients):
                 yield client, {name: tensor[k] for name, tensor in stack.params.items()}
