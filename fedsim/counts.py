@@ -29,7 +29,8 @@ class Counts:
 
     Attributes:
         scores: (cells, 6) int32, by client, domain and split, as in `COLUMNS`: domain and split are indices.
-        labels: (3, C, 3) int64, by group (`GROUPS`) and class: correct predictions, all predictions of it, its rows.
+        labels: (3 + G, C, 3) int64, by group and class: correct predictions, all predictions of it, its rows. The
+            groups are `GROUPS`, and then clients' own test rows in each of `Labels.groups`.
         bins: (3, 15, 2) int64, by group and confidence in equal widths: correct predictions, rows.
         confidence: (3, 15) float64, sum over the rows of a bin of the prediction's probability.
     """
@@ -40,19 +41,19 @@ class Counts:
     confidence: np.ndarray = field(default_factory=lambda: np.zeros((len(GROUPS), BINS)))
 
     def flat(self) -> np.ndarray:
-        """(n,) int32, all of it bit by bit, with the number of classes first."""
+        """(n,) int32, all of it bit by bit, with the numbers of groups and of classes first."""
         parts = (part.ravel().view(np.int32) for part in (self.scores, self.labels, self.bins, self.confidence))
-        return np.concatenate([np.array([self.labels.shape[1]], np.int32), *parts])
+        return np.concatenate([np.array(self.labels.shape[:2], np.int32), *parts])
 
     @classmethod
     def from_flat(cls, flat: np.ndarray) -> Counts:
         """The inverse of `flat`."""
-        like = cls(labels=np.zeros((len(GROUPS), flat[0], 3), np.int64))
+        like = cls(labels=np.zeros((*flat[:2], 3), np.int64))
         rest = like.labels, like.bins, like.confidence
         sizes = [part.nbytes // flat.itemsize for part in rest]
         scores, *others = np.split(flat, len(flat) - np.cumsum(sizes[::-1])[::-1])
         others = [own.copy().view(part.dtype).reshape(part.shape) for own, part in zip(others, rest, strict=True)]
-        return cls(scores[1:].reshape(-1, len(COLUMNS)), *others)
+        return cls(scores[2:].reshape(-1, len(COLUMNS)), *others)
 
 
 def tally(
@@ -89,22 +90,29 @@ def tally(
     group = np.where(split == SPLITS.index("new"), GROUPS.index("new"), np.isin(domain, list(held_out)))
     test = np.isin(split, [SPLITS.index(name) for name in ("test", "new")])
     group, label, predictions, correct = group[test], label[test], predictions[test], correct[test]
+    indices = indices[test]
     confidence = confidence[test].astype(np.float64)
-    size = len(GROUPS) * classes
-    labels = [
-        np.bincount(group * classes + predictions, correct, size),
-        np.bincount(group * classes + predictions, minlength=size),
-        np.bincount(group * classes + label, minlength=size),
-    ]
+    labels = _by_label(group, predictions, label, (len(GROUPS), classes))
+    if rows.group is not None:
+        own = group == GROUPS.index("own")
+        shape = len(rows.groups), classes
+        labels = np.concatenate([labels, _by_label(rows.group[indices[own]], predictions[own], label[own], shape)])
     size = len(GROUPS) * BINS
     bin = group * BINS + np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
     bins = [np.bincount(bin, correct, size), np.bincount(bin, minlength=size)]
     return Counts(
         scores,
-        np.stack(labels, axis=-1).astype(np.int64).reshape(len(GROUPS), classes, 3),
+        labels,
         np.stack(bins, axis=-1).astype(np.int64).reshape(len(GROUPS), BINS, 2),
         np.bincount(bin, confidence, size).reshape(len(GROUPS), BINS),
     )
+
+
+def _by_label(group: np.ndarray, predictions: np.ndarray, label: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(groups, C, 3) int64, as `Counts.labels`, of rows with these groups, predictions and classes, (n,) each."""
+    predicted, true, size = group * shape[1] + predictions, group * shape[1] + label, shape[0] * shape[1]
+    counts = np.bincount(predicted, predictions == label, size), np.bincount(predicted, minlength=size)
+    return np.stack([*counts, np.bincount(true, minlength=size)], axis=-1).astype(np.int64).reshape(*shape, 3)
 
 
 def merge(parts: Iterable[Counts]) -> Counts:

@@ -90,6 +90,8 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
         facts["malicious"] = sorted(malicious)
     if experiment.clients.common is not None:
         facts["common_rows"] = len(experiment.clients.common)
+    if source.groups:
+        facts["groups"] = list(source.groups)
     if tasks := experiment.clients.class_tasks:
         facts["class_tasks"] = [[source.class_labels[label] for label in task] for task in tasks.classes]
     if experiment.clients.images is not None:

@@ -142,3 +142,10 @@ def test_images_of_chosen_classes_are_still_read_one_by_one(tmp_path):
     every = load(tmp_path / "set")
     assert images.files[1] == every.files[2] and images.files[2:4] == [every.files[3], every.files[5]]
     assert len(pickle.dumps(images)) < 10_000
+
+
+def test_a_column_gives_the_group_of_each_row(tmp_path):
+    rows = table(4, 0, gender=(datasets.ClassLabel(names=["male", "female"]), [1, 0, 0, 1]))
+    images = load(saved(tmp_path / "set", "parquet", train=rows), group="gender")
+    assert images.groups == ("female", "male") and images.group.tolist() == [0, 1, 1, 0]
+    assert images.take(np.array([1, 3])).group.tolist() == [1, 0]

@@ -33,6 +33,8 @@ class Labels:
             `y`, `domain` and `x` are then objects that generate the rows they are indexed with. 0 for all others.
         notes: sentences for the user, without a final full stop: what was left out or assumed.
         owner: (N,) int64, the number of the person or device that each row belongs to; None: not known.
+        group: (N,) int64, index into `groups`, by which fairness is measured; None: not known.
+        groups: names of the values of a sensitive attribute.
         template: the text of a class that belongs to the set, `{}` where its name goes, or C of them, one for each
             class; None: the default.
         class_domain: of a suite, (C,) the domain that each class belongs to, ascending: a row's class is one of its
@@ -50,6 +52,8 @@ class Labels:
     template: str | tuple[str | None, ...] | None = None
     class_domain: tuple[int, ...] = ()
     owner: np.ndarray | None = None
+    group: np.ndarray | None = None
+    groups: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.y)
@@ -69,8 +73,9 @@ class Labels:
 
     def take(self, rows: np.ndarray) -> Self:
         """These rows, in this order."""
-        owner = None if self.owner is None else self.owner[rows]
-        return replace(self, y=self.y[rows], domain=self.domain[rows], split=self.split[rows], owner=owner)
+        owner, group = (None if each is None else each[rows] for each in (self.owner, self.group))
+        own = {"y": self.y[rows], "domain": self.domain[rows], "split": self.split[rows]}
+        return replace(self, **own, owner=owner, group=group)
 
     def only(self, classes: Sequence[int]) -> Self:
         """The rows of these classes, which are numbered in this order."""

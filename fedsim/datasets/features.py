@@ -31,9 +31,10 @@ class FeatureFiles(FixedDataset):
 
     Columns of `features.parquet`: `feature` (D numbers of nonzero norm: a list of half, float or double, a tensor, or
     the bytes of D little-endian halves), `label` (a class name, or a row of `classes.parquet`), `domain`, and
-    optionally `split` (train, val, test or null) and `owner` (text or integers: who becomes a client of the partition
-    natural). Columns of `classes.parquet`: `class` (a name) and `prototype` (the class embedding, D numbers of nonzero
-    norm). Numbers are read as halves or floats.
+    optionally `split` (train, val, test or null), `owner` (text or integers: who becomes a client of the partition
+    natural) and `group` (text or integers: a sensitive attribute, by which fairness is measured). Columns of
+    `classes.parquet`: `class` (a name) and `prototype` (the class embedding, D numbers of nonzero norm). Numbers are
+    read as halves or floats.
     """
 
     absent_classes: bool = True  # a class without rows competes by its prototype
@@ -59,7 +60,10 @@ class FeatureFiles(FixedDataset):
 
         rows = _open(features_file, ["feature", "label", "domain"])
         y = _labels(_column(rows, features_file, "label"), classes, _names_of_numbers(rows))
-        domain, domains = _domains(_column(rows, features_file, "domain"))
+        domain, domains = _named(_column(rows, features_file, "domain"), "domain")
+        group, groups = None, ()
+        if "group" in rows.schema.names:
+            group, groups = _named(_column(rows, features_file, "group"), "group")
         x = _matrix(rows, features_file, "feature", class_embeddings.shape[1])
         if (zero := np.flatnonzero(~x.any(axis=1))).size:
             raise InputError(f"features.parquet: feature needs a length above 0; it is all zeros in {_rows(zero)}")
@@ -77,6 +81,8 @@ class FeatureFiles(FixedDataset):
             domains=domains,
             split=_splits(rows, features_file),
             owner=_owners(rows, features_file),
+            group=group,
+            groups=groups,
             class_embeddings=class_embeddings / length,  # float64, which a run in float32 rounds once
             logit_scale=self.logit_scale or _scale_of(table),
         )
@@ -225,9 +231,9 @@ def _codes(column: pa.ChunkedArray, name_of: Mapping[Any, str], names: Sequence[
     return codes[coded.indices.to_numpy()]
 
 
-def _domains(column: pa.ChunkedArray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(N,) int64 into the sorted distinct names; and these names."""
-    name_of = canonical_names("domain", _counts(column), "features.parquet")
+def _named(column: pa.ChunkedArray, kind: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(N,) int64 into the sorted distinct names of domains or groups; and these names."""
+    name_of = canonical_names(kind, _counts(column), "features.parquet")
     names = tuple(sorted(set(name_of.values())))
     return _codes(column, name_of, names), names
 

@@ -41,6 +41,7 @@ class HuggingFace(FixedDataset):
     label: str = Field("label", description="column of classes: class labels with names, or strings")
     domain: str | None = Field(None, description="column of visual domains (default: one domain)")
     owner: str | None = Field(None, description="column of owners, which become the clients of partition natural")
+    group: str | None = Field(None, description="column of a sensitive attribute, by which fairness is measured")
 
     def read(self, root: Path | None) -> Images:
         tables = self._open(root)
@@ -48,7 +49,7 @@ class HuggingFace(FixedDataset):
         where = self.hub or root
         if len(splits) > 1 and (unknown := [name for name in splits if name not in SPLITS]):
             raise InputError(f"{where} has splits other than train, validation and test: {listing(unknown)}")
-        files, names, labels, domains, codes, owners = [], [], [], [], [], []
+        files, names, labels, domains, codes, owners, values = [], [], [], [], [], [], []
         for split, table in splits.items():
             self._check(table, where)
             rows = len(table)
@@ -57,9 +58,11 @@ class HuggingFace(FixedDataset):
             labels += _names_of(table, self.label, where)
             domains += _names_of(table, self.domain, where) if self.domain else [DOMAIN] * rows
             owners += table.with_format("numpy")[self.owner][:].tolist() if self.owner and rows else []
+            values += _names_of(table, self.group, where) if self.group else []
             codes += [SPLITS[split] if len(splits) > 1 else UNASSIGNED] * rows
         y, classes = _numbers("class", labels, _order(splits, self.label), where)
         domain, domain_names = _numbers("domain", domains, [], where)
+        group, groups = _numbers("group", values, [], where) if self.group else (None, ())
         return Images(
             files=_Column(files, self.image),
             names=names,
@@ -69,6 +72,8 @@ class HuggingFace(FixedDataset):
             domains=domain_names,
             split=np.array(codes, np.int8),
             owner=self._numbered(owners, where),
+            group=group,
+            groups=groups,
         )
 
     def _open(self, root: Path | None) -> dict[str, Any]:
@@ -127,7 +132,7 @@ class HuggingFace(FixedDataset):
     def _check(self, table: Any, where: object) -> None:
         import datasets
 
-        for column in filter(None, (self.image, self.label, self.domain, self.owner)):
+        for column in filter(None, (self.image, self.label, self.domain, self.owner, self.group)):
             if column not in table.features:
                 raise InputError(f"{where} has no column {column!r}; there are: {listing(table.features)}")
         if not isinstance(kind := table.features[self.image], datasets.Image):

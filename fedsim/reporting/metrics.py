@@ -157,6 +157,58 @@ def continual(by_task: pd.DataFrame) -> dict[str, float]:
     return {"average_accuracy": average, "last_accuracy": last, "forgetting": float(forgotten.mean())}
 
 
+# Fairness between groups -----------------------------------------------------------------------------------
+
+
+def group_name(group: str) -> str:
+    """The name in column `group` of `Tables.labels` of clients' own test rows in a group of a sensitive attribute."""
+    return f"own, {group}"
+
+
+def group_accuracies(labels: pd.DataFrame, groups: Sequence[str]) -> pd.Series:
+    """Accuracy in [0, 1] on clients' own test rows in each group, from rows of `Tables.labels` of one evaluation."""
+    counts = labels.groupby("group")[["correct", "support"]].sum().reindex(list(map(group_name, groups)))
+    return (counts.correct / counts.support).set_axis(pd.Index(groups, name="group"))
+
+
+def fairness(labels: pd.DataFrame, groups: Sequence[str]) -> dict[str, float]:
+    """Differences between groups of a sensitive attribute, on clients' own test rows, all together.
+
+    With more than two groups, a difference is between the highest and the lowest; groups without rows to take a share
+    of are left out, and with fewer than two it is nan. With more than two classes, it is the largest of those of each
+    class against all others; with two, both classes give the same.
+
+    worst_group: accuracy on the rows of the group where it is lowest.
+    demographic_parity: difference in the share of rows that are predicted as a class.
+    equalized_odds: difference in the share of the rows of a class, or of those of all others, that are predicted as
+        that class, whichever is larger (Hardt et al. 2016, arXiv 1610.02413).
+
+    Source: both as in Agarwal et al. 2018, arXiv 1803.02453, and as `demographic_parity_difference` and
+    `equalized_odds_difference` of fairlearn report them. The code of FF-DVP (huiminzeng/FF-DVP, commit 56a3523,
+    src/eval_metrics.py) adds the two shares of equalized odds.
+
+    Args:
+        labels: rows of `Tables.labels` of one evaluation.
+        groups: as `Labels.groups`.
+    """
+    names = list(map(group_name, groups))
+    counts = labels[labels.group.isin(names)].groupby(["label", "group"])[["correct", "predicted", "support"]].sum()
+    correct, predicted, support = (counts[name].unstack(fill_value=0) for name in ("correct", "predicted", "support"))
+    rows = support.sum()
+    with_class, without = support.where(support > 0), (rows - support).where(rows > support)
+    odds = _gap(correct / with_class), _gap((predicted - correct) / without)
+    return {
+        "worst_group": float(group_accuracies(labels, groups).min()),
+        "demographic_parity": float(_gap(predicted / rows.where(rows > 0)).max()),
+        "equalized_odds": float(np.fmax(*odds).max()) if len(support) else float("nan"),
+    }
+
+
+def _gap(shares: pd.DataFrame) -> pd.Series:
+    """By class (row), the largest difference between two groups (columns); nan where fewer than two have a share."""
+    return (shares.max(axis=1) - shares.min(axis=1)).where(shares.notna().sum(axis=1) > 1)
+
+
 # Accuracies ------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,8 @@ from fedsim.reporting.metrics import (
     balanced_accuracy,
     calibration_error,
     curves,
+    fairness,
+    group_accuracies,
     macro_f1,
     tail_mean,
     tail_of,
@@ -54,6 +56,10 @@ TAIL_MEASURES = {
     "medium": "medium: of the classes between",
     "tail": "tail: of the rarest classes, with the last 5 % of train rows",
 }
+FAIRNESS = {
+    "demographic_parity": "demographic parity difference (0: the same predictions in all groups)",
+    "equalized_odds": "equalized odds difference (0: the same errors in all groups)",
+}
 BEFORE, AFTER, AT_END = "zero-shot CLIP", "chosen round", "tuned models"
 
 
@@ -64,7 +70,7 @@ def write_page(tables: Tables, file: Path) -> None:
     held_out = ", ".join(tables.held_out) or "no domain"
     title = f"{config['method']['name']} with {config['server']['name']} on {data}, {held_out} held out"
     sections = [
-        Section("", [remarks_of_page(tables)], tables=_summary(tables) | _by_group(tables)),
+        Section("", [remarks_of_page(tables)], tables=_summary(tables) | _by_group(tables) | _fairness(tables)),
         _by_round(tables),
         *([_by_task(tables)] if len(tables.by_task) else []),
         _by_domain(tables),
@@ -116,6 +122,20 @@ def _by_group(tables: Tables) -> dict[str, pd.DataFrame]:
         rows[name] = {"among": competing} | {key: " → ".join(map(percent, pair)) for key, pair in pairs.items()}
     caption = f"All rows of a kind together, in percent: {BEFORE} → round {tables.chosen_round}"
     return {caption: pd.DataFrame(rows).T.rename_axis("rows")} if rows else {}
+
+
+def _fairness(tables: Tables) -> dict[str, pd.DataFrame]:
+    """Accuracy by group of a sensitive attribute, and the differences between groups."""
+    groups = tables.facts.get("groups")
+    if not groups:
+        return {}
+    columns = {}
+    for name, evaluation in {BEFORE: tables.zero_shot, AFTER: tables.chosen}.items():
+        means = fairness(evaluation.labels, groups)
+        differences = {FAIRNESS[key]: means[key] for key in FAIRNESS}
+        columns[name] = {**group_accuracies(evaluation.labels, groups), **differences}
+    table = pd.DataFrame(columns).rename_axis("own test rows of group")
+    return {"Accuracy by group, and differences between groups, in percent": _in_percent(table)}
 
 
 def _trained_classes(tables: Tables) -> str:
@@ -238,7 +258,7 @@ def _facts(tables: Tables) -> dict[str, pd.DataFrame]:
     costs, facts = tables.rounds, portable(tables.facts)
     versions, skipped = facts.pop("versions", {}), facts.pop("skipped", [])
     # In the teraflops below, in `remarks`, and in which measures there are.
-    elsewhere = {"flops_per_step", "flops_per_row", "unseen_test", "personal", "class_tasks"}
+    elsewhere = {"flops_per_step", "flops_per_row", "unseen_test", "personal", "class_tasks", "groups"}
     facts = {name.replace("_", " "): _fact(value) for name, value in facts.items() if name not in elsewhere}
     if malicious := facts.pop("malicious", []):
         facts["malicious clients"] = f"{len(malicious)}: {listing(malicious)}"

@@ -29,6 +29,8 @@ def remarks(tables: Tables) -> list[str]:
         sentences.append(_tasks(tables, means))
     if last and tables.facts.get("trained_parameters") and not tables.rounds.steps.sum():
         sentences.insert(0, "No client took a local step in any round: the numbers are those of untrained parameters.")
+    if tables.facts.get("groups"):
+        sentences.append(_groups(tables.facts["groups"], means))
     if tables.tuned:
         sentences.append(_tuned(tables))
     if tables.facts.get("transductive"):
@@ -74,6 +76,14 @@ def _tasks(tables: Tables, means: dict[str, float]) -> str:
         f"{percent(means['average_accuracy'])}% on average over the ends of the tasks and "
         f"{percent(means['last_accuracy'])}% at the end of the last; forgetting is "
         f"{percent(means['forgetting'])} points."
+    )
+
+
+def _groups(groups: list[str], means: dict[str, float]) -> str:
+    worst, parity, odds = (percent(means[key]) for key in ("worst_group", "demographic_parity", "equalized_odds"))
+    return (
+        f"On own test rows in {len(groups)} groups ({listing(groups)}), accuracy is {worst}% in the worst; demographic "
+        f"parity difference {parity} points, equalized odds difference {odds} points."
     )
 
 

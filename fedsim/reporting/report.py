@@ -79,7 +79,7 @@ class Report:
         return Tables(
             **self.about(),
             scores=score_table(evaluations, self.domains),
-            labels=label_table(evaluations, self.classes),
+            labels=label_table(evaluations, self.classes, self.facts.get("groups", ())),
             calibration=calibration_table(evaluations),
             rounds=round_table(self.rounds),
             partition=partition_table(self.holdings, self.domains, self.classes),

@@ -16,6 +16,8 @@ from fedsim.reporting.metrics import (
     balanced_accuracy,
     best_round,
     continual,
+    fairness,
+    group_name,
     harmonic_mean,
     of_last_task,
     parts_by_rows,
@@ -126,7 +128,8 @@ class Tables:
     def summary(self, model: str = TRAINED, round: int | None = None) -> dict[str, float]:
         """`summarize` of zero-shot CLIP, of tuned models, or of the trained model in a round (default: the chosen).
 
-        Of the trained model at the chosen round, `continual` as well, if classes arrive in tasks.
+        Where rows have groups, also `fairness`. Of the trained model at the chosen round, also `continual` if classes
+        arrive in tasks.
 
         For tuned models, `dual` as well, unless clients had models of their own before: the harmonic mean of `pooled`
         of the last round's model and `personalization` of the tuned models.
@@ -143,6 +146,8 @@ class Tables:
             round = self.chosen_round
         tables = self.of(model, round)
         means = summarize(tables.scores, tables.labels, tables.calibration, self.held_out, bool(self.class_domain))
+        if groups := self.facts.get("groups"):
+            means |= fairness(tables.labels, groups)
         if model == TRAINED and round == self.chosen_round and len(self.by_task):
             means |= continual(self.by_task)
         if model == TUNED and not self.facts.get("personal"):
@@ -172,9 +177,14 @@ def score_table(evaluations: Iterable[Evaluation], domains: Sequence[str]) -> pd
     return table
 
 
-def label_table(evaluations: Iterable[Evaluation], classes: Sequence[str]) -> pd.DataFrame:
-    """`Tables.labels` of some evaluations, without classes that have neither rows nor predictions."""
-    table = _tidy([(model, round, counts.labels) for model, round, counts in evaluations], COLUMNS["labels"])
+def label_table(evaluations: Iterable[Evaluation], classes: Sequence[str], groups: Sequence[str] = ()) -> pd.DataFrame:
+    """`Tables.labels` of some evaluations, without classes that have neither rows nor predictions.
+
+    Args:
+        groups: as `Labels.groups`.
+    """
+    names = [*GROUPS, *map(group_name, groups)]
+    table = _tidy([(model, round, counts.labels) for model, round, counts in evaluations], COLUMNS["labels"], names)
     table["label"] = [classes[index] for index in table.label]
     return table
 
@@ -184,7 +194,7 @@ def calibration_table(evaluations: Iterable[Evaluation]) -> pd.DataFrame:
     bins = [
         (model, round, np.dstack([counts.bins[..., ::-1], counts.confidence])) for model, round, counts in evaluations
     ]
-    return _tidy(bins, COLUMNS["calibration"])
+    return _tidy(bins, COLUMNS["calibration"], GROUPS)
 
 
 def round_table(rounds: Sequence[np.ndarray]) -> pd.DataFrame:
@@ -203,12 +213,15 @@ def partition_table(holdings: np.ndarray, domains: Sequence[str], classes: Seque
     return table
 
 
-def _tidy(evaluations: Iterable[tuple[str, int, np.ndarray]], columns: Sequence[str]) -> pd.DataFrame:
+def _tidy(
+    evaluations: Iterable[tuple[str, int, np.ndarray]], columns: Sequence[str], groups: Sequence[str]
+) -> pd.DataFrame:
     """A row for each group and index that has counts.
 
     Args:
         evaluations: model, round, and (groups, n, k) counts.
         columns: of the model, the round, the group, the index in [0, n), and the k counts.
+        groups: their names.
     """
     parts: list[np.ndarray] = [np.zeros((0, len(columns) - 1))]
     models: list[str] = []
@@ -219,4 +232,4 @@ def _tidy(evaluations: Iterable[tuple[str, int, np.ndarray]], columns: Sequence[
     table = pd.DataFrame(np.concatenate(parts), columns=list(columns[1:]))
     table = table.astype({name: np.int64 for name in columns[1:] if name != "confidence"})
     table.insert(0, "model", models)
-    return table.assign(group=[GROUPS[index] for index in table.group])
+    return table.assign(group=[groups[int(index)] for index in table.group])
