@@ -41,6 +41,7 @@ METHODS = {
     "FedTPG": ("fedtpg", "fedavg"),
     "PromptFolio": ("promptfolio", "fedavg"),
     "FedPGP": ("fedpgp", "fedavg"),
+    "DP-FPL": ("dp_fpl", "fedavg"),
     "FedPHA": ("fedpha", "fedavg"),
     "FedAPT": ("fedapt", "fedavg"),
     "LoRA, FedIT": ("lora", "fedavg"),

@@ -24,6 +24,7 @@ READS = {name: parse("method", name).reads for name in available("method")}
 ALL = [name for name, reads in READS.items() if reads.text == "embeddings" and reads.image != "pixels"]
 LONG = [name for name in ALL if name != "fedtpg"]  # these can start as a text
 PRIVATE = {"promptfolio": {"own"}, "fedpgp": {"u", "v"}, "fedotp": {"own"}, "fedpha": {"own"}}
+PRIVATE |= {"dp_fpl": {"left", "right", "residual"}}
 FROZEN = {"fedapt": {"keys"}, "trip": {"keys"}}
 
 
@@ -387,6 +388,7 @@ def wide():
         ("promptfolio", 4_096, 4_096),
         ("proda", 32_768, 0),  # 4 x 16 x 512
         ("fedpgp", 8_192, 2_112),  # (16 + 512) x 4
+        ("dp_fpl", 8_192, 12_416),  # (16 + 512) x 8, and what they lack of 16 x 512
         ("fedotp", 2_048, 2_048),
         ("plot", 32_768, 0),
     ],

@@ -94,6 +94,11 @@ PROGRAMS = {
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 2, "length": 16}
     | {"rank": 4, "contrast": 1.0, "temperature": 0.5}
     | CONSTANT,
+    # federated_main.py, configs/trainers/DP-FPL/vit_b16.yaml
+    "dp_fpl": SGD
+    | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 32, "local_epochs": 1, "length": 16}
+    | {"rank": 8, "private_lr": 0.1}
+    | CONSTANT,
     # Launch_FL.py, config/defaults.py, federated/utils.py
     "fedtpg": SGD
     | {"lr": 3e-3, "weight_decay": 1e-5, "batch_size": 200, "local_epochs": 1, "length": 4, "heads": 4}

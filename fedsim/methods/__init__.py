@@ -279,7 +279,8 @@ class Method(LocalTraining, ABC):
         return "shared"
 
     def learned(self, names: Collection[str], round: int) -> Collection[str]:
-        """Those of a module's parameters that clients train in a round; the others keep their values in it.
+        """Those of a module's parameters that clients train in a round; the others keep their values in it, but for
+        what `proximal` replaces.
 
         Args:
             names: of the parameters that have the scope shared or private.

@@ -115,7 +115,8 @@ class LocalTraining:
         """What replaces parameters after each step of the optimizer, by a proximal step (default: nothing).
 
         Args:
-            params: (M, *shape), by name, what M clients have trained, after the step.
+            params: (M, *shape), by name, the shared and private parameters of M clients after the step, also those that
+                `Method.learned` leaves out.
         """
         return {}
 

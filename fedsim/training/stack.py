@@ -72,7 +72,7 @@ def train_stack(
     Args:
         module: the method's module, for its structure and for the tensors that clients do not change.
         params: (M, *shape) each, the clients' tensors; the trained ones change in place.
-        optimizer: over the trained tensors of `params`.
+        optimizer: over the parameters among `params`, also those that are not trained in this round.
         shared: (*shape) each, the tensors with which all clients start alike.
         x, y: (N, ...) inputs and (N,) classes of all clients' train rows, client by client.
         sizes: train rows of each client, descending.
@@ -123,7 +123,7 @@ def train_stack(
                 extra = _added(server, {name: group[name] for name in learned}, rule, each)
                 grads = {name: grads[name] + extra[name] if name in extra else grads[name] for name in learned}
             optimizer.step(method.clipped({name: grads[name] for name in learned}), first, last)
-            for name, tensor in method.proximal({name: group[name] for name in learned}).items():
+            for name, tensor in method.proximal({name: group[name] for name in optimizer.params}).items():
                 group[name].copy_(tensor)
             losses[first:last] += loss
             steps[first:last] += 1

@@ -34,7 +34,7 @@ def train_client(
     """Trains the module in place on one client's rows. `stack.train_stack` must give the same results.
 
     Args:
-        optimizer: over the module's trained parameters.
+        optimizer: over the module's shared and private parameters, also those that are not trained in this round.
         x: (n, ...) inputs of the client's train rows.
         y: (n,) their classes.
         server: the rule, for what it adds to the gradients.
@@ -75,7 +75,7 @@ def train_client(
                 grads = method.clipped({name: grad.unsqueeze(0) for name, grad in grads.items()})
             optimizer.step(grads)
             with torch.no_grad():
-                for name, tensor in method.proximal({n: params[n].detach().unsqueeze(0) for n in params}).items():
-                    params[name].copy_(tensor[0])
+                for name, tensor in method.proximal(optimizer.params).items():
+                    optimizer.params[name].copy_(tensor)
             losses.append(loss.detach())
     return torch.stack(losses).mean().item() if losses else float("nan")
