@@ -207,9 +207,14 @@ def test_both_engines_and_other_chunks_train_the_same(fields, probe, tmp_path):
     assert all(torch.equal(tensor, resumed.adapter[name]) for name, tensor in whole.adapter.items())
 
 
-def test_rows_pass_a_text_tower_alone_or_with_one_encoding_of_their_texts():
-    backbone = a_backbone(torch.float64)[1]
-    method, module = made("promptfl", backbone)
+@pytest.fixture(scope="module")
+def backbone():
+    return a_backbone(torch.float64)[1]
+
+
+@pytest.mark.parametrize("fields", [{"name": "promptfl"}, {"name": "lora", "objective": "cross_entropy"}])
+def test_rows_pass_a_text_tower_alone_or_with_one_encoding_of_their_texts(fields, backbone):
+    method, module = made(**fields, backbone=backbone)
     params = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
     x, y = torch.randn(4, backbone.width, dtype=torch.float64), torch.arange(4)
     losses, grads = PrivateSteps(0.01, 1.0, rngs(1)).gradients(
@@ -240,6 +245,16 @@ def test_what_depends_on_other_rows_is_refused_in_one_sentence(fields, words, pr
     with pytest.raises(InputError, match=words) as raised:
         run(probe(**({"privacy": example(noise=1.0)} | fields)))
     assert "\n" not in str(raised.value)
+
+
+def test_of_methods_that_can_contrast_rows_the_cross_entropy_is_not_refused(probe):
+    run(probe(method={"name": "fedclip", "objective": "cross_entropy"}, privacy=example(noise=1.0), rounds=1))
+    privacy, server, params = parse("privacy", example(noise=1.0)), parse("server", "ditto"), {"w": torch.ones(1)}
+    for name in ("fedclip", "lora", "finetune", "feddlp"):
+        method = server.adapt(parse("method", {"name": name, "objective": "cross_entropy"}))
+        privacy.check(method, server, params)
+        with pytest.raises(InputError, match="contrasts the rows of a batch"):
+            privacy.check(server.adapt(parse("method", name)), server, params)
 
 
 @pytest.mark.parametrize("name", available("method"))

@@ -176,6 +176,11 @@ class Method(LocalTraining, ABC):
         """The representations of images and classes that a client receives."""
         return reads_of(self.sites)
 
+    @property
+    def contrasts_rows(self) -> bool:
+        """Whether the loss of a batch is not the mean of its rows' losses; privacy of single rows is then refused."""
+        return self.min_batch > 1
+
     @abstractmethod
     def build(self, backbone: Backbone) -> nn.Module:
         """A module (x, classes) -> (B, C) logits whose state_dict holds exactly what is trained, stored or sent.

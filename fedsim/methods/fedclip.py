@@ -39,6 +39,10 @@ class FedCLIP(Method):
 
     min_batch: ClassVar[int] = 2  # a single image has nothing to contrast; the code skips it
 
+    @property
+    def contrasts_rows(self) -> bool:
+        return self.objective == "contrastive"
+
     def build(self, backbone: Backbone) -> nn.Module:
         return Gated(backbone)
 

@@ -45,6 +45,10 @@ class Finetune(Method):
             raise InputError(f"finetune.head replaces the text tower and needs towers: image, not {self.towers!r}")
 
     @property
+    def contrasts_rows(self) -> bool:
+        return self.objective == "contrastive"
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         return (*blocks(self.towers), "head") if self.head else blocks(self.towers)
 

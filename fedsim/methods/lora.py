@@ -63,6 +63,10 @@ class Lora(Method):
     min_batch: ClassVar[int] = 2  # a single image has nothing to contrast
 
     @property
+    def contrasts_rows(self) -> bool:
+        return self.objective == "contrastive"
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         return blocks(self.towers)
 

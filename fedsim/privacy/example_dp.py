@@ -31,8 +31,7 @@ class ExampleDP(Noised):
     def check(self, method, server, params):
         super().check(method, server, params)
         reasons = {
-            "contrasts the rows of a batch (--method.objective)": getattr(method, "objective", "") == "contrastive",
-            "needs several rows at once": method.min_batch > 1,
+            "contrasts the rows of a batch": method.contrasts_rows,
             "estimates the gradients of whole batches (--method.estimator)": getattr(method, "estimator", "") == "spsa",
             "reads the rows of held-out domains": method.reads_target,
             "trains on rows that it makes of all of a client's": method.expands,
