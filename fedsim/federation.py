@@ -164,10 +164,17 @@ class Federation:
             state = replace(state, bank=_updated(state.bank, flatten(sent), total))
         rng = numpy_rng(self.task.seed, "privacy", planned.round)
         total, memory = self.task.privacy.release(total, state.privacy, self.cohort, rng)
-        state = replace(state, privacy=memory)
+        state, still = replace(state, privacy=memory), self._still(state.params, planned)
         state = advance(self.task.server, state, total, self.received_names, planned.needed, self.task.seed)
+        state = replace(state, params=state.params | still)
         self._check_params(state)
         return state, clients
+
+    def _still(self, params: Params, planned: PlannedRound) -> Params:
+        """The shared tensors that no client of a round trains, whatever the memory of a rule or noise would add."""
+        names, rounds = self.task.select(params, "shared", "private"), {version + 1 for _, version in planned.trained}
+        learned = {name for round in rounds or {planned.round} for name in self.task.method.learned(names, round)}
+        return {name: tensor for name, tensor in self.task.select(params, "shared").items() if name not in learned}
 
     def evaluate(self, state: ServerState) -> Counts:
         """Counts of all evaluated clients: by the shared model, or of each by its own if it has one."""

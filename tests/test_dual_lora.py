@@ -9,11 +9,12 @@ from test_lora import shaken
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, normalize, softshrink
 
+from fedsim import InputError
 from fedsim.methods import Batch, ClientContext
 from fedsim.params import payload_bytes
 from fedsim.registry import parse
 from fedsim.training.optimizer import Optimizer
-from fedsim.training.task import Task
+from fedsim.training.task import Task, initial_params
 from fedsim.training.train import train_client
 
 
@@ -94,6 +95,12 @@ def test_under_ditto_both_models_train_the_same_parameters(tiny):
     learned = inner.learned(names, 3)
     expected = {f"{half}.{name}" for half in ("shared", "own") for name in learned}
     assert parse("server", "ditto").adapt(inner).learned(halves, 3) == expected and 0 < len(learned) < len(names)
+
+
+def test_a_rule_that_moves_pairs_alone_is_refused_because_of_the_gate(tiny):
+    rule = parse("server", "lora_stacking")
+    with pytest.raises(InputError, match=r"could not move gate\.weight, gate\.bias; take fedex_lora"):
+        initial_params(Task(rule.adapt(fedms()), rule, seed=0), tiny[0])
 
 
 def test_what_lies_outside_of_blocks_is_trained_from_the_start(tiny):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, dropout, normalize, one_hot, softshrink
 
 from fedsim import Averaging, Backbone, InputError, Method, available, component, run
+from fedsim.checkpoint import load_checkpoint
 from fedsim.clients import Population
 from fedsim.datasets import Features
 from fedsim.encoding import from_features
@@ -117,7 +118,7 @@ class Alternating(Method):
     """A head of which odd rounds train the weight, even ones the bias, and every third both."""
 
     def build(self, backbone):
-        head = nn.Linear(WIDTH, CLASSES)
+        head = nn.Linear(*backbone.class_embeddings.T.shape)
         head.forward = lambda x, classes=None: x @ head.weight.T + head.bias
         return head
 
@@ -156,6 +157,36 @@ def test_parameters_that_a_round_does_not_train_are_as_without_a_gradient(refere
         assert {name: kept[f"optimizer/steps/{name}"].item() for name in ("weight", "bias")} == {"weight": 4, "bias": 6}
         for name, parameter in head.named_parameters():
             torch.testing.assert_close(kept[name], parameter.detach(), rtol=1e-9, atol=1e-12)
+
+
+@component
+class Frozen(Alternating):
+    """A shared head whose weight is trained in round 1 and frozen from then on."""
+
+    def learned(self, names, round):
+        return names if round == 1 else [name for name in names if name.endswith("bias")]
+
+    def scope(self, name):
+        return "shared"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"server": "fedavgm"},
+        {"codec": {"name": "top_k", "share": 0.1}},
+        {"privacy": {"name": "central_dp", "noise": 1.0}},
+    ],
+    ids=str,
+)
+def test_what_a_round_does_not_train_stays_whatever_the_rule_remembers_or_noise_adds(fields, config):
+    heads = []
+    for rounds in (1, 3):
+        made = config(method=Frozen(lr=0.05), rounds=rounds, **fields)
+        run(made)
+        heads.append(load_checkpoint(made.out, made.experiment())[0].params)
+    before, after = heads
+    assert torch.equal(before["weight"], after["weight"]) and not torch.equal(before["bias"], after["bias"])
 
 
 @component

@@ -284,11 +284,11 @@ class Method(LocalTraining, ABC):
         return "shared"
 
     def learned(self, names: Collection[str], round: int) -> Collection[str]:
-        """Those of a module's parameters that clients train in a round; the others keep their values in it, but for
+        """Those tensors that clients train in a round; the others keep their values in it, on the server too, but for
         what `proximal` replaces.
 
         Args:
-            names: of the parameters that have the scope shared or private.
+            names: of the tensors that have the scope shared or private.
             round: in which the clients were sent their parameters, from 1.
         """
         return names

@@ -7,7 +7,7 @@ different method; see method `lora`.
 
 from dataclasses import replace
 
-from fedsim.errors import InputError
+from fedsim.errors import InputError, listing
 from fedsim.methods.lora import random_down
 from fedsim.params import payload_bytes, unflatten
 from fedsim.registry import component
@@ -35,6 +35,12 @@ class LoraStacking(Averaging):
         if method.persist_optimizer:
             raise InputError("lora_stacking draws new pairs in each round; leave --method.persist-optimizer out")
         return Merged.of(pairs)
+
+    def check(self, params, cohort):
+        if others := [name for name in params if not name.startswith(("up.", "down."))]:
+            raise InputError(
+                f"lora_stacking stacks low-rank pairs, and could not move {listing(others)}; take fedex_lora"
+            )
 
     def start(self, params, rng):
         # Sorted by name, so that the draws depend on the seed alone and not on the order of the dict.
