@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,12 +11,15 @@ from fedsim import Backbone, InputError, available, component, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.clip.checkpoints import find_weights
 from fedsim.clip.model import Clip
-from fedsim.methods import Batch
+from fedsim.datasets import Features
+from fedsim.encoding import from_features
+from fedsim.methods import Batch, ClientContext
 from fedsim.methods._calls import with_tensors
 from fedsim.methods.probe import Probe
 from fedsim.registry import parse
 from fedsim.rng import torch_rng
 from fedsim.training.estimates import by_differences
+from fedsim.training.flops import flops_of
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.stack import by_autograd, gradients
 from fedsim.training.task import Task
@@ -54,7 +58,7 @@ def towers(backbone, small_clip):
         x["pixels"] = (draw(6, 3, 32, 32).sigmoid() * 255).to(torch.uint8)
         text = clip.text_tower(method.reads.text == "blocks") if method.reads.text != "features" else None
         image = clip.image_tower() if method.reads.image == "pixels" else None
-        names = {"classes": ("cat", "dog", "owl", "pig"), "text_tower": text, "image_tower": image}
+        names = {"classes": ("cat", "dog", "owl", "pig"), "text_tower": text, "image_tower": image, "domains": 2}
         return replace(backbone, **names), x[method.reads.image]
 
     return make
@@ -72,7 +76,8 @@ def test_the_slope_of_every_methods_loss_is_its_gradient_unless_it_changes_gradi
     module = method.build(backbone).double()
 
     def same(seed):
-        batch = Batch(x, Y.roll(seed), target=x + 1 if method.reads_target else None)
+        client = ClientContext(torch.tensor(1), torch.ones(4), round=1) if method.reads_client else None
+        batch = Batch(x, Y.roll(seed), client=client, target=x + 1 if method.reads_target else None)
         params = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
         start = {n: p + 0.02 * draw(p.numel(), seed=seed).view(p.shape) for n, p in params.items()}
         direction = {n: draw(p.numel(), seed=9).view(p.shape) / p.numel() ** 0.5 for n, p in params.items()}
@@ -216,6 +221,21 @@ def test_a_round_costs_two_forward_passes_for_each_direction(config):
     # Logits alone: 2 clients of 72 rows, 4 classes, 24 dimensions; autograd would need two products, too.
     report = run(config(method={"name": "probe", "directions": 3} | ESTIMATED, rounds=1))
     assert report.tables().rounds.flops.tolist() == [2 * 72 * 2 * (4 * 24) * 2 * 3]
+
+
+def test_each_value_of_an_estimate_encodes_texts_of_its_own(towers):
+    rows = {"x": draw(6, 8).numpy(), "y": Y.numpy(), "domain": np.zeros(6, np.int64), "split": np.full(6, -1, np.int8)}
+    labels = rows | {"classes": ("cat", "dog", "owl", "pig"), "domains": ("ink",), "logit_scale": 5.0}
+    counts = []
+    for method in ({"name": "promptfl"}, {"name": "promptfl", "directions": 3} | ESTIMATED):
+        method = parse("method", method)
+        backbone, _ = towers(method)
+        data = from_features(Features(class_embeddings=backbone.class_embeddings.numpy(), **labels))
+        task = Task(method, parse("server", "fedavg"), seed=0, dtype="float64")
+        counts.append(flops_of(task, backbone, data, np.arange(6)))
+    (per_step, _), (estimated, per_row) = counts
+    assert per_row == 6 * 2 * 4 * 8  # logits of 4 classes, 8 dimensions
+    assert 6 * 0.4 * per_step < estimated < 6 * 0.5 * per_step  # without a backward pass
 
 
 @pytest.mark.parametrize("fields", [{"method": {"name": "facmic"} | ESTIMATED}, {"server": "pfedme"}], ids=str)

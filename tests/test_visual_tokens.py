@@ -406,3 +406,5 @@ def test_a_run_of_fedmvp(small):
     report, tensors = run_on_both_engines(small, interrupted=False, method=method, rounds=1)
     shared = sum(tensor.numel() for tensor in tensors.values())
     assert report.tables().rounds.bytes_up.tolist() == [2 * 8 * shared]
+    # Apart from its rows, a step projects 3 texts of 8 numbers to 32, and means them by class; they are encoded once.
+    assert report.facts["flops_per_step"] == 3 * 8 * 32 * 2 * 2 + 2 * 3 * 8 * 2

@@ -54,6 +54,10 @@ class Halves(Wrapper):
             return "frozen"  # a copy, which does not travel a second time
         return "private" if half == "own" and scope == "shared" else scope
 
+    def clipped(self, grads: Params) -> Params:
+        """The gradients of each half, clipped on their own: the shared model trains as without the personal one."""
+        return {f"{half}.{n}": v for half in HALVES for n, v in self.inner.clipped(_inside(half, grads)).items()}
+
     def proximal(self, params: Params) -> Params:
         return {f"{half}.{n}": v for half in HALVES for n, v in self.inner.proximal(_inside(half, params)).items()}
 

@@ -49,6 +49,7 @@ class Adapt(PromptMethod):
 
     reads_client = True
     reads_rule = True
+    changes_gradients = True  # the prompts of other domains have none
 
     @property
     def sites(self) -> tuple[Site, ...]:

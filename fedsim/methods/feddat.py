@@ -52,6 +52,7 @@ class FedDAT(Method):
     temperature: float = Field(3.0, gt=0, search=Linear(1.0, 5.0), description="temperature of the distillation")
 
     reads_rule = True
+    changes_gradients = True
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -51,6 +51,8 @@ class FedDLP(Lora):
         5e-5, ge=0, search=Log(1e-6, 1e-2), description="what every step takes off the size of each gate"
     )
 
+    changes_gradients = True
+
     def build(self, backbone: Backbone) -> "_Dual":
         return _Dual(self, backbone)
 

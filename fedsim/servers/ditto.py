@@ -57,11 +57,3 @@ class _Twins(Halves):
             losses.append(closed[0])
             grads |= {f"{half}.{name}": grad for name, grad in closed[1].items()}
         return losses[0] + losses[1], grads
-
-    def clipped(self, grads: Params) -> Params:
-        """The gradients of each half, clipped on their own: the shared model trains as without the personal one."""
-        clipped = {}
-        for half in HALVES:
-            own = {name.removeprefix(f"{half}."): g for name, g in grads.items() if name.startswith(f"{half}.")}
-            clipped |= {f"{half}.{name}": grad for name, grad in self.inner.clipped(own).items()}
-        return clipped

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.methods import Backbone, Batch, ClientContext, RuleContext, trained
@@ -43,21 +44,30 @@ def flops_of(
     received = {name: shared[name] for name in trained(module) if name in shared}
     rule = RuleContext(received, client_state, task.server.broadcast(slots, shared))
 
-    def count(size: int) -> int:
+    exact = task.method.estimator == "autograd"
+
+    def loss(size: int) -> Tensor:
         batch = np.resize(rows, size)
         x = Inputs(
             data.representations, task.method.reads.image, batch, None, "cpu", backbone.class_embeddings.dtype
         ).whole()
         y = torch.from_numpy(data.y[batch])
-        exact = task.method.estimator == "autograd"
+        target = x if task.method.reads_target else None
+        given = rule if task.method.reads_rule else None
+        return task.method.loss(module.train(), Batch(x, y, active, client, target, given))
+
+    def count(size: int) -> int:
+        for name in () if exact else trained(module):  # as in training, where texts of earlier values are of no use
+            module.get_parameter(name).data += task.method.perturbation
         with Operations() as operations, torch.set_grad_enabled(exact):
-            target = x if task.method.reads_target else None
-            given = rule if task.method.reads_rule else None
-            loss = task.method.loss(module.train(), Batch(x, y, active, client, target, given))
+            value = loss(size)
             if exact:
-                loss.backward()
+                value.backward()
         return operations.total * (1 if exact else 2 * task.method.directions)
 
+    if task.method.reads.text != "features":
+        with torch.no_grad():
+            loss(2)  # computes the texts that a module keeps because no parameter changes them
     # At least two rows, because some methods skip a batch of one; few images, because each passes through a tower.
     size = 2 if task.method.reads.image == "pixels" else max(2, task.method.batch_size // 2)
     half, whole = count(size), count(2 * size)
