@@ -62,6 +62,20 @@ def test_epsilon_of_60_epochs_on_mnist_is_the_published_one():
     assert 2.5 < ours.epsilon(1.1, 1e-5, steps) < first
 
 
+def test_privacy_loss_distributions_give_the_epsilon_of_the_two_densities_and_less_than_divergences():
+    q, noise, delta = 0.1, 1.5, 1e-4
+    accountings = [Accounting("", 1.0, "poisson", 10, 100, tight=tight) for tight in (True, False)]
+    x = np.linspace(-30, 30, 400_001)
+    without = norm.pdf(x, scale=noise)
+    with_client = (1 - q) * without + q * norm.pdf(x, 1, noise)
+    limit = exp(accountings[0].epsilon(noise, delta, 1))
+    pairs = (with_client, without), (without, with_client)
+    reference = max(np.maximum(p - limit * q, 0).sum() * (x[1] - x[0]) for p, q in pairs)
+    assert reference == pytest.approx(delta, rel=1e-2)
+    tight, loose = (accounting.epsilon(noise, delta, 20) for accounting in accountings)
+    assert log(limit) < tight < loose
+
+
 def test_the_divergence_of_order_2_of_a_poisson_sampled_gaussian_has_a_closed_form():
     q, noise = 0.1, 1.5
     value = _divergences("poisson", 10, 100, noise)[ORDERS.index(2)]
@@ -289,6 +303,10 @@ def test_an_update_that_is_not_finite_is_not_hidden_by_clipping(probe):
             "quantile adapts the clip norm from --privacy.clip on",
         ),
         ({"privacy": central(noise=1, count_noise=2.0)}, "count-noise 2 has no effect on a clip norm that stays"),
+        (
+            {"privacy": central(noise=1, accountant="pld")},
+            "pld is for Poisson sampling, and .* is fixed",
+        ),
         ({"privacy": central(noise=1, sampling="poisson"), "cohort": None}, "needs a --cohort smaller than 6"),
         ({"server": {"name": "fedavg", "weighting": "rows"}}, "server fedavg weights clients, or sums messages"),
         ({"server": "median"}, "server median needs the delta of each client"),

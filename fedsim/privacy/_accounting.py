@@ -3,6 +3,7 @@
 Without sampling, k releases with noise s are one with s / sqrt(k), whose epsilon is exact (Balle and Wang 2018, arXiv
 1805.06530). With sampling, Renyi divergences are added up (Mironov et al. 2019, arXiv 1908.10530, for Poisson sampling;
 Wang et al. 2018, arXiv 1808.00087, Theorem 27, for a fixed number without replacement) and converted at the best order.
+For Poisson sampling, privacy loss distributions (Koskela et al. 2020, arXiv 1906.03049) give a smaller epsilon.
 """
 
 import logging
@@ -32,6 +33,7 @@ class Accounting:
         sampling: who takes part in a round: everyone that is counted, or a secret cohort of `cohort` out of
             `population`, of fixed size or with this expectation.
         per_round: releases in a round.
+        tight: with Poisson sampling, by privacy loss distributions and not by Renyi divergences.
     """
 
     neighbors: str
@@ -40,6 +42,7 @@ class Accounting:
     cohort: int = 1
     population: int = 1
     per_round: int = 1
+    tight: bool = False
 
     def epsilon(self, noise: float, delta: float, releases: int) -> float:
         """Epsilon after so many releases.
@@ -56,6 +59,9 @@ class Accounting:
             unsampled = float(_package().get_epsilon_gaussian(noise / releases**0.5, delta))
         if self.sampling == "none":
             return unsampled
+        if self.tight:
+            losses = _losses(self.cohort / self.population, noise).self_compose(releases)
+            return max(0.0, float(losses.get_epsilon_for_delta(delta)))
         divergences = np.array(_divergences(self.sampling, self.cohort, self.population, noise))
         from dp_accounting.rdp import compute_epsilon
 
@@ -112,6 +118,15 @@ def _divergences(sampling: str, cohort: int, population: int, noise: float) -> t
         accountant = RdpAccountant(ORDERS, relation.REPLACE_ONE)
     accountant.compose(event)
     return tuple(accountant._rdp.tolist())  # which the package has no name for
+
+
+@lru_cache(maxsize=16)
+def _losses(share: float, noise: float) -> Any:
+    """The privacy loss distribution of a release of which a share of the clients is part, one client more or less."""
+    _package()
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    return from_gaussian_mechanism(noise, sampling_prob=share)
 
 
 @lru_cache(maxsize=1)

@@ -41,6 +41,9 @@ class CentralDP(Noised):
     sampling: Literal["fixed", "poisson"] = Field(
         "fixed", description="cohorts of one size, or each client by itself with the probability cohort / clients"
     )
+    accountant: Literal["rdp", "pld"] = Field(
+        "rdp", description="of Poisson sampling: Renyi divergences, or privacy loss distributions, slower and tighter"
+    )
     quantile: float | None = Field(
         None,
         gt=0,
@@ -67,6 +70,11 @@ class CentralDP(Noised):
         if self.quantile is not None and self.clip is None:
             raise InputError(
                 "--privacy.quantile adapts the clip norm from --privacy.clip on, which is none; give a number"
+            )
+        if self.accountant == "pld" and not self.poisson:
+            raise InputError(
+                "--privacy.accountant pld is for Poisson sampling, and --privacy.sampling is fixed; give poisson, or "
+                "leave the accountant out"
             )
         if self.quantile is None and self.count_noise is not None:
             raise InputError(
@@ -97,7 +105,8 @@ class CentralDP(Noised):
         if self.noise is not None:
             self._noises(cohort)  # for its error
         if cohort < population and self.poisson:
-            return Accounting("one client more or less", 1.0, "poisson", cohort, population)
+            tight = self.accountant == "pld"
+            return Accounting("one client more or less", 1.0, "poisson", cohort, population, tight=tight)
         if cohort < population and uniform:
             return Accounting("a client's rows replaced", 2.0, "fixed", cohort, population)
         return Accounting("what a client adds to each sum, or nothing in its place")
