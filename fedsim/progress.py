@@ -61,7 +61,12 @@ def show_on(bars: Bars, heading: str = "") -> Progress:
 
 def callback(progress: Progress | None) -> Progress:
     """The callback that is given; without one, bars in a Jupyter notebook, and nothing elsewhere."""
-    return progress or (_notebook_bars() if "ipykernel" in sys.modules else lambda event: None)
+    if progress is None and "IPython" in sys.modules:
+        from IPython import get_ipython
+
+        if hasattr(get_ipython(), "kernel"):  # not the IPython of a terminal, or one that is only imported
+            return _notebook_bars()
+    return progress or (lambda event: None)
 
 
 def _notebook_bars() -> Progress:

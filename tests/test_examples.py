@@ -29,7 +29,7 @@ def test_the_documentation_shows_the_examples_as_they_are():
 
 
 def test_contributing_names_files_that_exist():
-    folders = "fedsim", "tests", "examples"
+    folders = "fedsim", "tests", "examples", "tools"
     files = {file.name for folder in folders for file in (PROJECT / folder).rglob("*.py")} | {"NAME.py"}
     text = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\w+\.py\b", text)) <= files
@@ -45,7 +45,7 @@ def executed(book, folder: Path) -> list[dict]:
 
 @pytest.mark.ray
 def test_a_notebook_that_has_started_ray_runs_twice_on_that_cluster(features_dir, tmp_path):
-    start = "import ray\nray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)"
+    start = "import ray\nray.init('local', num_cpus=2, include_dashboard=False, log_to_driver=False)"
     fields = f"dataset='features', data_dir={str(features_dir)!r}, held_out=('ink',), rounds=1, actors=1, page=False"
     runs = [f"from fedsim import Config, run\nrun(Config({fields}, seed={seed}, out='{seed}'))" for seed in (0, 1)]
     book = nbformat.v4.new_notebook(
