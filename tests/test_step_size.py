@@ -178,8 +178,9 @@ def test_a_run_continues_with_more_rounds_unless_its_step_sizes_depend_on_their_
         with pytest.raises(InputError) as refused:
             run(config(method=cosine, rounds=other, out=out))
         assert str(refused.value) == (
-            f"{out} holds a run of 3 rounds, each of which depends on that number (as with --method.schedule cosine "
-            f"or --server.average beta), so it cannot continue with --rounds {other}; give --rounds 3, or another --out"
+            f"{out} holds a run of 3 rounds, each of which depends on that number (as with --method.schedule cosine, "
+            f"--server.average beta or --privacy.epsilon), so it cannot continue with --rounds {other}; give "
+            "--rounds 3, or another --out"
         )
     assert run(config(method=cosine, rounds=3, out=out)).last_round == 3
     assert run(config(method=cosine, rounds=0, out=tmp_path / "none")).last_round == 0

@@ -142,7 +142,7 @@ class Linked(Fleet):
 
 @pytest.mark.parametrize("server", ["fedavg", {"name": "fedbuff", "buffer": 1, "concurrency": 1}])
 def test_the_clock_starts_when_the_slowest_link_has_carried_the_survey(server):
-    arguments = Config(fleet=Linked(), server=server), 2, np.zeros_like, 1, 1
+    arguments = Config(fleet=Linked(), server=server), 2, lambda ids, round: np.zeros_like(ids), 1, 1
     plain, late = (list(islice(schedule(*arguments, once), 3)) for once in ((0, 0), (10, 100)))
     assert [planned.trained for planned in late] == [planned.trained for planned in plain]
     assert [b.clock_s - a.clock_s for a, b in zip(plain, late, strict=True)] == [10 * 1 + 100 * 3] * 3
