@@ -43,6 +43,19 @@ def save_svg(figure: Figure, file: Path) -> None:
     plt.close(figure)
 
 
+def save_curves(figure: Figure, file: Path, x: str, y: str) -> None:
+    """Writes a figure of one plot whose x axis is logarithmic, its legend to the right, as `save_svg` does."""
+    (axis,) = figure.axes
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:,g}")
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(color="0.92")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    save_svg(figure, file)
+
+
 def spread(values: pd.Series) -> str:
     """Mean ± deviation; the mean alone of a single value."""
     return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")

@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from _runs import add_data, data_of, parsed, parser_of, save_svg, spread
+from _runs import add_data, data_of, parsed, parser_of, save_curves, spread
 
 from fedsim import Config, Report, run
 from fedsim.config import merged, read_yaml
@@ -78,14 +78,7 @@ def plot(curves: pd.DataFrame, file: Path) -> None:
         family = name.partition(",")[0] if dashed else name
         last[family] = colour = last.get(family) or next(colours)
         axis.plot(mean.kB, mean.validation, "--" if dashed else "-", color=colour, lw=1.6, label=name)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.set_xlabel("sent by a client, kB")
-    axis.set_ylabel("validation accuracy, percent")
-    axis.grid(color="0.92")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    save_svg(figure, file)
+    save_curves(figure, file, "sent by a client, kB", "validation accuracy, percent")
 
 
 def main() -> None:

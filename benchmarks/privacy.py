@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from _runs import add_data, data_of, parsed, parser_of, save_svg, spread
+from _runs import add_data, data_of, parsed, parser_of, save_curves, spread
 
 from fedsim import Config, run
 
@@ -72,14 +72,7 @@ def plot(results: pd.DataFrame, file: Path) -> None:
         private = mean.drop(WITHOUT, errors="ignore")
         axis.plot([float(epsilon) for epsilon in private.index], private, "o-", color=colour, lw=1.6, label=label)
     axis.axhline(results["zero-shot"].mean(), ls=":", color="0.4", lw=1.2, label="zero-shot CLIP")
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel("epsilon at delta 1e-5")
-    axis.set_ylabel("held-out accuracy, percent")
-    axis.grid(color="0.92")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
-    save_svg(figure, file)
+    save_curves(figure, file, "epsilon at delta 1e-5", "held-out accuracy, percent")
 
 
 def main() -> None:

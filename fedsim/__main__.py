@@ -36,7 +36,7 @@ Every command has --help; fedsim --version"""
 AFTER_INTERRUPT = {
     "compare": "run the same command again",
     "page": "run the same command again",
-    "doctor": "nothing was changed",
+    "doctor": "run the same command again",
     "cache": "run the same command again",
     "watch": "the run or sweep itself continues",
     "stop": "the run or sweep may not have ended yet",
@@ -231,9 +231,10 @@ def completion_command(argv: list[str]) -> int:
     """fedsim completion: a script for a shell."""
     description = 'Print a script that completes flags and names: eval "$(fedsim completion bash)"'
     parser = Parser(prog="fedsim completion", description=description, allow_abbrev=False)
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    from fedsim.cli.completion import SHELLS, completion
+
+    parser.add_argument("shell", choices=SHELLS)
     shell = parser.parse_args(argv).shell
-    from fedsim.cli.completion import completion
     from fedsim.cli.flags import run_parser
     from fedsim.sweep.command import sweep_parser
 

@@ -299,7 +299,11 @@ def test_attackers_may_collude_where_clients_protect_their_rows(sent):
 # Refusals ---------------------------------------------------------------------------------------------------------
 
 BAD = {
-    "nobody": ({"name": "noise", "share": 0.1}, {}, "--attack.share 0.1 of 6 clients rounds down to none; give 0.167"),
+    "no client": (
+        {"name": "noise", "share": 0.1},
+        {},
+        "--attack.share 0.1 of 6 clients rounds down to none; give 0.167",
+    ),
     "everybody": ({"name": "noise", "share": 1.0}, {}, "attack.share must be < 1, got 1.0"),
     "a share of the honest": ({"name": "honest", "share": 0.5}, {}, "attack.share must be <= 0, got 0.5"),
     "no class": (

@@ -4,7 +4,7 @@ Malicious clients train, and an attack changes some of their rows before that (`
 client sends (`forge`), or those of all malicious clients in a round once the others' are known, too (`collude`). They
 answer a survey honestly, and say truly how many rows they have. They are not evaluated: reports are of the others.
 
-An update that is not finite ends the run as diverged, whoever sends it and under every rule. A server would discard it,
+An update that is not finite ends the run as diverged, from any client and under every rule. A server would discard it,
 so no attack here sends one, unless its scale is beyond the range of the numbers.
 """
 

@@ -7,14 +7,14 @@ import shtab
 
 from fedsim.registry import FOLDERS, KINDS, available
 
-SHELLS = shtab.SUPPORTED_SHELLS
+SHELLS = "bash", "zsh", "tcsh"
 DIRECTORIES = "data-dir", "out", "cache-dir"
 WORDS = {
     "list": list(FOLDERS.values()),
     "help": [name for kind in KINDS for name in available(kind)],
     "cache": ["list", "prune"],
+    "completion": SHELLS,
 }
-WORDS |= {"completion": SHELLS}
 
 
 def completion(shell: str, parsers: Mapping[str, Sequence[ArgumentParser]]) -> str:
@@ -38,6 +38,7 @@ def completion(shell: str, parsers: Mapping[str, Sequence[ArgumentParser]]) -> s
     for command in (doctor, commands.choices["cache"]):
         _complete(command.add_argument("--cache-dir", help=SUPPRESS))
     doctor.add_argument("--address")
+    commands.choices["cache"].add_argument("--days")
     return shtab.complete(parser, shell)
 
 

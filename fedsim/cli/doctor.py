@@ -51,8 +51,8 @@ def examine(cache: Path, address: str | None) -> Iterator[Finding]:
     yield Finding("machine", f"{counted(cpus or 1, 'CPU')}, {size(memory.total)} memory, {size(memory.available)} free")
     yield _gpus()
     yield _shared_memory()
-    yield _folder("cache", cache)
-    yield _folder("temporary files", Path(tempfile.gettempdir()))
+    yield _cache(cache)
+    yield _space("temporary files", Path(tempfile.gettempdir()))
     yield Finding("weights", listing([*downloaded(), "tiny embedded"], 20))
     yield _ray(address)
 
@@ -88,13 +88,17 @@ def _shared_memory() -> Finding:
     return Finding("shared memory", f"{size(free)} free in /dev/shm", remedy)
 
 
-def _folder(name: str, folder: Path) -> Finding:
+def _cache(folder: Path) -> Finding:
     try:
         check_writable(folder)
     except InputError as error:
-        return Finding(name, str(error), "give another folder")
+        return Finding("cache", str(error), "give another folder")
+    return _space("cache", folder)
+
+
+def _space(name: str, folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
-    remedy = "" if free >= SCARCE_DISK else "make room, or give another folder: `fedsim cache prune` empties the cache"
+    remedy = "" if free >= SCARCE_DISK else "make room there; `fedsim cache prune` removes features that no run uses"
     return Finding(name, f"{folder}, {size(free)} free", remedy)
 
 

@@ -131,7 +131,7 @@ class Evaluator:
     def _attacked(
         self, task: Task, owners: Sequence[Client], evaluated: EvaluationRows
     ) -> Iterator[tuple[Client, np.ndarray]]:
-        """The test rows that an attack wants to be predicted as other classes than theirs, by their owner."""
+        """The test rows at which an attack aims, by their owner."""
         if not task.attack.targeted or "attacked" not in evaluated.splits:
             return
         for owner in owners:
