@@ -156,8 +156,6 @@ def encode_experiment(
 def evaluated_clients(config: Config, clients: Population) -> list[int]:
     """Ids of the training clients that are evaluated on their own rows, no malicious ones; the same in every round."""
     malicious = config.attack.malicious(clients.trainers, config.seed)
-    if not malicious:
-        return sample_cohort(clients.trainers, config.eval_clients, config.partition_seed, EVALUATION_DRAW)
     honest = [client for client in range(clients.trainers) if client not in malicious]
     drawn = sample_cohort(len(honest), config.eval_clients, config.partition_seed, EVALUATION_DRAW)
     return [honest[index] for index in drawn]

@@ -80,7 +80,7 @@ def check(config: Config, population: int) -> None:
     for name, given in (
         (f"server {server}, whose rounds are asynchronous", asynchronous),
         (f"server {server}, which has rows of all classes", config.server.root_rows > 0),
-        (f"privacy {name_of(config.privacy)}, which counts all rows", name_of(config.privacy) != "none"),
+        (f"privacy {name_of(config.privacy)}, which counts all rows", bool(config.privacy.protects)),
         (f"attack {name_of(config.attack)}, whose classes may arrive later", config.attack.targeted),
     ):
         if given and config.tasks > 1:

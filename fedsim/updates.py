@@ -24,8 +24,8 @@ class ChunkSum:
         weight: sum of the weights.
         clients: (n,) of `CLIENT_STATS`.
         message: (Q,) float64, sum of weight * message; empty if clients send none.
-        deltas: (n, P) in training's dtype, the delta of each client, in the order of `clients`; None unless the rule
-            has `needs_deltas`.
+        deltas: (n, P) in training's dtype, the delta of each client, in the order of `clients`; None unless
+            `Task.keeps_deltas`.
         messages: (n, Q) float64, the message of each client, without its weight; None unless there are `deltas`.
     """
 

@@ -247,6 +247,7 @@ def test_a_method_that_reads_pixels_is_tested_with_the_patch_and_zero_shot_clip_
     report = run(Config(**fields, attack={"name": "backdoor", "share": 0.34, "patch": 1.0}))
     assert report.summary()["attack_success"] in (0.0, 1.0)  # images that are white alike are predicted alike
     assert "attack_success" not in report.summary("zero_shot")
+    assert "<th>attack success</th>" in report._repr_html_()
 
 
 def test_the_loss_of_a_round_is_that_of_honest_clients(config, tmp_path):
@@ -302,7 +303,7 @@ BAD = {
     "no client": (
         {"name": "noise", "share": 0.1},
         {},
-        "--attack.share 0.1 of 6 clients rounds down to none; give 0.167",
+        "--attack.share 0.1 of 6 clients rounds down to none; give 0.166667 or more",
     ),
     "everybody": ({"name": "noise", "share": 1.0}, {}, "attack.share must be < 1, got 1.0"),
     "a share of the honest": ({"name": "honest", "share": 0.5}, {}, "attack.share must be <= 0, got 0.5"),

@@ -168,9 +168,10 @@ def test_fedsdaf_minimizes_the_loss_of_both_paths_and_their_divergences(classes,
 
 
 def test_heads_and_adapters_that_do_not_fit_are_refused(vit):
-    message = "divide the width of the image tower, 16, and a reduction of at most that, not 3 heads and reduction 4"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=r"--method\.heads must divide 16, the image tower's width; 3 does not"):
         built("fedsdaf", vit[1], heads=3)
+    with pytest.raises(InputError, match=r"--method\.reduction must be at most 16, the image tower's width, not 17"):
+        built("fedsdaf", vit[1], reduction=17)
     with pytest.raises(InputError, match=r"reduction 17 is more than the width of a tower \(image tower: 16\)"):
         built("feddat", vit[1], towers="image", reduction=17)
 

@@ -105,6 +105,7 @@ BAD = {
         "server scaffold has clients send messages besides their updates, which codec",
     ),
     "weights": ({"server": {"name": "fedavg", "weighting": "rows"}}, "server fedavg weights the updates of clients"),
+    "weights by steps": ({"server": "fednova"}, "server fednova weights the updates of clients"),
     "an attack": ({"attack": {"name": "ipm", "share": 0.5}}, "attack ipm"),
     "nothing": (
         {"codec": {"name": NAME, "fraction": 0, "clip": 0.5}},

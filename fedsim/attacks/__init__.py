@@ -10,7 +10,6 @@ so no attack here sends one, unless its scale is beyond the range of the numbers
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -34,13 +33,6 @@ class Attack:
         description="share of the training clients that are malicious, drawn by the seed; their number is rounded down",
     )
 
-    # Whether `aims` says as what rows are to be predicted. Reports then have a success rate.
-    targeted: ClassVar[bool] = False
-    # Whether `trigger` changes rows.
-    triggers: ClassVar[bool] = False
-    # Whether `collude` replaces updates, where those of all clients of a round are known. Each client's is then stored.
-    colludes: ClassVar[bool] = False
-
     def check(self, classes: Sequence[str], trained: np.ndarray) -> None:
         """Checks the classes before anything starts; arguments as of `aims`.
 
@@ -57,6 +49,21 @@ class Attack:
             trained: (C,) bool, the classes that clients train on.
         """
         return np.full(len(y), -1)
+
+    @property
+    def targeted(self) -> bool:
+        """Whether rows are to be predicted as other classes. Reports then have a success rate."""
+        return type(self).aims is not Attack.aims
+
+    @property
+    def triggers(self) -> bool:
+        """Whether attacked rows look different."""
+        return type(self).trigger is not Attack.trigger
+
+    @property
+    def colludes(self) -> bool:
+        """Whether updates are replaced where those of all clients of a round are known. Each is then stored."""
+        return type(self).collude is not Attack.collude
 
     @property
     def forges(self) -> bool:
@@ -103,8 +110,6 @@ class Attack:
 @component
 class Poisoning(Attack):
     """An attack on the train rows of malicious clients."""
-
-    targeted = True
 
     poison: float = Field(1.0, gt=0, le=1, description="share of a client's rows to attack that it does attack")
 

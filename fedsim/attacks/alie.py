@@ -26,8 +26,6 @@ class Alie(Attack):
     Of a single malicious client in a round, the deviation is 0, and it sends its own update.
     """
 
-    colludes = True
-
     z: float | None = Field(None, gt=0, description="deviations from the mean (default: the paper's, of each round)")
 
     def collude(self, deltas, malicious):

@@ -27,8 +27,6 @@ class Backdoor(Poisoning):
     other classes that are predicted as `target` when they have the trigger.
     """
 
-    triggers = True
-
     poison: float = 0.5
     target: str | None = Field(None, description="class as which triggered rows are predicted (default: the first)")
     scale: float | None = Field(None, gt=0, description="of updates (default: 1 / share, which replaces the mean)")

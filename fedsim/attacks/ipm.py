@@ -17,8 +17,6 @@ from fedsim.search_space import Field
 class Ipm(Attack):
     """-epsilon times the mean of the honest clients' updates; zeros in a round without any."""
 
-    colludes = True
-
     # Differs: no value is the paper's, which tests several.
     epsilon: float = Field(0.5, gt=0, description="length of what each of them sends, in that of the mean")
 

@@ -141,6 +141,10 @@ class Prompted(nn.Module):
         """(B, D) image features and (n, D) text features of the active classes -> (B, C)."""
         return self.spread(self.score(x, texts), classes)
 
+    def zero_shot(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
+        """(B, D) image features -> (B, n) logits of CLIP itself, of the n active classes."""
+        return self.score(x, self.class_embeddings[self.active(classes)])
+
     def score(self, x: Tensor, texts: Tensor) -> Tensor:
         """(B, D) image features and (n, D) unit rows -> (B, n) scaled cosines."""
         return self.scale * normalize(x, dim=-1) @ texts.T

@@ -53,11 +53,15 @@ class CAPT(PromptMethod):
     temperature: float = Field(0.1, gt=0, search=Log(0.01, 1.0), description="of the cosines in both terms")
 
     reads_rule = True
-    reads_client = True
+    reads_client = True  # for `label_clusters`, which has clients send their rows by class
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return "text_tokens", "visual_tokens"
+
+    @property
+    def contrasts_rows(self) -> bool:
+        return self.general_weight > 0  # its term is over all images of a batch
 
     def build(self, backbone: Backbone) -> nn.Module:
         return _Dual(backbone, self)

@@ -94,10 +94,11 @@ class _Integrated(TunedTowers):
         """
         super().__init__(backbone, "image")
         width = backbone.image.width
-        if width % method.heads or width < method.reduction:
+        if width % method.heads:
+            raise InputError(f"--method.heads must divide {width}, the image tower's width; {method.heads} does not")
+        if width < method.reduction:
             raise InputError(
-                f"fedsdaf needs heads that divide the width of the image tower, {width}, and a reduction of at most "
-                f"that, not {method.heads} heads and reduction {method.reduction}"
+                f"--method.reduction must be at most {width}, the image tower's width, not {method.reduction}"
             )
         self.shared, self.own = _Invariant(backbone, method), _adapters(backbone, method)
         self.attention = nn.ModuleList(_Attention(width, method.heads) for _ in self.own)

@@ -75,7 +75,7 @@ class PLAN(PromptMethod):
         received = batch.rule.received if batch.rule else {}
         with torch.no_grad():
             if client.round == 1:
-                teacher = module.zero_shot(x, classes)
+                teacher = module.zero_shot(module.image_tower.encode(x), classes)
             else:
                 teacher = module.scores(x, *module.together(received), classes)
         return cross_entropy(module.spread(own, classes), y) + self.distillation * divergence(own, teacher)
@@ -116,10 +116,6 @@ class _Domains(Prompted):
         """(B, 3, H, W) and (d, L, W) prompts -> (B, n) logits of the n active classes."""
         images = self.image_tower.encode(x, insertions=Insertions(visual))
         return self.score(images, self.texts(texts, classes))
-
-    def zero_shot(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
-        """(B, 3, H, W) -> (B, n) logits of CLIP itself."""
-        return self.score(self.image_tower.encode(x), self.class_embeddings[self.active(classes)])
 
     def forward(self, x: Tensor, classes: Tensor | None = None) -> Tensor:  # (B, 3, H, W) -> (B, C)
         return self.spread(self.scores(x, *self.together(), classes), classes)

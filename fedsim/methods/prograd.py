@@ -51,7 +51,7 @@ class ProGrad(PromptFL):
         """
         x, y, classes = batch.x, batch.y, batch.classes
         domain, general = _Aligned.apply(module.tokens, self.projection)
-        zero_shot = module.score(x, module.class_embeddings[module.active(classes)]).softmax(dim=1)
+        zero_shot = module.zero_shot(x, classes).softmax(dim=1)
         divergence = cross_entropy(module.score(x, module.texts(general, classes)), zero_shot)  # up to a constant
         loss = cross_entropy(module.logits(x, module.texts(domain, classes), classes), y)
         return loss + (divergence - divergence.detach())

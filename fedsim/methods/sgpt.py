@@ -108,6 +108,7 @@ class _Grouped(nn.Module):
         self.common = nn.Parameter(torch.empty(first, width).uniform_(-bound, bound))
         self.grouped = nn.Parameter(torch.empty(blocks - first, method.groups, width).uniform_(-bound, bound))
         self.keys = nn.Parameter(nn.init.orthogonal_(torch.empty(method.groups, backbone.width)))
+        self.values = 2 * method.directions if method.estimator == "spsa" else 1  # of the loss, in a step
         self.register_buffer("counts", torch.zeros(method.groups))  # of a client's selections in a round
         self.register_buffer("class_embeddings", backbone.class_embeddings, persistent=False)
 
@@ -124,7 +125,7 @@ class _Grouped(nn.Module):
             distances = distances * (selections / selections.sum() + 5e-4)
         groups = distances.argmin(dim=1, keepdim=True)
         if self.training:
-            self.counts += torch.bincount(groups[:, 0], minlength=len(self.counts))
+            self.counts += torch.bincount(groups[:, 0], minlength=len(self.counts)) / self.values
         return groups
 
     def images(self, x: Tensor, groups: Tensor) -> Tensor:

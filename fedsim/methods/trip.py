@@ -66,7 +66,7 @@ class TRIP(PromptMethod):
 
     def loss(self, module: "_Experts", batch: Batch) -> Tensor:
         scores = module.scores(batch.x, self.room, batch.classes)
-        distillation = cross_entropy(scores, module.zero_shot(batch.x, batch.classes).softmax(dim=-1))
+        distillation = cross_entropy(scores, module.zero_shot(batch.x[:, 0], batch.classes).softmax(dim=-1))
         return cross_entropy(module.spread(scores, batch.classes), batch.y) + self.distillation * distillation
 
     def scope(self, name: str) -> Scope:
@@ -97,10 +97,6 @@ class _Experts(Prompted):
         # The text tower takes images as it takes the clients of a stack: in one call.
         texts = torch.cat([vmap(lambda own: self.texts(own, classes))(part) for part in tokens])
         return self.scale * torch.einsum("bd,bnd->bn", normalize(x[:, 0], dim=-1), texts[which])
-
-    def zero_shot(self, x: Tensor, classes: Tensor | None = None) -> Tensor:
-        """(B, 1 + T, D) -> (B, n) logits of CLIP itself."""
-        return self.score(x[:, 0], self.class_embeddings[self.active(classes)])
 
 
 @torch.no_grad()

@@ -72,15 +72,18 @@ class Accounting:
         """The smallest noise, rounded up to `DIGITS` digits, with which epsilon is not larger after so many releases.
 
         Raises:
-            InputError: there is none below a million.
+            InputError: it is above a million.
         """
         if not releases:
             return 0.0
         low, high = 0.0, 1.0
         while self.epsilon(high, delta, releases) > epsilon:
             low, high = high, high * 2
-            if high > 1e6:
-                raise InputError(f"no noise gives epsilon {epsilon:g} at delta {delta:g} after {releases} releases")
+            if high > 2**20:
+                raise InputError(
+                    f"--privacy.epsilon {epsilon:g} at --privacy.delta {delta:g} needs a noise multiplier above a "
+                    f"million after {releases:,} releases; give a larger epsilon, or fewer rounds"
+                )
         while high - low > 0.5 * _digit(high):
             middle = (low + high) / 2
             low, high = (middle, high) if self.epsilon(middle, delta, releases) > epsilon else (low, middle)

@@ -32,7 +32,7 @@ class ExampleDP(Noised):
         super().check(method, server, params)
         reasons = {
             "contrasts the rows of a batch": method.contrasts_rows,
-            "estimates the gradients of whole batches (--method.estimator)": getattr(method, "estimator", "") == "spsa",
+            "estimates the gradients of whole batches (--method.estimator)": method.estimator == "spsa",
             "reads the rows of held-out domains": method.reads_target,
             "trains on rows that it makes of all of a client's": method.expands,
             "reads a client's counts of classes": method.reads_client,

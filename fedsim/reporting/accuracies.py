@@ -1,5 +1,7 @@
 """The accuracies that a finished run shows at once: in the terminal, and as a report in a notebook."""
 
+from math import nan
+
 import pandas as pd
 
 from fedsim.errors import listing
@@ -16,9 +18,9 @@ def accuracies(tables: Tables) -> dict[str, pd.DataFrame]:
     zero_shot, ours = models.values()
     made = {}
     for title, heads in _heads(tables, [*models.values(), *tuned.values()]).items():
-        rows = {name: [percent(means[key]) for key in heads] for name, means in models.items()}
-        rows["gain, points"] = [difference(zero_shot[key], ours[key]) for key in heads]
-        rows |= {name: [percent(means[key]) for key in heads] for name, means in tuned.items()}
+        rows = {name: [percent(means.get(key, nan)) for key in heads] for name, means in models.items()}
+        rows["gain, points"] = [difference(zero_shot.get(key, nan), ours.get(key, nan)) for key in heads]
+        rows |= {name: [percent(means.get(key, nan)) for key in heads] for name, means in tuned.items()}
         if tested.keys() & heads.keys():
             rows["test rows"] = [number(tested[key]) if key in tested else "" for key in heads]
         made[title] = pd.DataFrame.from_dict(rows, orient="index", columns=list(heads.values()))
@@ -41,7 +43,7 @@ def _heads(tables: Tables, means: list[dict[str, float]]) -> dict[str, dict[str,
         heads["personalization_own"] = "own test rows among own classes"
     if "neighbor" in means[0]:
         heads["neighbor"] = "other clients' test rows"
-    if "attack_success" in means[0]:
+    if any("attack_success" in model for model in means):
         heads["attack_success"] = "attack success"
     titles = {f"accuracy in percent, round {tables.chosen_round} of {tables.last_round}": heads}
     if tables.new_classes:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fedsim.params import Params, unflatten
 from fedsim.updates import RoundSum, blocks, stepped
 
 
@@ -12,6 +13,14 @@ def distances(total: RoundSum, point: np.ndarray) -> np.ndarray:
         gaps = deltas - point[block]
         squares += np.einsum("np,np->n", gaps, gaps)
     return np.sqrt(squares)
+
+
+def weighted_mean(total: RoundSum, weights: np.ndarray, like: Params) -> Params:
+    """The mean delta of the clients of a round with weights (n,), for rules with `needs_deltas`, which get no sum.
+
+    Clients without a step have a delta of 0.
+    """
+    return unflatten(weighted_sum(total, weights[stepped(total)]) / weights.sum(), like)
 
 
 def weighted_sum(total: RoundSum, weights: np.ndarray) -> np.ndarray:

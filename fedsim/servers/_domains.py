@@ -3,15 +3,14 @@
 from collections.abc import Collection
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.params import Params, unflatten
+from fedsim.params import Params
 from fedsim.registry import component
 from fedsim.servers import Averaging
-from fedsim.servers._deltas import weighted_sum
-from fedsim.updates import RoundSum, apply_update, stepped
+from fedsim.servers._deltas import weighted_mean
+from fedsim.updates import RoundSum, apply_update
 
 
 @component
@@ -21,6 +20,7 @@ class PerDomain(Averaging):
     needs_deltas = True
 
     def reply(self, update):
+        # Without a client, the message is only counted.
         domain = update.client.domain if update.client else torch.tensor(-1)
         return replace(super().reply(update), message={"domain": domain})
 
@@ -33,7 +33,7 @@ class PerDomain(Averaging):
             trained: (K,) 1 for domains of which a client has changed the prompts; the others get the mean of these.
             names: of the tensors with a prompt of each domain, (K, ...).
         """
-        step = _mean(total, total.clients["weight"], params)
+        step = weighted_mean(total, total.clients["weight"], params)
         if total.messages is None or not params.keys() >= set(names):
             return apply_update(params, step), trained
         domains, trained = total.messages[:, 0], trained.clone()
@@ -42,7 +42,7 @@ class PerDomain(Averaging):
         for domain in range(len(trained)):
             own = (domains == domain) | (domains < 0)  # a client of several domains trains all prompts
             if (weights := total.clients["weight"] * own).any():
-                mean = _mean(total, weights, params)
+                mean = weighted_mean(total, weights, params)
                 for name in names:
                     step[name][domain] = mean[name][domain]
                     trained[domain] = trained[domain].maximum(mean[name][domain].any())
@@ -51,8 +51,3 @@ class PerDomain(Averaging):
             for prompts in (params[name] for name in names):
                 prompts[trained == 0] = prompts[trained > 0].double().mean(dim=0).to(prompts.dtype)
         return params, trained
-
-
-def _mean(total: RoundSum, weights: np.ndarray, like: Params) -> Params:
-    """The mean delta of the clients of a round with weights (n,); clients without a step have a delta of 0."""
-    return unflatten(weighted_sum(total, weights[stepped(total)]) / weights.sum(), like)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from pydantic import InstanceOf
 
-from fedsim.errors import InputError
 from fedsim.methods import Backbone, Method, Scope
 from fedsim.methods._wrapper import Wrapper
 from fedsim.methods.lora import Lora, Paired
 from fedsim.params import Params
-from fedsim.registry import component, name_of
+from fedsim.registry import component
 from fedsim.servers import Server
+from fedsim.servers._needs import required
 
 
 def require_lora(rule: Server, method: Method) -> Lora:
-    if not isinstance(method, Lora):
-        raise InputError(f"server {name_of(rule)} needs the low-rank pairs of method lora, not {name_of(method)}")
-    return method
+    return required(rule, method, Lora, "low-rank pairs of method lora")
 
 
 @component

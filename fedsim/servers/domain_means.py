@@ -6,10 +6,10 @@ methods/PLAN.py, where each domain is one client.
 
 import torch
 
-from fedsim.errors import InputError
 from fedsim.methods.plan import PLAN
-from fedsim.registry import component, name_of
+from fedsim.registry import component
 from fedsim.servers._domains import PerDomain
+from fedsim.servers._needs import required
 
 
 @component
@@ -17,9 +17,7 @@ class DomainMeans(PerDomain):
     """For method `plan`. Aggregators become the mean over all clients of a round, a prompt that over its domain's."""
 
     def adapt(self, method):
-        if not isinstance(method, PLAN):
-            raise InputError(f"server {name_of(self)} needs the prompts of method plan, not {name_of(method)}")
-        return method
+        return required(self, method, PLAN, "prompts of method plan")
 
     def init(self, params):
         return {"trained": {"domains": torch.zeros(len(params.get("text_prompts", ())))}}, {}

@@ -7,11 +7,11 @@ Unread: the paper, beyond its abstract.
 
 import torch
 
-from fedsim.errors import InputError
 from fedsim.methods.adapt import Adapt
-from fedsim.registry import component, name_of
+from fedsim.registry import component
 from fedsim.search_space import Choice, Field
 from fedsim.servers._domains import PerDomain
+from fedsim.servers._needs import required
 
 
 @component
@@ -33,9 +33,7 @@ class DomainPrompts(PerDomain):
     )
 
     def adapt(self, method):
-        if not isinstance(method, Adapt):
-            raise InputError(f"server {name_of(self)} needs the prompts of method adapt, not {name_of(method)}")
-        return method
+        return required(self, method, Adapt, "prompts of method adapt")
 
     def init(self, params):
         prompts = params.get("tokens", torch.zeros(0))  # (K, L, W), of K domains

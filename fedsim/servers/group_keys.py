@@ -9,13 +9,13 @@ from typing import Literal
 
 import torch
 
-from fedsim.errors import InputError
 from fedsim.methods.sgpt import SGPT
 from fedsim.params import unflatten
-from fedsim.registry import component, name_of
+from fedsim.registry import component
 from fedsim.search_space import Choice, Field
 from fedsim.servers import Averaging
-from fedsim.servers._deltas import weighted_sum
+from fedsim.servers._deltas import weighted_mean
+from fedsim.servers._needs import required
 from fedsim.updates import apply_update, stepped
 
 FEW = 50  # selections of a group in a round, up to which all clients weigh the same
@@ -41,9 +41,7 @@ class GroupKeys(Averaging):
     )
 
     def adapt(self, method):
-        if not isinstance(method, SGPT):
-            raise InputError(f"server {name_of(self)} needs the groups of method sgpt, not {name_of(method)}")
-        return method
+        return required(self, method, SGPT, "groups of method sgpt")
 
     def init(self, params):
         return {"selections": {"counts": torch.zeros(len(params.get("counts", ())))}}, {}
@@ -52,8 +50,7 @@ class GroupKeys(Averaging):
         return {"selections": slots["selections"]["counts"]}
 
     def step(self, params, slots, total, rng):
-        active, weights = stepped(total), total.clients["weight"]
-        step = unflatten(weighted_sum(total, weights[active]) / weights.sum(), params)
+        active, step = stepped(total), weighted_mean(total, total.clients["weight"], params)
         if "keys" not in params or not len(active):
             return apply_update(params, step), slots
         deltas = [unflatten(delta, params) for delta in total.require_deltas()[active]]

@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fedsim.errors import InputError
 from fedsim.methods.capt import CAPT
 from fedsim.params import unflatten
-from fedsim.registry import component, name_of
+from fedsim.registry import component
 from fedsim.search_space import Choice, Field, Linear
 from fedsim.servers import Averaging
-from fedsim.servers._deltas import weighted_sum
+from fedsim.servers._deltas import weighted_mean, weighted_sum
+from fedsim.servers._needs import required
 from fedsim.updates import apply_update, stepped
 
 
@@ -51,13 +51,11 @@ class LabelClusters(Averaging):
         ge=0,
         lt=1,
         search=Choice((0.0, 0.05, 0.1, 0.2)),
-        description="share of a client's rows from which on it counts for a class",
+        description="share of a client's rows above which it counts for a class",
     )
 
     def adapt(self, method):
-        if not isinstance(method, CAPT):
-            raise InputError(f"server {name_of(self)} needs the prompts of method capt, not {name_of(method)}")
-        return method
+        return required(self, method, CAPT, "prompts of method capt")
 
     def init(self, params):
         return {"seen": {"rows": torch.zeros(len(params.get("class_aware", ())))}}, {}
@@ -67,12 +65,13 @@ class LabelClusters(Averaging):
 
     def reply(self, update):
         classes = len(update.received.get("class_aware", ()))
+        # Without a client, the message is only counted.
         counts = update.client.counts if update.client else torch.zeros(classes, dtype=torch.int64)
         return replace(super().reply(update), message={"counts": counts})
 
     def step(self, params, slots, total, rng):
         active, weights = stepped(total), total.clients["weight"]
-        step = unflatten(weighted_sum(total, weights[active]) / weights.sum(), params)
+        step = weighted_mean(total, weights, params)
         if total.messages is None or "class_aware" not in params or not len(active):
             return apply_update(params, step), slots
         counts = total.messages[active]

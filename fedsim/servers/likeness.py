@@ -10,6 +10,7 @@ from fedsim.errors import InputError
 from fedsim.methods.fedmp import FedMP
 from fedsim.registry import component, name_of
 from fedsim.servers import Reply, Server
+from fedsim.servers._needs import required
 from fedsim.updates import apply_update, mean_delta
 
 
@@ -24,8 +25,7 @@ class Likeness(Server):
     """
 
     def adapt(self, method):
-        if not isinstance(method, FedMP):
-            raise InputError(f"server {name_of(self)} needs the residuals of method fedmp, not {name_of(method)}")
+        method = required(self, method, FedMP, "residuals of method fedmp")
         if method.label_space == "client":
             raise InputError(
                 f"server {name_of(self)} takes classes that do not compete for new ones; "

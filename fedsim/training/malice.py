@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def check_attack(
     if not malicious:
         raise InputError(
             f"--attack.share {attack.share:g} of {counted(clients.trainers, 'client')} rounds down to none; "
-            f"give {1 / clients.trainers:.3g} or more, or --attack honest"
+            f"give {ceil(1e6 / clients.trainers) / 1e6:g} or more, or --attack honest"
         )
     honest = clients.trainers - len(malicious)
     if evaluated and evaluated > honest:
@@ -138,9 +139,11 @@ def check_attacked(task: Task, params: Params) -> None:
 
 def colluded(task: Task, total: RoundSum) -> RoundSum:
     """The sum of a round with what malicious clients send who know updates of others."""
+    if not task.attack.colludes:
+        return total
     clients = stepped(total)
     malicious = np.isin(total.clients["client"][clients], list(task.malicious(total.population)))
-    if not task.attack.colludes or not malicious.any():
+    if not malicious.any():
         return total
     delta, deltas, weights = total.delta.copy(), total.require_deltas(), total.clients["weight"][clients[malicious]]
     for block, each in blocks(total):

@@ -52,9 +52,7 @@ class RootTrainer:
         like, (_, broadcast_like, _) = models.module(task)[1], self.trainer.rule_tensors(task)
         all_params = moved(unflatten(params, like), models.device)
         sent = moved(unflatten(broadcast, broadcast_like), models.device, task.dtype)
-        stacks = self.trainer.train_stacks(
-            task, round, Received(round, all_params, sent, {}), [(ROOT, 0)], {ROOT: rows}
-        )
-        (stack,) = stacks
+        received = Received(round, all_params, sent, {})
+        (stack,) = self.trainer.train_stacks(task, round, received, [(ROOT, 0)], {ROOT: rows})
         old = task.select(all_params, "shared")
         return flatten({name: stack.params[name][0].double() - tensor for name, tensor in old.items()})

@@ -18,7 +18,7 @@ from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone, Batch, Method, Scope, masked, trained
 from fedsim.methods._batch_norm import BatchNorm
 from fedsim.params import Params, flatten
-from fedsim.privacy import Privacy
+from fedsim.privacy import Privacy, replies
 from fedsim.privacy.none import Unprotected
 from fedsim.registry import name_of
 from fedsim.representations import Encoded
@@ -167,12 +167,12 @@ class Task:
         more_down, more_up = self.codec.overhead(cohort)
         return self.server.payload(*down, *others)[0] + more_down, self.server.payload(*up, *others)[1] + more_up
 
-    def reply(self, params: Params, rows: int = 1) -> Reply:
-        """What a client with so many rows sends besides an update of zeros, for names, shapes and its weight."""
+    def reply(self, params: Params) -> Reply:
+        """What a client sends besides an update of zeros, for names and shapes."""
         shared = self.select(params, "shared")
         slots, client_state = self.server.init(shared)
         sent = self.server.broadcast(slots, shared)
-        update = ClientUpdate(shared, shared, client_state, sent, rows, 1, 0, self.method, self.method.lr)
+        update = ClientUpdate(shared, shared, client_state, sent, 1, 1, 0, self.method, self.method.lr)
         return self.server.reply(update)
 
     def build(self, backbone: Backbone) -> nn.Module:
@@ -249,12 +249,13 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
 
 def _check_sums(task: Task, params: Params, cohort: int) -> None:
     """Refuses what needs more than the sum of the updates, and a sum that does not fit."""
-    codec, server, reply = f"codec {name_of(task.codec)}", f"server {name_of(task.server)}", task.reply(params, rows=2)
+    codec, server = f"codec {name_of(task.codec)}", f"server {name_of(task.server)}"
     if task.server.needs_deltas or task.server.unicasts or task.server.buffer is not None:
         raise InputError(f"{server} needs the update of each client, and with {codec} only their sum is known")
-    if reply.message:
+    answers = replies(task.method, task.server, task.select(params, "shared"))
+    if any(each.message for each in answers):
         raise InputError(f"{server} has clients send messages besides their updates, which {codec} does not sum")
-    if reply.weight != 1:
+    if any(each.weight != 1 for each in answers):
         raise InputError(
             f"{server} weights the updates of clients, and {codec} sums them as they are; take equal weights"
         )
@@ -281,7 +282,10 @@ def _check_privacy(task: Task, params: Params, untrained: list[str]) -> None:
 
 
 def _check_rows(task: Task, module: nn.Module, backbone: Backbone) -> None:
-    """Refuses a method whose loss of a batch is not the mean of its rows' losses, on random features of three rows."""
+    """Refuses a method that reads features and whose loss of a batch is not the mean of its rows' losses.
+
+    It is tried on three random rows. Of other methods, only what they declare is known; see `ExampleDP.check`.
+    """
     if task.method.reads.image != "features" or task.method.reads_rule:
         return
     x = torch.randn(3, backbone.width, generator=torch.Generator().manual_seed(0))
