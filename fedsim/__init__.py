@@ -96,10 +96,10 @@ _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items()
 
 
 def __getattr__(name: str) -> object:
-    if name == "__version__":  # pyproject.toml's
+    if name == "__version__":
         from importlib.metadata import version
 
-        return version(__name__)
+        return version("fedsim")  # the distribution's name, as in pyproject.toml
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value = getattr(import_module(_MODULE_OF[name]), name)

@@ -2,10 +2,10 @@
 
 import sys
 from functools import partial
-from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 
+from fedsim import __version__
 from fedsim.cli.background import stop, watch
 from fedsim.cli.flags import DETACH, Parser, parse_run
 from fedsim.cli.launch import launch
@@ -81,7 +81,7 @@ def _command(argv: list[str]) -> int:
         print(USAGE)
         return 0
     if argv[0] == "--version":
-        print(f"fedsim {version('fedsim')}")
+        print(f"fedsim {__version__}")
         return 0
     if argv[0] not in commands:
         raise InputError(f"no command {argv[0]!r}; available: {listing(commands)}")

@@ -8,12 +8,12 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from fedsim import __version__
 from fedsim.errors import RENAMED, InputError, Stopped, listing
 from fedsim.files import FULL, Damaged, digest, reason, write_text
 
@@ -146,7 +146,7 @@ def read_sealed(file: Path, remedy: str) -> str:
         if (seal := SEALED.fullmatch(first)) and (number := int(seal[1] or 1)) != FORMAT:
             raise InputError(
                 f"{file} was written by another version of fedsim: it has format {number}, and fedsim "
-                f"{metadata.version('fedsim')} reads format {FORMAT}; {remedy}"
+                f"{__version__} reads format {FORMAT}; {remedy}"
             )
         if first != SEAL.format(FORMAT, digest(rest)):
             raise Damaged("its content does not match its digest")

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from fedsim import __version__
+
 PACKAGES = (
-    "fedsim",
     "ray",
     "torch",
     "torchvision",
@@ -23,9 +24,8 @@ PACKAGES = (
 
 def environment() -> dict[str, str]:
     """Versions of what the bits of a run depend on."""
-    return {"python": platform.python_version(), "machine": platform.machine()} | {
-        name: version(name) for name in PACKAGES
-    }
+    ours = {"python": platform.python_version(), "machine": platform.machine(), "fedsim": __version__}
+    return ours | {name: version(name) for name in PACKAGES}
 
 
 def to_yaml(fields: dict[str, Any]) -> str:
