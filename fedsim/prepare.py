@@ -326,7 +326,8 @@ def _placeholder(config: Config, method: Method, data: Data, clients: Population
         clip.check_tokens()
     classes = data.source.classes
     embeddings = torch.eye(len(classes), data.width)
-    texts = Backbone(embeddings, 1.0, classes, data.templates, domains=len(data.source.domains))
+    of_data = {"domains": len(data.source.domains), "groups": data.source.groups}
+    texts = Backbone(embeddings, 1.0, classes, data.templates, **of_data)
     backbone = with_towers(texts, method.reads, clip)
     how = {"codec": config.codec, "privacy": config.privacy, "attack": config.attack}
     task = Task(method, config.server, config.seed, config.dtype, **how)

@@ -59,6 +59,7 @@ def towers(backbone, small_clip):
         text = clip.text_tower(method.reads.text == "blocks") if method.reads.text != "features" else None
         image = clip.image_tower() if method.reads.image == "pixels" else None
         names = {"classes": ("cat", "dog", "owl", "pig"), "text_tower": text, "image_tower": image, "domains": 2}
+        names["groups"] = "old", "young"
         return replace(backbone, **names), x[method.reads.image]
 
     return make
@@ -77,7 +78,7 @@ def test_the_slope_of_every_methods_loss_is_its_gradient_unless_it_changes_gradi
 
     def same(seed):
         client = ClientContext(torch.tensor(1), torch.ones(4), round=1) if method.reads_client else None
-        batch = Batch(x, Y.roll(seed), client=client, target=x + 1 if method.reads_target else None)
+        batch = Batch(x, Y.roll(seed), client=client, target=x + 1 if method.reads_target else None, group=Y % 2)
         params = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
         start = {n: p + 0.02 * draw(p.numel(), seed=seed).view(p.shape) for n, p in params.items()}
         direction = {n: draw(p.numel(), seed=9).view(p.shape) / p.numel() ** 0.5 for n, p in params.items()}

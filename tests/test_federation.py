@@ -222,6 +222,7 @@ def towers(backbone, small_clip):
         text = clip.text_tower(method.reads.text == "blocks") if method.reads.text != "features" else None
         image = clip.image_tower() if method.reads.image == "pixels" else None
         names = {"classes": ("cat", "dog", "owl", "pig"), "text_tower": text, "image_tower": image}
+        names["groups"] = "old", "young"
         return replace(backbone, **names), x[method.reads.image]
 
     return make
@@ -233,7 +234,7 @@ def test_every_method_scores_classes_and_learns_only_what_travels(name, towers):
     backbone, x = towers(method)
     module, y = method.build(backbone), torch.tensor([0, 1, 2, 3, 0, 1])
     assert module(x).shape == (6, 4)
-    assert method.loss(module, Batch(x, y, target=x if method.reads_target else None)).shape == ()
+    assert method.loss(module, Batch(x, y, target=x if method.reads_target else None, group=y // 2)).shape == ()
     assert {n for n, _ in module.named_parameters()} <= set(module.state_dict())
     assert all(tensor.is_floating_point() for tensor in module.state_dict().values())
 

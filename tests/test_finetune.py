@@ -53,7 +53,8 @@ def whole(model, tokenizer):
     texts = model.encode_text(tokenizer([f"a picture of a {name}" for name in CLASSES]), normalize=True)
     scale = model.logit_scale.exp().item()
     towers = TextTower(model, tokenizer), ImageTower(model.visual, mean, std)
-    return Backbone(texts, scale, CLASSES, ("a picture of a {}",), *towers), pixels, features
+    backbone = Backbone(texts, scale, CLASSES, ("a picture of a {}",), *towers, groups=("old", "young"))
+    return backbone, pixels, features
 
 
 def zero_shot(backbone, features):

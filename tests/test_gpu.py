@@ -22,6 +22,7 @@ def small(tmp_path_factory):
 
     def make(folder, **fields):
         quick = {"actors": 0, "gpus_per_actor": 0.5, "rounds": 2, "held_out": ("ink",), "shots": 2, "seed": 1}
+        quick["dataset"] = {"name": "glyphs", "domain_groups": True}
         return Config(**(quick | {"cache_dir": cache, "out": folder} | fields))
 
     return make

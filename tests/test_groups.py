@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import CLASSES
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 
-from fedsim import InputError, run
+from fedsim import InputError, component, run
+from fedsim.methods.probe import Probe
 from fedsim.prepare import prepare
 from fedsim.registry import parse
 from fedsim.reporting.metrics import fairness, group_accuracies
@@ -103,6 +104,38 @@ def test_without_groups_nothing_is_said_of_fairness_and_all_else_is_the_same(gro
     assert with_groups.tables().scores.equals(without.tables().scores)
     same = {key: value for key, value in with_groups.summary().items() if key in without.summary()}
     assert same == pytest.approx(without.summary(), nan_ok=True) and "equalized_odds" not in without.summary()
+
+
+@component
+class ByGroup(Probe):
+    """Weights rows by the number of their group."""
+
+    reads_group = True
+
+    def loss(self, module, batch):
+        losses = cross_entropy(module(batch.x, batch.classes), batch.y, reduction="none")
+        return (losses * (1 + batch.group)).mean()
+
+
+def test_a_loss_gets_the_group_of_each_row_on_both_engines(grouped, config, tmp_path):
+    fields = {"data_dir": grouped, "method": ByGroup(), "clients": 6, "partition": "dirichlet", "dtype": "float64"}
+    ours, single = (run(config(**fields, engine=engine, out=tmp_path / engine)) for engine in ("stacked", "reference"))
+    torch.testing.assert_close(ours.adapter, single.adapter, rtol=1e-9, atol=1e-12)
+    losses = ours.tables().rounds.loss.iloc[0]
+    plain = (
+        run(config(**fields | {"method": Probe(), "rounds": 1}, out=tmp_path / "plain")).tables().rounds.loss.iloc[0]
+    )
+    assert plain < losses < 3 * plain
+    with pytest.raises(InputError, match=r"two or more groups \(a sensitive attribute\), and the data set has none"):
+        run(config(method=ByGroup(), out=tmp_path / "refused"))
+
+
+def test_domains_can_be_the_groups_unless_rows_have_others(grouped, features_dir):
+    dataset = parse("dataset", {"name": "features", "domain_groups": True})
+    data = dataset.load(features_dir)
+    assert data.groups == data.domains and data.group.tolist() == data.domain.tolist()
+    with pytest.raises(InputError, match="makes groups of domains, but the rows have groups already"):
+        dataset.load(grouped)
 
 
 def test_a_group_is_text_or_an_integer_in_every_row(grouped, tmp_path):

@@ -177,7 +177,8 @@ def backbones(texts):
     def make():
         visual, image = a_vit(output_dim=256)
         embeddings = normalize(draw(4, 256, seed=7), dim=1)
-        return visual, Backbone(embeddings, 20.0, CLASSES, ("a photo of a {}.",), texts[1], image)
+        of_data = CLASSES, ("a photo of a {}.",)
+        return visual, Backbone(embeddings, 20.0, *of_data, texts[1], image, groups=("old", "young"))
 
     return make
 
@@ -387,7 +388,7 @@ def test_a_depth_beyond_the_tower_is_all_of_it(name, depth, blocks, backbones):
 @pytest.mark.parametrize("name", INSERTED)
 def test_a_few_steps_lower_the_loss(name, backbones):
     method, module = built(name, backbones()[1])
-    batch, losses = Batch(pixels(8), torch.arange(8) % 4), []
+    batch, losses = Batch(pixels(8), torch.arange(8) % 4, group=torch.arange(8) // 4), []
     for _ in range(5):
         losses.append(method.loss(module, batch))
         params = [module.get_parameter(name) for name in trained(module)]
@@ -406,11 +407,12 @@ def test_half_precision_is_near_and_gradients_are_float32(name):
             TextTower(clip.model, clip.tokenizer, precision=precision),
             ImageTower(visual, *STATISTICS, "", precision),
         )
-        backbone = Backbone(normalize(draw(4, 256, seed=7).float(), dim=1), 20.0, CLASSES, ("a {}",), *towers)
+        embeddings, groups = normalize(draw(4, 256, seed=7).float(), dim=1), ("old", "young")
+        backbone = Backbone(embeddings, 20.0, CLASSES, ("a {}",), *towers, groups=groups)
         torch.manual_seed(0)
         method = parse("method", name)
         module = method.build(backbone)
-        losses[precision] = method.loss(module, Batch(pixels(), torch.tensor([0, 2, 3])))
+        losses[precision] = method.loss(module, Batch(pixels(), torch.tensor([0, 2, 3]), group=torch.tensor([0, 1, 1])))
         grads = torch.autograd.grad(losses[precision], list(module.parameters()))
         assert {grad.dtype for grad in grads} == {torch.float32}
     assert 0 < abs(losses["bf16"] / losses["fp32"] - 1) < 3e-2

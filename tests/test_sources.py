@@ -142,6 +142,10 @@ PROGRAMS = {
     "fedsdaf": SGD
     | {"lr": 1e-3, "weight_decay": 5e-4, "batch_size": 128, "local_epochs": 30, "reduction": 4, "heads": 8}
     | {"distillation": 1.0},
+    # src/train.py, src/client_utils.py, src/model/clip_utils/adapters.py
+    "ffdvp": {"optimizer": "adam", "lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    | {"batch_size": 18, "local_epochs": 10, "length": 20, "prompt_width": 768, "dropout": 0.5, "head_weight": 0.1}
+    | CONSTANT,
     # clip_adapter.py
     "clip_adapter": {"reduction": 4, "ratio": 0.2},
 }

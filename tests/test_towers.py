@@ -25,6 +25,7 @@ IN_BLOCKS = {"visual_tokens", "image_adapters"}  # of a vision transformer, whic
 SETTINGS = {
     "finetune": {"towers": "text"},  # the image tower has a test of its own
     "feddlp": {"modules": "attention"},
+    "ffdvp": {"length": 2, "prompt_width": 8},
     "fedms": {"first_stage": 1, "rounds_per_block": 0},  # both stages
 }
 TOWERED = [name for name in available("method") if parse("method", name).reads.towers]
@@ -100,6 +101,8 @@ def test_a_tower_that_is_not_declared_is_not_there(config):
 def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_kill(name, small, small_clip, tmp_path):
     # The readable path must agree to rounding, and a resumed run to the bit.
     fields: dict = {"method": {"name": name, "batch_size": 8, "local_epochs": 1, **SETTINGS.get(name, {})}}
+    if parse("method", name).reads_group:
+        fields |= {"dataset": {"name": "folder", "domain_groups": True}}
     if IN_BLOCKS & set(parse("method", name).sites):
         fields |= zip(("backbone", "pretrained"), small_clip("towers", "vit").values(), strict=True)
     whole = run(small(**fields, out=tmp_path / "whole"))

@@ -6,6 +6,7 @@ A data set defines `load(root)`, which lists images without decoding them; one w
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from pydantic import AfterValidator, Field
 
 from fedsim.datasets._classes import arrange_classes, at_least_two, read_names
 from fedsim.datasets._labels import TEST, TRAIN, UNASSIGNED, VAL, Features, Images, Labels, vocabularies
+from fedsim.errors import InputError
 from fedsim.fields import AbsolutePath, Names
 from fedsim.registry import component
 
@@ -54,6 +56,9 @@ class FixedDataset(Dataset):
     )
     spaces: bool = Field(False, description="write the underscores of class names as spaces")
     absent_classes: bool = Field(False, description="accept domains without a row of some class")
+    domain_groups: bool = Field(
+        False, description="the domains are also the groups of a sensitive attribute, by which fairness is measured"
+    )
 
     @abstractmethod
     def read(self, root: Path | None) -> Images | Features:
@@ -65,6 +70,10 @@ class FixedDataset(Dataset):
         names = self.prompt_names(root, data.classes)
         if self.spaces:
             names = {name: text.replace("_", " ") for name, text in names.items()}
+        if self.domain_groups:
+            if data.groups:
+                raise InputError("dataset.domain_groups makes groups of domains, but the rows have groups already")
+            data = replace(data, group=data.domain, groups=data.domains)
         return arrange_classes(data, names, self.classes, self.absent_classes)
 
     def prompt_names(self, root: Path | None, classes: tuple[str, ...]) -> Mapping[str, str]:

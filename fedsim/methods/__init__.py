@@ -44,6 +44,7 @@ class Backbone:
             several, the text features are averaged.
         text_tower, image_tower: None unless the method's sites need them.
         domains: number of domains of the data, held-out ones among them.
+        groups: names of the groups of a sensitive attribute; none if the data have none.
     """
 
     class_embeddings: Tensor
@@ -53,6 +54,7 @@ class Backbone:
     text_tower: TextTower | None = None
     image_tower: ImageTower | None = None
     domains: int = 1
+    groups: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
@@ -135,6 +137,7 @@ class Batch(NamedTuple):
         client: whose rows they are; None unless `Method.reads_client`.
         target: (B, ...) as x, unlabelled test rows of the held-out domains; None unless `Method.reads_target`.
         rule: what the server rule has given the client; None unless `Method.reads_rule`.
+        group: (B,) indices into `Backbone.groups`; None unless `Method.reads_group`.
     """
 
     x: Tensor
@@ -143,6 +146,7 @@ class Batch(NamedTuple):
     client: ClientContext | None = None
     target: Tensor | None = None
     rule: RuleContext | None = None
+    group: Tensor | None = None
 
 
 @component
@@ -159,7 +163,9 @@ class Method(LocalTraining, ABC):
     reads_target: ClassVar[bool] = False
     # Whether `loss` gets what the server rule has given the client: for the methods by which rules change a loss.
     reads_rule: ClassVar[bool] = False
-    # Whether clients train on more rows than they have: see `expand`.
+    # Whether `loss` gets the group of each row by a sensitive attribute. Data without groups are refused.
+    reads_group: ClassVar[bool] = False
+    # Whether clients train on more rows than they have: see `expand`. Not together with `reads_group`.
     expands: ClassVar[bool] = False
 
     label_space: Literal["all", "client"] = Field(

@@ -34,6 +34,7 @@ class ExampleDP(Noised):
             "contrasts the rows of a batch": method.contrasts_rows,
             "estimates the gradients of whole batches (--method.estimator)": method.estimator == "spsa",
             "reads the rows of held-out domains": method.reads_target,
+            "compares the groups of rows": method.reads_group,
             "trains on rows that it makes of all of a client's": method.expands,
             "reads a client's counts of classes": method.reads_client,
             "has only the classes of a client's rows compete (--method.label-space)": method.label_space == "client",

@@ -19,12 +19,12 @@ def dims_of(module: nn.Module, params: Params) -> dict[str, int | None]:
 def dims_of_batch(module: nn.Module, batch: Batch) -> Batch:
     """The same of a batch."""
     clients = batch.client and ClientContext._make(0 if isinstance(each, Tensor) else None for each in batch.client)
-    masks, target = (None if tensor is None else 0 for tensor in (batch.classes, batch.target))
+    masks, target, group = (None if each is None else 0 for each in (batch.classes, batch.target, batch.group))
     rule = None
     if batch.rule:
         memory, sent = dict.fromkeys(batch.rule.client_state, 0), dict.fromkeys(batch.rule.sent)
         rule = RuleContext._make((dims_of(module, batch.rule.received), memory, sent))
-    return Batch._make((0, 0, masks, clients, target, rule))
+    return Batch._make((0, 0, masks, clients, target, rule, group))
 
 
 def of_client(params: Params, k: int, dims: dict[str, int | None]) -> Params:
@@ -32,11 +32,12 @@ def of_client(params: Params, k: int, dims: dict[str, int | None]) -> Params:
 
 
 def batch_of_client(batch: Batch, k: int, dims: tuple | None) -> Batch:
-    classes, target = (None if tensor is None else tensor[k] for tensor in (batch.classes, batch.target))
+    own = batch.classes, batch.target, batch.group
+    classes, target, group = (None if tensor is None else tensor[k] for tensor in own)
     rule = batch.rule
     if rule and dims:
         rule = RuleContext._make(of_client(tensors, k, dim) for tensors, dim in zip(rule, dims, strict=True))
-    return Batch(batch.x[k], batch.y[k], classes, batch.client and batch.client.part(k), target, rule)
+    return Batch(batch.x[k], batch.y[k], classes, batch.client and batch.client.part(k), target, rule, group)
 
 
 @contextmanager

@@ -54,7 +54,8 @@ def flops_of(
         y = torch.from_numpy(data.y[batch])
         target = x if task.method.reads_target else None
         given = rule if task.method.reads_rule else None
-        return task.method.loss(module.train(), Batch(x, y, active, client, target, given))
+        group = torch.from_numpy(data.group[batch]) if task.method.reads_group and data.group is not None else None
+        return task.method.loss(module.train(), Batch(x, y, active, client, target, given, group))
 
     def count(size: int) -> int:
         for name in () if exact else trained(module):  # as in training, where texts of earlier values are of no use

@@ -46,6 +46,13 @@ class Models:
         held = self.resident() if name == "features" and views is None else None
         return Inputs(self.data.representations, name, rows, views, self.device, dtype, held, attacked, task.trigger)
 
+    def groups(self, task: Task, rows: np.ndarray) -> Tensor | None:
+        """(n,) the groups of some rows; None if the method does not read them."""
+        if not task.method.reads_group:
+            return None
+        assert self.data.group is not None, "refused before a run starts"
+        return torch.from_numpy(self.data.group[rows]).to(self.device)
+
     def private(self, task: Task, client: int, written: int) -> PrivateState:
         """What a client stored in the round `written`; nothing if that is 0."""
         if not written:

@@ -41,6 +41,7 @@ def received_losses(
     classes: Tensor | None = None,
     client: ClientContext | None = None,
     targets: Targets | None = None,
+    group: Tensor | None = None,
 ) -> list[float]:
     """The mean of the method's loss over each client's train rows before it trains, in nats.
 
@@ -49,7 +50,7 @@ def received_losses(
 
     Args:
         params: (M, *shape) each, the clients' tensors.
-        x, y, sizes, classes, client, targets: as in `train_stack`.
+        x, y, sizes, classes, client, targets, group: as in `train_stack`.
 
     Returns:
         M losses; nan for a client without a batch.
@@ -64,7 +65,8 @@ def received_losses(
             if len(rows) < method.min_batch:
                 continue
             target = targets and targets.take(len(rows), k, k + 1)[0]
-            loss = with_tensors(method.loss, module, tensors, Batch(x[rows], y[rows], *own, target))
+            batch = Batch(x[rows], y[rows], *own, target, group=None if group is None else group[rows])
+            loss = with_tensors(method.loss, module, tensors, batch)
             total, count = total + loss.item() * len(rows), count + len(rows)
         losses.append(total / count if count else float("nan"))
         first += size

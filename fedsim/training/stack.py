@@ -66,6 +66,7 @@ def train_stack(
     unicast: Params | None = None,
     targets: Targets | None = None,
     private: PrivateSteps | None = None,
+    group: Tensor | None = None,
 ) -> Tensor:
     """Trains M clients in place, each on its own rows.
 
@@ -85,6 +86,7 @@ def train_stack(
         unicast: (M, *shape) each, the shared tensors that each client was sent for itself, as it received them.
         targets: of the M clients, for methods that read rows of held-out domains.
         private: how gradients are clipped and noised, if single rows are protected.
+        group: (N,) the rows' groups, for methods that read them.
 
     Returns:
         (M,) mean loss over each client's local steps, in nats; nan where it took none.
@@ -111,20 +113,21 @@ def train_stack(
             each = {name: tensor[first:last] for name, tensor in own.items()}
             rule = RuleContext(received | each, {n: tensor[first:last] for n, tensor in memory.items()}, sent)
             context = client and client.part(slice(first, last))
-            batch = Batch(x[index], y[index], masks, context, target, rule if method.reads_rule else None)
-            group = {name: tensor[first:last] for name, tensor in params.items()}
+            given, own_group = rule if method.reads_rule else None, None if group is None else group[index]
+            batch = Batch(x[index], y[index], masks, context, target, given, own_group)
+            part = {name: tensor[first:last] for name, tensor in params.items()}
             # Before the first step all clients have the same parameters, and one large product serves them all.
             same = received if epoch == 0 and offset == 0 else {}
             if private:
-                loss, grads = private.gradients(method, module, group | same, batch, first)
+                loss, grads = private.gradients(method, module, part | same, batch, first)
             else:
-                loss, grads = gradients(method, module, group | same, batch, rngs[first:last])
+                loss, grads = gradients(method, module, part | same, batch, rngs[first:last])
             if adds:
-                extra = _added(server, {name: group[name] for name in learned}, rule, each)
+                extra = _added(server, {name: part[name] for name in learned}, rule, each)
                 grads = {name: grads[name] + extra[name] if name in extra else grads[name] for name in learned}
             optimizer.step(method.clipped({name: grads[name] for name in learned}), first, last)
-            for name, tensor in method.proximal({name: group[name] for name in optimizer.params}).items():
-                group[name].copy_(tensor)
+            for name, tensor in method.proximal({name: part[name] for name in optimizer.params}).items():
+                part[name].copy_(tensor)
             losses[first:last] += loss
             steps[first:last] += 1
     return (losses.cpu() / steps).where(steps > 0, torch.nan)

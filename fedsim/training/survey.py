@@ -38,7 +38,8 @@ class Surveyor:
             x = self.models.inputs(task, client.train).whole()
             y = torch.from_numpy(self.models.data.y[client.train]).to(x.device)
             context = self.models.contexts.of(task, 1, [client])
-            part = task.method.survey(module, Batch(x, y, client=context and context.part(0)))
+            group = self.models.groups(task, client.train)
+            part = task.method.survey(module, Batch(x, y, client=context and context.part(0), group=group))
             if shapes_of(part) != shapes:
                 raise TypeError(
                     f"{name_of(task.method)}: survey must return the same names and shapes for every client"
@@ -119,4 +120,4 @@ def _no_rows(task: Task, backbone: Backbone) -> Batch:
     x, y = torch.zeros(0, backbone.width, dtype=getattr(torch, task.dtype)), torch.zeros(0, dtype=torch.int64)
     counts = torch.zeros(len(backbone.class_embeddings), dtype=torch.int64)
     context = ClientContext(torch.tensor(-1), counts, 1) if task.method.reads_client else None
-    return Batch(x, y, client=context)
+    return Batch(x, y, client=context, group=y if task.method.reads_group else None)

@@ -190,6 +190,7 @@ class Task:
 
 def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
     """The parameters of round 0; `cohort` is the number of clients in a round."""
+    _check_groups(task.method, backbone.groups)
     module = task.build(backbone)
     dtype = getattr(torch, task.dtype)
     if integers := [name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()]:
@@ -245,6 +246,16 @@ def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
         )
     task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
     return params
+
+
+def _check_groups(method: Method, groups: Sequence[str]) -> None:
+    """Refuses data without groups."""
+    if method.reads_group and len(groups) < 2:
+        raise InputError(
+            f"method {_name(method)} needs rows of two or more groups (a sensitive attribute), and the data set has "
+            f"{f'only {groups[0]!r}' if groups else 'none'}; give --dataset.group COLUMN of data set huggingface, or "
+            "--dataset.domain-groups true"
+        )
 
 
 def _check_sums(task: Task, params: Params, cohort: int) -> None:
@@ -304,10 +315,14 @@ def _check_rows(task: Task, module: nn.Module, backbone: Backbone) -> None:
 
 def _of_method(task: Task, names: list[str]) -> str:
     """Tensors of a method, in words that its user knows."""
-    method = task.method
-    while isinstance(inner := getattr(method, "inner", None), Method):  # as a server rule adapts it
+    return f"{listing(name.removeprefix('shared.') for name in names)} of {_name(task.method)}"
+
+
+def _name(method: Method) -> str:
+    """The name of a method, also as a server rule adapts it."""
+    while isinstance(inner := getattr(method, "inner", None), Method):
         method = inner
-    return f"{listing(name.removeprefix('shared.') for name in names)} of {name_of(method)}"
+    return name_of(method)
 
 
 def local_rows(method: Method, labels: Labels, rows: np.ndarray) -> int:
@@ -321,7 +336,8 @@ def backbone_of(
     """What a method sees of the frozen CLIP: the embeddings of the classes, and the towers that it reads."""
     text = data.class_embeddings
     vectors = torch.tensor(text.vectors, dtype=getattr(torch, dtype), device=device)
-    backbone = Backbone(vectors, text.logit_scale, data.classes, text.templates, domains=len(data.domains))
+    of_data = {"domains": len(data.domains), "groups": data.groups}
+    backbone = Backbone(vectors, text.logit_scale, data.classes, text.templates, **of_data)
     return with_towers(backbone, reads, clip)
 
 

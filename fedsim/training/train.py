@@ -30,6 +30,7 @@ def train_client(
     client: ClientContext | None = None,
     targets: Targets | None = None,
     private: PrivateSteps | None = None,
+    group: Tensor | None = None,
 ) -> float:
     """Trains the module in place on one client's rows. `stack.train_stack` must give the same results.
 
@@ -45,6 +46,7 @@ def train_client(
         client: the client, for methods that read it.
         targets: of this client alone, for methods that read rows of held-out domains.
         private: how gradients are clipped and noised, if single rows are protected.
+        group: (n,) the rows' groups, for methods that read them.
 
     Returns:
         The mean loss over local steps, in nats; nan if there was no step.
@@ -59,7 +61,8 @@ def train_client(
             if len(rows) < method.min_batch:
                 continue
             target = targets and targets.take(len(rows))[0]
-            batch = Batch(x[rows], y[rows], classes, client, target, rule if method.reads_rule else None)
+            given, own = rule if method.reads_rule else None, None if group is None else group[rows]
+            batch = Batch(x[rows], y[rows], classes, client, target, given, own)
             if private:
                 loss, grads = private.alone(method, module, params, batch)
             elif method.estimator == "spsa":

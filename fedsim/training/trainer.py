@@ -216,6 +216,7 @@ class Trainer:
         labels, attacked = poisoned(task, self.data, self.trained_classes(), self.clients.trainers, ids, rows_of)
         x = self._inputs(task, rows, self._views(task, round, ids, rows_of), attacked)
         y = torch.from_numpy(labels).to(self.device)
+        group = self.models.groups(task, rows)
         sizes = [len(rows_of[client]) for client in ids]
         rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
         masks = task.competing(self.data, self.trained_classes(received.round), [rows_of[client] for client in ids])
@@ -223,7 +224,7 @@ class Trainer:
         context = self._contexts(task, received.round, ids, rows_of)
         targets, private = self._targets(task, round, ids), private_steps(task, round, ids)
         if task.method.expands:
-            assert isinstance(x, Tensor), "features"
+            assert isinstance(x, Tensor) and group is None, "features, and groups of rows that are made are not known"
             x, y, sizes = self._expanded(task, module, ids, Batch(x, y, client=context), sizes)
         # For modules that draw random numbers, such as dropout. vmap refuses them; a client that trains through a tower
         # alone may draw.
@@ -234,18 +235,18 @@ class Trainer:
             before = [float("nan")] * len(ids)
             if task.server.needs_loss:
                 # Targets of their own, so that training draws the same.
-                rest = task.method, classes, context, self._targets(task, round, ids)
+                rest = task.method, classes, context, self._targets(task, round, ids), group
                 before = received_losses(module, params, x, y, sizes, *rest)
             if task.reference:
                 own = None if classes is None else classes[0]
                 options = {"shared": [*common, *sent_each], "client_state": states[0], "sent": received.sent}
                 options |= {"classes": own, "client": context and context.part(0), "targets": targets}
-                options |= {"private": private}
+                options |= {"private": private, "group": group}
                 with torch.enable_grad():
                     losses = [train_client(module, optimizer, x, y, task.method, task.server, rngs[0], **options)]
             else:
                 options = task.method, task.server, rngs, states, received.sent, classes, context, sent_each, targets
-                losses = train_stack(module, params, optimizer, common, x, y, sizes, *options, private).tolist()
+                losses = train_stack(module, params, optimizer, common, x, y, sizes, *options, private, group).tolist()
         stored = range(len(ids)) if task.method.persist_optimizer else ()
         moments = [optimizer.moments(k) for k in stored]
         return TrainedStack(ids, sizes, params, sent_each, losses, before, moments, states, lost)

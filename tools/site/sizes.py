@@ -60,7 +60,7 @@ def sizes() -> dict[str, Size]:
     """The size of every method, by its name."""
     with tempfile.TemporaryDirectory() as folder:
         weights = random_weights(Path(folder))
-        images = Glyphs().load(None)
+        images = Glyphs(domain_groups=True).load(None)
         assert isinstance(images, Images)
         folder_and_workers = Path(folder), Sizing(actors=0), lambda event: None
         data = encode(images.take(np.arange(1)), weights, ("a picture of a {}",), *folder_and_workers, [])
