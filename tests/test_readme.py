@@ -113,6 +113,11 @@ def test_two_runs_are_compared(config, tmp_path, monkeypatch, capsys):
     assert "page  compare.html" in capsys.readouterr().out
 
 
+def test_the_commands_of_the_cache_run():
+    for words in shown("cache"):
+        assert main(["cache", *words]) == 0
+
+
 def test_every_other_command_is_one_that_another_test_runs():
     scripts = {f"benchmarks/{script.name}" for script in BENCHMARKS}  # tests/test_benchmarks.py
     clusters = (PROJECT / "tests" / "test_cluster.py").read_text(encoding="utf-8")

@@ -60,6 +60,8 @@ def test_a_page_loads_nothing_from_another_host(site):
         loaded = Loaded()
         loaded.feed(page.read_text(encoding="utf-8"))
         assert loaded.addresses and not [address for address in loaded.addresses if "//" in address], page
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import )['\"]?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
 
 
 @pytest.mark.parametrize("page", [PROJECT / "README.md", *PAGES], ids=lambda page: page.stem)
@@ -88,14 +90,3 @@ def known(flag: str) -> bool:
         "days",
     }
     return kind in {*Config.model_fields, *Sweep.model_fields, *others}
-
-
-def test_the_python_of_the_first_pages_runs(config, tmp_path, monkeypatch, capsys):
-    from fedsim import run
-
-    monkeypatch.chdir(tmp_path)
-    run(config(rounds=1, out=Path("runs") / "A"))
-    for name in ("quickstart", "files"):
-        (code,) = re.findall(r"```python\n(.*?)```", (PROJECT / "docs" / f"{name}.md").read_text("utf-8"), re.DOTALL)
-        exec(compile(code, f"{name}.md", "exec"), {})
-        assert capsys.readouterr().out
