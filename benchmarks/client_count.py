@@ -35,8 +35,8 @@ from fedsim.datasets.synthetic import Synthetic
 from fedsim.files import write_text
 from fedsim.partitions import sizes
 from fedsim.registry import parse
+from fedsim.reporting.canvas import GREY, PALETTE, WIDE, Canvas, inline_svg
 from fedsim.reporting.html import Section, render
-from fedsim.reporting.plots import GREY, PALETTE, inline_svg
 from fedsim.reporting.tables import ZERO_SHOT
 
 # FedCLIP's values are those of the README's table of features; all else is the methods' own default.
@@ -296,9 +296,9 @@ def by_clients(table: pd.DataFrame, measure: Measure) -> pd.DataFrame:
 
 
 @inline_svg
-def grid(figure, rows: dict[str, dict[str, pd.DataFrame]], measures: Sequence[Measure]) -> str:
+def grid(canvas: Canvas, rows: dict[str, dict[str, pd.DataFrame]], measures: Sequence[Measure]) -> str:
     """By number of clients: a row of panels for each group of lines, a column for each measure."""
-    figure.set_figheight(0.8 + 2.4 * len(rows))
+    figure = canvas.figure(WIDE, 0.8 + 2.4 * len(rows))
     panels = figure.subplots(len(rows), len(measures), squeeze=False, sharex=True)
     handles, said = {}, []
     for axes, ((group, lines), one) in zip(panels.flat, itertools.product(rows.items(), measures), strict=True):

@@ -20,7 +20,7 @@ ORDER = """
 """.split()  # noqa: SIM905
 
 # The same within fedsim/reporting: from counts to tables, and from tables to what is shown.
-REPORTING = "metrics tables accuracies report facts loggers parquet plots html remarks page compare".split()  # noqa: SIM905
+REPORTING = "metrics tables accuracies report facts loggers parquet canvas plots html remarks page compare".split()  # noqa: SIM905
 
 
 def stage(module: str) -> int:

@@ -7,11 +7,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from browser import explore
 
 from fedsim import Config, run
 from fedsim.checkpoint import load_checkpoint
 from fedsim.counts import Counts
-from fedsim.formats import difference, percent
+from fedsim.formats import difference, number, percent
 from fedsim.prepare import prepare
 from fedsim.reporting.html import portable
 from fedsim.reporting.metrics import curves
@@ -119,8 +120,10 @@ def test_the_summary_is_the_report_s_and_nothing_is_loaded(shape, shown):
 
 def test_what_a_shape_has_not_is_left_empty(shown):
     for shape in ("plain", "no round", "zero-shot", "everyone alone"):
-        page = shown(shape)[1]
-        starts = "accuracy (%)", "Accuracy by domain", "Accuracy by client", "Rows by client"
+        report, page, _ = shown(shape)
+        starts = ["accuracy (%)", "Accuracy by domain", "Accuracy by client", "Rows by client"]
+        if report.last_round:
+            starts.insert(2, "accuracy on test rows (%): ink by round from ")
         assert all(alt.startswith(start) for alt, start in zip(page.alts, starts, strict=True))
         trained = shape in ("plain", "everyone alone")
         assert ("training loss" in page.alts[0]) == trained
@@ -249,7 +252,7 @@ def test_names_are_text_and_never_markup(features_dir, config, tmp_path):
     run(config(data_dir=tmp_path / "odd", rounds=1, page=True))
     text = (tmp_path / "run" / "report.html").read_text()
     page = Page(text)
-    assert "<script" not in text
+    assert "<script>alert" not in text and text.count("<script>") == 1
     assert [row[0] for row in page.table("Rows by domain")[1:]] == [
         "<script>alert(1)</script>",
         "a$b$ & _c",
@@ -264,6 +267,73 @@ def test_skipped_images_are_listed(shown, tmp_path):
     page = Page((tmp_path / "page.html").read_text())
     assert page.table("Unreadable images")[1:] == [["ink/cat/3.png"], ["1.png"]]
     assert "Unreadable images that were left out: 2" in page.words
+
+
+def test_the_first_words_say_what_is_compared_the_gain_and_the_cost(shown):
+    report, page, _ = shown("plain")
+    before, after = report.summary("zero_shot"), report.summary()
+    ink, own = (
+        f"{difference(before[key], after[key])} points on {rows} ({percent(before[key])}% to {percent(after[key])}%)"
+        for key, rows in (("generalization", "held-out domains"), ("personalization", "own test rows"))
+    )
+    costs = report.tables().rounds
+    megabytes = number((costs.bytes_up + costs.bytes_down).sum() / 1e6)
+    compared = f"fedclip with fedavg in round {report.chosen_round} is compared with zero-shot CLIP on 120 test rows"
+    assert f"{compared} of held-out ink and on 48 test rows of 2 clients. Difference: {ink} and {own}." in page.words
+    assert f"Cost: {megabytes} megabytes up and down and " in page.words
+    assert "points on held-out domains" not in shown("no held-out domain")[1].words
+
+
+def test_a_reader_points_at_hides_and_zooms_curves_and_sorts_tables(shown):
+    report, _, config = shown("two held-out domains")
+    told = explore(
+        config.folder() / "report.html",
+        """
+        const [rounds] = all(".panel"), [, top, , bottom] = told(rounds).box, { x } = told(rounds).series[0];
+        const middle = (top + bottom) / 2;
+        const ticks = () => all(".ticks text", rounds).map((tick) => tick.textContent);
+        const before = point(rounds, x[2], middle);
+        document.querySelector(".legend input").click();
+        const drawn = all(".series-0", rounds).map(shown);
+        const after = point(rounds, x[2], middle), next = press(rounds, "ArrowRight");
+        point(rounds, x[1], middle, "pointerdown");
+        point(rounds, x[3], middle, "pointermove", { buttons: 1 });
+        point(rounds, x[3], middle, "pointerup");
+        const zoomed = ticks(), third = point(rounds, told(rounds).box[2], middle)[0];
+        press(rounds, "Escape");
+        const table = all("table").find((table) => table.caption.textContent.startsWith("Rows by domain"));
+        const head = table.tHead.rows[0].cells[3].querySelector("button");
+        const sorted = () => rows(table).map((row) => row[3]);
+        head.click();
+        const down = sorted();
+        head.click();
+        const [heat] = all(".panel").slice(-1), { box } = told(heat).maps[0];
+        const cell = point(heat, box[0] + 1, box[1] + 1);
+        return { before, drawn, after, next, zoomed, third, whole: ticks(), down, up: sorted(), cell };
+        """,
+    )
+    keys = {"generalization": "held-out domains", "validation": "validation rows, mean over clients"}
+    keys = {"personalization": "own test rows, mean over clients"} | keys
+    zero = report.summary("zero_shot")
+
+    def pointed(round):
+        means = report.summary(round=round)
+        lines = {key: f"{percent(means[key])} ({difference(zero[key], means[key])})" for key in keys}
+        return [f"round {round}", *(f"{keys[key]}: {line}" for key, line in lines.items())]
+
+    assert told["before"] == pointed(2)
+    assert told["after"] == pointed(2)[:1] + pointed(2)[2:] and told["next"] == pointed(3)[:1] + pointed(3)[2:]
+    assert len(told["drawn"]) >= 3 and not any(told["drawn"])  # the curve, its dot and its zero-shot line
+    assert told["zoomed"] == ["1", "2", "3"] and told["third"] == "round 3" and told["whole"] == []
+    assert told["down"] == ["120", "120", "24"] and told["up"] == ["24", "120", "120"]
+    assert told["cell"] == ["client 0", "domain photo", "24 rows"]  # 72 train rows of photo, to three clients
+
+
+def test_a_page_is_no_wider_than_a_phone(shown):
+    script = "const [{ width }] = all('.panel svg').map((svg) => svg.getBoundingClientRect());"
+    script += "return [width, document.documentElement.scrollWidth <= innerWidth];"
+    width, fits = explore(shown("two held-out domains")[2].folder() / "report.html", script, 500)
+    assert width > 350 and fits  # panels 346 points wide: letters are no smaller than drawn
 
 
 def crowd(clients: int, classes: int = 60, domains: int = 5) -> Report:

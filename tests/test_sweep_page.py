@@ -6,12 +6,13 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from browser import explore
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 from test_page import Page
 
 from fedsim import Config
-from fedsim.formats import setting
+from fedsim.formats import percent, setting
 from fedsim.sweep.page import write_sweep_page
 from fedsim.sweep.plots import Scale, best_so_far
 from fedsim.sweep.tables import best_trial, importances, pareto, trial_table
@@ -288,6 +289,29 @@ def test_a_page_shows_curves_of_one_objective_and_a_front_of_several(tmp_path):
     assert any(f"{len(front)} of 54 finished trials are on the Pareto front" in alt for alt in page.alts)
     kinds = [row[1] for row in page.table("All trials")[1:]]
     assert kinds == ["on the front"] * len(front) + ["finished"] * (54 - len(front)) + ["failed"] * 6
+
+
+def test_trials_are_pointed_at_and_hidden_in_all_plots(tmp_path):
+    study = searched(60)
+    a_page(study, tmp_path)
+    script = """
+    const [history] = all(".panel"), slices = all(".panel").find((panel) => panel.textContent.includes("fedclip.lr"));
+    const front = (panel, s) => told(panel).series.find((series) => series.s === s);
+    const { x, y } = front(history, 1), values = point(history, x[3], y[3]);
+    all(".legend input").find((input) => input.value === "finished").click();
+    const [finished, pruned] = ["finished", "pruned"].map((kind) => {
+      const entries = all(".legend input").filter((input) => input.value === kind);
+      return entries.map((input) => all(`.panel .series-${input.dataset.series}`, input.closest("figure")).some(shown));
+    });
+    return { values, finished, pruned };
+    """
+    told = explore(tmp_path / "sweep.html", script)
+    trial = [trial for trial in study.trials if trial.state == TrialState.COMPLETE][3]
+    best = max(other.value for other in study.trials[: trial.number + 1] if other.state == TrialState.COMPLETE)
+    expected = {f"finished: {percent(trial.value)}", f"best so far: {percent(best)}"}
+    assert told["values"][0] == f"trial {trial.number}" and set(told["values"][1:]) == expected
+    # In the history, the slices and the parallel coordinates; the curves have a legend with counts.
+    assert told["finished"] == [False] * 3 and told["pruned"] == [True] * 3
 
 
 def test_a_thousand_trials_are_a_page_of_about_a_megabyte_and_more_are_cut(tmp_path):

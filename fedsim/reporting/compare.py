@@ -13,11 +13,12 @@ from fedsim.errors import InputError, Stopped, listing
 from fedsim.files import FULL, reason, write_text
 from fedsim.folder import check_page
 from fedsim.formats import number, percent, setting, spread
+from fedsim.reporting.canvas import Plot
 from fedsim.reporting.facts import to_yaml
 from fedsim.reporting.html import Section, portable, render
 from fedsim.reporting.metrics import TRAVELLED, against_cost, curves
 from fedsim.reporting.parquet import read_tables
-from fedsim.reporting.plots import Line, Panel, Plot, plot_lines
+from fedsim.reporting.plots import Line, Panel, plot_lines
 from fedsim.reporting.remarks import NEVER
 from fedsim.reporting.tables import TUNED, ZERO_SHOT
 
@@ -152,7 +153,8 @@ def compare(runs: Sequence[Path], out: Path, warn: Callable[[str], None] = lambd
         caveats.append(TRANSDUCTIVE.format(listing(transductive, 20)))
     if scrambled := [run.name for run in finished if run.scrambled]:
         caveats.append(SCRAMBLED.format(listing(scrambled, 20)))
-    words = [f"{CHOSEN} {NEVER}", *caveats]
+    message = "" if caveats or len(shown) < 2 else _message(next(iter(tables.values())))
+    words = [*filter(None, [message]), f"{CHOSEN} {NEVER}", *caveats]
     sections = [
         Section("", words, tables={caption: rows.set_index("name") for caption, rows in tables.items()}),
         Section("Round by round", plots=_plots(shown)),
@@ -273,6 +275,20 @@ def _more(groups: Groups) -> pd.DataFrame:
     return pd.DataFrame(
         [{"name": name} | {head: _mean(group, key) for key, head in MORE.items()} for name, group in groups]
     )
+
+
+def _message(table: pd.DataFrame) -> str:
+    """Which rows of the first table have the highest accuracies, and which send least."""
+    sentences = []
+    for head, best, unit in (("generalization", max, "%"), ("personalization", max, "%"), ("megabytes up", min, "")):
+        values = {
+            row["name"]: float(row[head].split()[0].replace(",", "")) for _, row in table.iterrows() if row[head] != "-"
+        }
+        if len(values) == len(table):
+            first = best(values.values())
+            names = listing([name for name, value in values.items() if value == first], 3)
+            sentences.append(f"{'Highest' if best is max else 'Fewest'} {head}: {names} ({first:g}{unit}).")
+    return " ".join(sentences)
 
 
 def _mean(group: list[Finished], key: str) -> str:

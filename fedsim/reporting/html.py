@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedsim.reporting.plots import Plot
+from fedsim.reporting.canvas import Plot
 
 LONGEST = 1000  # rows of a table: a page of 10 000 clients would otherwise be over a megabyte
 

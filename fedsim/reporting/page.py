@@ -11,6 +11,7 @@ from fedsim.errors import listing
 from fedsim.files import write_text
 from fedsim.formats import difference, number, percent
 from fedsim.reporting.accuracies import rows_tested
+from fedsim.reporting.canvas import Plot
 from fedsim.reporting.facts import to_yaml
 from fedsim.reporting.html import LONGEST, Section, portable, render
 from fedsim.reporting.metrics import (
@@ -27,8 +28,8 @@ from fedsim.reporting.metrics import (
     tail_mean,
     tail_of,
 )
-from fedsim.reporting.plots import Line, Panel, Plot, plot_bars, plot_heat, plot_lines
-from fedsim.reporting.remarks import remarks_of_page
+from fedsim.reporting.plots import Line, Panel, plot_bars, plot_heat, plot_lines
+from fedsim.reporting.remarks import message, remarks_of_page
 from fedsim.reporting.tables import TUNED, ZERO_SHOT, Tables
 
 MEASURES = {
@@ -60,6 +61,7 @@ FAIRNESS = {
     "demographic_parity": "demographic parity difference (0: the same predictions in all groups)",
     "equalized_odds": "equalized odds difference (0: the same errors in all groups)",
 }
+MOST_CURVES = 28  # that look different: seven colours, four kinds of dashes
 BEFORE, AFTER, AT_END = "zero-shot CLIP", "chosen round", "tuned models"
 
 
@@ -70,7 +72,11 @@ def write_page(tables: Tables, file: Path) -> None:
     held_out = ", ".join(tables.held_out) or "no domain"
     title = f"{config['method']['name']} with {config['server']['name']} on {data}, {held_out} held out"
     sections = [
-        Section("", [remarks_of_page(tables)], tables=_summary(tables) | _by_group(tables) | _fairness(tables)),
+        Section(
+            "",
+            [message(tables), remarks_of_page(tables)],
+            tables=_summary(tables) | _by_group(tables) | _fairness(tables),
+        ),
         _by_round(tables),
         *([_by_task(tables)] if len(tables.by_task) else []),
         _by_domain(tables),
@@ -212,13 +218,24 @@ def _broken_down(tables: Tables, by: str, domains: Sequence[str]) -> pd.DataFram
 
 def _by_domain(tables: Tables) -> Section:
     table = _broken_down(tables, "domain", tables.domains)
-    held = table.index.isin(tables.held_out)
+    names, held = table.index, table.index.isin(tables.held_out)
     table.index = (table.index + np.where(held, " (held out)", "")).rename("domain")
     kinds = {"trained on": ~held, "held out": held}
     caption = f"Accuracy by domain: zero-shot CLIP, and round {tables.chosen_round}."
-    plot = plot_bars(caption, "domain", 100 * table[BEFORE], 100 * table[AFTER], kinds)
+    plot = plot_bars(caption, "domain", *(100 * table[name].set_axis(names) for name in (BEFORE, AFTER)), kinds)
     caption = "Rows by domain, and accuracy in percent on its test rows"
-    return Section("By domain", plots=[plot], tables={caption: _in_percent(table)})
+    return Section("By domain", plots=[plot, *_domain_curves(tables)], tables={caption: _in_percent(table)})
+
+
+def _domain_curves(tables: Tables) -> list[Plot]:
+    if not tables.last_round or len(tables.domains) > MOST_CURVES:
+        return []
+    rows = tables.trained.scores[tables.trained.scores.split == "test"]
+    by_round = 100 * accuracy_per_domain(rows).unstack("domain")
+    dot = list(by_round.index).index(tables.chosen_round)
+    lines = [Line(str(name), place, by_round[name], dot=dot) for place, name in enumerate(by_round)]
+    caption = f"The same by round. Large dots: the chosen round, {tables.chosen_round}."
+    return [plot_lines(caption, [Panel("round", "accuracy on test rows (%)", lines)])]
 
 
 def _by_client(tables: Tables) -> Section:

@@ -3,9 +3,9 @@
 import numpy as np
 
 from fedsim.errors import counted, listing
-from fedsim.formats import number, percent
+from fedsim.formats import difference, number, percent
 from fedsim.reporting.accuracies import rows_tested
-from fedsim.reporting.tables import Tables
+from fedsim.reporting.tables import ZERO_SHOT, Tables
 
 NEVER = "The round is never chosen on test rows; curves of test rows are shown for inspection only."
 
@@ -131,6 +131,22 @@ def comparison(tables: Tables) -> str:
     name = f"{tables.experiment['method']['name']} with {tables.experiment['server']['name']}"
     comparison = f"{name} in round {tables.chosen_round} is compared with zero-shot CLIP on {' and on '.join(counts)}."
     return comparison if counts else ""
+
+
+def message(tables: Tables) -> str:
+    """What a reader looks for first: what is compared, the gain, and its cost."""
+    before, after = tables.summary(ZERO_SHOT), tables.summary()
+    gains = [
+        f"{difference(before[key], after[key])} points on {rows} ({percent(before[key])}% to {percent(after[key])}%)"
+        for key, rows in (("generalization", "held-out domains"), ("personalization", "own test rows"))
+        if not np.isnan(after[key])
+    ]
+    costs = tables.rounds
+    megabytes = number((costs.bytes_up + costs.bytes_down).sum() / 1e6)
+    cost = f"Cost: {megabytes} megabytes up and down and {number(costs.seconds.sum())} seconds of training"
+    cost += f" in {counted(tables.last_round, 'round')}, all clients together."
+    sentences = [comparison(tables), f"Difference: {' and '.join(gains)}." if gains else "", cost]
+    return " ".join(filter(None, sentences))
 
 
 def _foreign(tables: Tables) -> list[str]:

@@ -16,9 +16,9 @@ from fedsim.config import EXECUTION
 from fedsim.errors import counted
 from fedsim.files import write_text
 from fedsim.formats import number, setting
+from fedsim.reporting.canvas import Plot
 from fedsim.reporting.facts import to_yaml
 from fedsim.reporting.html import LONGEST, Section, portable, render
-from fedsim.reporting.plots import Plot
 from fedsim.sweep.plots import (
     FAILED,
     FINISHED,
@@ -82,9 +82,9 @@ def _history(view: StudyView) -> Section:
         if trial.intermediate_values and KINDS[state_of(trial)] in (FINISHED, PRUNED, FAILED)
     }
     if curves:
-        best = list(curves).index(view.best) if view.best in curves else None
+        best = view.best if view.best in curves else None
         caption = f"{_capitalized(goal.title)} so far, by round, which trials are pruned by. Dots: where a trial ended."
-        plots.append(plot_learning(caption, goal.label, list(curves.values()), best))
+        plots.append(plot_learning(caption, goal.label, curves, best))
     return Section("History", plots=plots)
 
 

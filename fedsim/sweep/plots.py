@@ -12,15 +12,14 @@ import numpy as np
 import pandas as pd
 
 from fedsim.formats import in_unit, setting
-from fedsim.reporting.plots import GREY, PALETTE, inline_svg, legend, short
+from fedsim.reporting.canvas import GREY, INK, PALE, PALETTE, PANEL, PAPER, WIDE, Canvas, inline_svg
+from fedsim.reporting.plots import count_whole, note_empty, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 FINISHED, PRUNED, FAILED = "finished", "pruned", "failed"
-PALE = "#b8b8b8"  # pruned or dominated trials: in the background
-MANY = 300  # dots or curves from which they are drawn as pixels: the page would have megabytes
+MANY = 300  # curves from which they are drawn as pixels: the page would have megabytes
 UNUSED = -0.13  # height at which trials without a parameter pass its axis
 
 
@@ -75,7 +74,7 @@ def best_so_far(values: pd.Series, highest: bool) -> pd.Series:
 
 
 @inline_svg
-def plot_history(figure: "Figure", trials: pd.DataFrame, highest: Mapping[str, bool], base: Mapping[str, float]) -> str:
+def plot_history(canvas: Canvas, trials: pd.DataFrame, highest: Mapping[str, bool], base: Mapping[str, float]) -> str:
     """One panel per objective: the value of every trial, and the best so far.
 
     Args:
@@ -83,77 +82,79 @@ def plot_history(figure: "Figure", trials: pd.DataFrame, highest: Mapping[str, b
         highest: whether the highest value of an objective is the best one.
         base: value of the base configuration by objective, if a trial had it; dashed.
     """
-    handles, sentences = {}, []
+    sentences = []
     failed = trials.index[trials.kind == FAILED]
-    for axes, (name, high) in zip(figure.subplots(1, len(highest), squeeze=False)[0], highest.items(), strict=True):
+    for name, high in highest.items():
+        axes = canvas.panel(WIDE if len(highest) == 1 else PANEL, xlabel="trial", ylabel=name)
         finished, pruned = (trials.loc[trials.kind == kind, name].dropna() for kind in (FINISHED, PRUNED))
-        axes.set(xlabel="trial", ylabel=name)
         if len(pruned):
-            handles["pruned, at its last round"] = _dots(axes, pruned.index, pruned, PALE, len(trials) > MANY)
+            _dots(canvas, axes, PRUNED, pruned.index, pruned, _values(pruned, name))
         if len(finished):
-            handles[FINISHED] = _dots(axes, finished.index, finished, PALETTE[0], len(trials) > MANY)
+            _dots(canvas, axes, FINISHED, finished.index, finished, _values(finished, name))
             record = best_so_far(finished, high)
             record = pd.concat([record, record.tail(1).set_axis([trials.index.max()])])
-            handles["best so far"] = axes.plot(
-                record.index, record, drawstyle="steps-post", color=PALETTE[1], linewidth=1.5
-            )[0]
+            looks: dict[str, Any] = {"color": PALETTE[1], "gid": canvas.series("best so far", "line", PALETTE[1])}
+            axes.plot(record.index, record, drawstyle="steps-post", linewidth=1.5, **looks)
+            canvas.points(axes, "best so far", finished.index, record[:-1], _values(record[:-1], name))
             first, best = in_unit(finished.iloc[0], name), in_unit(record.iloc[-1], name)
             sentences.append(f"{name} from {first}, best {best}")
         if name in base:
-            handles["base configuration"] = axes.axhline(base[name], color=GREY, linestyle="--", linewidth=1)
+            gid = canvas.series("base configuration", "line", GREY, "--")
+            axes.axhline(base[name], color=GREY, linestyle="--", linewidth=1, gid=gid)
         if len(failed):
-            bottom = np.full(len(failed), 0.02)
-            handles[FAILED] = axes.plot(failed, bottom, "x", color="black", transform=axes.get_xaxis_transform())[0]
+            gid, below = canvas.series(FAILED, "cross"), axes.get_xaxis_transform()
+            axes.plot(failed, np.full(len(failed), 0.02), "x", transform=below, color=INK, gid=gid)
         if not len(finished) and not len(pruned):
-            _note_empty(axes)
+            note_empty(axes)
         axes.set_xlim(trials.index.min() - 0.5, trials.index.max() + 0.5)
-        _count_whole(axes)
-    legend(figure, handles)
+        count_whole(axes)
+        canvas.zoom(axes, "trial")
     return f"Value by trial: {'; '.join(sentences) or 'no trial has finished'}; {len(failed)} failed"
 
 
 @inline_svg
-def plot_learning(figure: "Figure", ylabel: str, curves: Sequence[tuple[str, pd.Series]], best: int | None) -> str:
+def plot_learning(canvas: Canvas, ylabel: str, curves: Mapping[int, tuple[str, pd.Series]], best: int | None) -> str:
     """One curve per trial, by round.
 
     Args:
-        curves: kind of the trial, and values by round.
-        best: index in `curves` of the one that is drawn thick.
+        curves: by number, kind of the trial, and values by round.
+        best: number of the trial whose curve is drawn thick.
     """
     from matplotlib.collections import LineCollection
-    from matplotlib.lines import Line2D
 
-    axes = figure.add_subplot(xlabel="round", ylabel=ylabel)
-    handles: dict[str, Any] = {}
-    looks = {PRUNED: (PALE, 0.9), FINISHED: (PALETTE[0], 0.5), FAILED: ("black", 0.5)}
+    axes, many = canvas.panel(WIDE, xlabel="round", ylabel=ylabel), len(curves) > MANY
+    looks = {PRUNED: (PALE, 0.9), FINISHED: (PALETTE[0], 0.5), FAILED: (INK, 0.5)}
     for kind, (colour, most) in looks.items():
-        values = [curve for kind_of_trial, curve in curves if kind_of_trial == kind]
+        values = {number: curve for number, (its_kind, curve) in curves.items() if its_kind == kind}
         if not values:
             continue
-        lines = [np.column_stack([curve.index, curve]) for curve in values]
+        label = f"{kind} ({len(values)})"
+        gid = canvas.series(label, "line", colour)
+        lines = [np.column_stack([curve.index, curve]) for curve in values.values()]
         alpha = max(0.15, min(most, 40 / len(values)))  # so that with many curves, dense regions still stand out
-        drawn = LineCollection(lines, colors=colour, linewidths=1, alpha=alpha, rasterized=len(curves) > MANY)
-        axes.add_collection(drawn)
-        handles[f"{kind} ({len(values)})"] = Line2D([], [], color=colour)
-        ends = [curve.index[-1] for curve in values], [curve.iloc[-1] for curve in values]
-        axes.plot(*ends, ".", color=colour, markersize=4, rasterized=len(curves) > MANY)
+        axes.add_collection(LineCollection(lines, colors=colour, linewidths=1, alpha=alpha, rasterized=many, gid=gid))
+        ends = pd.Series({number: curve.iloc[-1] for number, curve in values.items()})
+        rounds = [curve.index[-1] for curve in values.values()]
+        axes.plot(rounds, ends, ".", color=colour, markersize=4, rasterized=many, gid=gid)
+        canvas.points(axes, label, rounds, ends, _trials(ends, ylabel))
     if best is not None:
         curve = curves[best][1]
-        handles["best trial"] = axes.plot(curve.index, curve, color=PALETTE[1], linewidth=2)[0]
+        gid = canvas.series("best trial", "line", PALETTE[1])
+        axes.plot(curve.index, curve, color=PALETTE[1], linewidth=2, gid=gid)
+        canvas.points(axes, "best trial", curve.index, curve, _values(curve, ylabel))
     axes.autoscale()
-    _count_whole(axes)
-    legend(figure, handles)
-    rounds = [curve.index[-1] for _, curve in curves]
+    count_whole(axes)
+    canvas.zoom(axes, "round")
+    rounds = [curve.index[-1] for _, curve in curves.values()]
     return f"{ylabel} of {len(curves)} trials by round; they ended after {min(rounds)} to {max(rounds)} rounds"
 
 
 @inline_svg
-def plot_importance(figure: "Figure", shares: Mapping[str, Mapping[str, float]]) -> str:
+def plot_importance(canvas: Canvas, shares: Mapping[str, Mapping[str, float]]) -> str:
     """One panel per objective: the share of each parameter, in the same order."""
     names = list(next(iter(shares.values())))
-    figure.set_figheight(1 + 0.27 * len(names) + 0.2)
-    columns = figure.subplots(1, len(shares), squeeze=False, sharey=True)[0]
-    for axes, (objective, share) in zip(columns, shares.items(), strict=True):
+    for objective, share in shares.items():
+        axes = canvas.panel(WIDE if len(shares) == 1 else PANEL, 1.2 + 0.27 * len(names))
         widths = np.array([100 * share[name] for name in names])
         axes.barh(range(len(names)), widths, height=0.7, color=PALETTE[0])
         for index, width in enumerate(widths):
@@ -161,9 +162,8 @@ def plot_importance(figure: "Figure", shares: Mapping[str, Mapping[str, float]])
             axes.annotate(f"{width:.0f}", (width, index), va="center", fontsize="small", **offset)
         axes.set(xlabel=f"importance for {objective} (%)", xlim=(0, 1.08 * widths.max()))
         axes.grid(False, axis="y")
-    # The panels share their y axis, so this sets the names and direction of all.
-    columns[0].set_yticks(range(len(names)), [short(name, 28) for name in names])
-    columns[0].invert_yaxis()
+        axes.set_yticks(range(len(names)), [short(name, 28) for name in names])
+        axes.invert_yaxis()
     sentences = [
         f"{objective}: {', '.join(f'{name} {100 * share[name]:.0f}%' for name in names[:5])}"
         for objective, share in shares.items()
@@ -173,7 +173,7 @@ def plot_importance(figure: "Figure", shares: Mapping[str, Mapping[str, float]])
 
 @inline_svg
 def plot_slices(
-    figure: "Figure",
+    canvas: Canvas,
     ylabel: str,
     scales: Sequence[Scale],
     positions: pd.DataFrame,
@@ -187,35 +187,29 @@ def plot_slices(
         trials: (n,) by number: kind, and the objective as column `ylabel`.
         best: number of the trial that is drawn large.
     """
-    columns = min(4, len(scales))
-    rows = -(-len(scales) // columns)
-    figure.set_figheight(0.6 + 2.6 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    handles = {}
-    for axes, scale in zip(grid.flat, scales, strict=False):
-        for kind, colour in ((PRUNED, PALE), (FINISHED, PALETTE[0])):
+    values = trials[ylabel].dropna()
+    margin = 0.05 * (values.max() - values.min()) or 0.5
+    for scale in scales:
+        axes = canvas.panel(3.6, 2.8, xlabel=short(scale.name, 34), ylabel=ylabel, xlim=(-0.04, 1.04))
+        axes.set_ylim(values.min() - margin, values.max() + margin)
+        for kind in (PRUNED, FINISHED):
             numbers = trials.index[(trials.kind == kind) & positions[scale.name].notna() & trials[ylabel].notna()]
             if len(numbers):
                 x, y = positions.loc[numbers, scale.name], trials.loc[numbers, ylabel]
-                handles[kind] = _dots(axes, x, y, colour, len(trials) > MANY)
+                _dots(canvas, axes, kind, x, y, _trials(y, ylabel))
         if best is not None and positions[scale.name].notna()[best]:
-            dot = positions.loc[best, scale.name], trials.loc[best, ylabel]
-            handles["best trial"] = axes.plot(*dot, "o", color=PALETTE[1], markersize=8)[0]
+            dot: Any = positions.loc[best, scale.name], trials.loc[best, ylabel]
+            gid = canvas.series("best trial", "dot", PALETTE[1])
+            axes.plot(*dot, "o", color=PALETTE[1], markersize=8, gid=gid)
         ticks, names = scale.ticks()
         names = [short(name, max(4, 36 // len(names))) for name in names]
         axes.set_xticks(ticks, names, fontsize="small")
-        axes.set(xlabel=short(scale.name, 34), xlim=(-0.04, 1.04))
-    for axes in grid[:, 0]:
-        axes.set_ylabel(ylabel)
-    for axes in grid.flat[len(scales) :]:
-        axes.set_axis_off()
-    legend(figure, handles)
     return f"{ylabel} by {', '.join(scale.name for scale in scales)}"
 
 
 @inline_svg
 def plot_parallel(
-    figure: "Figure", scales: Sequence[Scale], positions: pd.DataFrame, kinds: pd.Series, best: int | None
+    canvas: Canvas, scales: Sequence[Scale], positions: pd.DataFrame, kinds: pd.Series, best: int | None
 ) -> str:
     """One line per trial through the axes of its parameters and objectives.
 
@@ -227,8 +221,7 @@ def plot_parallel(
     from matplotlib import colormaps
     from matplotlib.collections import LineCollection
 
-    figure.set_figheight(4.4)
-    axes, columns = figure.add_subplot(), np.arange(len(scales))
+    axes, columns = canvas.panel(WIDE, 4.4), np.arange(len(scales))
     missing = positions.isna()
     heights = positions[[scale.name for scale in scales]].to_numpy(copy=True)
     # All trials with one choice would pass through one point: they are spread out a little.
@@ -239,18 +232,24 @@ def plot_parallel(
     lines = np.stack([np.broadcast_to(columns, heights.shape), heights], axis=-1)
     finished = (kinds.loc[positions.index] == FINISHED).to_numpy()
     shades = colormaps["Blues"](np.linspace(0.25, 1.0, finished.sum()))
-    for chosen, colours, alpha in ((~finished, PALE, 0.45), (finished, shades, 0.85)):
-        drawn = LineCollection(list(lines[chosen]), colors=colours, linewidths=1.1, alpha=alpha)
+    for kind, chosen, colours, alpha in ((PRUNED, ~finished, PALE, 0.45), (FINISHED, finished, shades, 0.85)):
+        if not chosen.any():
+            continue
+        gid = canvas.series(kind, "line", PALE) if kind == PRUNED else canvas.series(kind, "line", PALETTE[0]) + " tone"
+        drawn = LineCollection(list(lines[chosen]), colors=colours, linewidths=1.1, alpha=alpha, gid=gid)
         axes.add_collection(drawn)
+        names = [f"trial {number}" for number in positions.index[chosen] for _ in scales]
+        canvas.points(axes, kind, np.tile(columns, chosen.sum()), heights[chosen].ravel(), names)
     if best is not None:
-        axes.plot(columns, heights[positions.index.get_loc(best)], color=PALETTE[1], linewidth=2.4)
+        gid = canvas.series("best trial", "line", PALETTE[1])
+        axes.plot(columns, heights[positions.index.get_loc(best)], color=PALETTE[1], linewidth=2.4, gid=gid)
     width = 150 // len(scales)  # characters
     staggered = max(len(scale.name) for scale in scales) > width  # every second name is raised if they would touch
     for column, scale in enumerate(scales):
-        axes.plot([column, column], [0, 1], color="black", linewidth=0.8)
+        axes.plot([column, column], [0, 1], color=INK, linewidth=0.8)
         for height, label in zip(*scale.ticks(), strict=True):
-            axes.plot([column - 0.01, column + 0.01], [height, height], color="black", linewidth=0.8)
-            box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
+            axes.plot([column - 0.01, column + 0.01], [height, height], color=INK, linewidth=0.8)
+            box = {"facecolor": PAPER, "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
             label = short(label, max(8, width - 2))
             axes.text(column + 0.02, height, label, va="center", fontsize="small", bbox=box)
         if missing[scale.name].any():
@@ -265,7 +264,7 @@ def plot_parallel(
 
 @inline_svg
 def plot_front(
-    figure: "Figure",
+    canvas: Canvas,
     trials: pd.DataFrame,
     pairs: Sequence[tuple[str, str]],
     highest: Mapping[str, bool],
@@ -281,42 +280,55 @@ def plot_front(
         front: numbers of the trials that are not dominated.
         base: number of the trial that had the base configuration.
     """
-    columns = min(3, len(pairs))
-    rows = -(-len(pairs) // columns)
-    figure.set_figheight(0.6 + 3.8 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    handles = {}
     finished = trials[trials.kind == FINISHED]
     dominated = finished.drop(index=list(front))
-    for axes, (x, y) in zip(grid.flat, pairs, strict=False):
+    for x, y in pairs:
+        axes = canvas.panel(WIDE if len(pairs) == 1 else PANEL, 4)
         if len(dominated):
-            handles["dominated"] = _dots(axes, dominated[x], dominated[y], PALE, len(trials) > MANY)
+            _dots(canvas, axes, "dominated", dominated[x], dominated[y], _both(dominated, x, y))
         points = finished.loc[list(front)].sort_values([x, y])
+        looks: dict[str, Any] = {"color": PALETTE[0], "gid": canvas.series("Pareto front", "dot", PALETTE[0])}
         if len(pairs) == 1:
             steps = "steps-pre" if highest[x] else "steps-post"
-            axes.plot(points[x], points[y], color=PALETTE[0], linewidth=1, drawstyle=steps)
-        handles["Pareto front"] = axes.plot(points[x], points[y], "o", color=PALETTE[0], markersize=6)[0]
+            axes.plot(points[x], points[y], linewidth=1, drawstyle=steps, **looks)
+        axes.plot(points[x], points[y], "o", markersize=6, **looks)
         if len(pairs) == 1 and len(front) <= 15:
             for number, row in points.iterrows():
                 axes.annotate(str(number), (row[x], row[y]), (5, 5), textcoords="offset points", fontsize="small")
         if base is not None:
-            dot = finished.loc[base, x], finished.loc[base, y]
-            looks = {"color": "black", "markersize": 8, "fillstyle": "none", "zorder": 5}
-            handles["base configuration"] = axes.plot(*dot, "D", **looks)[0]
+            dot: Any = finished.loc[base, x], finished.loc[base, y]
+            looks: dict[str, Any] = {"color": INK, "gid": canvas.series("base configuration", "diamond")}
+            axes.plot(*dot, "D", markersize=8, fillstyle="none", zorder=5, **looks)
         for axis, name in (("x", x), ("y", y)):
             low, high = finished[name].min(), finished[name].max()
             if low > 0 and high / low > 20:
                 _as_log(axes, axis)
         better = {True: "more is better", False: "less is better"}
         axes.set(xlabel=f"{x}, {better[highest[x]]}", ylabel=f"{y}, {better[highest[y]]}")
-    for axes in grid.flat[len(pairs) :]:
-        axes.set_axis_off()
-    legend(figure, handles)
+        canvas.points(axes, "Pareto front", points[x], points[y], _both(points, x, y))  # now that the scales are set
     return f"{len(front)} of {len(finished)} finished trials are on the Pareto front: {', '.join(map(str, front[:20]))}"
 
 
-def _dots(axes: "Axes", x: Any, y: Any, colour: str, many: bool) -> Any:
-    return axes.plot(x, y, "o", color=colour, markersize=4.5, alpha=0.8, markeredgewidth=0, rasterized=many)[0]
+def _dots(canvas: Canvas, axes: "Axes", kind: str, x: Any, y: Any, texts: list[str]) -> None:
+    colour = PALETTE[0] if kind == FINISHED else PALE
+    looks: dict[str, Any] = {"color": colour, "gid": canvas.series(kind, "dot", colour), "solid_capstyle": "round"}
+    # Lines without length, which are one path: a thousand markers would be a hundred kilobytes.
+    axes.plot(np.repeat(x, 3), np.column_stack([y, y, np.full(len(y), np.nan)]).ravel(), linewidth=4.5, **looks)
+    canvas.points(axes, kind, x, y, texts)
+
+
+def _values(values: pd.Series, name: str) -> list[str]:
+    return [in_unit(value, name) for value in values]
+
+
+def _trials(values: pd.Series, name: str) -> list[str]:
+    """What is shown of trials that are pointed at; values by number."""
+    return [f"trial {number}: {in_unit(value, name)}" for number, value in values.items()]
+
+
+def _both(trials: pd.DataFrame, x: str, y: str) -> list[str]:
+    rows = trials[[x, y]].itertuples(name=None)
+    return [f"trial {number}: {y} {in_unit(b, y)}, {x} {in_unit(a, x)}" for number, a, b in rows]
 
 
 def _as_log(axes: "Axes", which: str) -> None:
@@ -329,15 +341,6 @@ def _as_log(axes: "Axes", which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _note_empty(axes: "Axes") -> None:
-    axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", color=GREY)
-
-
 def _same(one: Any, other: Any) -> bool:
     """Compares the types too: 1, 1.0 and True are three choices."""
     return type(one) is type(other) and one == other
-
-
-def _count_whole(axes: "Axes") -> None:
-    locator: Any = axes.xaxis.get_major_locator()  # a MaxNLocator, as long as no ticks are set
-    locator.set_params(integer=True, min_n_ticks=1)
