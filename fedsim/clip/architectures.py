@@ -38,9 +38,17 @@ def tokenizer_of(model: str, context_length: int | None = None) -> Any:
     open_clip = import_open_clip()
     text = {} if model.startswith(LOCAL) else (open_clip.get_model_config(model) or {}).get("text_cfg", {})
     try:
-        with hub_or_cache() if "hf_tokenizer_name" in text else nullcontext():
+        if text and "hf_tokenizer_name" not in text:
+            return _shipped(model, context_length, str(text))
+        with hub_or_cache() if text else nullcontext():
             return open_clip.get_tokenizer(model, context_length)
     except (ImportError, OSError) as error:
         raise InputError(f"the tokenizer of {model} is not on this machine: {first_line(error)}") from None
     except Exception as error:  # what a folder says of its tokenizer can be wrong in many ways
         raise InputError(f"the tokenizer of {model} cannot be made: {first_line(error)}") from None
+
+
+@lru_cache(maxsize=4)
+def _shipped(model: str, context_length: int | None, text: str) -> Any:
+    """A tokenizer with a vocabulary of open_clip's own, which takes 0.1 s to read; `text` is the architecture's."""
+    return import_open_clip().get_tokenizer(model, context_length)
