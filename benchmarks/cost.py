@@ -50,8 +50,9 @@ from fedsim.rng import torch_rng
 from fedsim.servers.fedavg import FedAvg
 from fedsim.training.flops import flops_of
 from fedsim.training.models import Models
+from fedsim.training.round_zero import initial_params
 from fedsim.training.stack import train_stack
-from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.task import Task, backbone_of
 from fedsim.training.trainer import Trainer
 
 BACKBONE, BATCH = "ViT-B-32", 32

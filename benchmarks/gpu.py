@@ -43,8 +43,9 @@ from fedsim.params import flatten
 from fedsim.registry import parse
 from fedsim.representations import Encoded
 from fedsim.servers.fedavg import FedAvg
+from fedsim.training.round_zero import initial_params
 from fedsim.training.stack import TOWER_BYTES, stack_size
-from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.task import Task, backbone_of
 from fedsim.training.trainer import Chunk
 from fedsim.training.worker import ClientWorker
 from fedsim.updates import ChunkSum

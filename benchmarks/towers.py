@@ -49,8 +49,9 @@ from fedsim.registry import parse
 from fedsim.servers.fedavg import FedAvg
 from fedsim.training.client_store import PrivateStore
 from fedsim.training.evaluator import EvaluationRows
+from fedsim.training.round_zero import initial_params
 from fedsim.training.stack import by_autograd
-from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.task import Task, backbone_of
 from fedsim.training.worker import ClientWorker
 
 METHODS: dict[str, dict[str, str]] = {

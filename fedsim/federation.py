@@ -66,10 +66,11 @@ class Federation:
         rows_evaluated: on which rows clients are evaluated.
         cohort: clients in a round.
         received_names: names of the tensors that a client receives.
-        payload: bytes that a client receives and sends in a round.
+        bytes_down, bytes_up: (K,) int64, what each client receives and sends in a round.
         survey: what is summed over all training clients before round 1; None if the method needs nothing.
         root_rows: (n,) the train rows of which the server has copies.
         is_personal: each client is evaluated with tensors of its own.
+        classes: (K,) int64, the class of each client's device, an index into `Fleet.devices`.
         rows: (T, K) int64, rows on which each client trains in the rounds of each class task; -1 where unknown, since
             they may be generated on demand.
     """
@@ -83,7 +84,8 @@ class Federation:
         self.rows_evaluated = EvaluationRows(experiment.splits, held_out, config.neighbors, config.partition_seed)
         self.received_names = list(task.select(params, "shared", "server"))
         self.cohort = config.cohort or clients.trainers
-        self.payload = task.payload(params, self.cohort)
+        self.bytes_down, self.bytes_up = task.payloads(params, self.cohort, clients.trainers)
+        self.classes = config.fleet.by_class(range(len(config.fleet.devices)), clients.trainers, task.seed)
         self.survey = None
         if task.select(params, "surveyed"):
             self.survey = Survey(task, params, backbone_of(experiment.encoded.source, dtype=task.dtype))
@@ -95,7 +97,7 @@ class Federation:
         """The rounds that remain after `done` rounds."""
         config = self.experiment.config
         once = self.survey.payload if self.survey else (0, 0)
-        rounds = schedule(config, self.clients.trainers, self.local_rows, *self.payload, once)
+        rounds = schedule(config, self.clients.trainers, self.local_rows, self.bytes_down, self.bytes_up, once)
         return islice(rounds, done, config.rounds)
 
     def _surveyed(self, state: ServerState) -> ServerState:
@@ -106,12 +108,12 @@ class Federation:
         sums = self.workers.map("survey", chunks, self.task, flatten(state.params), self.survey.shapes)
         return replace(state, params=state.params | self.survey.conclude(sums))
 
-    def bytes_of(self, planned: PlannedRound, received: int) -> tuple[int, int]:
-        """Bytes that all clients receive and send in a round, in which the updates of `received` clients count."""
-        down, up = self.payload
+    def bytes_of(self, planned: PlannedRound, clients: np.ndarray) -> tuple[int, int]:
+        """Bytes that all clients receive and send in a round, in which the updates of these clients, (n,), count."""
         once = self.survey.payload if self.survey and planned.round == 1 else (0, 0)
         population = self.clients.trainers
-        return planned.asked * down + population * once[0], received * up + population * once[1]
+        up = int(self.bytes_up[clients].sum())
+        return planned.bytes_down + population * once[0], up + population * once[1]
 
     def train(self, state: ServerState, planned: PlannedRound) -> tuple[ServerState, np.ndarray]:
         """One round of training; before the first, the survey if there is one.
@@ -207,7 +209,7 @@ class Federation:
         """
         config = self.experiment.config
         method = replace(config.method, local_epochs=config.tune_epochs, schedule="constant", warmup_rounds=0)
-        task = replace(self.task, method=config.server.adapt(method))
+        task = replace(self.task, method=config.server.adapt(method), fleet=replace(config.fleet, epochs=()))
         broadcast = flatten(task.server.broadcast(state.slots, task.select(state.params, "shared")))
         chunks = self._chunks([(client, _last_write(state, client)) for client in self.evaluated])
         arguments = task, state.round, flatten(self.reported(state).params), broadcast

@@ -33,6 +33,11 @@ def views(vector: Tensor, like: Params) -> Params:
     return {name: piece.view(like[name].shape) for name, piece in zip(names, pieces, strict=True)}
 
 
+def kept(params: Params, held: Params) -> Params:
+    """The tensors with zeros in place of the entries that `held` leaves out: masks by name, which broadcast."""
+    return {name: tensor * held[name] if name in held else tensor for name, tensor in params.items()}
+
+
 def payload_bytes(params: Params) -> int:
     """Bytes of the tensors as they travel."""
     return sum(tensor.numel() * tensor.element_size() for tensor in params.values())

@@ -45,7 +45,8 @@ from fedsim.schedule import check, check_trained, schedule
 from fedsim.state import ServerState
 from fedsim.training.malice import check_attack, check_attacked
 from fedsim.training.root import root_rows
-from fedsim.training.task import Task, initial_params, local_rows, with_towers
+from fedsim.training.round_zero import initial_params
+from fedsim.training.task import Task, local_rows, with_towers
 
 # The fields of Config that decide who holds which rows; and, with these, which model is trained and who trains it.
 PARTITION_FIELDS = "partition", "clients", "held_out", "partition_seed", "train_share", "shots", "new_classes", "common"
@@ -315,7 +316,7 @@ def _check_model(config: Config, method: Method, data: Data, clients: Population
     if clients.class_tasks and (method.reads_target or method.expands or task.select(params, "surveyed")):
         raise InputError(f"method {name_of(config.method)} reads rows of all classes from round 1 on, not in --tasks")
     Ledger(config, task, params, clients.trainers, ())  # for its error
-    payload = task.payload(params, config.cohort or clients.trainers)
+    payload = task.payloads(params, config.cohort or clients.trainers, clients.trainers)
     check_trained(config, method, clients.trainers, partial(_local_rows, method, data.source, clients), *payload)
 
 
@@ -328,17 +329,16 @@ def _placeholder(config: Config, method: Method, data: Data, clients: Population
     embeddings = torch.eye(len(classes), data.width)
     of_data = {"domains": len(data.source.domains), "groups": data.source.groups}
     texts = Backbone(embeddings, 1.0, classes, data.templates, **of_data)
-    backbone = with_towers(texts, method.reads, clip)
-    how = {"codec": config.codec, "privacy": config.privacy, "attack": config.attack}
+    how = {"codec": config.codec, "privacy": config.privacy, "attack": config.attack, "fleet": config.fleet}
     task = Task(method, config.server, config.seed, config.dtype, **how)
-    return task, initial_params(task, backbone, config.cohort or clients.trainers)
+    return task, initial_params(task, with_towers(texts, method.reads, clip), config.cohort or clients.trainers)
 
 
 def _solved(config: Config, method: Method, data: Data, clients: Population) -> Privacy:
     """The privacy with the noise that its epsilon needs."""
     task, params = _placeholder(config, method, data, clients)
     rows_of = partial(_local_rows, method, data.source, clients)
-    payload = task.payload(params, config.cohort or clients.trainers)
+    payload = task.payloads(params, config.cohort or clients.trainers, clients.trainers)
     rounds = schedule(config, clients.trainers, rows_of, *payload)
     solved = Ledger(config, task, params, clients.trainers, rounds).solved()
     Ledger(config, replace(task, privacy=solved), params, clients.trainers, ())  # for its error

@@ -26,6 +26,7 @@ from fedsim.shares import decimal
 
 MAX_MISSES = 10_000  # clients in a row that may miss the deadline before the run is refused
 
+Bytes = np.ndarray | int
 RowsOf = Callable[[Sequence[int], int], np.ndarray]  # of clients, in a round
 Seconds = Callable[[np.ndarray, int], np.ndarray]
 
@@ -40,6 +41,7 @@ class PlannedRound:
             number of rounds that were done when the client was sent its parameters. Empty: no step is taken.
         clock_s: simulated seconds from the start to the end of this round.
         asked: clients that were sent parameters in this round.
+        bytes_down: what they were sent, without a survey.
         dropped: clients that turned out in this round not to respond.
         late: stragglers, whose updates came too late to count.
         needed: versions of the parameters from which clients still train updates that will count.
@@ -49,6 +51,7 @@ class PlannedRound:
     trained: list[tuple[int, int]]
     clock_s: float
     asked: int
+    bytes_down: int
     dropped: int
     late: int
     needed: frozenset[int]
@@ -61,6 +64,7 @@ def check(config: Config, population: int) -> None:
         InputError: a deadline, over-selection or an asynchronous rule does not go with the rest of the config.
     """
     server, fleet = name_of(config.server), name_of(config.fleet)
+    _check_devices(config, server)
     asynchronous = config.server.buffer is not None
     if config.fleet.instantaneous:
         for name, given in (
@@ -111,8 +115,46 @@ def check(config: Config, population: int) -> None:
             )
 
 
+def _check_devices(config: Config, server: str) -> None:
+    """Refuses classes of devices that the rest of the config does not heed."""
+    fleet = config.fleet
+    if fleet.shares and not any(map(any, fleet.devices)):
+        raise InputError("fleet.shares has no effect without fleet.ranks, fleet.blocks or fleet.epochs")
+    if any(map(any, fleet.devices)) and config.privacy.protects:
+        raise InputError(
+            f"privacy {name_of(config.privacy)} is accounted for equal clients; leave out fleet.ranks, fleet.blocks "
+            "and fleet.epochs"
+        )
+    for field, limit, rules in (("ranks", "rank", "hetlora or lora_stacking"), ("blocks", "blocks", "fedra")):
+        if not getattr(fleet, field):
+            continue
+        if limit not in config.server.heeds:
+            raise InputError(
+                f"fleet.{field} needs a server rule whose clients have unequal models: {rules}, not {server}"
+            )
+        if config.tune_epochs:
+            raise InputError(
+                f"tune_epochs evaluates what clients have trained, and with fleet.{field} these are parts of the "
+                "model; leave it out"
+            )
+        if config.method.estimator == "spsa":
+            raise InputError(
+                f"method.estimator spsa perturbs whole models, and with fleet.{field} clients have parts of them; take "
+                "autograd"
+            )
+        if config.attack.forges or config.attack.colludes:
+            raise InputError(
+                f"attack {name_of(config.attack)} forges whole updates, and with fleet.{field} clients send parts"
+            )
+        if not config.codec.lossless:
+            raise InputError(
+                f"codec {name_of(config.codec)} encodes whole updates, and with fleet.{field} clients send parts of "
+                "them; take plain"
+            )
+
+
 def check_trained(
-    config: Config, method: Method, population: int, rows_of: RowsOf, bytes_down: int, bytes_up: int
+    config: Config, method: Method, population: int, rows_of: RowsOf, bytes_down: Bytes, bytes_up: Bytes
 ) -> None:
     """Refuses a run in which no client trains, since its report would be that of untrained parameters.
 
@@ -157,8 +199,8 @@ def schedule(
     config: Config,
     population: int,
     rows_of: RowsOf,
-    bytes_down: int,
-    bytes_up: int,
+    bytes_down: Bytes,
+    bytes_up: Bytes,
     survey_bytes: tuple[int, int] = (0, 0),
 ) -> Iterator[PlannedRound]:
     """All rounds of a run, without end.
@@ -169,33 +211,38 @@ def schedule(
     Args:
         population: number of training clients; their ids are below it.
         rows_of: train rows of the clients of these ids in a round.
-        bytes_down, bytes_up: what a client receives and sends.
+        bytes_down, bytes_up: what a client receives and sends; (K,), or a number for all.
         survey_bytes: the same of the survey, once.
 
     Raises:
         InputError: under an asynchronous rule, no client responds within the deadline.
     """
     costs = config.fleet.costs(population, numpy_rng(config.seed, "fleet"))
+    classes = config.fleet.classes(population, config.seed)
+    all_epochs = np.array([device.epochs or config.method.local_epochs for device in config.fleet.devices])
+    received, sent = (np.broadcast_to(np.asarray(each), population) for each in (bytes_down, bytes_up))
 
     def seconds(clients: np.ndarray, round: int) -> np.ndarray:
         """(n,) float64, what the work of these clients takes without jitter."""
         if config.fleet.instantaneous:
             return np.zeros(len(clients))  # without drawing the clients' rows
-        rows = rows_of(clients.tolist(), round) * config.method.local_epochs
+        rows = rows_of(clients.tolist(), round) * all_epochs[0 if classes is None else classes[clients]]
         row, down, up = costs[clients].T
-        return rows * row + bytes_down * down + bytes_up * up
+        return rows * row + received[clients] * down + sent[clients] * up
 
     if config.server.buffer is not None:
-        rounds = _buffers(config, population, seconds)
+        rounds = _buffers(config, population, seconds, received)
     else:
-        rounds = _rounds(config, population, seconds, rows_of)
+        rounds = _rounds(config, population, seconds, received, rows_of)
     if not any(survey_bytes):
         return rounds
     survey_s = float((costs[:, 1:] @ np.array(survey_bytes, np.float64)).max())
     return (replace(planned, clock_s=survey_s + planned.clock_s) for planned in rounds)
 
 
-def _rounds(config: Config, population: int, seconds: Seconds, rows_of: RowsOf) -> Iterator[PlannedRound]:
+def _rounds(
+    config: Config, population: int, seconds: Seconds, received: np.ndarray, rows_of: RowsOf
+) -> Iterator[PlannedRound]:
     """Synchronous rounds: ask a cohort, then wait for enough answers, for all, or for the deadline.
 
     Where classes arrive in tasks, clients without a row of the current one are not asked.
@@ -224,12 +271,12 @@ def _rounds(config: Config, population: int, seconds: Seconds, rows_of: RowsOf) 
             clock += float(np.minimum(due, deadline).max(initial=0.0))
         trained = [(client, round - 1) for client in np.sort(asked[counted]).tolist()]
         dropped = int((~answers).sum())
-        yield PlannedRound(
-            round, trained, clock, len(asked), dropped, len(asked) - len(trained) - dropped, needed=frozenset()
-        )
+        late = len(asked) - len(trained) - dropped
+        bytes_down = int(received[asked].sum())
+        yield PlannedRound(round, trained, clock, len(asked), bytes_down, dropped, late, needed=frozenset())
 
 
-def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[PlannedRound]:
+def _buffers(config: Config, population: int, seconds: Seconds, received: np.ndarray) -> Iterator[PlannedRound]:
     """Asynchronous rounds: whenever a client answers, ask another; a round ends when the buffer is full."""
     size, concurrency = config.server.buffer, config.server.concurrency
     assert size and concurrency, "an asynchronous rule has a buffer and a concurrency"
@@ -242,7 +289,7 @@ def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[Plan
         available = config.fleet.available(population, numpy_rng(config.seed, "availability", round))
         choice, draws = numpy_rng(config.seed, "cohort", round), numpy_rng(config.seed, "luck", round)
         candidates = np.flatnonzero(free & available).tolist()
-        asked = dropped = late = 0
+        asked = bytes_down = dropped = late = 0
         while len(buffer) < size:
             room = concurrency - len(working)
             clients = np.sort([_take(candidates, choice) for _ in range(min(room, len(candidates)))]).astype(np.int64)
@@ -255,6 +302,7 @@ def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[Plan
                     heappush(working, (end, client, round - 1, outcome))
                 free[clients] = False
                 asked += len(clients)
+                bytes_down += int(received[clients].sum())
             if not working:
                 break  # no client is available in this round
             clock, client, version, outcome = heappop(working)
@@ -276,7 +324,7 @@ def _buffers(config: Config, population: int, seconds: Seconds) -> Iterator[Plan
             free[[client for _, client in buffer]] = True
             buffer = []
         needed = {version for version, _ in buffer} | {v for _, _, v, outcome in working if outcome == "answered"}
-        yield PlannedRound(round, trained, clock, asked, dropped, late, frozenset(needed))
+        yield PlannedRound(round, trained, clock, asked, bytes_down, dropped, late, frozenset(needed))
 
 
 def _take(pool: list[int], rng: np.random.Generator) -> int:

@@ -19,7 +19,6 @@ from fedsim.files import reason, remove_parts, write_tensors
 from fedsim.folder import CONFIG, exclusive, write_sealed
 from fedsim.formats import number, percent
 from fedsim.ledger import Ledger
-from fedsim.methods import Method
 from fedsim.prepare import ADAPTER, FILES, PAGE, RESULTS, Experiment, encode_experiment, prepare, sizing_of
 from fedsim.progress import callback
 from fedsim.reporting.facts import to_yaml
@@ -88,7 +87,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
     """
     config, folder = experiment.config, experiment.folder
     store = PrivateStore(folder / "private")
-    how = store, config.engine == "reference", config.codec, experiment.privacy, config.attack
+    how = store, config.engine == "reference", config.codec, experiment.privacy, config.attack, config.fleet
     task = Task(experiment.method, config.server, config.seed, config.dtype, config.rounds, *how)
     checkpoints = Checkpoints(folder, experiment.identity(), config.fixed_rounds)
     state, report = start(experiment, task, checkpoints)
@@ -116,7 +115,7 @@ def rounds(experiment: Experiment, pool: Pool) -> Generator[Report]:
         began = time.perf_counter()
         state, stats = federation.train(state, planned)
         rows = federation.local_rows(stats["client"].tolist(), planned.round) if task.method.expands else stats["rows"]
-        sent, flops = federation.bytes_of(planned, len(stats)), _flops(report, stats["steps"], rows, task.method)
+        sent, flops = federation.bytes_of(planned, stats["client"]), _flops(report, stats, rows, federation)
         spent = ledger.epsilon(planned.round)
         report.add_round(planned, stats, sent, time.perf_counter() - began, flops, spent)
         if planned.round % config.eval_every == 0 or planned.round in ends:
@@ -161,11 +160,16 @@ def _log_finished(report: Report, experiment: Experiment, progress: Progress) ->
     return report
 
 
-def _flops(report: Report, steps: np.ndarray, rows: np.ndarray, method: Method) -> float:
-    """Floating-point operations of a round's training, of all clients, with these steps and rows, (n,) each."""
-    per_step, per_row = (report.facts[name] for name in ("flops_per_step", "flops_per_row"))
-    passed = (rows * method.local_epochs * (steps > 0)).sum()
-    return float(steps.sum() * per_step + passed * per_row)
+def _flops(report: Report, stats: np.ndarray, rows: np.ndarray, federation: Federation) -> float:
+    """Floating-point operations of a round's training, of clients with these `CLIENT_STATS` and rows, (n,) each."""
+    total, classes, task = 0.0, federation.classes[stats["client"]], federation.task
+    of_method = [report.facts[name] for name in ("flops_per_step", "flops_per_row")]
+    costs = report.facts.get("flops_of_devices", [of_method])
+    for index, (device, (per_step, per_row)) in enumerate(zip(task.fleet.devices, costs, strict=True)):
+        steps = stats["steps"] * (classes == index)
+        passed = (rows * task.on(device).local_epochs * (steps > 0)).sum()
+        total += float(steps.sum() * per_step + passed * per_row)
+    return total
 
 
 def _note(report: Report) -> str:

@@ -1,12 +1,14 @@
 """Where a run starts: in round 0, or in the round of its checkpoint."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fedsim.checkpoint import Checkpoints
 from fedsim.clip.texts import describe
-from fedsim.errors import InputError
+from fedsim.errors import InputError, counted
+from fedsim.fleets import Device
 from fedsim.ledger import Ledger
 from fedsim.methods import Backbone
 from fedsim.params import Params
@@ -17,7 +19,8 @@ from fedsim.rng import numpy_rng
 from fedsim.state import ServerState
 from fedsim.training.contexts import ClientContexts
 from fedsim.training.flops import flops_of
-from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.round_zero import initial_params
+from fedsim.training.task import Task, backbone_of
 
 
 def start(experiment: Experiment, task: Task, checkpoints: Checkpoints) -> tuple[ServerState, Report]:
@@ -50,20 +53,40 @@ def _round_zero(experiment: Experiment, task: Task) -> tuple[ServerState, Report
     names = config.experiment(), list(data.source.domains), list(data.source.class_labels), list(config.held_out)
     adapter = task.evaluated(params, slots)
     report = Report(*names, facts, list(data.source.class_domain), adapter=adapter, private=state.private)
-    shown = [*evaluated_clients(config, clients), *range(clients.trainers, len(clients))]
+    evaluated = evaluated_clients(config, clients)
+    report.devices = _devices(experiment, task, params, evaluated)
+    shown = [*evaluated, *range(clients.trainers, len(clients))]
     report.holdings = holdings(data.source, (clients[client] for client in shown))
     return state, report
 
 
+def _devices(experiment: Experiment, task: Task, params: Params, ids: list[int]) -> np.ndarray:
+    """(n, 7) int64, the columns of `Tables.clients`, of the clients of these ids."""
+    config, count = experiment.config, experiment.clients.trainers
+    kinds = [(k, d.rank or 0, d.blocks or 0, task.on(d).local_epochs) for k, d in enumerate(config.fleet.devices)]
+    device = np.array(kinds, np.int64)[config.fleet.by_class(range(len(kinds)), count, task.seed)[ids]]
+    sent = [each[ids] for each in task.payloads(params, config.cohort or count, count)]
+    return np.column_stack([ids, device, *sent])
+
+
+def _task_on(experiment: Experiment, task: Task, device: Device) -> Task:
+    """The task with a model of a device's rank, which is what a client with it computes."""
+    method: Any = experiment.config.method
+    if not (device.rank and hasattr(method, "rank")):
+        return task
+    return replace(task, method=task.server.adapt(replace(method, rank=device.rank)))
+
+
 def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Params) -> dict[str, Any]:
     """What the page says of the data, the model and the software."""
-    source, skipped = experiment.source, experiment.data.skipped
+    config, source, skipped = experiment.config, experiment.source, experiment.data.skipped
     client = experiment.clients[0]
     sample = numpy_rng(task.seed, "flops").permutation(client.train)[: task.method.batch_size]
     context = ClientContexts(source, "cpu").of(task, 1, [client])
     masks = task.competing(source, experiment.clients.trained_classes(source), [client.train])
     classes = None if masks is None else masks[0]
-    per_step, per_row = flops_of(task, backbone, source, sample, classes, context and context.part(0))
+    rows = source, sample, classes, context and context.part(0)
+    per_step, per_row = flops_of(task, backbone, *rows)
     facts = {
         "images": f"{source.rows_per_client} a client, made on demand" if source.rows_per_client else len(source),
         "width": experiment.data.width,
@@ -80,6 +103,11 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
         "flops_per_row": per_row,
         "versions": environment(),
     }
+    if any(map(any, devices := config.fleet.devices)):
+        classes_of = config.fleet.by_class(range(len(devices)), experiment.clients.trainers, task.seed)
+        counts = np.bincount(classes_of, minlength=len(devices)).tolist()
+        facts["devices"] = "; ".join(f"{counted(n, 'client')} with {d}" for n, d in zip(counts, devices, strict=True))
+        facts["flops_of_devices"] = [[*flops_of(_task_on(experiment, task, d), backbone, *rows, d)] for d in devices]
     if task.method.reads_target:
         count = sum(map(len, experiment.clients.held_out))
         facts["transductive"] = f"training reads {count} test rows of held-out domains, without labels"

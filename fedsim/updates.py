@@ -27,6 +27,8 @@ class ChunkSum:
         deltas: (n, P) in training's dtype, the delta of each client, in the order of `clients`; None unless
             `Task.keeps_deltas`.
         messages: (n, Q) float64, the message of each client, without its weight; None unless there are `deltas`.
+        held: (P,) float64, for each entry of the shared tensors the sum of the weights of the clients that have it, as
+            what a client does not have it does not weigh; None if all clients have all.
     """
 
     delta: np.ndarray
@@ -35,6 +37,7 @@ class ChunkSum:
     message: np.ndarray = field(default_factory=lambda: np.zeros(0))
     deltas: np.ndarray | None = None
     messages: np.ndarray | None = None
+    held: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,14 @@ def sum_chunks(chunks: Iterable[ChunkSum], population: int = 0) -> RoundSum:
     # Copied: an array from an actor is in shared memory and would keep the whole chunk's sum there.
     delta, message, weight, clients = first.delta.copy(), first.message.copy(), first.weight, [first.clients.copy()]
     messages = [] if first.messages is None else [first.messages.copy()]
+    held = None if first.held is None else first.held.copy()
     # The file is closed, and thereby deleted, with its last mapping.
     file = TemporaryFile() if first.deltas is not None else None  # noqa: SIM115
     if file:
         _append(first, file)
     for chunk in chunks:
+        if held is not None or chunk.held is not None:
+            held = _held(held, weight, len(delta)) + _held(chunk.held, chunk.weight, len(delta))
         delta += chunk.delta
         message += chunk.message
         weight += chunk.weight
@@ -99,7 +105,11 @@ def sum_chunks(chunks: Iterable[ChunkSum], population: int = 0) -> RoundSum:
     stats = np.concatenate(clients)
     deltas = None if first.deltas is None or file is None else _mapped(file, first.deltas, len(stats))
     each = np.concatenate(messages) if messages else None
-    return RoundSum(delta, weight, stats, message, deltas, each, population)
+    return RoundSum(delta, weight, stats, message, deltas, each, held, population)
+
+
+def _held(held: np.ndarray | None, weight: float, size: int) -> np.ndarray:
+    return np.full(size, weight) if held is None else held
 
 
 def _append(chunk: ChunkSum, file: IO[bytes]) -> None:
@@ -128,8 +138,14 @@ def blocks(total: RoundSum, width: int = 1 << 16) -> Iterator[tuple[slice, np.nd
 
 
 def mean_delta(total: RoundSum, like: Params) -> Params:
-    """The weighted mean of the clients' deltas, in float64, with the names and shapes of `like`."""
-    return unflatten(total.delta / total.weight, like)
+    """The weighted mean of the clients' deltas, in float64, with the names and shapes of `like`.
+
+    The mean of an entry is that over the clients that have it; it is 0 where no client has it.
+    """
+    if total.held is None:
+        return unflatten(total.delta / total.weight, like)
+    zeros = np.zeros_like(total.delta)
+    return unflatten(np.divide(total.delta, total.held, out=zeros, where=total.held > 0), like)
 
 
 def apply_update(params: Params, step: Params) -> Params:

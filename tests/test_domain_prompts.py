@@ -17,8 +17,9 @@ from fedsim.methods import Batch, ClientContext
 from fedsim.methods.probe import Probe
 from fedsim.registry import parse
 from fedsim.training.client_store import PrivateState
+from fedsim.training.round_zero import initial_params
 from fedsim.training.stack import gradients
-from fedsim.training.task import Task, initial_params
+from fedsim.training.task import Task
 
 DOMAINS = 3
 

@@ -14,7 +14,8 @@ from fedsim.methods import Batch, ClientContext
 from fedsim.params import payload_bytes
 from fedsim.registry import parse
 from fedsim.training.optimizer import Optimizer
-from fedsim.training.task import Task, initial_params
+from fedsim.training.round_zero import initial_params
+from fedsim.training.task import Task
 from fedsim.training.train import train_client
 
 

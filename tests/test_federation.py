@@ -15,7 +15,8 @@ from fedsim.methods import Batch, masked
 from fedsim.params import flatten, unflatten
 from fedsim.registry import parse
 from fedsim.servers import ClientUpdate
-from fedsim.training.task import Task, initial_params
+from fedsim.training.round_zero import initial_params
+from fedsim.training.task import Task
 from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 
 rng = np.random.default_rng

@@ -14,7 +14,7 @@ import fedsim
 # A module may import those that stand before it; a package's files, their package and those before it.
 ORDER = """
     errors events progress files yaml_files fields cache formats shares search_space rng registry params codecs attacks
-    datasets partitions representations clip methods updates servers privacy state fleets class_tasks clients cluster
+    datasets partitions representations clip methods updates fleets servers privacy state class_tasks clients cluster
     folder encoding counts training config data schedule ledger reporting checkpoint prepare start federation simulate
     parallel_runs cli sweep __init__ __main__
 """.split()  # noqa: SIM905

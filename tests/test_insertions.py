@@ -14,7 +14,8 @@ from fedsim.clip.model import Clip
 from fedsim.clip.towers import ImageTower, TextTower
 from fedsim.methods import Batch, trained
 from fedsim.registry import available, parse
-from fedsim.training.task import Task, initial_params
+from fedsim.training.round_zero import initial_params
+from fedsim.training.task import Task
 
 CLASSES = "cat", "hot air balloon", "owl", "pig"
 SMALL = {"image_size": 24, "patch_size": 8, "width": 16, "layers": 3, "heads": 2, "mlp_ratio": 2.0, "output_dim": 6}

@@ -12,8 +12,9 @@ from fedsim.params import flatten
 from fedsim.registry import component, parse
 from fedsim.rng import torch_rng
 from fedsim.servers import ClientUpdate
+from fedsim.training.round_zero import initial_params
 from fedsim.training.stack import gradients
-from fedsim.training.task import Task, initial_params
+from fedsim.training.task import Task
 from fedsim.updates import CLIENT_STATS, RoundSum, sum_chunks
 
 RULES = "ffa_lora", "fedsa_lora", "fedex_lora", "lora_stacking"

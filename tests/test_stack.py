@@ -21,8 +21,9 @@ from fedsim.training.accumulator import Accumulator
 from fedsim.training.client_store import PrivateStore
 from fedsim.training.evaluator import EvaluationRows
 from fedsim.training.optimizer import Optimizer
+from fedsim.training.round_zero import initial_params
 from fedsim.training.stack import by_autograd, gradients, groups, stack_size
-from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.task import Task, backbone_of
 from fedsim.training.trainer import Chunk
 from fedsim.training.worker import ClientWorker
 from fedsim.updates import CLIENT_STATS

@@ -17,7 +17,8 @@ from fedsim.params import flatten
 from fedsim.registry import parse
 from fedsim.schedule import schedule
 from fedsim.training.evaluator import EvaluationRows
-from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.round_zero import initial_params
+from fedsim.training.task import Task, backbone_of
 from fedsim.training.trainer import Chunk
 from fedsim.training.worker import ClientWorker
 

@@ -25,7 +25,8 @@ from fedsim.registry import available, parse
 from fedsim.reporting.compare import compare
 from fedsim.reporting.parquet import read_tables
 from fedsim.reporting.remarks import remarks
-from fedsim.training.task import Task, initial_params
+from fedsim.training.round_zero import initial_params
+from fedsim.training.task import Task
 
 FAST = {"name": "facmic", "lr": 1e-2, "batch_size": 16}
 SAID = (

@@ -20,8 +20,9 @@ from fedsim.methods.trip import route
 from fedsim.registry import parse
 from fedsim.representations import Representations
 from fedsim.training.inputs import Inputs
+from fedsim.training.round_zero import initial_params
 from fedsim.training.stack import gradients
-from fedsim.training.task import Task, initial_params
+from fedsim.training.task import Task
 
 
 @pytest.fixture(scope="module")

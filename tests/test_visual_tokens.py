@@ -26,7 +26,8 @@ from fedsim.registry import parse
 from fedsim.reporting.facts import to_yaml
 from fedsim.reporting.metrics import parts_by_rows
 from fedsim.servers.label_clusters import complementary_clusters, divergences, similar_clusters
-from fedsim.training.task import Task, initial_params
+from fedsim.training.round_zero import initial_params
+from fedsim.training.task import Task
 from fedsim.updates import sum_chunks
 
 X, Y = pixels(), torch.tensor([0, 2, 3])

@@ -29,7 +29,8 @@ from fedsim.params import Params, flatten
 from fedsim.prepare import Experiment, prepare
 from fedsim.rng import torch_rng
 from fedsim.state import ServerState
-from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.round_zero import initial_params
+from fedsim.training.task import Task, backbone_of
 from fedsim.training.worker import ClientWorker
 
 ROWS, ALL_ROWS, WIDTH = 64, 80, 512  # train rows of a client, two local steps; and with those that it is judged on

@@ -1,4 +1,4 @@
-"""What a method inserts into the blocks of a frozen tower: tokens in front of some, functions after others."""
+"""What a method inserts into the blocks of a frozen tower, or leaves out: tokens, functions after blocks, blocks."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -20,10 +20,12 @@ class Insertions(NamedTuple):
             image. The first n are added to the input, after the patches of an image or after the first token of a text;
             in front of each further block, n others replace what has become of them.
         after: the function after a block, by the index of the block.
+        left_out: the indices of blocks that are left out, with the functions after them.
     """
 
     tokens: Tensor | None = None
     after: Mapping[int, After] = MappingProxyType({})
+    left_out: frozenset[int] = frozenset()
 
 
 def through(transformer: Any, x: Tensor, position: int, insertions: Insertions, mask: Tensor | None = None) -> Tensor:
@@ -34,10 +36,12 @@ def through(transformer: Any, x: Tensor, position: int, insertions: Insertions, 
         position: that of the first of the n tokens.
         mask: (T, T) that is added to the scores of attention.
     """
-    tokens, after = insertions
+    tokens, after, left_out = insertions
     for index, block in enumerate(transformer.resblocks):
         if tokens is not None and 0 < index < len(tokens):
             x = replaced(x, position, tokens[index])
+        if index in left_out:
+            continue
         y = block(x, attn_mask=mask)
         x = after[index](block, x, y) if index in after else y
     return x

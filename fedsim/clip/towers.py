@@ -5,14 +5,14 @@ travel nor are copied per client. Weights that a method changes are passed with 
 a tower takes and returns float32 all the same, and so do the gradients that pass through it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedsim.clip.insertions import After, Insertions, replaced, through
+from fedsim.clip.insertions import Insertions, replaced, through
 from fedsim.clip.memo import Memo
 from fedsim.clip.packing import packing_of
 from fedsim.clip.precision import Precision, autocast
@@ -238,15 +238,18 @@ class TextTower:
         """
         if weights and not self._blocks:
             raise TypeError("a method that changes weights of the text tower needs `text_blocks` among its sites")
-        tokens, after = insertions or Insertions()
+        insertions = insertions or Insertions()
+        tokens, changed = insertions.tokens, insertions.after or insertions.left_out
         if tokens is not None and not len(start):
             raise TypeError("tokens are inserted after the first token of the start, which is empty")
 
         def encode(starts: Tensor, rests: Tensor, ends: Tensor, tokens: Tensor | None = None) -> Tensor:
-            return _call(self._module, self._precision, weights, starts, rests, ends, tokens, after)
+            return _call(
+                self._module, self._precision, weights, starts, rests, ends, insertions._replace(tokens=tokens)
+            )
 
         given = [start, rests, ends] if tokens is None else [start, rests, ends, tokens]
-        if weights or after:
+        if weights or changed:
             return over_clients(encode, *given)
         return self._memo(lambda: over_clients(encode, *given), *given)
 
@@ -275,18 +278,17 @@ class _Text(nn.Module):
         self.positional_embedding = text.positional_embedding
         self.text_projection = text.text_projection
 
-    def forward(
-        self, starts: Tensor, rests: Tensor, ends: Tensor, tokens: Tensor | None, after: Mapping[int, After]
-    ) -> Tensor:
+    def forward(self, starts: Tensor, rests: Tensor, ends: Tensor, insertions: Insertions) -> Tensor:
         """All sequences of all clients are one batch.
 
         Args:
-            starts, rests, ends, tokens: those of `TextTower.encode_after`, with a leading dimension of clients, M or 1.
-            after: the functions after blocks.
+            starts, rests, ends, insertions: those of `TextTower.encode_after`, tensors with a leading dimension of
+                clients, M or 1.
 
         Returns:
             (M, n, D).
         """
+        tokens, after, left_out = insertions
         if not rests.is_floating_point():
             starts, rests = self.token_embedding(starts), self.token_embedding(rests)
         clients = max(map(len, (starts, rests) if tokens is None else (starts, rests, tokens)))
@@ -303,12 +305,12 @@ class _Text(nn.Module):
         starts = starts[:, None].expand(-1, sequences, -1, -1)
         x = torch.cat([starts, rests.expand(clients, -1, -1, -1)], dim=2).flatten(0, 1)
         mask = packing.mask.to(x.dtype)
-        if tokens is None and not after:
+        if tokens is None and not after and not left_out:
             x = self.transformer(x, attn_mask=mask)
         else:
             if tokens is not None:  # (M, d, n, W) -> (d, B, n, W), for the B sequences
                 tokens = tokens.expand(clients, -1, -1, -1).repeat_interleave(sequences, dim=0).transpose(0, 1)
-            x = through(self.transformer, x, 1, Insertions(tokens, after), mask)
+            x = through(self.transformer, x, 1, Insertions(tokens, after, left_out), mask)
         return self.project(self.ln_final(x[client * sequences + packing.rows, packing.columns]))
 
     def project(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fedsim.clip.insertions import Insertions
 from fedsim.clip.sites import Site
 from fedsim.errors import InputError, listing
 from fedsim.methods import Backbone, Batch, Method
@@ -80,7 +81,8 @@ class Lora(Method):
 class Paired(TunedTowers):
     """W' = W + alpha / rank * up @ down for each chosen W, with the pairs under `up.` and `down.`.
 
-    After `add_merged` it is W + alpha / rank * (up @ down + merged), with zeros under `merged.`.
+    After `add_merged` it is W + alpha / rank * (up @ down + merged), with zeros under `merged.`. After `add_blocks`,
+    `blocks.` holds a number for each block of a tower, 1, and blocks with 0 are left out.
     """
 
     def __init__(self, method: Lora, backbone: Backbone) -> None:
@@ -88,6 +90,7 @@ class Paired(TunedTowers):
         self.strength = method.alpha / method.rank
         self.frozen = {side: _chosen(tower_of(backbone, side).weights, side, method) for side in self.sides}
         self.down, self.up, self.merged = nn.ParameterDict(), nn.ParameterDict(), nn.Module()
+        self.blocks = nn.Module()
         for side, weights in self.frozen.items():
             for name, weight in weights.items():
                 *parts, rows, columns = _matrix_shape(name, weight)
@@ -98,6 +101,15 @@ class Paired(TunedTowers):
     def add_merged(self) -> None:
         for key, up in self.up.items():
             self.merged.register_buffer(key, torch.zeros(*up.shape[:-1], self.down[key].shape[-1]))
+
+    def add_blocks(self, backbone: Backbone) -> None:
+        for side in self.sides:
+            self.blocks.register_buffer(side, torch.ones(tower_of(backbone, side).depth))
+
+    def insertions(self, side: Side) -> Insertions | None:
+        if (present := getattr(self.blocks, side, None)) is None or present.all():
+            return None
+        return Insertions(left_out=frozenset((present == 0).nonzero().flatten().tolist()))
 
     def weights(self, side: Side) -> Params:
         return {name: weight + self._added(side, name).view_as(weight) for name, weight in self.frozen[side].items()}

@@ -275,7 +275,15 @@ def _facts(tables: Tables) -> dict[str, pd.DataFrame]:
     costs, facts = tables.rounds, portable(tables.facts)
     versions, skipped = facts.pop("versions", {}), facts.pop("skipped", [])
     # In the teraflops below, in `remarks`, and in which measures there are.
-    elsewhere = {"flops_per_step", "flops_per_row", "unseen_test", "personal", "class_tasks", "groups"}
+    elsewhere = {
+        "flops_per_step",
+        "flops_per_row",
+        "flops_of_devices",
+        "unseen_test",
+        "personal",
+        "class_tasks",
+        "groups",
+    }
     facts = {name.replace("_", " "): _fact(value) for name, value in facts.items() if name not in elsewhere}
     if malicious := facts.pop("malicious", []):
         facts["malicious clients"] = f"{len(malicious)}: {listing(malicious)}"

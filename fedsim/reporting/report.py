@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from fedsim.clients import Client
 from fedsim.counts import SPLITS, Counts
@@ -46,6 +47,7 @@ class Report:
         zero_shot: counts of zero-shot CLIP.
         rounds: for each round (13,) float64, the columns of `Tables.rounds`.
         holdings: (n, 5) int32, what `holdings` returns.
+        devices: (n, 7) int64, the columns of `Tables.clients`.
         adapter: the tensors of the chosen round, private ones as they were in round 0.
         private: (K,) int64, by client the round of its file in `private/` at the chosen round.
         last: counts of the last round, if it is evaluated only because it is the last; see `conclude`.
@@ -64,6 +66,7 @@ class Report:
     zero_shot: Counts = field(default_factory=Counts)
     rounds: list[np.ndarray] = field(default_factory=list)
     holdings: np.ndarray = field(default_factory=lambda: np.empty((0, len(COLUMNS["partition"])), np.int32))
+    devices: np.ndarray = field(default_factory=lambda: np.empty((0, len(COLUMNS["clients"])), np.int64))
     adapter: Params = field(default_factory=dict)
     private: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     last: Counts | None = None
@@ -83,6 +86,7 @@ class Report:
             calibration=calibration_table(evaluations),
             rounds=round_table(self.rounds),
             partition=partition_table(self.holdings, self.domains, self.classes),
+            clients=pd.DataFrame(self.devices, columns=list(COLUMNS["clients"])),
         )
 
     def summary(self, model: str = TRAINED, round: int | None = None) -> dict[str, float]:
@@ -186,7 +190,7 @@ class Report:
 
     def first_entry(self) -> dict[str, np.ndarray]:
         """The arrays that never change, for the history."""
-        return {"zero_shot": self.zero_shot.flat(), "holdings": self.holdings}
+        return {"zero_shot": self.zero_shot.flat(), "holdings": self.holdings, "devices": self.devices}
 
     def entry(self, round: int) -> dict[str, np.ndarray]:
         """The arrays that a round has added, for the history: its costs, and its counts if it was evaluated."""
@@ -200,6 +204,7 @@ class Report:
         """The inverse of `first_entry` and `entry`; entries must come in order."""
         if "holdings" in entry:
             self.zero_shot, self.holdings = Counts.from_flat(entry["zero_shot"]), entry["holdings"]
+            self.devices = entry["devices"]
         if "costs" in entry:
             self.rounds.append(entry["costs"])
         if "scores" in entry:

@@ -34,13 +34,15 @@ INTEGERS = ("round", "asked", "clients", "dropped", "late", "bytes_up", "bytes_d
 # Clients that were asked either drop out, miss the deadline, or count. Bytes down are of all that were asked, bytes up
 # of those that count; those of a survey, in round 1, are of all clients that train. clock_s are simulated seconds since
 # the start. Steps and flops, the floating-point operations of training, are of all clients together. epsilon is that of
-# all rounds so far; nan without privacy.
+# all rounds so far; nan without privacy. Of `clients`, device is the class of a client's device, from 0; rank and
+# blocks are 0 where the fleet does not say them.
 COLUMNS = {
     "scores": ("model", "round", *SCORES),
     "labels": ("model", "round", "group", "label", "correct", "predicted", "support"),
     "calibration": ("model", "round", "group", "bin", "rows", "correct", "confidence"),
     "rounds": (*INTEGERS[:-1], "seconds", "clock_s", "loss", "steps", "flops", "epsilon"),
     "partition": ("client", "domain", "label", "split", "rows"),
+    "clients": ("client", "device", "rank", "blocks", "epochs", "bytes_down", "bytes_up"),
 }
 Evaluation = tuple[str, int, Counts]  # model, round
 
@@ -59,6 +61,7 @@ class Tables:
         calibration: one row per model, round, group of rows and bin of confidence.
         rounds: costs and training loss, one row per round.
         partition: how many rows each client has, by domain, label and split.
+        clients: what each client that trains can train, receives and sends in a round, of those that are evaluated.
         class_domain: of a suite, the index of the data set that each class belongs to.
     """
 
@@ -72,6 +75,7 @@ class Tables:
     calibration: pd.DataFrame
     rounds: pd.DataFrame
     partition: pd.DataFrame
+    clients: pd.DataFrame
     class_domain: list[int] = field(default_factory=list)
 
     def of(self, model: str, round: int | None = None) -> "Tables":

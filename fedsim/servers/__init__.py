@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
+from fedsim.fleets import Device
 from fedsim.methods import ClientContext, Method, Scope
 from fedsim.params import Params, payload_bytes
 from fedsim.registry import component
@@ -28,14 +29,15 @@ class ClientUpdate:
     """The result of a client's local training in a round.
 
     Attributes:
-        received: the shared tensors as the server sent them to this client, before `start` replaces any.
+        received: the shared tensors as the server sent them to this client, before `start` replaces any; entries that
+            the client does not have (`Server.held`) are zero, in `trained` too.
         trained: the same tensors after local training.
         client_state: what the client stores for the rule, before this round.
         sent: what `Server.broadcast` returned.
         rows: its train rows.
         steps: its local steps; 0 if it has too few rows for one.
         staleness: rounds completed since the parameters were sent.
-        method: the method as adapted by the rule.
+        method: the method as adapted by the rule, with the local epochs of this client.
         lr: the step size of its local steps, which `Method.schedule` may have lowered.
         loss: the mean of the method's loss over its train rows before it trained, in nats; nan if it has too few rows
             for a step, or unless the rule has `needs_loss`.
@@ -88,6 +90,8 @@ class Server(ABC):
     # Whether the server could compute the clients' messages from their updates, such as products of trained tensors. If
     # updates are encoded, messages are then those of the decoded ones; other messages are sent as clients compute them.
     computes_messages: ClassVar[bool] = False
+    # Which limits of a client's device the rule heeds in `held`: "rank" or "blocks". A fleet with others is refused.
+    heeds: ClassVar[frozenset[str]] = frozenset()
     # Whether `unicast` gives clients tensors of their own. A client then also stores its shared tensors after training,
     # and is evaluated with them. The server stores those of all clients, in memory and in each checkpoint.
     unicasts: ClassVar[bool] = False
@@ -160,6 +164,23 @@ class Server(ABC):
         """
         return {}
 
+    def held(self, params: Params, device: Device, rng: torch.Generator) -> Params:
+        """Which entries of the shared tensors a client has in a round (default: all).
+
+        A client receives, trains and sends these alone. While it trains, the others are zero and stay zero; in the sum
+        of the round they weigh nothing (`RoundSum.held`). How many there are must follow from the device alone. It is
+        called if the device has a limit that the rule `heeds`.
+
+        Args:
+            params: the shared tensors, for their names and shapes.
+            device: what the client's device allows.
+            rng: keyed by seed, round and client.
+
+        Returns:
+            By name of a tensor, bools that broadcast to its shape; of tensors without a name in it, clients have all.
+        """
+        return {}
+
     def gradient(self, params: Params, received: Params, client_state: Params, sent: Params) -> Params:
         """What the rule adds to a client's gradients at a local step, by parameter name.
 
@@ -178,15 +199,15 @@ class Server(ABC):
         """What a client returns besides its delta, and its new state."""
         return Reply(client_state=update.client_state)
 
-    def payload(self, shared: Params, server: Params, sent: Params, message: Params, cohort: int) -> tuple[int, int]:
+    def payload(self, shared: Params, server: Params, sent: Params, message: Params, cohort: float) -> tuple[int, int]:
         """Bytes that a client receives and sends in a round, counted from the tensors that travel.
 
         Args:
-            shared: the tensors of this scope.
+            shared: the tensors of this scope, what the client has of them.
             server: the tensors of this scope.
             sent: from `broadcast`.
             message: from `reply`.
-            cohort: clients per round.
+            cohort: clients per round; if they have unequal parts, as many with this one's part as have the same bytes.
         """
         down, up = (shared, server, sent), (shared, message)
         return sum(map(payload_bytes, down)), sum(map(payload_bytes, up))

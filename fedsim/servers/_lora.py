@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from pydantic import InstanceOf
 
+from fedsim.errors import InputError
+from fedsim.fleets import Device
 from fedsim.methods import Backbone, Method, Scope
 from fedsim.methods._wrapper import Wrapper
 from fedsim.methods.lora import Lora, Paired
@@ -30,6 +33,25 @@ class Merged(Wrapper):
 
     def scope(self, name: str) -> Scope:
         return "frozen" if name.startswith("merged.") else self.inner.scope(name)
+
+
+def first_ranks(params: Params, device: Device) -> Params:
+    """Masks of the first rows of each `down` and the first columns of each `up`, as many as the device's rank.
+
+    With both at zero, the rest of a pair has no part in the product and no gradient, and no decay moves it.
+
+    Raises:
+        InputError: the pairs have a lower rank.
+    """
+    masks = {}
+    for name, tensor in params.items():
+        if name.startswith("down."):
+            rank = tensor.shape[-2]
+            if (device.rank or 0) > rank:
+                raise InputError(f"fleet.ranks can be at most --method.rank {rank}, got {device.rank}")
+            first = torch.arange(rank) < (device.rank or rank)
+            masks |= {name: first[:, None], name.replace("down.", "up.", 1): first}
+    return masks
 
 
 def products(params: Params) -> Params:

@@ -12,7 +12,7 @@ from fedsim.methods.lora import random_down
 from fedsim.params import payload_bytes, unflatten
 from fedsim.registry import component
 from fedsim.servers import Averaging
-from fedsim.servers._lora import Merged, products, require_lora
+from fedsim.servers._lora import Merged, first_ranks, products, require_lora
 from fedsim.updates import apply_update
 
 
@@ -24,11 +24,15 @@ class LoraStacking(Averaging):
     of their stack would hardly exceed that of a single pair, since `down` moves little in a round.
 
     Bytes are those of the paper: a client sends its pairs and receives the stack of a whole cohort, in the first round
-    too. Earlier stacks that a client missed are not counted.
+    too. Earlier stacks that a client missed are not counted. With `--fleet.ranks`, clients have pairs of unequal rank,
+    and the stack of a cohort counts with its mean size.
 
     Differs: the mean is uniform by default; the code weights clients by their rows, here `weighting: rows`. Pairs start
-    as in method `lora`; the code uses PEFT's uniform initialization. All clients have the same rank.
+    as in method `lora`; the code uses PEFT's uniform initialization. Products are multiplied by alpha / `--method.rank`
+    whatever a client's rank; in the code, too, alpha grows with it.
     """
+
+    heeds = frozenset(("rank",))
 
     def adapt(self, method):
         pairs = require_lora(self, method)
@@ -47,6 +51,9 @@ class LoraStacking(Averaging):
         downs = sorted(name for name in params if name.startswith("down."))
         return {name: random_down(params[name].shape, rng).to(params[name]) for name in downs}
 
+    def held(self, params, device, rng):
+        return first_ranks(params, device)
+
     def scope(self, name, scope):
         return "server" if name.startswith("merged.") else scope
 
@@ -54,7 +61,7 @@ class LoraStacking(Averaging):
         return replace(super().reply(update), message=products(update.trained))
 
     def payload(self, shared, server, sent, message, cohort):
-        return cohort * payload_bytes(shared), payload_bytes(shared)
+        return round(cohort * payload_bytes(shared)), payload_bytes(shared)
 
     def step(self, params, slots, total, rng):
         # The pairs stay as in round 0, with `up` at zero; the products hold what clients have trained.

@@ -1,5 +1,7 @@
 """The sum of a chunk's deltas, added stack by stack."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -36,18 +38,25 @@ class Accumulator:
         self.float64_buffers = {name: buffer[: tensor.numel()].view_as(tensor) for name, tensor in shared.items()}
         self.deltas: dict[int, np.ndarray] | None = {} if keep_deltas else None
         self.messages: dict[int, np.ndarray] = {}
+        self.held: np.ndarray | None = None  # as in `ChunkSum`
 
-    def add(self, clients: list[int], trained: Params, replies: list[Reply]) -> None:
+    def add(self, clients: list[int], trained: Params, replies: list[Reply], held: Sequence[Params] = ()) -> None:
         """Adds a stack of M clients.
 
         Args:
-            trained: (M, *shape) each, their shared tensors after training.
+            trained: (M, *shape) each, their shared tensors after training. Entries that a client does not have are set
+                to the server's, so that their delta is zero.
+            held: `Server.held` of each client; none: all clients have all.
         """
+        for k, masks in enumerate(held):
+            for name, mask in masks.items():
+                trained[name][k] = torch.where(mask, trained[name][k], self.shared[name])
         if self.by_stack:
             weights = torch.tensor([reply.weight for reply in replies], dtype=torch.float64, device=self.delta.device)
             for name, total in self.total.items():
                 total.view(-1).add_(weights @ trained[name].reshape(len(weights), -1).double())
         for k, (client, reply) in enumerate(zip(clients, replies, strict=True)):
+            self._add_held(reply.weight, held[k] if held else {})
             self.weight += reply.weight
             for name, total in self.total.items() if not self.by_stack else ():
                 total.add_(self.float64_buffers[name].copy_(trained[name][k]), alpha=reply.weight)
@@ -57,6 +66,15 @@ class Accumulator:
             if reply.message:
                 message = reply.weight * flatten(reply.message).astype(np.float64)
                 self.message = self.message + message if len(self.message) else message
+
+    def _add_held(self, weight: float, masks: Params) -> None:
+        """Counts a client's weight for the entries that it has; before `weight` counts it."""
+        if masks and self.held is None:  # the clients before it have all
+            self.held = np.full(sum(map(torch.numel, self.shared.values())), self.weight)
+        if self.held is not None:
+            all_ = torch.ones((), dtype=torch.bool)
+            whole = {name: masks.get(name, all_).expand(tensor.shape) for name, tensor in self.shared.items()}
+            self.held += weight * flatten(whole)
 
     def sum(self, stats: np.ndarray, round: int) -> ChunkSum:
         """The chunk's sum.
@@ -76,4 +94,4 @@ class Accumulator:
             deltas, messages = (np.stack([kept[client] for client in ids]) for kept in (self.deltas, self.messages))
             if not np.isfinite(deltas).all():
                 raise Diverged.in_round(round, "an update")
-        return ChunkSum(self.delta.cpu().numpy(), self.weight, stats, self.message, deltas, messages)
+        return ChunkSum(self.delta.cpu().numpy(), self.weight, stats, self.message, deltas, messages, self.held)

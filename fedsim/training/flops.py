@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedsim.fleets import Device
 from fedsim.methods import Backbone, Batch, ClientContext, RuleContext, trained
+from fedsim.params import kept
 from fedsim.representations import Encoded
 from fedsim.training.inputs import Inputs
 from fedsim.training.task import Task
@@ -21,6 +23,7 @@ def flops_of(
     rows: np.ndarray,
     classes: np.ndarray | None = None,
     client: ClientContext | None = None,
+    device: Device | None = None,
 ) -> tuple[float, float]:
     """The operations of a local step that do not depend on its batch, and the operations per row of the batch.
 
@@ -33,6 +36,7 @@ def flops_of(
         rows: train rows, in any order; a whole batch if there are as many.
         classes: (C,) bool, the classes that compete for them; None: all.
         client: whose rows they are, for methods that read it.
+        device: the client's, which may have a part of the shared tensors.
     """
     module = task.build(backbone)
     if not trained(module):
@@ -40,6 +44,8 @@ def flops_of(
 
     active = None if classes is None else torch.from_numpy(classes)
     shared = task.select({name: tensor.detach() for name, tensor in module.state_dict().items()}, "shared")
+    if held := task.held(shared, device or Device()):
+        module.load_state_dict(kept(shared, held), strict=False)
     slots, client_state = task.server.init(shared)
     received = {name: shared[name] for name in trained(module) if name in shared}
     rule = RuleContext(received, client_state, task.server.broadcast(slots, shared))

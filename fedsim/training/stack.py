@@ -13,7 +13,7 @@ from torch.func import grad_and_value, vmap
 from fedsim.clip.sites import stackable
 from fedsim.methods import Batch, ClientContext, Method, RuleContext, trained
 from fedsim.methods._calls import with_tensors
-from fedsim.params import Params
+from fedsim.params import Params, kept
 from fedsim.servers import Server
 from fedsim.training.dimensions import batch_of_client, dims_of, dims_of_batch, of_client, one_sentence
 from fedsim.training.estimates import by_differences
@@ -67,6 +67,7 @@ def train_stack(
     targets: Targets | None = None,
     private: PrivateSteps | None = None,
     group: Tensor | None = None,
+    held: Sequence[Params] = (),
 ) -> Tensor:
     """Trains M clients in place, each on its own rows.
 
@@ -83,10 +84,11 @@ def train_stack(
         sent: what the rule sends besides the parameters.
         classes: (M, C) bool, the classes that compete in each client's loss; None: all.
         client: the M clients, for methods that read them.
-        unicast: (M, *shape) each, the shared tensors that each client was sent for itself, as it received them.
+        unicast: (M, *shape) each, the shared tensors of which each client was sent its own or a part, as received.
         targets: of the M clients, for methods that read rows of held-out domains.
         private: how gradients are clipped and noised, if single rows are protected.
         group: (N,) the rows' groups, for methods that read them.
+        held: of each client, which entries of a tensor it has, where that is not all; the others have no gradient.
 
     Returns:
         (M,) mean loss over each client's local steps, in nats; nan where it took none.
@@ -101,6 +103,7 @@ def train_stack(
     adds = server.gradient({name: params[name][0] for name in learned}, received | first_own, states[0], sent)
     reads = bool(adds) or method.reads_rule
     memory = {name: torch.stack([state[name] for state in states]) for name in states[0]} if reads else {}
+    held_each = _stacked_masks(held, params)
     losses = torch.zeros(len(sizes), dtype=dtype, device=y.device)
     steps = torch.zeros(len(sizes), dtype=torch.int64)
     for epoch in range(method.local_epochs if learned else 0):
@@ -125,7 +128,9 @@ def train_stack(
             if adds:
                 extra = _added(server, {name: part[name] for name in learned}, rule, each)
                 grads = {name: grads[name] + extra[name] if name in extra else grads[name] for name in learned}
-            optimizer.step(method.clipped({name: grads[name] for name in learned}), first, last)
+            grads = {name: grads[name] for name in learned}
+            grads = kept(grads, {name: mask[first:last] for name, mask in held_each.items()})
+            optimizer.step(method.clipped(grads), first, last)
             for name, tensor in method.proximal({name: part[name] for name in optimizer.params}).items():
                 part[name].copy_(tensor)
             losses[first:last] += loss
@@ -237,6 +242,13 @@ def _equally_many(classes: Tensor | None) -> bool:
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # one client's without a copy
+
+
+def _stacked_masks(held: Sequence[Params], params: Params) -> Params:
+    """(M, *shape) bool each, of the tensors of which a client does not have all."""
+    shapes = {name: params[name].shape[1:] for masks in held for name in masks}
+    full = {name: torch.ones((), dtype=torch.bool, device=params[name].device) for name in shapes}
+    return {name: torch.stack([m.get(name, full[name]).expand(s) for m in held]) for name, s in shapes.items()}
 
 
 def _added(server: Server, params: Params, rule: RuleContext, own: Collection[str]) -> Params:

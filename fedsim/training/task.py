@@ -1,7 +1,8 @@
-"""What all clients of a run have in common, and the parameters of round 0."""
+"""What all clients of a run have in common."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from fedsim.codecs import Codec
 from fedsim.codecs.plain import Plain
 from fedsim.datasets import Labels
 from fedsim.errors import InputError, listing
-from fedsim.methods import Backbone, Batch, Method, Scope, masked, trained
-from fedsim.methods._batch_norm import BatchNorm
-from fedsim.params import Params, flatten
-from fedsim.privacy import Privacy, replies
+from fedsim.fleets import Device, Fleet
+from fedsim.fleets.ideal import Ideal
+from fedsim.methods import Backbone, Method, Scope, masked
+from fedsim.params import Params, flatten, payload_bytes
+from fedsim.privacy import Privacy
 from fedsim.privacy.none import Unprotected
 from fedsim.registry import name_of
 from fedsim.representations import Encoded
@@ -44,6 +46,7 @@ class Task:
         codec: how parameters and updates travel.
         privacy: what of clients is clipped and noised.
         attack: what malicious clients do.
+        fleet: the clients' devices.
     """
 
     method: Method
@@ -56,6 +59,7 @@ class Task:
     codec: Codec = field(default_factory=Plain)
     privacy: Privacy = field(default_factory=Unprotected)
     attack: Attack = field(default_factory=Honest)
+    fleet: Fleet = field(default_factory=Ideal)
 
     def lr(self, round: int) -> float:
         """The step size of clients that were sent their parameters in this round."""
@@ -90,6 +94,24 @@ class Task:
     def evaluated(self, params: Params, slots: Slots) -> Params:
         """All tensors as they are evaluated; see `Server.evaluated`."""
         return params | self.server.evaluated(self.select(params, "shared"), slots)
+
+    def device(self, client: int, clients: int) -> Device:
+        """The device of one of K clients; one without limits for the server's own rows (`root.ROOT`)."""
+        if client < 0:
+            return Device()
+        classes = self.fleet.classes(clients, self.seed)
+        return self.fleet.devices[0 if classes is None else classes[client]]
+
+    def on(self, device: Device) -> Method:
+        """The method with the local epochs of a device."""
+        return self.method if device.epochs is None else _with_epochs(self.method, device.epochs)
+
+    def held(self, shared: Params, device: Device, round: int = 0, client: int = 0) -> Params:
+        """`Server.held` of a client, without the tensors of which it has all."""
+        if not any(getattr(device, name) for name in self.server.heeds):
+            return {}
+        held = self.server.held(shared, device, torch_rng(self.seed, "held", round, client))
+        return {name: mask.to(shared[name].device) for name, mask in held.items() if not mask.all()}
 
     def competing(self, data: Labels, trained: np.ndarray, rows: Sequence[np.ndarray]) -> np.ndarray | None:
         """(M, C) bool, the classes that compete in the loss of each of M clients; None where all do.
@@ -156,15 +178,30 @@ class Task:
             )
         return sent
 
-    def payload(self, params: Params, cohort: int) -> tuple[int, int]:
-        """Bytes that a client receives and sends in a round with `cohort` clients."""
+    def payloads(self, params: Params, cohort: int, clients: int) -> tuple[np.ndarray, np.ndarray]:
+        """(K,) int64 each, the bytes that each of K clients receives and sends in a round, by its device."""
+        shared, devices = self.select(params, "shared"), self.fleet.devices
+        parts = [payload_bytes(self._part(shared, device)) or 1 for device in devices]
+        mean = self.fleet.by_class(parts, clients, self.seed).mean() if len(devices) > 1 else 0
+        counts = [cohort * float(mean / part) if part != mean else cohort for part in parts] if mean else [cohort]
+        down, up = zip(*map(partial(self.payload, params), counts, devices), strict=True)
+        return self.fleet.by_class(down, clients, self.seed), self.fleet.by_class(up, clients, self.seed)
+
+    def _part(self, shared: Params, device: Device) -> Params:
+        """What a client has of the shared tensors; of tensors of which it does not have all, (n,) entries."""
+        held = self.held(shared, device)
+        return shared | {name: shared[name][mask.expand(shared[name].shape)] for name, mask in held.items()}
+
+    def payload(self, params: Params, cohort: float, device: Device | None = None) -> tuple[int, int]:
+        """Bytes that a client with this device receives and sends in a round; cohort as in `Server.payload`."""
         shared = self.select(params, "shared")
         slots, _ = self.server.init(shared)
         sent = self.server.broadcast(slots, shared)
+        shared = self._part(shared, device or Device())
         server, others = self.select(params, "server"), (sent, self.reply(params).message, cohort)
         down = self.codec.encode_down(shared), self.codec.encode_down(server)
         up = encoded(self.codec, shared, torch_rng(self.seed, "codec")), server
-        more_down, more_up = self.codec.overhead(cohort)
+        more_down, more_up = self.codec.overhead(round(cohort))
         return self.server.payload(*down, *others)[0] + more_down, self.server.payload(*up, *others)[1] + more_up
 
     def reply(self, params: Params) -> Reply:
@@ -188,141 +225,10 @@ class Task:
         return module
 
 
-def initial_params(task: Task, backbone: Backbone, cohort: int = 1) -> Params:
-    """The parameters of round 0; `cohort` is the number of clients in a round."""
-    _check_groups(task.method, backbone.groups)
-    module = task.build(backbone)
-    dtype = getattr(torch, task.dtype)
-    if integers := [name for name, tensor in module.state_dict().items() if not tensor.is_floating_point()]:
-        counted = any(name.endswith("num_batches_tracked") for name in integers)
-        hint = "; fedsim.methods._batch_norm.BatchNorm does not count batches" if counted else ""
-        raise InputError(f"{name_of(task.method)} has tensors that cannot be averaged: {listing(integers)}{hint}")
-    params = {name: tensor.detach().clone().to(dtype) for name, tensor in module.state_dict().items()}
-    if names := [name for name in params if task.method.scope(name) == "server"]:
-        raise InputError(
-            f"{name_of(task.method)} gives {listing(names)} the scope server, which only a server rule can give, "
-            "because it says how the server changes a tensor that clients do not train; use frozen"
-        )
-    if task.method.min_batch < 2 and any(isinstance(part, BatchNorm) for part in module.modules()):
-        raise InputError(f"{name_of(task.method)} has a BatchNorm, and one row has no variance; it needs min_batch = 2")
-    if task.method.changes_gradients and task.method.estimator == "spsa":
-        raise InputError(
-            f"the gradient by which {name_of(task.method)} trains is not that of the values of its loss, from which "
-            "--method.estimator spsa would estimate it; take autograd"
-        )
-    if (task.method.expands or task.select(params, "surveyed")) and task.method.reads.image != "features":
-        what = "expands clients' rows" if task.method.expands else "makes a survey"
-        raise InputError(f"{name_of(task.method)} {what}, which needs image features, not {task.method.reads.image}")
-    if task.select(params, "surveyed") and task.method.reads.towers:
-        raise InputError(
-            f"{name_of(task.method)} makes a survey, which needs text features, not text {task.method.reads.text}"
-        )
-    untrained = [name for name in task.select(params, "shared") if name not in trained(module)]
-    if untrained and not task.server.averages:
-        raise InputError(
-            f"server {name_of(task.server)} does not average, as {_of_method(task, untrained)} need, "
-            "which clients compute without training them; take a rule that does, such as fedavg or fedprox"
-        )
-    if task.privacy.protects:
-        _check_privacy(task, params, untrained)
-        if task.privacy.protects == "rows":
-            _check_rows(task, module, backbone)
-    if untrained and not task.codec.lossless:
-        raise InputError(
-            f"codec {name_of(task.codec)} would change {_of_method(task, untrained)}, which clients compute without "
-            "training them; take plain"
-        )
-    if not task.codec.lossless and task.server.start(task.select(params, "shared"), torch_rng(task.seed, "start")):
-        raise InputError(
-            f"server {name_of(task.server)} gives clients new tensors before they train, and codec "
-            f"{name_of(task.codec)} would encode these as if they were learned; take plain, or another rule"
-        )
-    if task.codec.sums:
-        _check_sums(task, params, cohort)
-    if (rows := task.server.root_rows) and not task.method.steps(rows):
-        raise InputError(
-            f"server.root_rows must be {task.method.min_batch} or more with method {name_of(task.method)}, got {rows}: "
-            "the server could not take a step"
-        )
-    task.server.check({n: tensor for n, tensor in params.items() if task.method.scope(n) == "shared"}, cohort)
-    return params
-
-
-def _check_groups(method: Method, groups: Sequence[str]) -> None:
-    """Refuses data without groups."""
-    if method.reads_group and len(groups) < 2:
-        raise InputError(
-            f"method {_name(method)} needs rows of two or more groups (a sensitive attribute), and the data set has "
-            f"{f'only {groups[0]!r}' if groups else 'none'}; give --dataset.group COLUMN of data set huggingface, or "
-            "--dataset.domain-groups true"
-        )
-
-
-def _check_sums(task: Task, params: Params, cohort: int) -> None:
-    """Refuses what needs more than the sum of the updates, and a sum that does not fit."""
-    codec, server = f"codec {name_of(task.codec)}", f"server {name_of(task.server)}"
-    if task.server.needs_deltas or task.server.unicasts or task.server.buffer is not None:
-        raise InputError(f"{server} needs the update of each client, and with {codec} only their sum is known")
-    answers = replies(task.method, task.server, task.select(params, "shared"))
-    if any(each.message for each in answers):
-        raise InputError(f"{server} has clients send messages besides their updates, which {codec} does not sum")
-    if any(each.weight != 1 for each in answers):
-        raise InputError(
-            f"{server} weights the updates of clients, and {codec} sums them as they are; take equal weights"
-        )
-    if task.attack.colludes:
-        raise InputError(f"attack {name_of(task.attack)} needs the update of each client, and {codec} sums them")
-    if task.privacy.protects == "clients" and not task.privacy.protects_updates:
-        raise InputError(
-            f"privacy {name_of(task.privacy)} clips what the server decodes, and {codec} gives it the sum alone"
-        )
-    task.codec.check(cohort)
-
-
-def _check_privacy(task: Task, params: Params, untrained: list[str]) -> None:
-    """Refuses what clients would send besides tensors that they train, and what the mechanism refuses."""
-    privacy, method = f"privacy {name_of(task.privacy)}", name_of(task.method)
-    if task.select(params, "surveyed"):
-        raise InputError(f"{privacy} does not cover the survey of {method}, whose sums over clients' rows are exact")
-    if untrained:
-        raise InputError(
-            f"{privacy} would add noise to {_of_method(task, untrained)}, which clients compute without training them; "
-            "take another method"
-        )
-    task.privacy.check(task.method, task.server, task.select(params, "shared"))
-
-
-def _check_rows(task: Task, module: nn.Module, backbone: Backbone) -> None:
-    """Refuses a method that reads features and whose loss of a batch is not the mean of its rows' losses.
-
-    It is tried on three random rows. Of other methods, only what they declare is known; see `ExampleDP.check`.
-    """
-    if task.method.reads.image != "features" or task.method.reads_rule:
-        return
-    x = torch.randn(3, backbone.width, generator=torch.Generator().manual_seed(0))
-    y = torch.tensor([0, 1, 0]).clamp_max(len(backbone.class_embeddings) - 1)
-    with torch.no_grad():
-        module.eval()  # without dropout
-        whole = task.method.loss(module, Batch(x, y))
-        rows = torch.stack([task.method.loss(module, Batch(x[k : k + 1], y[k : k + 1])) for k in range(3)])
-        module.train()
-    if not torch.allclose(whole, rows.mean(), rtol=1e-3):
-        raise InputError(
-            f"privacy {name_of(task.privacy)} clips the gradients of single rows, but the loss of method "
-            f"{name_of(task.method)} is not the mean of its rows' losses; take another method or objective"
-        )
-
-
-def _of_method(task: Task, names: list[str]) -> str:
-    """Tensors of a method, in words that its user knows."""
-    return f"{listing(name.removeprefix('shared.') for name in names)} of {_name(task.method)}"
-
-
-def _name(method: Method) -> str:
-    """The name of a method, also as a server rule adapts it."""
-    while isinstance(inner := getattr(method, "inner", None), Method):
-        method = inner
-    return name_of(method)
+def _with_epochs(method: Method, epochs: int) -> Method:
+    inner = getattr(method, "inner", None)  # of one that a server rule adapts
+    held = {"inner": _with_epochs(inner, epochs)} if isinstance(inner, Method) else {}
+    return replace(method, local_epochs=epochs, **held)
 
 
 def local_rows(method: Method, labels: Labels, rows: np.ndarray) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.methods import Batch, ClientContext, Method, RuleContext
-from fedsim.params import Params
+from fedsim.params import Params, kept
 from fedsim.servers import Server
 from fedsim.training.estimates import estimated
 from fedsim.training.inputs import Inputs
@@ -31,6 +31,7 @@ def train_client(
     targets: Targets | None = None,
     private: PrivateSteps | None = None,
     group: Tensor | None = None,
+    held: Params | None = None,
 ) -> float:
     """Trains the module in place on one client's rows. `stack.train_stack` must give the same results.
 
@@ -47,6 +48,7 @@ def train_client(
         targets: of this client alone, for methods that read rows of held-out domains.
         private: how gradients are clipped and noised, if single rows are protected.
         group: (n,) the rows' groups, for methods that read them.
+        held: which entries of the tensors the client has, where that is not all; the others have no gradient.
 
     Returns:
         The mean loss over local steps, in nats; nan if there was no step.
@@ -75,7 +77,8 @@ def train_client(
             with torch.no_grad():
                 extra = server.gradient(params, *rule)
                 grads = {n: grad + extra[n] if n in extra else grad for n, grad in grads.items()}
-                grads = method.clipped({name: grad.unsqueeze(0) for name, grad in grads.items()})
+                grads = {name: grad.unsqueeze(0) for name, grad in kept(grads, held or {}).items()}
+                grads = method.clipped(grads)
             optimizer.step(grads)
             with torch.no_grad():
                 for name, tensor in method.proximal(optimizer.params).items():

@@ -8,17 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsim.clients import Client, Population
 from fedsim.errors import Diverged
-from fedsim.methods import Batch, ClientContext
-from fedsim.params import Params, moved, unflatten
+from fedsim.methods import Batch, ClientContext, Method
+from fedsim.params import Params, kept, moved, unflatten
 from fedsim.registry import name_of
 from fedsim.rng import numpy_rng, seed_for, torch_rng
 from fedsim.servers import ClientUpdate
 from fedsim.training.accumulator import Accumulator
 from fedsim.training.client_store import PrivateState, Stored
+from fedsim.training.expand import expanded
 from fedsim.training.inputs import Inputs
 from fedsim.training.malice import forged, forges, poisoned
 from fedsim.training.models import Models
@@ -58,12 +59,14 @@ class TrainedStack:
     Attributes:
         rows: on which each trained in a local epoch.
         params: their shared and private tensors, and those that each was sent for itself, (M, *shape).
-        unicast: the shared tensors that each was sent for itself, before training, (M, *shape).
+        unicast: the shared tensors of which each was sent its own or a part, before training, (M, *shape).
         losses: (M,) mean over each client's local steps, in nats; nan if it took none.
         received_losses: (M,) mean over each client's train rows before training, if the rule needs it; else nan.
         optimizer: each client's optimizer state by name, if the method keeps it from round to round.
         rule: each client's memory for the server rule, before this round.
         lost: what encoding has discarded of each client's updates before this round.
+        held: which entries of the shared tensors each client has, of the tensors of which it does not have all.
+        method: the method as they have trained it, with their local epochs.
     """
 
     clients: list[int]
@@ -75,6 +78,8 @@ class TrainedStack:
     optimizer: list[Params]
     rule: list[Params]
     lost: list[Params]
+    held: list[Params]
+    method: Method
 
 
 class Trainer:
@@ -116,21 +121,20 @@ class Trainer:
         )
         shared = task.select(received.params, "shared")
         rows_of = {client: self.clients.train_rows(client, received.round, self.data) for client, _ in clients}
-        rule, lr = task.server, task.lr(received.round)
+        rule, lr, stats = task.server, task.lr(received.round), []
         total = Accumulator(shared, self.device, not rule.needs_deltas, task.keeps_deltas, task.codec.sums)
-        stats = []
         for stack in self.train_stacks(task, round, received, clients, rows_of):
             contexts = self._contexts(task, received.round, stack.clients, rows_of)
             at_server = moved({n: stack.params[n] for n in shared}, self.device, "float64" if task.codec.sums else None)
             replies = []  # summed before the loop continues, because the tensors of a stack are reused for the next one
             for k, client in enumerate(stack.clients):
                 rows = len(rows_of[client])
-                steps = task.method.steps(stack.rows[k]) * bool(stack.params)
+                steps = stack.method.steps(stack.rows[k]) * bool(stack.params)
                 trained = {name: stack.params[name][k] for name in shared}
                 staleness = round - 1 - version
                 old = shared | {name: tensor[k] for name, tensor in stack.unicast.items()}
                 trained = forged(task, self.clients.trainers, round, client, old, trained)
-                result = old, trained, stack.rule[k], received.sent, rows, steps, staleness, task.method, lr
+                result = old, trained, stack.rule[k], received.sent, rows, steps, staleness, stack.method, lr
                 update = ClientUpdate(*result, loss=stack.received_losses[k], client=contexts and contexts.part(k))
                 reply = rule.reply(update)
                 if reply.client_state.keys() != client_state.keys():
@@ -152,7 +156,7 @@ class Trainer:
                         at_server[name][k] = tensor
                 replies.append(reply)
                 stats.append((client, rows, steps, stack.losses[k], reply.weight))
-            total.add(stack.clients, at_server, replies)
+            total.add(stack.clients, at_server, replies, stack.held)
         return total.sum(np.sort(np.array(stats, CLIENT_STATS), order="client"), round)
 
     def train_stacks(
@@ -166,18 +170,19 @@ class Trainer:
         tower_bytes = self.models.tower_bytes(task)
         of_rows = task.method.batch_size * (task.privacy.protects == "rows")
         size = 1 if task.reference else stack_size(own, task.method, self.device, tower_bytes, of_rows)
-        for part in self._parts(task, received.round, ordered, rows_of) if tower_bytes and size > 1 else [ordered]:
+        by_classes = bool(tower_bytes) and size > 1
+        for part in self._parts(task, received.round, ordered, rows_of, by_classes):
             for first in range(0, len(part), size):
                 yield self._train_stack(task, round, received, part[first : first + size], rows_of)
 
-    def _parts(self, task: Task, round: int, clients: Stored, rows_of: Rows) -> list[Stored]:
-        """The clients by their number of active classes, since those of a stack encode equally many texts."""
-        masks = task.competing(self.data, self.trained_classes(round), [rows_of[client] for client, _ in clients])
-        if masks is None:
-            return [clients]
-        parts: dict[int, Stored] = {}
-        for client, count in zip(clients, masks.sum(axis=1).tolist(), strict=True):
-            parts.setdefault(count, []).append(client)
+    def _parts(self, task: Task, round: int, clients: Stored, rows_of: Rows, by_classes: bool) -> list[Stored]:
+        """The clients by local epochs, and perhaps by active classes: those of a stack encode equally many texts."""
+        rows = [rows_of[client] for client, _ in clients]
+        masks = task.competing(self.data, self.trained_classes(round), rows) if by_classes else None
+        counts = [0] * len(rows) if masks is None else masks.sum(axis=1).tolist()
+        parts: dict[tuple[int | None, int], Stored] = {}
+        for pair, count in zip(clients, counts, strict=True):
+            parts.setdefault((task.device(pair[0], self.clients.trainers).epochs, count), []).append(pair)
         return list(parts.values())
 
     @torch.no_grad()
@@ -194,19 +199,26 @@ class Trainer:
         shared = task.select(received.params, "shared")
         common = dict(shared)  # the tensors with which all clients of the stack start alike
         client_state = self.rule_tensors(task)[0]
+        devices = [task.device(client, self.clients.trainers) for client, _ in clients]
+        method = task.on(devices[0])  # those of a stack have the same local epochs
+        held = [task.held(shared, d, round, client) for d, (client, _) in zip(devices, clients, strict=True)]
         # As they were sent: `start` may replace tensors of `params`.
-        unicast = received.unicast.get(clients[0][0], {})
-        sent_each = {name: torch.empty_like(params[name]) for name in unicast if name in shared}
+        unlike = {name for own in (*held, received.unicast.get(clients[0][0], {})) for name in own}
+        sent_each = {name: torch.empty_like(params[name]) for name in shared if name in unlike}
         states, lost = [], []
         for k, (client, written) in enumerate(clients):
             private = self.models.private(task, client, written)
             unicast = received.unicast.get(client, {})
             started = task.server.start(shared, torch_rng(task.seed, "start", round, client))
+            sent = kept(shared | unicast, held[k])
             for name, tensor in sent_each.items():
-                tensor[k] = unicast[name]
+                tensor[k] = sent[name]
+                common.pop(name, None)
             for name, tensor in (unicast | started | task.select(private.params, "private")).items():
                 params[name][k] = tensor
                 common.pop(name, None)
+            for name, mask in held[k].items():
+                params[name][k] *= mask
             if private.optimizer:
                 optimizer.load(k, private.optimizer)
             states.append(private.rule or client_state)
@@ -225,7 +237,7 @@ class Trainer:
         targets, private = self._targets(task, round, ids), private_steps(task, round, ids)
         if task.method.expands:
             assert isinstance(x, Tensor) and group is None, "features, and groups of rows that are made are not known"
-            x, y, sizes = self._expanded(task, module, ids, Batch(x, y, client=context), sizes)
+            x, y, sizes = expanded(task, module, ids, Batch(x, y, client=context), sizes)
         # For modules that draw random numbers, such as dropout. vmap refuses them; a client that trains through a tower
         # alone may draw.
         draws = task.reference or task.method.reads.towers
@@ -241,37 +253,20 @@ class Trainer:
                 own = None if classes is None else classes[0]
                 options = {"shared": [*common, *sent_each], "client_state": states[0], "sent": received.sent}
                 options |= {"classes": own, "client": context and context.part(0), "targets": targets}
-                options |= {"private": private, "group": group}
+                options |= {"private": private, "group": group, "held": held[0]}
                 with torch.enable_grad():
-                    losses = [train_client(module, optimizer, x, y, task.method, task.server, rngs[0], **options)]
+                    losses = [train_client(module, optimizer, x, y, method, task.server, rngs[0], **options)]
             else:
-                options = task.method, task.server, rngs, states, received.sent, classes, context, sent_each, targets
-                losses = train_stack(module, params, optimizer, common, x, y, sizes, *options, private, group).tolist()
+                options = method, task.server, rngs, states, received.sent, classes, context, sent_each, targets
+                options += private, group, held
+                losses = train_stack(module, params, optimizer, common, x, y, sizes, *options).tolist()
         stored = range(len(ids)) if task.method.persist_optimizer else ()
         moments = [optimizer.moments(k) for k in stored]
-        return TrainedStack(ids, sizes, params, sent_each, losses, before, moments, states, lost)
+        return TrainedStack(ids, sizes, params, sent_each, losses, before, moments, states, lost, held, method)
 
     def _contexts(self, task: Task, round: int, clients: list[int], rows_of: Rows) -> ClientContext | None:
         """That of a stack of clients, for methods that read it."""
         return self.models.contexts.of(task, round, [Client(k, rows_of[k], NO_ROWS, NO_ROWS) for k in clients])
-
-    def _expanded(
-        self, task: Task, module: nn.Module, clients: list[int], batch: Batch, sizes: list[int]
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        """The inputs, classes and numbers of rows on which the clients of a stack train, client by client.
-
-        Args:
-            batch: the rows that they have, `sizes` of each.
-        """
-        parts = []
-        for k, (client, x, y) in enumerate(zip(clients, batch.x.split(sizes), batch.y.split(sizes), strict=True)):
-            own = Batch(x, y, client=batch.client and batch.client.part(k))
-            part = task.method.expand(module, own, torch_rng(task.seed, "expand", client))
-            if len(part[1]) != (expected := task.method.local_rows(y.cpu().numpy())):
-                raise TypeError(f"{name_of(task.method)}: expand gave {len(part[1])} rows, local_rows {expected}")
-            parts.append(part)
-        xs, ys = zip(*parts, strict=True)
-        return torch.cat(xs), torch.cat(ys), [len(y) for y in ys]
 
     def _targets(self, task: Task, round: int, clients: list[int]) -> Targets | None:
         """The test rows of the held-out domains, without their labels, for methods that read them."""

@@ -21,7 +21,8 @@ from fedsim.prepare import reads_of
 from fedsim.registry import available, parse
 from fedsim.representations import Encoded
 from fedsim.servers.fedavg import FedAvg
-from fedsim.training.task import Task, backbone_of, initial_params
+from fedsim.training.round_zero import initial_params
+from fedsim.training.task import Task, backbone_of
 
 BACKBONE = "ViT-B-32"
 HOLDERS: dict[Scope, str] = {
