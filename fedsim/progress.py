@@ -12,6 +12,7 @@ from rich.text import Text
 
 from fedsim.events import Event, Note, Progress, Step
 
+BARS_FIT = 110  # columns, at which the numbers of all stages are whole
 UPDATE_S = 0.2  # between two updates of a notebook
 
 
@@ -21,12 +22,13 @@ def plain_console(**options: Any) -> Console:
 
 
 def progress_bars(console: Console) -> Bars:
-    """One bar for each stage of a run or sweep."""
+    """One bar for each stage of a run or sweep; numbers alone where bars would squeeze them."""
+    bar, rate = ([BarColumn(bar_width=24)], [_Rate()]) if console.width >= BARS_FIT else ([], [])
     return Bars(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        *bar,
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        _Rate(),
+        *rate,
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         TextColumn("{task.fields[note]}", markup=False),
         console=console,

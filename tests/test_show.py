@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
-from fedsim import run
+import pytest
+
+from fedsim import Step, run
 from fedsim.__main__ import main
 from fedsim.cli.show import show_run
-from fedsim.progress import plain_console
+from fedsim.progress import plain_console, progress_bars, show_on
 from fedsim.reporting.remarks import comparison
 
 
@@ -64,3 +66,15 @@ def test_the_command_prints_the_gain(features_dir, tmp_path, capsys):
     flags = ["--dataset", "features", "--data-dir", str(features_dir), "--rounds", "1", "--actors", "0"]
     assert main(["run", *flags, "--out", str(tmp_path / "run")]) == 0
     assert "gain, points" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_numbers_of_a_stage_are_whole_in_a_terminal_of_this_width(width):
+    console = plain_console(record=True, width=width)
+    note = "loss 0.00293  validation 71.0%  best round 10"
+    with progress_bars(console) as bars:
+        for step in Step("encoding images", 2060, 2060), Step("training", 50, 50, note):
+            show_on(bars)(step)
+    first, second = console.export_text().splitlines()
+    assert "2060/2060" in first and second.startswith("training") and "50/50" in second and note in second
+    assert "…" not in first + second and ("━" in first) == (width == 120)
