@@ -13,6 +13,7 @@ from fedsim.config import EXPERIMENTS
 from fedsim.prepare import prepare
 from fedsim.sweep.command import EPILOG, parse_sweep
 from fedsim.sweep.prepare import prepare_sweep
+from fedsim.sweep.search import search
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 PAGES = [f"docs/{file.name}" for file in sorted((PROJECT / "docs").glob("*.md"))]
@@ -80,19 +81,36 @@ def address():
     cluster.shutdown()
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("flags", shown("sweep"), ids=" ".join)
-def test_a_sweep_is_accepted_as_it_stands_and_runs_at_a_small_size(
-    flags, address, swaps, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+def small_sweep(flags, address, swaps):
+    """A sweep of one trial and one round, after the same command has been accepted as it stands."""
     swaps = swaps | {f"tune/{study.name}": str(study) for study in STUDIES}
     parse_sweep([str(PROJECT / word) if word.startswith("tune/") else word for word in flags])
     prepare_sweep(parse_sweep([swaps.get(word, word) for word in flags])[0])
     few = ["--trials", "1", "--rounds", "1", "--report-seeds", "0", "--at-once", "1", "--out", "sweep"]
-    assert main(["sweep", *smaller(flags, MOST, swaps), *few, "--address", address]) == 0, capsys.readouterr().err
+    return [*smaller(flags, MOST, swaps), *few, "--address", address]
+
+
+FIRST, *OTHERS = shown("sweep")
+
+
+@pytest.mark.ray
+def test_a_sweep_says_what_it_has_found(address, swaps, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    small = small_sweep(FIRST, address, swaps)
+    assert main(["sweep", *small]) == 0, capsys.readouterr().err
     assert "1 trial: 1 complete" in capsys.readouterr().out
+    assert (tmp_path / "sweep" / "sweep.html").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("flags", OTHERS, ids=" ".join)
+def test_a_sweep_is_accepted_as_it_stands_and_runs_at_a_small_size(flags, address, swaps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep, _ = parse_sweep(small_sweep(flags, address, swaps))
+    # In this process: a driver actor for each would only load all modules once more.
+    result = search(prepare_sweep(sweep), lambda event: None)
+    assert result.trials.state.tolist() == ["complete"]
     assert (tmp_path / "sweep" / "sweep.html").exists()
 
 

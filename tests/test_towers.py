@@ -21,7 +21,6 @@ from fedsim.registry import parse
 
 KINDS = "animal", "vehicle"
 IN_IMAGES = {"pixels", "visual_tokens", "image_adapters", "image_blocks"}
-IN_BLOCKS = {"visual_tokens", "image_adapters"}  # of a vision transformer, which the embedded model does not have
 SETTINGS = {
     "finetune": {"towers": "text"},  # the image tower has a test of its own
     "feddlp": {"modules": "attention"},
@@ -103,8 +102,7 @@ def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_
     fields: dict = {"method": {"name": name, "batch_size": 8, "local_epochs": 1, **SETTINGS.get(name, {})}}
     if parse("method", name).reads_group:
         fields |= {"dataset": {"name": "folder", "domain_groups": True}}
-    if IN_BLOCKS & set(parse("method", name).sites):
-        fields |= zip(("backbone", "pretrained"), small_clip("towers", "vit").values(), strict=True)
+    fields |= zip(("backbone", "pretrained"), small_clip("towers", "vit").values(), strict=True)
     whole = run(small(**fields, out=tmp_path / "whole"))
 
     ours = small(**fields, out=tmp_path / "killed")
