@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--measured-rounds", type=int, default=40, help="rounds of the longer run on features")
     parser.add_argument("--actors", type=int, help="of fedsim (default: as `fedsim run` chooses)")
     parser.add_argument("--repeats", type=int, default=3)
-    args = parsed(parser, backbone=EMBEDDED[0], images=56, measured_rounds=1, repeats=1, actors=0)
+    args = parsed(parser, backbone=EMBEDDED[0], images=28, measured_rounds=1, repeats=1, actors=0)
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(args, Path(folder))
     report(args, Counts.of(SIZES, args.rounds), measured)

@@ -109,7 +109,8 @@ def find(kind: str, name: str) -> type:
         InputError: there is no such file; the message lists the available names.
     """
     name = name.replace("-", "_")
-    if name not in available(kind):
+    file = Path(__file__).parent / FOLDERS[kind] / f"{name}.py"
+    if not name.isidentifier() or name.startswith("_") or not file.is_file():  # quicker than to list them all
         raise InputError(f"no {kind} {name!r}; available: {listing(available(kind), 40)}")
     module = import_module(f"fedsim.{FOLDERS[kind]}.{name}")
     classes = [value for value in vars(module).values() if isclass(value) and value.__module__ == module.__name__]

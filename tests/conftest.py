@@ -84,6 +84,15 @@ def cache(tmp_path_factory) -> None:
     os.environ["FEDSIM_CACHE_DIR"] = os.environ.get("FEDSIM_TEST_CACHE_DIR", str(shared / "cache"))
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """A private cluster that this process has joined: the runs of a module use it, and start none each."""
+    from fedsim.cluster.session import session
+
+    with session(None) as ray:
+        yield ray
+
+
 @pytest.fixture
 def config(features_dir, tmp_path):
     """Makes a Config of a quick run on the small features, in this process and without a page."""

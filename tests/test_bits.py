@@ -13,7 +13,6 @@ import torch
 from fedsim import run
 from fedsim.checkpoint import NAME, load_checkpoint
 from fedsim.cluster.placement import Node, Placement, Sizing, plan
-from fedsim.cluster.pool import open_pool
 from fedsim.errors import InputError, Stopped
 
 pytestmark = pytest.mark.ray
@@ -64,7 +63,7 @@ def alone(features_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("actors", [1, 3])
-def test_any_number_of_actors_gives_the_same_bits(alone, actors, tmp_path):
+def test_any_number_of_actors_gives_the_same_bits(cluster, alone, actors, tmp_path):
     from fedsim import Config
 
     fields, expected = alone
@@ -72,7 +71,7 @@ def test_any_number_of_actors_gives_the_same_bits(alone, actors, tmp_path):
     assert result(tmp_path) == expected
 
 
-def test_a_killed_actor_changes_nothing(alone, tmp_path):
+def test_a_killed_actor_changes_nothing(cluster, alone, tmp_path):
     from fedsim import Config
 
     fields, expected = alone
@@ -88,7 +87,7 @@ def test_a_killed_actor_changes_nothing(alone, tmp_path):
     assert result(tmp_path) == expected
 
 
-def test_a_killed_driver_stops_the_run_and_loses_no_round(alone, tmp_path):
+def test_a_killed_driver_stops_the_run_and_loses_no_round(cluster, alone, tmp_path):
     from fedsim import Config
 
     fields, expected = alone
@@ -147,45 +146,6 @@ def test_a_run_in_this_process_computes_with_its_own_number_of_threads(config):
     finally:
         torch.set_num_threads(before)
     assert ("training", 1) in seen and after == 3
-
-
-class Doubler:
-    """A worker that dies at one item, a given number of times."""
-
-    def __init__(self, folder, device):
-        self.folder = folder
-
-    def double(self, item):
-        deaths = self.folder / f"deaths-{item}"
-        if deaths.exists() and (left := int(deaths.read_text())):
-            deaths.write_text(str(left - 1))
-            os.kill(os.getpid(), signal.SIGKILL)
-        return 2 * item
-
-
-@pytest.fixture
-def cluster():
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # as a session does
-    import ray
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
-def test_a_pool_gives_results_in_order_past_deaths_and_stops_at_a_deadly_item(cluster, tmp_path):
-    (tmp_path / "deaths-3").write_text("2")
-    with open_pool(Sizing(actors=2, gpus_per_actor=0), 20) as pool:
-        workers = pool.workers(Doubler, tmp_path)
-        assert list(workers.map("double", range(20))) == list(range(0, 40, 2))
-        assert (tmp_path / "deaths-3").read_text() == "0"
-        (tmp_path / "deaths-7").write_text("99")
-        with pytest.raises(Stopped, match="double of item 7 ended 4 actors"):
-            list(workers.map("double", range(20)))
-    with open_pool(Sizing(gpus_per_actor=0.5), 4) as pool:  # two logical GPUs, two actors on each
-        assert list(pool.workers(Doubler, tmp_path).map("double", range(3))) == [0, 2, 4]
-        assert pool.sizes == "4 actors of 0.5 GPU on 1 node"
 
 
 def test_actors_are_sized_by_the_cluster():

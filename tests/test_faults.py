@@ -26,6 +26,7 @@ pytestmark = pytest.mark.ray
 
 ITEMS = range(12)
 SQUARES = [item * item for item in ITEMS]
+TRIPLES = [3 * item for item in ITEMS]
 SOON = 1.0  # seconds a call may run: short for a test, long for a square
 
 
@@ -49,7 +50,7 @@ class Squarer:
         self.folder = folder
 
     def square(self, item: int) -> int:
-        for fault in (self.stop, self.meet):
+        for fault in (self.stop, self.meet, self.die):
             file = self.folder / f"{fault.__name__}-{item}"
             if file.exists() and (left := int(file.read_text())):
                 file.write_text(str(left - 1))
@@ -61,6 +62,9 @@ class Squarer:
 
     def stop(self) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def meet(self) -> None:
         """Says who it is as soon as the test listens, and goes on when the test says so."""
@@ -90,7 +94,7 @@ def cluster():
     cluster.shutdown()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def joined(cluster):
     import ray
 
@@ -169,17 +173,6 @@ def test_a_call_that_outruns_every_actor_stops_the_run(joined, folder):
         squares(pool.workers(Squarer, folder))
 
 
-def test_a_call_whose_actor_is_killed_is_done_again(joined, folder):
-    (folder / "meet-5").write_text("1")
-    with open_pool(Sizing(actors=2), 2) as pool:
-        workers = pool.workers(Squarer, folder)
-        kill = Thread(target=lambda: os.kill(int((folder / "here").read_text()), signal.SIGKILL))
-        kill.start()
-        assert squares(workers) == SQUARES
-        kill.join()
-    assert (folder / "meet-5").read_text() == "0"
-
-
 def test_a_pool_closes_over_a_stopped_actor(joined, folder):
     (folder / "meet-11").write_text("1")
     with open_pool(Sizing(actors=2), 2) as pool:
@@ -190,67 +183,6 @@ def test_a_pool_closes_over_a_stopped_actor(joined, folder):
     with open_pool(Sizing(actors=1), 1) as pool:
         workers = pool.workers(Squarer, folder)
         assert squares(workers) == SQUARES
-
-
-TRIPLES = [3 * item for item in ITEMS]
-
-
-@pytest.mark.parametrize("actors", [0, 2])
-def test_each_call_is_answered_by_the_workers_that_it_names_in_any_order(joined, folder, actors):
-    with open_pool(Sizing(actors=actors), 2) as pool:
-        squarers, triplers = pool.workers(Squarer, folder), pool.workers(Tripler)
-        for _ in range(2):
-            assert squares(squarers) == SQUARES
-            assert squares(triplers) == TRIPLES
-        assert pool.workers(Tripler) is triplers  # what a worker has loaded is used again
-        assert pool.workers(Squarer, folder) is not triplers
-
-
-def test_actors_stay_the_same_processes_whatever_workers_they_run_even_after_one_was_killed(joined, folder):
-    with open_pool(Sizing(actors=2), 2) as pool:
-        squarers, triplers = pool.workers(Squarer, folder), pool.workers(Tripler)
-        before = homes(squarers, 2)
-        assert squares(triplers) == TRIPLES
-        assert homes(triplers, 2) == before
-        lost = min(before)
-        os.kill(lost, signal.SIGKILL)  # the one that takes its place knows neither of them
-        assert squares(triplers) == TRIPLES
-        assert len(homes(triplers, 2, {lost})) == 2
-        assert squares(squarers) == SQUARES
-
-
-class Unready:
-    """What cannot be sent at first: a disk is full, say."""
-
-    refusals = 1
-
-    def __reduce__(self):
-        if self.refusals:
-            self.refusals -= 1
-            raise OSError("no room")
-        return str, ("sent",)
-
-
-@pytest.mark.parametrize("actors", [0, 2])
-def test_workers_that_could_not_be_made_are_tried_again_and_never_answered_for_by_others(joined, folder, actors):
-    refused = Unready()
-    made = (partial(Refusing, refused),) if actors == 0 else (Tripler, refused)
-    with open_pool(Sizing(actors=actors), 2) as pool:
-        squarers = pool.workers(Squarer, folder)
-        assert squares(squarers) == SQUARES
-        with pytest.raises(OSError, match="no room"):
-            squares(pool.workers(*made))
-        if actors == 0:
-            assert squares(pool.workers(*made)) == TRIPLES
-        else:
-            with pytest.raises(TypeError):  # it came: a second argument is one too many for this worker
-                squares(pool.workers(*made))
-        assert squares(squarers) == SQUARES
-
-
-class Refusing(Tripler):
-    def __init__(self, refused: Unready, device: str) -> None:
-        refused.__reduce__()
 
 
 def test_a_pool_in_a_placement_group_takes_the_bundles_after_the_first(joined, folder):
@@ -293,6 +225,14 @@ def ray_version() -> str:
     import ray
 
     return ray.__version__
+
+
+def test_actors_share_the_gpus_of_a_cluster(joined, folder):
+    node = joined.add_node(num_cpus=2, num_gpus=1)  # a logical one
+    with open_pool(Sizing(gpus_per_actor=0.5), 4) as pool:
+        assert squares(pool.workers(Squarer, folder)) == SQUARES
+        assert pool.sizes == "2 actors of 0.5 GPU on 1 node"
+    joined.remove_node(node)
 
 
 def test_a_folder_on_a_disk_that_all_machines_have_is_seen_by_all(joined, tmp_path):
@@ -365,3 +305,101 @@ def test_a_signal_ends_a_run_and_leaves_nothing_behind(number, to_all, code, fea
     assert json.loads((tmp_path / STATUS).read_text())["ended"]["code"] == code
     with FileLock(tmp_path / ".lock", timeout=0):
         assert (tmp_path / NAME).exists()
+
+
+# One pool of two actors for all that follow, since each actor takes a while to import torch.
+
+
+@pytest.fixture(scope="module")
+def two_actors(joined):
+    with open_pool(Sizing(actors=2), 2) as pool:
+        yield pool
+
+
+@pytest.fixture(params=["in this process", "on two actors"])
+def pool(request):
+    if request.param == "on two actors":
+        yield request.getfixturevalue("two_actors")
+    else:
+        with open_pool(Sizing(actors=0), 2) as here:
+            yield here
+
+
+def test_a_call_whose_actor_is_killed_is_done_again(two_actors, folder):
+    (folder / "meet-5").write_text("1")
+    workers = two_actors.workers(Squarer, folder)
+    kill = Thread(target=lambda: os.kill(int((folder / "here").read_text()), signal.SIGKILL))
+    kill.start()
+    assert squares(workers) == SQUARES
+    kill.join()
+    assert (folder / "meet-5").read_text() == "0"
+
+
+def test_each_call_is_answered_by_the_workers_that_it_names_in_any_order(pool, folder):
+    squarers, triplers = pool.workers(Squarer, folder), pool.workers(Tripler)
+    for _ in range(2):
+        assert squares(squarers) == SQUARES
+        assert squares(triplers) == TRIPLES
+    assert pool.workers(Tripler) is triplers  # what a worker has loaded is used again
+    assert pool.workers(Squarer, folder) is not triplers
+
+
+def test_actors_stay_the_same_processes_whatever_workers_they_run_even_after_one_was_killed(two_actors, folder):
+    squarers, triplers = two_actors.workers(Squarer, folder), two_actors.workers(Tripler)
+    before = homes(squarers, 2)
+    assert squares(triplers) == TRIPLES
+    assert homes(triplers, 2) == before
+    lost = min(before)
+    os.kill(lost, signal.SIGKILL)  # the one that takes its place knows neither of them
+    assert squares(triplers) == TRIPLES
+    assert len(homes(triplers, 2, {lost})) == 2
+    assert squares(squarers) == SQUARES
+
+
+class Unready:
+    """What cannot be sent at first: a disk is full, say."""
+
+    refusals = 1
+
+    def __reduce__(self):
+        if self.refusals:
+            self.refusals -= 1
+            raise OSError("no room")
+        return str, ("sent",)
+
+
+def test_workers_that_could_not_be_sent_are_sent_again_and_never_answered_for_by_others(two_actors, folder):
+    refused = Unready()
+    squarers = two_actors.workers(Squarer, folder)
+    assert squares(squarers) == SQUARES
+    with pytest.raises(OSError, match="no room"):
+        squares(two_actors.workers(Tripler, refused))
+    with pytest.raises(TypeError):  # it came: a second argument is one too many for this worker
+        squares(two_actors.workers(Tripler, refused))
+    assert squares(squarers) == SQUARES
+
+
+class Refusing(Tripler):
+    def __init__(self, refused: Unready, device: str) -> None:
+        refused.__reduce__()
+
+
+def test_workers_that_could_not_be_made_are_made_again_in_this_process(folder):
+    made = partial(Refusing, Unready())
+    with open_pool(Sizing(actors=0), 2) as pool:
+        squarers = pool.workers(Squarer, folder)
+        assert squares(squarers) == SQUARES
+        with pytest.raises(OSError, match="no room"):
+            squares(pool.workers(made))
+        assert squares(pool.workers(made)) == TRIPLES
+        assert squares(squarers) == SQUARES
+
+
+def test_a_pool_gives_results_in_order_past_deaths_and_stops_at_a_deadly_item(two_actors, folder):
+    (folder / "die-3").write_text("2")
+    workers = two_actors.workers(Squarer, folder)
+    assert squares(workers) == SQUARES
+    assert (folder / "die-3").read_text() == "0"
+    (folder / "die-7").write_text("99")
+    with pytest.raises(Stopped, match="square of item 7 ended 4 actors"):
+        squares(workers)

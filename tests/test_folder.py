@@ -256,7 +256,7 @@ def test_compare_refuses_what_is_damaged(name, config, tmp_path, monkeypatch):
     run(ours)
     monkeypatch.setattr("fedsim.reporting.compare._plots", lambda groups: [])  # of the same tables, and slow
     read = lambda: compare([ours.folder()], tmp_path / "page.html")[0].to_csv()  # noqa: E731
-    assert refused_or_same(ours.folder() / name, read, 60) > 20
+    assert refused_or_same(ours.folder() / name, read, 30) > 10
 
 
 def test_a_missing_history_says_to_delete_the_folder_of_the_run(config):
@@ -429,9 +429,9 @@ def test_a_file_that_is_deleted_from_a_finished_run_is_written_again(name, confi
 # Flat over ten thousand rounds -------------------------------------------------------------------------------
 
 
-def test_a_round_writes_calls_and_keeps_no_more_after_two_thousand_rounds(config, tmp_path):
+def test_a_round_writes_calls_and_keeps_no_more_after_five_hundred_rounds(config, tmp_path):
     quick = {"partition": "by_domain", "method": {"name": "zero_shot"}, "eval_clients": 1}
-    experiment = prepare(config(rounds=2_020, out=tmp_path / "run", **quick))
+    experiment = prepare(config(rounds=520, out=tmp_path / "run", **quick))
     config_ = experiment.config
     experiment = encode_experiment(experiment, sizing_of(config_), lambda event: None)
     claim(experiment.folder, "run")
@@ -441,7 +441,7 @@ def test_a_round_writes_calls_and_keeps_no_more_after_two_thousand_rounds(config
         steps = rounds(experiment, pool)
         for report in steps:
             done = len(report.rounds)
-            if done in (10, 2_000):
+            if done in (10, 500):
                 before, counted = history.stat().st_size, Counter()
                 sys.setprofile(lambda frame, event, arg, counted=counted: counted.update([event == "call"]))
                 next(steps)
@@ -456,7 +456,7 @@ def test_a_round_writes_calls_and_keeps_no_more_after_two_thousand_rounds(config
                 kept[done] = tracemalloc.get_traced_memory()[0] - first
                 tracemalloc.stop()
     assert len(list(experiment.folder.iterdir())) < 12
-    assert written[2_000] == written[10]
-    assert 0 <= sizes[2_000] - sizes[10] < 64  # for the digits of the round
-    assert calls[2_000] == pytest.approx(calls[10], rel=0.02)
-    assert kept[2_000] < kept[10] + 10_000
+    assert written[500] == written[10]
+    assert 0 <= sizes[500] - sizes[10] < 64  # for the digits of the round
+    assert calls[500] == pytest.approx(calls[10], rel=0.02)
+    assert kept[500] < kept[10] + 2_500

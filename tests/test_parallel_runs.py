@@ -17,15 +17,6 @@ from fedsim.errors import Diverged, InputError
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """One of 2 CPUs, which this process has joined."""
-    from fedsim.cluster.session import session
-
-    with session(None) as ray:
-        yield ray
-
-
 @pytest.fixture
 def pair(config, tmp_path):
     """Makes a config that is run alone, and the same one to be run among others."""

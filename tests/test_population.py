@@ -129,6 +129,7 @@ def test_who_is_not_dealt_or_made_says_so():
         make_clients(synthetic(), parse("partition", "natural"), 5, (), 0, train_share=0.01)
 
 
+@pytest.mark.ray
 def test_a_cohort_from_a_hundred_thousand_clients_learns_and_is_the_same_on_actors(config, tmp_path):
     fields = {
         "dataset": {"name": "synthetic", "width": 32},

@@ -87,7 +87,7 @@ def test_a_private_file_that_is_gone_is_one_sentence(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.parametrize("server", ["fedavg", {"name": "fedbuff", "buffer": 3, "concurrency": 4}])
-def test_simulated_time_is_the_same_to_the_bit_after_a_kill_and_on_actors(server, config, tmp_path):
+def test_simulated_time_is_the_same_to_the_bit_after_a_kill_and_on_actors(server, cluster, config, tmp_path):
     fields = {"clients": 6, "partition": "iid", "rounds": 5, "fleet": SLOW, "server": server}
     if server == "fedavg":
         fields |= {"cohort": 3, "over_selection": 0.5, "deadline_s": 60.0}

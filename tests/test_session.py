@@ -172,11 +172,15 @@ JOINED = """
 import sys
 import ray
 from fedsim import Config, InputError, run
+from fedsim.cluster.session import session
 ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 fields = {"dataset": "features", "data_dir": sys.argv[1], "held_out": "ink", "rounds": 1}
 here = ray.get_runtime_context().gcs_address
-for number, address in enumerate((None, "auto", here)):
-    run(Config(**fields, address=address, out=f"{sys.argv[2]}/{number}"))
+for address in (None, "auto", here):
+    with session(address) as joined:
+        assert joined.get_runtime_context().gcs_address == here
+    assert ray.is_initialized()
+run(Config(**fields, out=f"{sys.argv[2]}/run"))
 try:
     run(Config(**fields, address="other:1", out=f"{sys.argv[2]}/other"))
 except InputError as error:

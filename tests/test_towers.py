@@ -16,7 +16,6 @@ from fedsim.checkpoint import load_checkpoint
 from fedsim.clip.checkpoints import EMBEDDED, find_weights
 from fedsim.clip.model import Clip
 from fedsim.clip.sites import Reads, reads_of
-from fedsim.cluster.session import session
 from fedsim.registry import parse
 
 KINDS = "animal", "vehicle"
@@ -121,7 +120,7 @@ def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_
 
 
 @pytest.mark.ray
-def test_actors_of_which_one_is_killed_give_the_bits_of_one_process(small, tmp_path):
+def test_actors_of_which_one_is_killed_give_the_bits_of_one_process(cluster, small, tmp_path):
     # Both towers; and private tensors and optimizers, in files.
     method = {"name": "lora", "towers": "both", "modules": "all", "batch_size": 8, "persist_optimizer": True}
     server = {"name": "fedper", "prefix": "down"}
@@ -160,11 +159,10 @@ def where_it_lies(frozen):
 
 
 @pytest.mark.ray
-def test_workers_use_the_one_frozen_clip_of_their_machine():
-    with session(None) as ray:
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker can import a test
-        ref = ray.put(Clip(find_weights(*EMBEDDED)).frozen())
-        shared, everything = ray.get(ray.remote(where_it_lies).remote(ref))
+def test_workers_use_the_one_frozen_clip_of_their_machine(cluster):
+    cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no worker can import a test
+    ref = cluster.put(Clip(find_weights(*EMBEDDED)).frozen())
+    shared, everything = cluster.get(cluster.remote(where_it_lies).remote(ref))
     assert shared == everything > 200
 
 
