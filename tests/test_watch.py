@@ -35,6 +35,11 @@ def fedsim(*argv, code=0):
     return done.stdout + done.stderr
 
 
+def detach(*argv, code=0):
+    """Starts a run in the background, from this process."""
+    assert main(["run", *map(str, argv), "--detach"]) == code
+
+
 def status(folder: Path) -> dict:
     return json.loads((folder / STATUS).read_text())
 
@@ -71,17 +76,19 @@ def test_a_terminal_that_closes_does_not_end_a_detached_run(flags, config, tmp_p
     assert "fedclip, fedavg" in fedsim("watch", there)  # and afterwards
 
 
-def test_a_detached_run_is_stopped_from_elsewhere_and_goes_on_with_the_same_command(flags, tmp_path):
+def test_a_detached_run_is_stopped_from_elsewhere_and_goes_on_with_the_same_command(flags, tmp_path, capsys):
     there = tmp_path / "there"
-    command = ["run", *flags, "--rounds", 100_000, "--actors", 0, "--out", there, "--detach"]
-    fedsim(*command)
-    said = fedsim(*command, code=2)
+    command = [*flags, "--rounds", 100_000, "--actors", 0, "--out", there]
+    detach(*command)
+    capsys.readouterr()
+    detach(*command, code=2)
+    said = "".join(capsys.readouterr())
     assert "another process is running" in said and "->" not in said
     fedsim("stop", there)
     assert "interrupted; the same command resumes" in fedsim("watch", there, code=130)
     assert "no run is active in" in fedsim("stop", there, code=2)
     before = rounds_done(there)
-    fedsim(*command)
+    detach(*command)
     while rounds_done(there) <= before:
         time.sleep(0.05)
     fedsim("stop", there)
@@ -89,7 +96,7 @@ def test_a_detached_run_is_stopped_from_elsewhere_and_goes_on_with_the_same_comm
 
 def test_a_process_that_dies_without_a_word_is_told_from_one_that_runs(flags, tmp_path):
     there = tmp_path / "there"
-    fedsim("run", *flags, "--rounds", 100_000, "--actors", 0, "--out", there, "--detach")
+    detach(*flags, "--rounds", 100_000, "--actors", 0, "--out", there)
     os.kill(status(there)["pid"], signal.SIGKILL)
     assert "has died; the same command resumes after the last completed round" in fedsim("watch", there, code=1)
 
@@ -282,8 +289,9 @@ def test_a_folder_without_a_run_is_refused_and_those_below_it_are_named(command,
     )
 
 
-def test_what_a_detached_run_would_be_refused_for_is_said_at_once_and_leaves_nothing(flags, tmp_path):
-    said = fedsim("run", *flags, "--cohort", 99, "--out", tmp_path / "run", "--detach", code=2)
+def test_what_a_detached_run_would_be_refused_for_is_said_at_once_and_leaves_nothing(flags, tmp_path, capsys):
+    detach(*flags, "--cohort", 99, "--out", tmp_path / "run", code=2)
+    said = "".join(capsys.readouterr())
     assert "cohort of 99 from 2 clients; it can be at most 2" in said
     assert "->" not in said
     assert not (tmp_path / "run").exists()
