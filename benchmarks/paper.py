@@ -141,8 +141,7 @@ def write_pacs(folder: Path, count: int) -> Path:
     groups = [folder / domain / name for domain in SIZES for name in CLASSES]
     for k, group in enumerate(groups):
         group.mkdir(parents=True)
-        share = photos(group, count * (k + 1) // len(groups) - count * k // len(groups), PIXELS, seed=k)
-        assert share, f"--images must be at least {len(groups)}"
+        photos(group, count * (k + 1) // len(groups) - count * k // len(groups), PIXELS, seed=k)
     return folder
 
 
@@ -168,7 +167,9 @@ def main() -> None:
     parser.add_argument("--measured-rounds", type=int, default=40, help="rounds of the longer run on features")
     parser.add_argument("--actors", type=int, help="of fedsim (default: as `fedsim run` chooses)")
     parser.add_argument("--repeats", type=int, default=3)
-    args = parsed(parser, backbone=EMBEDDED[0], images=28, measured_rounds=1, repeats=1, actors=0)
+    args = parsed(parser, backbone=EMBEDDED[0], images=BATCH, measured_rounds=1, repeats=1, actors=0)
+    if args.images < BATCH:
+        parser.error(f"--images must be at least {BATCH}, a batch of the published loop")
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(args, Path(folder))
     report(args, Counts.of(SIZES, args.rounds), measured)
