@@ -9,10 +9,12 @@ from math import gcd
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate, kl_div, normalize
+from torch.nn.functional import cross_entropy, interpolate, normalize
 
 from fedsim.clip.sites import Site
 from fedsim.methods import Backbone, Batch, Method
+from fedsim.methods._distillation import divergence
+from fedsim.methods._tuned_towers import compared
 from fedsim.registry import component
 from fedsim.search_space import Choice, Field, Log
 
@@ -54,15 +56,9 @@ class Distil(Method):
         loss = cross_entropy(logits, batch.y)
         if not self.distillation:
             return loss
-        teacher = module.teacher(batch.x)
-        if batch.classes is not None:
-            teacher = teacher.masked_fill(~batch.classes, -torch.inf)
-        expected = (teacher / self.temperature).softmax(dim=1)
-        learned = (logits / self.temperature).log_softmax(dim=1)
-        if batch.classes is not None:  # the probability 0 times the logarithm of 0 is 0
-            learned = learned.masked_fill(~batch.classes, 0.0)
-        divergence = kl_div(learned, expected, reduction="batchmean")
-        return loss + self.distillation * self.temperature**2 * divergence
+        indices, _ = compared("cross_entropy", batch)
+        student, teacher = logits[:, indices], module.teacher(batch.x)[:, indices]
+        return loss + self.distillation * divergence(student, teacher, self.temperature)
 
 
 class _Student(nn.Module):
