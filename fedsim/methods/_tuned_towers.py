@@ -107,10 +107,8 @@ def among(score: Callable[[Tensor, Tensor | slice], Tensor], x: Tensor, classes:
 
 
 def objective(kind: Objective, module: TunedTowers, batch: Batch) -> Tensor:
-    if kind == "cross_entropy":
-        return cross_entropy(module(batch.x, batch.classes), batch.y)
     indices, targets = compared(kind, batch)
-    return contrastive(module.score(batch.x, indices), targets)
+    return loss_of(kind, module.score(batch.x, indices), targets)
 
 
 def compared(kind: Objective, batch: Batch) -> tuple[Tensor | slice, Tensor]:
