@@ -15,6 +15,7 @@ from fedsim.clip.insertions import Insertions
 from fedsim.clip.sites import Site
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, Batch, Method, Scope
+from fedsim.methods._adapters import Bottleneck, added
 from fedsim.methods._calls import with_tensors
 from fedsim.methods._distillation import divergence
 from fedsim.methods._tuned_towers import Side, Sides, TunedTowers, compared, sides, tower_of
@@ -89,8 +90,7 @@ class _Shared(TunedTowers):
         self.adapters = _adapters(backbone, method)
 
     def insertions(self, side: Side) -> Insertions:
-        adapters = self.adapters[side].children()
-        return Insertions(after={k: lambda _, x, y, a=adapter: y + a(y) for k, adapter in enumerate(adapters)})
+        return added(self.adapters[side].children())
 
 
 class _Teacher(TunedTowers):
@@ -107,16 +107,12 @@ class _Teacher(TunedTowers):
         )
 
 
-class _Adapter(nn.Module):
+class _Adapter(Bottleneck):
     def __init__(self, width: int, narrow: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(width, narrow), nn.Linear(narrow, width)
+        super().__init__(width, narrow, relu)
         for layer in (self.down, self.up):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(relu(self.down(x)))
 
 
 def _adapters(backbone: Backbone, method: FedDAT) -> nn.ModuleDict:

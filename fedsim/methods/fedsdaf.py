@@ -20,6 +20,7 @@ from fedsim.clip.insertions import Insertions
 from fedsim.clip.sites import Site
 from fedsim.errors import InputError
 from fedsim.methods import Backbone, Batch, Method, Scope
+from fedsim.methods._adapters import Bottleneck, added
 from fedsim.methods._distillation import divergence
 from fedsim.methods._tuned_towers import Side, TunedTowers, compared
 from fedsim.registry import component
@@ -80,8 +81,7 @@ class _Invariant(TunedTowers):
         self.adapters = _adapters(backbone, method)
 
     def insertions(self, side: Side) -> Insertions:
-        adapters = self.adapters.children()
-        return Insertions(after={k: lambda _, x, y, a=adapter: y + a(y) for k, adapter in enumerate(adapters)})
+        return added(self.adapters.children())
 
 
 class _Integrated(TunedTowers):
@@ -125,16 +125,7 @@ class _Attention(nn.Module):
         return self.attend(tokens[:, : y.shape[1]], tokens, tokens, need_weights=False)[0]
 
 
-class _Adapter(nn.Module):
-    def __init__(self, width: int, narrow: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(width, narrow), nn.Linear(narrow, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(gelu(self.down(x)))
-
-
 def _adapters(backbone: Backbone, method: FedSDAF) -> nn.ModuleList:
     """One for each block of the image tower."""
     width = backbone.image.width
-    return nn.ModuleList(_Adapter(width, width // method.reduction) for _ in range(backbone.image.depth))
+    return nn.ModuleList(Bottleneck(width, width // method.reduction, gelu) for _ in range(backbone.image.depth))
