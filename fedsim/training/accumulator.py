@@ -60,12 +60,12 @@ class Accumulator:
             self.weight += reply.weight
             for name, total in self.total.items() if not self.by_stack else ():
                 total.add_(self.float64_buffers[name].copy_(trained[name][k]), alpha=reply.weight)
+            message = flatten(reply.message).astype(np.float64)
             if self.deltas is not None:
                 self.deltas[client] = flatten({name: trained[name][k] - old for name, old in self.shared.items()})
-                self.messages[client] = flatten(reply.message).astype(np.float64)
-            if reply.message:
-                message = reply.weight * flatten(reply.message).astype(np.float64)
-                self.message = self.message + message if len(self.message) else message
+                self.messages[client] = message
+            if len(message):
+                self.message = self.message + reply.weight * message if len(self.message) else reply.weight * message
 
     def _add_held(self, weight: float, masks: Params) -> None:
         """Counts a client's weight for the entries that it has; before `weight` counts it."""
