@@ -20,7 +20,7 @@ class Inputs:
         dtype: that of the result, unless it is pixels, which are bytes.
         resident: `Representations.features`, if the device holds them.
         attacked: (n,) bool, the rows that `trigger` changes; None: none.
-        trigger: what an attack makes of inputs.
+        trigger: what an attack makes of inputs; None: rows look as they are.
     """
 
     representations: Representations

@@ -44,7 +44,8 @@ class Models:
         """
         name, dtype = task.method.reads.image, getattr(torch, task.dtype)
         held = self.resident() if name == "features" and views is None else None
-        return Inputs(self.data.representations, name, rows, views, self.device, dtype, held, attacked, task.trigger)
+        trigger = task.trigger if task.attack.triggers else None
+        return Inputs(self.data.representations, name, rows, views, self.device, dtype, held, attacked, trigger)
 
     def groups(self, task: Task, rows: np.ndarray) -> Tensor | None:
         """(n,) the groups of some rows; None if the method does not read them."""
