@@ -13,7 +13,7 @@ from fedsim.clip.checkpoints import find_weights
 from fedsim.clip.model import Clip
 from fedsim.datasets import Features
 from fedsim.encoding import from_features
-from fedsim.methods import Batch, ClientContext
+from fedsim.methods import Batch, ClientContext, trained
 from fedsim.methods._calls import with_tensors
 from fedsim.methods.probe import Probe
 from fedsim.registry import parse
@@ -65,7 +65,12 @@ def towers(backbone, small_clip):
     return make
 
 
-LEARNED = [name for name in available("method") if name not in ("zero_shot", "prior", "ncm")]
+def learns(name):
+    method = parse("method", name)
+    return method.reads.towers or bool(trained(method.build(Backbone(torch.eye(4), 1.0))))
+
+
+LEARNED = [name for name in available("method") if learns(name)]
 
 
 @pytest.mark.parametrize("name", LEARNED)
