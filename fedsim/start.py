@@ -82,11 +82,19 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
     config, source, skipped = experiment.config, experiment.source, experiment.data.skipped
     client = experiment.clients[0]
     sample = numpy_rng(task.seed, "flops").permutation(client.train)[: task.method.batch_size]
-    context = ClientContexts(source, "cpu").of(task, 1, [client])
     masks = task.competing(source, experiment.clients.trained_classes(source), [client.train])
     classes = None if masks is None else masks[0]
-    rows = source, sample, classes, context and context.part(0)
-    per_step, per_row = flops_of(task, backbone, *rows)
+    # Rounds may alternate, of methods that know which it is.
+    rounds = range(1, 3 if task.method.reads_client else 2)
+    contexts = [ClientContexts(source, "cpu").of(task, round, [client]) for round in rounds]
+
+    def flops(task: Task, device: Device | None = None) -> list[float]:
+        """Those of `flops_of`, the means over the rounds."""
+        parts = [context and context.part(0) for context in contexts]
+        counts = [flops_of(task, backbone, source, sample, classes, part, device) for part in parts]
+        return np.mean(counts, axis=0).tolist()
+
+    per_step, per_row = flops(task)
     facts = {
         "images": f"{source.rows_per_client} a client, made on demand" if source.rows_per_client else len(source),
         "width": experiment.data.width,
@@ -107,7 +115,7 @@ def _facts(experiment: Experiment, task: Task, backbone: Backbone, params: Param
         classes_of = config.fleet.by_class(range(len(devices)), experiment.clients.trainers, task.seed)
         counts = np.bincount(classes_of, minlength=len(devices)).tolist()
         facts["devices"] = "; ".join(f"{counted(n, 'client')} with {d}" for n, d in zip(counts, devices, strict=True))
-        facts["flops_of_devices"] = [[*flops_of(_task_on(experiment, task, d), backbone, *rows, d)] for d in devices]
+        facts["flops_of_devices"] = [flops(_task_on(experiment, task, d), d) for d in devices]
     if task.method.reads_target:
         count = sum(map(len, experiment.clients.held_out))
         facts["transductive"] = f"training reads {count} test rows of held-out domains, without labels"

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsim import run
+from fedsim import component, run
+from fedsim.methods.probe import Probe
 from fedsim.training.flops import Operations
 
 
@@ -55,3 +56,21 @@ def test_a_round_of_a_probe_costs_two_products_a_step(config):
     # Logits, and the gradient by the weights: 2 clients of 72 rows, 4 classes, 24 dimensions.
     report = run(config(method="probe", rounds=1))
     assert report.tables().rounds.flops.tolist() == [2 * 72 * 2 * (2 * 4 * 24)]
+
+
+@component
+class Alternating(Probe):
+    """Scores a batch twice in even rounds."""
+
+    reads_client = True
+
+    def loss(self, module, batch):
+        once = super().loss(module, batch)
+        return once if batch.client.round % 2 else once + super().loss(module, batch)
+
+
+def test_operations_of_rounds_that_alternate_are_the_mean_of_two(config, tmp_path):
+    plain, alternating = (
+        run(config(method=each, rounds=1, out=tmp_path / type(each).__name__)) for each in (Probe(), Alternating())
+    )
+    assert alternating.facts["flops_per_row"] == 1.5 * plain.facts["flops_per_row"]
