@@ -11,7 +11,7 @@ from fedsim.clients import make_clients, sample_cohort
 from fedsim.clip.checkpoints import find_weights
 from fedsim.clip.model import Clip
 from fedsim.datasets import TEST, UNASSIGNED, Labels
-from fedsim.methods import Batch, masked
+from fedsim.methods import Batch, ClientContext, masked
 from fedsim.params import flatten, unflatten
 from fedsim.registry import parse
 from fedsim.servers import ClientUpdate
@@ -275,13 +275,24 @@ def test_the_probe_starts_as_zero_shot_clip(backbone):
 # Server rules ---------------------------------------------------------------------------------------------------
 
 
+# Shapes of what the rules of one method need, with two domains, three classes and four groups.
+NEEDED = {
+    "domain_prompts": {"tokens": (2, 1, 3)},
+    "domain_means": {"text_prompts": (2, 1, 1, 3), "visual_prompts": (2, 1, 1, 3)},
+    "group_keys": {"keys": (4, 3), "grouped": (1, 4, 3), "counts": (4,)},
+    "label_clusters": {"class_aware": (3, 1, 2), "general": (1, 2)},
+}
+
+
 @pytest.mark.parametrize("name", available("server"))
 def test_every_server_leaves_its_arguments_alone_and_keeps_shapes_and_dtypes(name):
     params, server = {"w": torch.tensor([1.0, 2.0])}, parse("server", name)
-    went = {"w": torch.tensor([3.0, 4.0])}
+    params |= {n: torch.arange(float(np.prod(shape))).view(shape) for n, shape in NEEDED.get(name, {}).items()}
+    went, client = {n: t + 2 for n, t in params.items()}, ClientContext(torch.tensor(1), torch.tensor([3, 2, 3]), 1)
     start, kept = server.init(params)
     sent, method = server.broadcast(start, params), parse("method", "probe")
-    update = ClientUpdate(params, {"w": params["w"] + went["w"]}, kept, sent, 8, 2, 0, method, method.lr, loss=0.5)
+    trained = {n: t + went[n] for n, t in params.items()}
+    update = ClientUpdate(params, trained, kept, sent, 8, 2, 0, method, method.lr, loss=0.5, client=client)
     reply = server.reply(update)
     weight, message = reply.weight, reply.message
     assert reply.client_state.keys() == kept.keys()
@@ -304,9 +315,10 @@ def test_every_server_leaves_its_arguments_alone_and_keeps_shapes_and_dtypes(nam
     assert slots.keys() == start.keys()
     held = {slot: {n: t.clone() for n, t in values.items()} for slot, values in slots.items()}
     twice, _ = server.step(once, slots, total, RNG)
-    assert params["w"].tolist() == [1.0, 2.0]
+    assert params["w"].tolist() == [1.0, 2.0] and all(torch.equal(went[n], t + 2) for n, t in params.items())
     assert all(map(np.array_equal, before, [s for s in (total.delta, total.message, total.deltas) if s is not None]))
-    assert twice["w"].dtype == torch.float32 and twice["w"].shape == (2,)
+    assert [(n, t.shape, t.dtype) for n, t in twice.items()] == [(n, t.shape, t.dtype) for n, t in params.items()]
+    assert all(not torch.equal(once[n], params[n]) for n in NEEDED.get(name, {}) if n != "counts")
     assert all(torch.equal(slots[slot][n], held[slot][n]) for slot in held for n in held[slot])
     again = server.broadcast(slots, once)
     assert [(n, t.shape, t.dtype) for n, t in again.items()] == [(n, t.shape, t.dtype) for n, t in sent.items()]

@@ -20,7 +20,7 @@ class DomainMeans(PerDomain):
         return required(self, method, PLAN, "prompts of method plan")
 
     def init(self, params):
-        return {"trained": {"domains": torch.zeros(len(params.get("text_prompts", ())))}}, {}
+        return {"trained": {"domains": torch.zeros(len(params["text_prompts"]))}}, {}
 
     def step(self, params, slots, total, rng):
         names = "text_prompts", "visual_prompts"

@@ -36,7 +36,7 @@ class DomainPrompts(PerDomain):
         return required(self, method, Adapt, "prompts of method adapt")
 
     def init(self, params):
-        prompts = params.get("tokens", torch.zeros(0))  # (K, L, W), of K domains
+        prompts = params["tokens"]  # (K, L, W), of K domains
         return {"others": {"tokens": prompts}, "trained": {"tokens": torch.zeros(len(prompts))}}, {}
 
     def broadcast(self, slots, params):
@@ -44,8 +44,6 @@ class DomainPrompts(PerDomain):
 
     def step(self, params, slots, total, rng):
         params, trained = self.by_domain(params, total, slots["trained"]["tokens"], ["tokens"])
-        if "tokens" not in params:
-            return params, slots
         prompts, others = params["tokens"], slots["others"]["tokens"].double()
         others = torch.lerp(prompts.double(), others, self.copies).to(prompts.dtype)
         return params, {"others": {"tokens": others}, "trained": {"tokens": trained}}

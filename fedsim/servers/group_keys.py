@@ -44,14 +44,14 @@ class GroupKeys(Averaging):
         return required(self, method, SGPT, "groups of method sgpt")
 
     def init(self, params):
-        return {"selections": {"counts": torch.zeros(len(params.get("counts", ())))}}, {}
+        return {"selections": {"counts": torch.zeros(len(params["counts"]))}}, {}
 
     def broadcast(self, slots, params):
         return {"selections": slots["selections"]["counts"]}
 
     def step(self, params, slots, total, rng):
         active, step = stepped(total), weighted_mean(total, total.clients["weight"], params)
-        if "keys" not in params or not len(active):
+        if not len(active):
             return apply_update(params, step), slots
         deltas = [unflatten(delta, params) for delta in total.require_deltas()[active]]
         counts = torch.stack([delta["counts"].double() for delta in deltas])  # (n, G)

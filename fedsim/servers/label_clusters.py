@@ -58,21 +58,22 @@ class LabelClusters(Averaging):
         return required(self, method, CAPT, "prompts of method capt")
 
     def init(self, params):
-        return {"seen": {"rows": torch.zeros(len(params.get("class_aware", ())))}}, {}
+        return {"seen": {"rows": torch.zeros(len(params["class_aware"]))}}, {}
 
     def broadcast(self, slots, params):
         return {"class_rows": slots["seen"]["rows"]}
 
     def reply(self, update):
-        classes = len(update.received.get("class_aware", ()))
         # Without a client, the message is only counted.
-        counts = update.client.counts if update.client else torch.zeros(classes, dtype=torch.int64)
+        none = torch.zeros(len(update.received["class_aware"]), dtype=torch.int64)
+        counts = update.client.counts if update.client else none
         return replace(super().reply(update), message={"counts": counts})
 
     def step(self, params, slots, total, rng):
         active, weights = stepped(total), total.clients["weight"]
         step = weighted_mean(total, weights, params)
-        if total.messages is None or "class_aware" not in params or not len(active):
+        assert total.messages is not None, "needs_deltas"
+        if not len(active):
             return apply_update(params, step), slots
         counts = total.messages[active]
         shares = counts / counts.sum(axis=1, keepdims=True)
