@@ -99,6 +99,7 @@ def of(tmp_path_factory, drawings):
 def test_each_class_of_devices_has_its_share_of_the_clients_which_the_seed_draws():
     ours = parse("fleet", fleet(shares=".5,.3,.2", ranks="4,8,16"))
     assert ours.devices == (Device(rank=4), Device(rank=8), Device(rank=16))
+    assert str(Device(4, 1, 2)) == "rank 4, 1 block, 2 local epochs"
     for clients, counts in ((10, [5, 3, 2]), (1000, [500, 300, 200]), (6, [3, 2, 1]), (1, [0, 1, 0])):
         classes = ours.classes(clients, seed=1)
         assert np.bincount(classes, minlength=3).tolist() == counts
@@ -293,7 +294,7 @@ def test_clients_take_the_steps_of_their_own_epochs(config, tmp_path):
     fields = {"method": {"name": "probe", "batch_size": 1000}, "partition": "iid", "clients": 9, "rounds": 1}
     report = run(config(**fields, seed=2, fleet=fleet(shares="1,2", epochs="1,4"), out=tmp_path / "ours"))
     table = report.tables().clients
-    assert set(table.epochs) == {1, 4} and report.facts["devices"].endswith(" clients with epochs 4")
+    assert set(table.epochs) == {1, 4} and report.facts["devices"].endswith(" clients with 4 local epochs")
     assert report.tables().rounds.steps.tolist() == [table.epochs.sum()]
     per_step, per_row = (report.facts[f"flops_per_{each}"] for each in ("step", "row"))
     rows = report.tables().partition.query("split == 'train'").groupby("client").rows.sum()

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, NamedTuple
 import numpy as np
 from pydantic import BeforeValidator
 
-from fedsim.errors import InputError
+from fedsim.errors import InputError, counted
 from fedsim.fields import split
 from fedsim.registry import component
 from fedsim.rng import numpy_rng
@@ -35,7 +35,10 @@ class Device(NamedTuple):
     epochs: int | None = None
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self._asdict().items() if value is not None)
+        parts = [f"rank {self.rank}"] if self.rank else []
+        parts += [counted(self.blocks, "block")] if self.blocks else []
+        parts += [counted(self.epochs, "local epoch")] if self.epochs else []
+        return ", ".join(parts)
 
 
 @component

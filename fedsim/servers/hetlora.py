@@ -1,6 +1,6 @@
 """LoRA pairs of unequal rank, padded with zeros and averaged by the norm of each client's product (HetLoRA).
 
-Source: Cho et al. 2024, arXiv 2401.06432 (HetLoRA). No authors' code was found.
+Source: Cho et al. 2024, arXiv 2401.06432 (HetLoRA), of which no authors' code was found: not checked against code.
 
 Unread: the paper beyond its abstract and the caption of its figure 2, which says how pairs are truncated, padded and
 weighted. It does not say whether the norm is of each matrix or of all; here it is of all the products of a client, as
