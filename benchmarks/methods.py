@@ -13,11 +13,10 @@ resumes them.
 
 import argparse
 import itertools
-from io import StringIO
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
+from _methods_page import page
 from _runs import add_data, data_of, parsed, parser_of, spread
 
 from fedsim import Config, Report, run_all
@@ -75,6 +74,9 @@ PROTOCOLS = {  # fedsim/experiments/NAME.yaml, and the number that its papers pr
     "label_skew": "personalization",
     "few_shot": "personalization",
 }
+CHOICE = (
+    "What choosing on test rows is worth: mean over protocols and seeds. Many published codes print the third column"
+)
 
 
 def cell(report: Report, metric: str) -> dict[str, float]:
@@ -143,56 +145,6 @@ def by_choice(table: pd.DataFrame) -> pd.DataFrame:
     return shown.round(1)
 
 
-def plot(table: pd.DataFrame, protocols: list[str]) -> str:
-    """Accuracy against bytes, a panel per protocol, as SVG."""
-    columns = min(3, len(protocols))
-    rows = -(-len(protocols) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False, layout="constrained")
-    names = list(dict.fromkeys(table.method))
-    colours = plt.get_cmap("tab20").colors
-    for axis, protocol in zip(axes.flat, protocols, strict=False):
-        mine = table[table.protocol == protocol]
-        for k, name in enumerate(names):
-            one = mine[mine.method == name]
-            mean = one.groupby("seed").validation.mean()
-            where = max(one.bytes.median() / 1e6, 1e-3)  # alone: nothing travels
-            mark = "osD^v"[k % 5]
-            axis.errorbar(where, mean.mean(), mean.std(), fmt=mark, color=colours[k % 20], ms=6, capsize=2, label=name)
-        axis.axhline(mine["zero-shot"].mean(), color="0.5", lw=1, ls="--")
-        axis.set_xscale("log")
-        axis.set_title(f"{protocol.replace('_', ' ')}: {PROTOCOLS[protocol]}", fontsize=10)
-        axis.set_xlabel("MB up and down, whole run")
-        axis.set_ylabel("percent")
-    for axis in list(axes.flat)[len(protocols) :]:
-        axis.set_axis_off()
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
-    text = StringIO()
-    figure.savefig(text, format="svg")
-    plt.close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-STYLE = (
-    "body{font:15px system-ui;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse"
-)
-STYLE += ";font-size:13px}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}th:first-child"
-STYLE += "{text-align:left}svg{max-width:100%;height:auto}"
-
-
-def page(table: pd.DataFrame, args: argparse.Namespace) -> str:
-    about = f"{args.dataset}, {args.backbone or 'the embedded model'}, {args.rounds} rounds, {args.seeds} seeds."
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Methods</title><style>{STYLE}</style>"
-        f"<h1>Methods and protocols</h1><p>{about} Percent, mean ± deviation over seeds; the round was chosen on "
-        f"validation rows. Each method has its published hyperparameters, one local epoch a round. The dashed line is "
-        f"zero-shot CLIP; at the left edge of a panel nothing travels.</p>"
-        f"{plot(table, args.protocols)}<h2>Every method and protocol</h2>"
-        f"{by_method(table).to_html(border=0)}<h2>What choosing on test rows is worth</h2><p>Mean over protocols and "
-        f"seeds. Many published codes print the third column.</p>{by_choice(table).to_html(border=0)}</html>"
-    )
-
-
 def main() -> None:
     parser = parser_of(__doc__)
     add_data(parser)
@@ -217,7 +169,11 @@ def main() -> None:
     table = pd.DataFrame(results).sort_values(["method", "protocol"], key=lambda names: names.map(place), kind="stable")
     args.out.mkdir(parents=True, exist_ok=True)
     table.to_parquet(args.out / f"{args.dataset}.parquet", index=False)
-    (args.out / f"{args.dataset}.html").write_text(page(table, args), encoding="utf-8")
+    about = f"{args.dataset}, {args.backbone or 'the embedded model'}, {args.rounds} rounds, {args.seeds} seeds."
+    methods = {name: ALL[name] for name in table.method.unique()}
+    protocols = {name: PROTOCOLS[name] for name in args.protocols}
+    shown = {"Every method and protocol": by_method(table), CHOICE: by_choice(table)}
+    (args.out / f"{args.dataset}.html").write_text(page(about, table, methods, protocols, shown), encoding="utf-8")
     print(f"\n\npercent, mean ± deviation over {args.seeds} seeds, the round chosen on validation rows\n")
     print(by_method(table).to_markdown())
     print("\nwhat choosing on test rows is worth: percent, mean over protocols and seeds\n")

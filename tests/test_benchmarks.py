@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from browser import explore
 from shown import MOST, PACS, PROJECT, commands_in, smaller, write_drawings, write_features
 
 from fedsim.registry import parse
@@ -179,6 +180,27 @@ def test_the_table_of_methods_has_their_parameters_and_bytes(flags, ray, folder)
     # The median of a protocol with 4 clients and of one with 5.
     assert shown["MB in all"]["FedCLIP"] == f"{4.5 * ADAPTER * BOTH_WAYS:.2f}"
     assert "nan" not in shown.to_string()
+    file = next((folder / "methods").glob("*.html"))
+    told = explore(
+        file,
+        """
+        const [panel] = all(".panel"), [entry] = all(".legend input"), [table] = all("table");
+        const [clip] = told(panel).series;
+        const values = point(panel, clip.x[0], clip.y[0]), names = rows(table).map(([name]) => name);
+        const hidden = () => names.filter((name, index) => !shown(table.tBodies[0].rows[index]));
+        entry.click();
+        const [series, gone] = [all(`.panel .series-0`).some(shown), hidden()];
+        entry.click();
+        return { values, series, gone, back: hidden(), entry: entry.value, names };
+        """,
+    )
+    first, components, source, differs = told["values"]
+    assert first.startswith("FedCLIP: ") and f" MB, {ADAPTER:,} trained parameters" in first
+    assert components == "fedclip with fedavg, image feature" and "arXiv 2302.13485" in source
+    assert differs.startswith("1 difference: the code trains with all of CLIP in training mode.")
+    assert told["entry"] == "image feature" and told["series"] is False and told["gone"] == ["FedCLIP"]
+    assert told["back"] == [] and told["names"] == ["zero-shot", "FedCLIP", "FedPGP"]
+    assert file.stat().st_size < 1_000_000 and "What each method is" in file.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("flags", commands_of("codecs"), ids=" ".join)

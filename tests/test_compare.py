@@ -159,16 +159,18 @@ def test_the_first_words_name_the_best_runs_unless_they_do_not_compare(runs, tmp
     assert "Highest generalization" not in compare(folders, tmp_path / "page.html")[1].read_text()
 
 
-def test_a_run_is_hidden_in_all_plots_at_once(runs, tmp_path):
+def test_a_run_is_hidden_in_all_plots_and_tables_at_once(runs, tmp_path):
     folders, _ = runs(a={}, b={"method": "probe"})
     page = compare(folders, tmp_path / "page.html")[1]
     script = """
     all(".legend input")[0].click();
     const hidden = (kind) => all(`.panel ${kind}`).every((part) => !shown(part));
     const [by_round, , by_bytes] = all(".panel"), { box } = told(by_bytes);
-    return [all(".panel").length, hidden(".series-0"), hidden(".series-1"), point(by_bytes, box[2], box[1])];
+    const names = all("tbody tr").filter(shown).map((row) => row.cells[0].textContent);
+    return [all(".panel").length, hidden(".series-0"), hidden(".series-1"), names, point(by_bytes, box[2], box[1])];
     """
-    count, a, b, said = explore(page, script)
+    count, a, b, names, said = explore(page, script)
+    assert names == ["b", "b"]  # in both tables
     assert (count, a, b) == (4, True, False)
     assert said[0].startswith("bytes up and down since the start ") and [line[:3] for line in said[1:]] == ["b: "]
 

@@ -14,13 +14,14 @@ LONGEST = 1000  # rows of a table: a page of 10 000 clients would otherwise be o
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what follows it; tables by caption, with cells as they are shown."""
+    """A heading and what follows it; tables by caption, with cells as they are shown, folded if long and not `open`."""
 
     heading: str
     words: Sequence[str] = ()
     plots: Sequence[Plot] = ()
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     code: str = ""
+    open: bool = False
 
 
 def render(title: str, sections: Sequence[Section]) -> str:

@@ -12,14 +12,18 @@ const make = (parent, name, attributes = {}, text = "") => {
 const tip = make(document.body, "div", { id: "tip", role: "status", hidden: "" });
 document.documentElement.classList.add("live");
 
-// Legends: an entry shows and hides its series in all plots of the page -----------------------------------------
+// Legends: an entry shows and hides its series in all plots of the page, and rows with its name in a cell ----------
 
 const entries = [...document.querySelectorAll(".legend input")];
 function toggle({ target }) {
   for (const entry of entries.filter((entry) => entry.value === target.value)) {
     entry.checked = target.checked;
-    const kind = `.series-${entry.dataset.series}`;
-    for (const part of entry.closest("figure").querySelectorAll(`.panel ${kind}`)) part.toggleAttribute("hidden", !entry.checked);
+    const parts = entry.closest("figure").querySelectorAll(`.panel .series-${entry.dataset.series}`);
+    for (const part of parts) part.toggleAttribute("hidden", !entry.checked);
+  }
+  const out = entries.filter((entry) => !entry.checked).map((entry) => entry.value);
+  for (const row of document.querySelectorAll("tbody tr")) {
+    row.hidden = [...row.cells].some((cell) => out.includes(cell.textContent));
   }
   tip.hidden = true;
 }
@@ -38,14 +42,16 @@ const short = (value) => {  // 20 M, as on the axes
 function enliven(panel) {
   const svg = panel.querySelector("svg"), data = JSON.parse(panel.querySelector("script").textContent);
   const inputs = [...panel.closest("figure").querySelectorAll(".legend input")];
-  const points = data.series.flatMap(({ s, x, y, t }) => x.map((at, k) => ({ input: inputs[s], x: at, y: y[k], text: t[k] })));
+  const pointsOf = ({ s, x, y, t }) => x.map((at, k) => ({ input: inputs[s], x: at, y: y[k], text: t[k] }));
+  const points = data.series.flatMap(pointsOf);
   if (!points.length && !data.maps.length) return;
   const [left, top, right, bottom] = data.box ?? [-1e9, -1e9, 1e9, 1e9];
   let [from, to] = [left, right];  // what is zoomed to, in the coordinates of the drawing
   const place = (x) => data.x ? left + ((x - from) / (to - from)) * (right - left) : x;
   const back = (x) => from + ((x - left) / (right - left)) * (to - from);
   const value = (x) => data.x[0] + ((x - left) / (right - left)) * (data.x[1] - data.x[0]);
-  const name = (at) => data.names.length ? data.names[Math.round(at)] ?? "" : short(Math.abs(at - Math.round(at)) < 0.02 ? Math.round(at) : at);
+  const whole = (at) => Math.abs(at - Math.round(at)) < 0.02 ? Math.round(at) : at;  // positions are rounded
+  const name = (at) => data.names.length ? data.names[Math.round(at)] ?? "" : short(whole(at));
   const seen = () => points.filter(({ input, x }) => input.checked && place(x) > left - 1 && place(x) < right + 1);
   const ring = make(svg, "g", { class: "ring" });
   let current = null;
@@ -53,7 +59,7 @@ function enliven(panel) {
   function say(lines, x, y) {  // (x, y) in the drawing
     const at = new DOMPoint(x, y).matrixTransform(svg.getScreenCTM());
     tip.replaceChildren();
-    for (const line of lines) make(tip, "div", {}, line);
+    for (const line of lines.flatMap((line) => line.split("\n"))) make(tip, "div", {}, line);
     tip.hidden = false;
     const { width, height } = tip.getBoundingClientRect();
     tip.style.left = `${Math.max(4, Math.min(at.x + 14, innerWidth - width - 4))}px`;
@@ -101,11 +107,11 @@ function enliven(panel) {
       const mark = part.tagName === "use" && +part.getAttribute("x");  // a marker keeps its shape
       part.setAttribute("transform", mark ? `translate(${place(mark) - mark})` : move);
     }
-    const whole = from === left && to === right;
-    svg.classList.toggle("zoomed", !whole);
+    const zoomed = from > left || to < right;
+    svg.classList.toggle("zoomed", zoomed);
     svg.querySelector(".ticks")?.remove();
     forget();
-    if (!whole) ticks(make(svg, "g", { class: "ticks" }), value(from), value(to));
+    if (zoomed) ticks(make(svg, "g", { class: "ticks" }), value(from), value(to));
   }
   function ticks(group, low, high) {
     const size = 10 ** Math.floor(Math.log10((high - low) / 5)), steps = [1, 2, 5, 10].map((k) => k * size);
@@ -119,13 +125,15 @@ function enliven(panel) {
 
   const position = (event) => new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
   let start = null;
-  svg.addEventListener("pointerdown", (event) => { start = event.pointerType === "mouse" && data.x ? position(event).x : null; });
+  svg.addEventListener("pointerdown", (event) => {
+    start = event.pointerType === "mouse" && data.x ? position(event).x : null;
+  });
   svg.addEventListener("pointermove", (event) => {
     const at = position(event);
     if (start === null || !(event.buttons & 1)) return data.maps.length ? cell(at) : point(at);
     forget();
-    const [low, high] = [start, at.x].sort((a, b) => a - b);
-    make(ring, "rect", { x: Math.max(left, low), y: top, width: Math.max(0, Math.min(right, high) - Math.max(left, low)), height: bottom - top });
+    const low = Math.max(left, Math.min(start, at.x)), high = Math.min(right, Math.max(start, at.x));
+    make(ring, "rect", { x: low, y: top, width: Math.max(0, high - low), height: bottom - top });
   });
   svg.addEventListener("pointerup", (event) => {
     const ends = [start ?? 0, position(event).x].sort((a, b) => a - b);
