@@ -86,3 +86,11 @@ def test_every_place_has_the_version_of_pyproject():
     text = (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")
     released = re.findall(r"^## \[?(\d+\.\d+\.\d+)", text, flags=re.MULTILINE)
     assert not released or released[0] == VERSION
+
+
+def test_the_changelog_has_the_sections_of_keep_a_changelog():
+    releases = re.split(r"^## .*$", (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    for release in releases:
+        before, *sections = re.split(r"^### (.*)$", release, flags=re.MULTILINE)
+        assert not before.strip(), before
+        assert {*sections[::2]} <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
