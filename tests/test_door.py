@@ -41,6 +41,8 @@ BAD = {
     "a word": (["run", "glyphs"], "no flag glyphs"),
     "a flag without its value": (["run", "--rounds"], "argument --rounds: expected one argument"),
     "a method": (["run", "--method", "fedklip"], f"no method 'fedklip'; available: {names('method')}"),
+    "a long name": (["run", "--method", 300 * "a"], f"no method '{300 * 'a'}'; available: {names('method')}"),
+    "a name in capitals": (["run", "--method", "LoRA"], f"no method 'LoRA'; available: {names('method')}"),
     "a server": (["run", "--server", "x"], f"no server 'x'; available: {names('server')}"),
     "a partition": (["run", "--partition", "x"], f"no partition 'x'; available: {names('partition')}"),
     "a data set": (["run", "--dataset", "x"], f"no dataset 'x'; available: {names('dataset')}"),
