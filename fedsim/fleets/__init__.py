@@ -48,7 +48,7 @@ class Fleet(ABC):
     Devices may be of several classes. The lists name one value for each class, in the same order.
     """
 
-    shares: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(split)] = Field(
+    shares: Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], BeforeValidator(split)] = Field(
         (), description="relative numbers of clients by class of devices, such as 5,3,2 (default: equal)"
     )
     ranks: Annotated[tuple[Positive, ...], BeforeValidator(split)] = Field(
