@@ -72,7 +72,7 @@ class FixedDataset(Dataset):
             names = {name: text.replace("_", " ") for name, text in names.items()}
         if self.domain_groups:
             if data.groups:
-                raise InputError("dataset.domain_groups makes groups of domains, but the rows have groups already")
+                raise InputError("the rows of this data set have groups already; leave out dataset.domain_groups")
             data = replace(data, group=data.domain, groups=data.domains)
         return arrange_classes(data, names, self.classes, self.absent_classes)
 

@@ -61,7 +61,7 @@ class Tables:
         calibration: one row per model, round, group of rows and bin of confidence.
         rounds: costs and training loss, one row per round.
         partition: how many rows each client has, by domain, label and split.
-        clients: what each client that trains can train, receives and sends in a round, of those that are evaluated.
+        clients: of each client that trains and is evaluated, its device and the bytes that it receives and sends.
         class_domain: of a suite, the index of the data set that each class belongs to.
     """
 

@@ -30,7 +30,7 @@ BLOCK = re.compile(r"(?:up|down)\.(image|text)/.*resblocks/(\d+)/")
 
 @component
 class FedRA(Averaging):
-    """In each round, a client is given as many blocks of each tower as `--fleet.blocks` says, drawn anew.
+    """In each round, each client is given random blocks of each tower, as many as `--fleet.blocks` says.
 
     Its model consists of these blocks; the others are left out, and what is not in a block is always there. The server
     averages the pairs of each block over the clients that had it. A block that no client had stays as it is. The whole

@@ -120,7 +120,7 @@ def _check_privacy(task: Task, params: Params, untrained: list[str]) -> None:
     if untrained:
         raise InputError(
             f"{privacy} would add noise to {_of_method(task, untrained)}, which clients compute without training them; "
-            "take another method"
+            "take another method or server rule"
         )
     task.privacy.check(task.method, task.server, task.select(params, "shared"))
 
