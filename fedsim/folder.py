@@ -81,13 +81,23 @@ def exclusive(folder: Path, kind: Kind, patience_s: float = 0) -> Iterator[None]
 def refuse_another(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raises InputError, naming the fields that differ, when a folder holds another experiment; plain values."""
     refuse_another_version(folder, theirs, ours)
-    differ = [
-        f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
-    ]
-    if differ:
+    if differ := differences(theirs, ours):
         raise InputError(f"{folder} holds another experiment ({listing(differ)}); give another --out")
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any], of: str = "") -> list[str]:
+    """What differs between two experiments, in words; of components with the same name, the fields."""
+    differ = []
+    for name in sorted(theirs.keys() | ours.keys()):
+        old, new = theirs.get(name), ours.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if old.get("name") == new.get("name"):
+                differ += differences(old, new, f"{of}{name}.")
+                continue
+            old, new = old.get("name"), new.get("name")
+        if old != new:
+            differ.append(f"{of}{name} {old!r} there, {new!r} here")
+    return differ
 
 
 def continued(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

@@ -197,6 +197,11 @@ def test_a_folder_of_another_experiment_is_refused_by_the_fields_that_differ(con
         InputError, match=r"holds another experiment \(cohort None there, 2 here, seed 0 there, 5 here\)"
     ):
         run(config(cohort=2, seed=5))
+    unequal = {"fleet": {"name": "ideal", "epochs": [1, 2]}, "method": {"name": "probe", "lr": 0.5}}
+    with pytest.raises(
+        InputError, match=r"\(fleet\.epochs \[\] there, \[1, 2\] here, method 'fedclip' there, 'probe' here\)"
+    ):
+        run(config(**unequal))
     run(config(rounds=1))
 
 

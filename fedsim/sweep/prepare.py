@@ -12,7 +12,7 @@ from fedsim.data import check_readable
 from fedsim.datasets import TEST
 from fedsim.errors import InputError, listing
 from fedsim.fleets import Fleet
-from fedsim.folder import check_folder, read_sealed, refuse_another_version
+from fedsim.folder import check_folder, differences, read_sealed, refuse_another_version
 from fedsim.methods import Method
 from fedsim.prepare import PARTITION_FIELDS, Experiment, evaluated_clients, prepare
 from fedsim.reporting.loggers import check_loggers
@@ -103,15 +103,11 @@ def refuse_another_sweep(folder: Path, settings: dict[str, Any], space: Space) -
         raise InputError(f"{file} is of another version of fedsim ({listing(unknown)}); give another --out")
     old, new = before.pop("config"), settings["config"]
     refuse_another_version(folder, old, new)
-    changes = [_change(name, old.get(name), new.get(name)) for name in sorted(old.keys() | new.keys())]
-    changes += space.changes(before.pop("search"))
-    changes += [_change(name, before[name], settings[name]) for name in before if name not in MAY_CHANGE]
-    if changes := list(filter(None, changes)):
+    changes = differences(old, new) + space.changes(before.pop("search"))
+    fixed = [name for name in before if name not in MAY_CHANGE]
+    changes += differences({name: before[name] for name in fixed}, {name: settings[name] for name in fixed})
+    if changes:
         raise InputError(f"{folder} holds another sweep ({'; '.join(changes)}); give another --out")
-
-
-def _change(name: str, old: Any, new: Any) -> str:
-    return f"{name} {old!r} there, {new!r} here" if old != new else ""
 
 
 def _check_seeds(sweep: Sweep) -> None:
