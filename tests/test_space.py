@@ -300,6 +300,16 @@ def test_a_prompt_that_starts_as_a_text_has_no_length_to_search():
     assert "promptfl.length=4,8,16" in Space.parse((), Config(method="promptfl")).plain()
 
 
+def test_local_epochs_are_not_searched_where_a_fleet_gives_those_of_each_device():
+    config = Config(fleet={"name": "ideal", "epochs": [1, 2]})
+    assert "fedclip.local_epochs=1:5:linear" in Space.parse((), Config()).plain()
+    assert not any("local_epochs" in text for text in Space.parse((), config).plain())
+    with pytest.raises(InputError, match=r"fedclip\.local_epochs has no effect with fleet\.epochs"):
+        Space.parse(["method.local_epochs"], config)
+    both = Space.parse(["fleet=ideal,lognormal", "method.local_epochs"], config).plain()
+    assert "fedclip.local_epochs=1:5:linear" in both  # the other fleet has none
+
+
 def test_what_is_suggested_makes_a_config_that_keeps_the_rest_of_the_base():
     base = Config(method={"name": "fedclip", "eps": 0.01}, server="fedavgm", clients=40, rounds=7)
     texts = ["method=fedclip,probe", "method.*", "server.*", "cohort=10:20", "shots=none,4"]

@@ -261,8 +261,13 @@ class _Base:
         """
         without_effect: dict[str, str] = {}  # by text
         effective = set()
+        epochs_of_devices = all(self.make("fleet", name, {}).epochs for name in self.candidates["fleet"])
         for parameter in parameters.values():
             kind, component, field = parameter.kind, parameter.component, parameter.field
+            if (kind, field) == ("method", "local_epochs") and epochs_of_devices:
+                sentence = f"{parameter.name} has no effect with fleet.epochs, which gives each device its local epochs"
+                without_effect.setdefault(parameter.text, sentence)
+                continue
             declared = search_of(self.class_of(kind, component), field) if field != "name" else None
             conditions = [(kind, (component,))] if kind in parameters and field != "name" else []
             if declared and declared.when:
