@@ -53,6 +53,10 @@ BAD = {
     ),
     "a type": (["run", "--rounds", "many"], "rounds must be an integer, got 'many'"),
     "a range": (["run", "--method.lr", "-1"], "method.lr must be > 0, got '-1'"),
+    "a huge number": (
+        ["run", "--method.local-epochs", "9999999999"],
+        "method.local_epochs must be <= 1000000000, got '9999999999'",
+    ),
     "a choice": (["run", "--dtype", "int8"], "dtype must be 'float32' or 'float64', got 'int8'"),
     "a domain": (["run", "--held-out", "sketch"], "no domain 'sketch' to hold out; available: clipart, ink, noto"),
     "clients": (["run", "--partition", "iid", "--clients", "9999"], "9999 clients for"),

@@ -18,7 +18,7 @@ from fedsim.registry import component
 from fedsim.rng import numpy_rng
 from fedsim.search_space import Field
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class Device(NamedTuple):

@@ -54,7 +54,9 @@ class LocalTraining:
     weight_decay: float = Field(
         0.0, ge=0, search=Log(1e-6, 1e-1), description="coupled (L2) for adam and sgd, decoupled for adamw"
     )
-    local_epochs: int = Field(1, ge=1, search=Linear(1, 5), description="passes over a client's train rows per round")
+    local_epochs: int = Field(
+        1, ge=1, le=10**9, search=Linear(1, 5), description="passes over a client's train rows per round"
+    )
     batch_size: int = Field(32, ge=1, search=Choice((16, 32, 64, 128)), description="rows per local step")
     persist_optimizer: bool = Field(
         False, description="keep each client's optimizer state between rounds instead of resetting it"
