@@ -128,7 +128,7 @@ def test_without_members_every_folder_is_one(sets):
 def test_members_are_written_on_the_command_line_in_yaml_and_in_the_config_of_a_run(sets, tmp_path):
     words = ["--dataset", "suite", "--dataset.members", "dtd, pets=oxford_pets", "--data-dir", str(sets)]
     config, _ = parse_run(words)
-    fields = {"classes": None, "class_names": None, "spaces": True, "absent_classes": False}
+    fields = {"classes": None, "class_names": None, "spaces": True, "absent_classes": False, "domain_groups": False}
     assert config.plain()["dataset"] == {
         "name": "suite",
         "members": {"dtd": {"folder": "dtd", "name": "coop"} | fields}
@@ -154,6 +154,7 @@ def test_a_member_has_the_options_of_its_data_set(sets):
         ({"dtd": {"colour": 1}}, "member dtd: no field 'colour' in CoOp; available: "),
         ({"dtd": {"name": "synthetic"}}, "member dtd: data set synthetic cannot be a member of a suite"),
         ({"dtd": {"folder": 7}}, "member dtd: folder must be the name of a folder in --data-dir, got 7"),
+        ({"dtd": {"domain_groups": True}}, "member dtd: its rows are of one domain, and so of one group; "),
         ({"dtd": 7}, "member dtd must be a folder or a mapping of its fields, got 7"),
     ],
 )

@@ -57,6 +57,8 @@ def _member(name: str, value: Any) -> dict[str, Any]:
         raise InputError(f"member {name}: {error}") from None
     if not isinstance(dataset, FixedDataset):
         raise InputError(f"member {name}: data set {name_of(dataset)} cannot be a member of a suite")
+    if dataset.domain_groups:
+        raise InputError(f"member {name}: its rows are of one domain, and so of one group; leave out domain_groups")
     options = {field: getattr(dataset, field) for field in vars(type(dataset))["__pydantic_fields__"]}
     return {"folder": folder, "name": name_of(dataset)} | options
 
