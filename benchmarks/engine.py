@@ -275,7 +275,7 @@ def table(runs: list[dict], quick: bool) -> str:
         ]
     if others := [run["others"] for run in runs if "others" in run]:
         used = f"{100 * median(others):.0f} % of the machine in the median run, {100 * max(others):.0f} % in the worst"
-        lines += ["", f"Anybody else used {used}."]
+        lines += ["", f"Other processes used {used}."]
     return "\n".join(lines)
 
 

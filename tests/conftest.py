@@ -51,17 +51,21 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
 
-# Files whose tests of Ray kill processes and wait for what the others do.
-PROCESSES = "test_cluster", "test_faults", "test_session", "test_watch"
+# The files whose tests of Ray share a process: those that kill processes and wait, and those of sweeps. All other tests
+# of Ray share a third one.
+RAY = {
+    "ray-processes": ("test_cluster", "test_faults", "test_session", "test_watch"),
+    "ray-sweeps": ("test_readme", "test_sweep"),
+}
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items) -> None:
-    """Files run in parallel, each in one process; tests of Ray in two, because much of their time is spent waiting."""
+    """Files run in parallel, each in one process; tests of Ray in three, since much of their time is spent waiting."""
     for item in items:
         group = item.path.stem
         if item.get_closest_marker("ray"):
-            group = "ray-processes" if group in PROCESSES else "ray"
+            group = next((name for name, files in RAY.items() if group in files), "ray")
         item.add_marker(pytest.mark.xdist_group(group))
 
 
