@@ -19,7 +19,7 @@ from fedsim.clients import sample_cohort
 from fedsim.config import Config
 from fedsim.errors import InputError
 from fedsim.methods import Method
-from fedsim.registry import name_of
+from fedsim.registry import available, find, name_of
 from fedsim.rng import numpy_rng
 from fedsim.servers import Server
 from fedsim.shares import decimal
@@ -125,10 +125,11 @@ def _check_devices(config: Config, server: str) -> None:
             f"privacy {name_of(config.privacy)} is accounted for equal clients; leave out fleet.ranks, fleet.blocks "
             "and fleet.epochs"
         )
-    for field, limit, rules in (("ranks", "rank", "hetlora or lora_stacking"), ("blocks", "blocks", "fedra")):
+    for field, limit in (("ranks", "rank"), ("blocks", "blocks")):
         if not getattr(fleet, field):
             continue
         if limit not in config.server.heeds:
+            rules = " or ".join(name for name in available("server") if limit in find("server", name).heeds)
             raise InputError(
                 f"fleet.{field} needs a server rule whose clients have unequal models: {rules}, not {server}"
             )
