@@ -40,7 +40,8 @@ def page(
     texts = {name: " ".join(_paragraphs(method)) for name, (method, _) in methods.items()}
     papers = pd.DataFrame({"source, and how fedsim differs from it": texts}).rename_axis("method")
     caption = "Bars: deviation over seeds. Dashed: zero-shot CLIP. Named: clearly better than all that cost less."
-    captions = {"bytes": f"{caption} At 0.001 MB: nothing travels.", "parameters": caption}
+    nothing = "" if table.bytes.all() else f" At {NOTHING} MB: nothing travels."
+    captions = {"bytes": caption + nothing, "parameters": caption}
     plots = [_points(text, table, methods, protocols, cost) for cost, text in captions.items()]
     how = (
         "Percent, mean ± deviation over seeds; the round was chosen on validation rows. Each method has its published "

@@ -21,6 +21,7 @@ from _runs import add_data, data_of, parsed, parser_of, spread
 
 from fedsim import Config, Report, run_all
 from fedsim.config import merged, read_yaml
+from fedsim.errors import counted
 from fedsim.registry import parse
 from fedsim.reporting.tables import ZERO_SHOT
 
@@ -169,7 +170,8 @@ def main() -> None:
     table = pd.DataFrame(results).sort_values(["method", "protocol"], key=lambda names: names.map(place), kind="stable")
     args.out.mkdir(parents=True, exist_ok=True)
     table.to_parquet(args.out / f"{args.dataset}.parquet", index=False)
-    about = f"{args.dataset}, {args.backbone or 'the embedded model'}, {args.rounds} rounds, {args.seeds} seeds."
+    size = f"{counted(args.rounds, 'round')}, {counted(args.seeds, 'seed')}"
+    about = f"{args.dataset}, {args.backbone or 'the embedded model'}, {size}."
     methods = {name: ALL[name] for name in table.method.unique()}
     protocols = {name: PROTOCOLS[name] for name in args.protocols}
     shown = {"Every method and protocol": by_method(table), CHOICE: by_choice(table)}
