@@ -48,7 +48,7 @@ def run_all(
 
     Raises:
         InputError: one of the configs cannot work; raised before any run starts. If runs fail, the error of the first
-            one (InputError, Stopped, Diverged or another) is raised after all others have ended.
+            of them in `configs` (InputError, Stopped, Diverged or another) is raised after all others have ended.
     """
     if at_once is not None and at_once < 1:
         raise InputError(f"at_once must be 1 or more, got {at_once}")
@@ -80,7 +80,7 @@ def _run_all(
     yield from ((index, experiment.done) for index, experiment in enumerate(experiments) if experiment.done)
     if not waiting:
         return
-    failed: list[tuple[Experiment, Exception]] = []
+    failed: dict[int, Exception] = {}
     with ExitStack() as stack:
         ray = stack.enter_context(session(address, progress))
         # A caller that fails may hold this generator until the interpreter exits. Registered after Ray's own handler,
@@ -94,11 +94,11 @@ def _run_all(
             index, ended = waiting[call], ended + 1
             progress(Step("runs", ended, len(experiments), experiments[index].folder.name))
             if isinstance(outcome, Exception):
-                failed.append((experiments[index], outcome))
+                failed[index] = outcome
             else:
                 yield index, outcome
     if failed:
-        raise _error_of(failed, len(experiments))
+        raise _error_of([(experiments[index], failed[index]) for index in sorted(failed)], len(experiments))
 
 
 def _calls(tasks: Tasks, experiments: list[Experiment], progress: Progress) -> list[TaskCall]:
@@ -168,7 +168,7 @@ def _task_sizing(experiment: Experiment) -> Sizing:
 
 
 def _error_of(failed: list[tuple[Experiment, Exception]], total: int) -> Exception:
-    """One error for all runs that failed."""
+    """One error for all runs that failed, in the order in which they were given."""
     first, cause = failed[0]
     message = f"{first.folder}: {cause}"
     if len(failed) > 1:
