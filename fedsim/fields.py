@@ -28,10 +28,22 @@ def absolute(value: Path | None) -> Path | None:
     return (path := expanded(value)) and path.absolute()
 
 
+def parts_of(text: str) -> list[str]:
+    """The parts of a text with commas; none of an empty one.
+
+    Raises:
+        InputError: a part is empty, which may be a value that was forgotten.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) > 1 and "" in parts:
+        raise InputError(f"a value is missing before or after a comma in {text!r}")
+    return [part for part in parts if part]
+
+
 def _names(value: Any) -> Any:
     """Names separated by commas, or a sequence of names; repeated ones are dropped."""
     if isinstance(value, str):
-        value = [name.strip() for name in value.split(",")]
+        value = parts_of(value)
     elif not isinstance(value, list | tuple):
         value = [] if value is None else [value]
     # A YAML name such as 7 or true is not text.
@@ -45,8 +57,7 @@ def split(value: Any) -> Any:
     """The parts of texts with commas, or of a sequence of these; none is empty."""
     if not isinstance(value, list | tuple):
         value = [] if value is None else [value]
-    parts = (part for item in value for part in (item.split(",") if isinstance(item, str) else [item]))
-    return tuple(part for part in (part.strip() if isinstance(part, str) else part for part in parts) if part != "")
+    return tuple(part for item in value for part in (parts_of(item) if isinstance(item, str) else [item]))
 
 
 def each_in(kind: str, known: Any) -> AfterValidator:

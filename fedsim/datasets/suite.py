@@ -15,6 +15,7 @@ from fedsim.datasets import TEST, Dataset, FixedDataset, Images
 from fedsim.datasets._tree import checked
 from fedsim.datasets._walk import folders
 from fedsim.errors import InputError, listing
+from fedsim.fields import parts_of
 from fedsim.registry import component, name_of, parse
 
 MEMBER = "coop"  # the data set of a member that names none
@@ -26,7 +27,7 @@ def _members(value: Any) -> Members | None:
     if value is None:
         return None
     if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
+        value = parts_of(value)
     if isinstance(value, list | tuple):
         pairs = [str(part).partition("=") for part in value]
         names = [name.strip() for name, _, _ in pairs]
