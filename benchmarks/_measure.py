@@ -27,7 +27,9 @@ class Watch(threading.Thread):
 
     Attributes:
         peaks: MiB of PSS (a page that k processes share counts 1/k in each): of all together under `all`, of `root`
-            under `root`, and of the largest process of each title that Ray gives, such as `ray::DriverActor`.
+            under `root`, and of the largest process of each title that Ray gives, such as `ray::DriverActor`. Those of
+            single processes are without mapped files, such as torch's libraries: when other processes end, a larger
+            share of these counts in those that remain.
     """
 
     def __init__(self, root: int) -> None:
@@ -65,10 +67,9 @@ class Watch(threading.Thread):
     def _weigh(self, pids: list[int]) -> None:
         now: dict[str, float] = defaultdict(float)
         for pid in pids:
-            size, title = _pss(pid), _title(pid)
-            now["all"] += size
-            name = "root" if pid == self.root else title
-            now[name] = max(now[name], size)
+            sizes, name = _pss(pid), "root" if pid == self.root else _title(pid)
+            now["all"] += sizes.get("Pss", 0.0)
+            now[name] = max(now[name], sizes.get("Pss", 0.0) - sizes.get("Pss_File", 0.0))
         for name, size in now.items():
             self.peaks[name] = max(self.peaks[name], size)
 
@@ -146,12 +147,13 @@ def _stat(pid: int) -> list[str] | None:
         return None
 
 
-def _pss(pid: int) -> float:
+def _pss(pid: int) -> dict[str, float]:
+    """MiB of `Pss`, `Pss_File` and so on; empty where the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+        return {}
+    return {line.partition(":")[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss")}
 
 
 def _title(pid: int) -> str:
