@@ -46,7 +46,7 @@ def explore(page: Path, script: str, width: int = 1400) -> Any:
         file = Path(folder) / "page.html"
         file.write_text(text, encoding="utf-8")
         command = [CHROMIUM, *options, "--dump-dom", f"--user-data-dir={folder}/profile", file.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     found = re.search('<pre id="result">(.+?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stdout[-500:] + done.stderr[-1500:]
     told = json.loads(html.unescape(found[1]))

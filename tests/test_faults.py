@@ -212,7 +212,7 @@ def test_another_ray_on_the_cluster_is_said_in_one_sentence(cluster, features_di
         "import sys, ray; ray.__version__ = '2.0.1'; from fedsim.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", program, *argv, f"--out={tmp_path / 'run'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr == (
         f"fedsim: the cluster at {cluster.address} runs {there}, this process Ray 2.0.1 on Python "
@@ -292,7 +292,7 @@ def test_a_signal_ends_a_run_and_leaves_nothing_behind(number, to_all, code, fea
         time.sleep(0.01)
     started = list(descendants(process.pid))
     (os.killpg if to_all else os.kill)(process.pid, number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == code
     which = "" if number == signal.SIGINT else f" by {number.name}"
     assert (

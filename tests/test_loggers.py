@@ -57,7 +57,7 @@ def wandb_records(folder):
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportMissingImports]
 
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    deadline, records = time.monotonic() + 20, []
+    deadline, records = time.monotonic() + 60, []
     while not (records and records[-1].WhichOneof("record_type") == "exit"):
         assert time.monotonic() < deadline
         time.sleep(0.05)

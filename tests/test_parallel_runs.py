@@ -128,5 +128,5 @@ for place, report in reports:
 def test_a_caller_that_fails_ends_at_once_with_its_own_error(features_dir, tmp_path):
     # The name keeps the generator alive until the interpreter exits, after Ray has ended.
     command = [sys.executable, "-c", CARELESS, str(features_dir), str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1 and ended.stderr.strip().endswith("RuntimeError: the caller fails"), ended.stderr
