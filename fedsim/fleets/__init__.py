@@ -6,7 +6,7 @@ All times are simulated: nothing sleeps, and no result depends on the speed of t
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
@@ -63,7 +63,7 @@ class Fleet(ABC):
 
     instantaneous: ClassVar[bool] = False  # whether all work takes no time
 
-    @property
+    @cached_property
     def devices(self) -> tuple[Device, ...]:
         """The classes of devices; one if no list is given.
 
