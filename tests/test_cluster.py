@@ -23,7 +23,7 @@ PROJECT = Path(__file__).parents[1]
 FILES = "cluster.yaml", "cluster.local.yaml"
 ADDRESS = {"laptop": "10.77.0.1", "head": "10.77.0.2", "w1": "10.77.0.3"}  # as in hosts.sh
 HOME = "home/researcher"
-WAIT_S = 300  # for a command: they take seconds, and a busy machine takes more
+WAIT_S = 600  # for a command: they take seconds, and a busy machine takes more
 SSH = "ssh", "-q", "-i", "/run/user-key", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"
 RUN = "--dataset features --data-dir ~/fedsim/features --held-out ink --clients 6"
 WAIT = """
