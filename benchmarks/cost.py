@@ -51,6 +51,7 @@ from fedsim.servers.fedavg import FedAvg
 from fedsim.training.flops import flops_of
 from fedsim.training.models import Models
 from fedsim.training.round_zero import initial_params
+from fedsim.training.rows import RuleInputs, TrainRows
 from fedsim.training.stack import train_stack
 from fedsim.training.task import Task, backbone_of
 from fedsim.training.trainer import Trainer
@@ -117,8 +118,8 @@ class Client:
     def step(self) -> None:
         x = self.x if self.tower is None else self.tower.encode(self.x)
         self.module.train()
-        what = self.module, self.params, self.optimizer, self.shared, x, self.y, [len(x)], self.task.method
-        train_stack(*what, self.task.server, [torch_rng(DRAWN_BY, "batches")], [{}], {})
+        rows, inputs, rngs = TrainRows(x, self.y, [len(x)]), RuleInputs(self.shared), [torch_rng(DRAWN_BY, "batches")]
+        train_stack(self.module, self.params, self.optimizer, rows, self.task.method, self.task.server, inputs, rngs)
 
 
 def prepare(folder: Path, backbone: str, batch: int) -> dict:

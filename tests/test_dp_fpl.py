@@ -17,6 +17,7 @@ from fedsim.rng import torch_rng
 from fedsim.training import stack
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.private_steps import PrivateSteps
+from fedsim.training.rows import RuleInputs, TrainRows
 from fedsim.training.train import train_client
 
 PLAIN = {"momentum": 0.0, "weight_decay": 0.0, "lr": 0.05, "length": 4, "rank": 2}
@@ -33,7 +34,8 @@ def trained(method, module, batch, steps=None):
         tensor.requires_grad_(name in method.learned(["shared", "left", "right", "residual"], 1))
     optimizer = Optimizer(method, {name: tensor.data[None] for name, tensor in module.named_parameters()})
     rule, rng = parse("server", "fedavg"), torch.Generator().manual_seed(0)
-    train_client(module, optimizer, *batch[:2], method, rule, rng, private=steps)
+    inputs = RuleInputs(dict(module.named_parameters()))
+    train_client(module, optimizer, TrainRows(*batch[:2], [len(batch.y)]), method, rule, inputs, rng, steps)
 
 
 def private(module):
@@ -92,7 +94,8 @@ def test_without_steps_of_the_private_prompt_it_is_promptfl_with_other_first_tok
         other.tokens.copy_(module.tokens())
     optimizer = Optimizer(promptfl, {"tokens": other.tokens.data[None]})
     rng = torch.Generator().manual_seed(0)
-    train_client(other, optimizer, *batch[:2], promptfl, parse("server", "fedavg"), rng)
+    rows, inputs = TrainRows(*batch[:2], [len(batch.y)]), RuleInputs({"tokens": other.tokens})
+    train_client(other, optimizer, rows, promptfl, parse("server", "fedavg"), inputs, rng)
     trained(method, module, batch)
     torch.testing.assert_close(private(module), own, rtol=0, atol=0)
     torch.testing.assert_close(module.tokens(), other.tokens, rtol=0, atol=1e-13)

@@ -10,6 +10,7 @@ from fedsim.methods import Batch, RuleContext
 from fedsim.registry import parse
 from fedsim.rng import torch_rng
 from fedsim.training.optimizer import Optimizer
+from fedsim.training.rows import RuleInputs, TrainRows
 from fedsim.training.task import Task
 from fedsim.training.train import train_client
 
@@ -66,8 +67,9 @@ def test_one_step_of_feddat_is_its_two_steps_of_adamw(vit):
     state = {name: tensor.clone() for name, tensor in shaken(module).state_dict().items()}
     optimizer = Optimizer(method, {name: tensor.data[None] for name, tensor in module.named_parameters()})
     rule = parse("server", "fedavg")
-    shared = [name for name in state if method.scope(name) == "shared"]
-    loss = train_client(module, optimizer, pixels(), Y, method, rule, torch_rng(0, "batches"), shared)
+    shared = {name: state[name] for name in state if method.scope(name) == "shared"}
+    rows = TrainRows(pixels(), Y, [len(Y)])
+    loss = train_client(module, optimizer, rows, method, rule, RuleInputs(shared), torch_rng(0, "batches"))
 
     # As in the code: adapter 1 is shared, adapter 0 private, and adapter 2 the received adapter 1.
     copy = {name: state[name].clone() for name in shared}

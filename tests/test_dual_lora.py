@@ -15,6 +15,7 @@ from fedsim.params import payload_bytes
 from fedsim.registry import parse
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.round_zero import initial_params
+from fedsim.training.rows import RuleInputs, TrainRows
 from fedsim.training.task import Task
 from fedsim.training.train import train_client
 
@@ -31,13 +32,14 @@ def trained_in(round, method, module, x):
     for name, tensor in module.named_parameters():
         tensor.requires_grad_(name in learned)
     rule, rng = parse("server", "fedavg"), torch.Generator().manual_seed(round)
-    train_client(module, optimizer, x, Y, method, rule, rng, client=at(round))
+    rows = TrainRows(x, Y, [len(Y)], client=at(round, 1))
+    train_client(module, optimizer, rows, method, rule, RuleInputs(dict(module.named_parameters())), rng)
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def at(round):
-    """A client in a round."""
-    return ClientContext(torch.tensor(0), torch.ones(4, dtype=torch.int64), round)
+def at(round, *clients):
+    """A client in a round, or a stack of so many."""
+    return ClientContext(torch.zeros(clients, dtype=torch.int64), torch.ones(*clients, 4, dtype=torch.int64), round)
 
 
 def half_of(state, half):

@@ -21,6 +21,7 @@ from fedsim.rng import torch_rng
 from fedsim.training.estimates import by_differences
 from fedsim.training.flops import flops_of
 from fedsim.training.optimizer import Optimizer
+from fedsim.training.rows import RuleInputs, TrainRows
 from fedsim.training.stack import by_autograd, gradients
 from fedsim.training.task import Task
 from fedsim.training.train import train_client
@@ -214,7 +215,8 @@ def test_a_step_is_one_number_in_a_direction_that_the_key_gives(backbone):
     module = method.build(backbone).double()
     before = module.weight.detach().clone()
     optimizer = Optimizer(method, {"weight": module.weight.detach()[None]})
-    train_client(module, optimizer, draw(6, 8), Y, method, parse("server", "fedavg"), torch_rng(3, "batches", 1, 0))
+    rows, inputs, rng = TrainRows(draw(6, 8), Y, [6]), RuleInputs({"weight": before}), torch_rng(3, "batches", 1, 0)
+    train_client(module, optimizer, rows, method, parse("server", "fedavg"), inputs, rng)
     rng = torch_rng(3, "batches", 1, 0)
     torch.randperm(6, generator=rng)  # the order of the rows
     signs = 2 * torch.randint(0, 2, (32,), generator=rng, dtype=torch.int8).view(4, 8) - 1

@@ -14,6 +14,7 @@ from fedsim.methods._calls import with_tensors
 from fedsim.registry import parse
 from fedsim.training.client_store import PrivateStore
 from fedsim.training.optimizer import Optimizer
+from fedsim.training.rows import RuleInputs, TrainRows
 from fedsim.training.stack import gradients
 from fedsim.training.train import train_client
 from fedsim.updates import sum_chunks
@@ -43,7 +44,8 @@ def test_pfedme_takes_the_steps_of_the_paper():
     envelope = rule.adapt(method)
     module, (x, y), text = built(envelope), a_batch(21), a_backbone().class_embeddings
     optimizer = Optimizer(envelope, {name: t.data[None] for name, t in module.named_parameters()})
-    recorded = train_client(module, optimizer, x, y, envelope, rule, torch.Generator().manual_seed(2))
+    rows, inputs = TrainRows(x, y, [21]), RuleInputs(dict(module.named_parameters()))
+    recorded = train_client(module, optimizer, rows, envelope, rule, inputs, torch.Generator().manual_seed(2))
     w, theta, losses = text.clone(), text.clone(), []
 
     def loss(weight, rows):

@@ -22,6 +22,7 @@ from fedsim.registry import parse
 from fedsim.servers import ClientUpdate
 from fedsim.servers.fedavg import FedAvg
 from fedsim.training.optimizer import Optimizer
+from fedsim.training.rows import RuleInputs, TrainRows
 from fedsim.training.stack import by_autograd, gradients
 from fedsim.training.task import Task
 from fedsim.training.train import train_client
@@ -619,13 +620,14 @@ def built(method, **fields):
 
 def trains(method, module, server=FEDAVG):
     """The module's tensors after one client's round."""
-    x, y = a_batch(21)
-    shared = [name for name in module.state_dict() if server.scope(name, method.scope(name)) == "shared"]
+    rows = TrainRows(*a_batch(21), [21])
+    state = module.state_dict()
+    shared = {name: state[name] for name in state if server.scope(name, method.scope(name)) == "shared"}
     optimizer, rng = (
         Optimizer(method, {n: v.data.unsqueeze(0) for n, v in module.named_parameters()}),
         torch.Generator().manual_seed(2),
     )
-    train_client(module, optimizer, x, y, method, server, rng, shared=shared)
+    train_client(module, optimizer, rows, method, server, RuleInputs(shared), rng)
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 

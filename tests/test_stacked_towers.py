@@ -117,7 +117,7 @@ def test_clients_are_trained_together_as_one_by_one(
     monkeypatch.setitem(stack.TOWER_BYTES, "cpu", 1 << 30)
     stacks, train = [], stack.train_stack
     monkeypatch.setattr(
-        "fedsim.training.trainer.train_stack", lambda *args: stacks.append(len(args[6])) or train(*args)
+        "fedsim.training.trainer.train_stack", lambda *args: stacks.append(len(args[3].sizes)) or train(*args)
     )
     method = parse("method", {"name": name, "batch_size": 12, "length": 2, "lr": 1e-2, "local_epochs": 1, **fields})
     task = {"method": method, "server": parse("server", server), "dtype": "float64", "frozen": frozen}

@@ -34,6 +34,7 @@ from fedsim.servers.hetlora import HetLora
 from fedsim.servers.lora_stacking import LoraStacking
 from fedsim.training.accumulator import Accumulator
 from fedsim.training.optimizer import Optimizer
+from fedsim.training.rows import RuleInputs, TrainRows
 from fedsim.training.train import train_client
 from fedsim.updates import CLIENT_STATS, mean_delta, sum_chunks
 
@@ -440,10 +441,12 @@ def test_a_client_of_a_lower_rank_trains_lora_of_that_rank(method, tiny):
         theirs.get_parameter(name).data.copy_(
             tensor[masks[name].expand(tensor.shape)].view(theirs.get_parameter(name).shape)
         )
-    for module, own, held in ((ours, long, masks), (theirs, short, None)):
+    rows, rule = TrainRows(features, Y, [len(Y)]), parse("server", "hetlora")
+    for module, own, held in ((ours, long, masks), (theirs, short, {})):
         params = {name: tensor.detach().unsqueeze(0) for name, tensor in module.named_parameters()}
         optimizer = Optimizer(own, params)
-        train_client(module, optimizer, features, Y, own, parse("server", "hetlora"), torch_rng(0, "x"), held=held)
+        inputs = RuleInputs(dict(module.named_parameters()), held=[held])
+        train_client(module, optimizer, rows, own, rule, inputs, torch_rng(0, "x"))
     for name, tensor in theirs.named_parameters():
         longer = ours.get_parameter(name)
         torch.testing.assert_close(longer[masks[name].expand(longer.shape)], tensor.flatten(), rtol=1e-9, atol=1e-12)

@@ -1,16 +1,14 @@
 """What clients receive, and their losses with that, for server rules that read them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fedsim.methods import Batch, ClientContext, Method
+from fedsim.methods import Method
 from fedsim.methods._calls import with_tensors
 from fedsim.params import Params
-from fedsim.training.inputs import Inputs
-from fedsim.training.targets import Targets
+from fedsim.training.rows import TrainRows
 
 
 @dataclass(frozen=True)
@@ -31,18 +29,7 @@ class Received:
 
 
 @torch.no_grad()
-def received_losses(
-    module: nn.Module,
-    params: Params,
-    x: Tensor | Inputs,
-    y: Tensor,
-    sizes: Sequence[int],
-    method: Method,
-    classes: Tensor | None = None,
-    client: ClientContext | None = None,
-    targets: Targets | None = None,
-    group: Tensor | None = None,
-) -> list[float]:
+def received_losses(module: nn.Module, params: Params, rows: TrainRows, method: Method) -> list[float]:
     """The mean of the method's loss over each client's train rows before it trains, in nats.
 
     It is computed client by client, on both engines, in evaluation mode and batches of `batch_size` rows, in their
@@ -50,24 +37,20 @@ def received_losses(
 
     Args:
         params: (M, *shape) each, the clients' tensors.
-        x, y, sizes, classes, client, targets, group: as in `train_stack`.
 
     Returns:
         M losses; nan for a client without a batch.
     """
     module.eval()
     losses, first = [], 0
-    for k, size in enumerate(sizes):
+    for k, size in enumerate(rows.sizes):
         tensors = {name: tensor[k] for name, tensor in params.items()}
-        own = None if classes is None else classes[k], client and client.part(k)
         total, count = 0.0, 0
-        for rows in torch.arange(first, first + size, device=y.device).split(method.batch_size):
-            if len(rows) < method.min_batch:
+        for index in torch.arange(first, first + size, device=rows.y.device).split(method.batch_size):
+            if len(index) < method.min_batch:
                 continue
-            target = targets and targets.take(len(rows), k, k + 1)[0]
-            batch = Batch(x[rows], y[rows], *own, target, group=None if group is None else group[rows])
-            loss = with_tensors(method.loss, module, tensors, batch)
-            total, count = total + loss.item() * len(rows), count + len(rows)
+            loss = with_tensors(method.loss, module, tensors, rows.batch_of_one(index, k))
+            total, count = total + loss.item() * len(index), count + len(index)
         losses.append(total / count if count else float("nan"))
         first += size
     module.train()

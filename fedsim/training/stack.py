@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from fedsim.clip.sites import stackable
-from fedsim.methods import Batch, ClientContext, Method, RuleContext, trained
+from fedsim.methods import Batch, Method, RuleContext, trained
 from fedsim.methods._calls import with_tensors
 from fedsim.params import Params, kept
 from fedsim.servers import Server
 from fedsim.training.dimensions import batch_of_client, dims_of, dims_of_batch, of_client, one_sentence
 from fedsim.training.estimates import by_differences
-from fedsim.training.inputs import Inputs
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.private_steps import PrivateSteps
-from fedsim.training.targets import Targets
+from fedsim.training.rows import RuleInputs, TrainRows
 
 # What a stack's parameters, gradients and moments may take. On a CPU this is what stays in cache; larger stacks are
 # slower (benchmarks/README.md). It depends on the device alone, because the order of a sum's rounding depends on it.
@@ -52,22 +51,12 @@ def train_stack(
     module: nn.Module,
     params: Params,
     optimizer: Optimizer,
-    shared: Params,
-    x: Tensor | Inputs,
-    y: Tensor,
-    sizes: Sequence[int],
+    rows: TrainRows,
     method: Method,
     server: Server,
+    inputs: RuleInputs,
     rngs: Sequence[torch.Generator],
-    states: Sequence[Params],
-    sent: Params,
-    classes: Tensor | None = None,
-    client: ClientContext | None = None,
-    unicast: Params | None = None,
-    targets: Targets | None = None,
     private: PrivateSteps | None = None,
-    group: Tensor | None = None,
-    held: Sequence[Params] = (),
 ) -> Tensor:
     """Trains M clients in place, each on its own rows.
 
@@ -75,67 +64,54 @@ def train_stack(
         module: the method's module, for its structure and for the tensors that clients do not change.
         params: (M, *shape) each, the clients' tensors; the trained ones change in place.
         optimizer: over the parameters among `params`, also those that are not trained in this round.
-        shared: (*shape) each, the tensors with which all clients start alike.
-        x, y: (N, ...) inputs and (N,) classes of all clients' train rows, client by client.
-        sizes: train rows of each client, descending.
         server: the rule, for what it adds to the gradients.
         rngs: for each client, draws the order of its rows in every epoch, and the directions of estimates.
-        states: each client's memory for the server rule.
-        sent: what the rule sends besides the parameters.
-        classes: (M, C) bool, the classes that compete in each client's loss; None: all.
-        client: the M clients, for methods that read them.
-        unicast: (M, *shape) each, the shared tensors of which each client was sent its own or a part, as received.
-        targets: of the M clients, for methods that read rows of held-out domains.
         private: how gradients are clipped and noised, if single rows are protected.
-        group: (N,) the rows' groups, for methods that read them.
-        held: of each client, which entries of a tensor it has, where that is not all; the others have no gradient.
 
     Returns:
         (M,) mean loss over each client's local steps, in nats; nan where it took none.
     """
+    sizes, learned = rows.sizes, trained(module)
     starts = torch.tensor([0, *sizes]).cumsum(0)
-    learned = trained(module)
-    received = {name: tensor for name, tensor in shared.items() if name in learned}
-    own = {name: tensor for name, tensor in (unicast or {}).items() if name in learned}
+    received = {name: tensor for name, tensor in inputs.shared.items() if name in learned}
+    own = {name: tensor for name, tensor in inputs.unicast.items() if name in learned}
     dtype = next((tensor.dtype for tensor in params.values()), torch.float32)
     # Probed with one client: a rule that adds nothing costs nothing per step.
-    first_own = {name: tensor[0] for name, tensor in own.items()}
-    adds = server.gradient({name: params[name][0] for name in learned}, received | first_own, states[0], sent)
-    reads = bool(adds) or method.reads_rule
-    memory = {name: torch.stack([state[name] for state in states]) for name in states[0]} if reads else {}
-    held_each = _stacked_masks(held, params)
-    losses = torch.zeros(len(sizes), dtype=dtype, device=y.device)
+    alone = received | {name: tensor[0] for name, tensor in own.items()}
+    adds = server.gradient({name: params[name][0] for name in learned}, alone, inputs.states[0], inputs.sent)
+    names = inputs.states[0] if adds or method.reads_rule else ()
+    memory = {name: torch.stack([state[name] for state in inputs.states]) for name in names}
+    held = inputs.stacked_held(params)
+    losses = torch.zeros(len(sizes), dtype=dtype, device=rows.y.device)
     steps = torch.zeros(len(sizes), dtype=torch.int64)
     for epoch in range(method.local_epochs if learned else 0):
         orders = [starts[k] + torch.randperm(size, generator=rngs[k]) for k, size in enumerate(sizes)]
         for offset, first, last in groups(sizes, method.batch_size, method.min_batch):
-            rows = [order[offset : offset + method.batch_size] for order in orders[first:last]]
-            index = torch.stack(rows).to(y.device)
-            masks = None if classes is None else classes[first:last]
-            target = targets and targets.take(index.shape[1], first, last)
-            each = {name: tensor[first:last] for name, tensor in own.items()}
-            rule = RuleContext(received | each, {n: tensor[first:last] for n, tensor in memory.items()}, sent)
-            context = client and client.part(slice(first, last))
-            given, own_group = rule if method.reads_rule else None, None if group is None else group[index]
-            batch = Batch(x[index], y[index], masks, context, target, given, own_group)
-            part = {name: tensor[first:last] for name, tensor in params.items()}
+            part, each, states, masks = (_part(tensors, first, last) for tensors in (params, own, memory, held))
+            rule = RuleContext(received | each, states, inputs.sent)
+            index = torch.stack([order[offset : offset + method.batch_size] for order in orders[first:last]])
+            batch = rows.batch(index.to(rows.y.device), first, last, rule if method.reads_rule else None)
             # Before the first step all clients have the same parameters, and one large product serves them all.
-            same = received if epoch == 0 and offset == 0 else {}
+            start = part | received if epoch == 0 and offset == 0 else part
             if private:
-                loss, grads = private.gradients(method, module, part | same, batch, first)
+                loss, grads = private.gradients(method, module, start, batch, first)
             else:
-                loss, grads = gradients(method, module, part | same, batch, rngs[first:last])
+                loss, grads = gradients(method, module, start, batch, rngs[first:last])
             if adds:
                 extra = _added(server, {name: part[name] for name in learned}, rule, each)
-                grads = {name: grads[name] + extra[name] if name in extra else grads[name] for name in learned}
-            grads = {name: grads[name] for name in learned}
-            grads = kept(grads, {name: mask[first:last] for name, mask in held_each.items()})
+                grads |= {name: grads[name] + extra[name] for name in learned if name in extra}
+            grads = kept({name: grads[name] for name in learned}, masks)
             optimizer.step(method.clipped(grads), first, last)
             for name, tensor in method.proximal({name: part[name] for name in optimizer.params}).items():
                 part[name].copy_(tensor)
             losses[first:last] += loss
             steps[first:last] += 1
     return (losses.cpu() / steps).where(steps > 0, torch.nan)
+
+
+def _part(tensors: Params, first: int, last: int) -> Params:
+    """The clients from `first` to before `last`, as views."""
+    return {name: tensor[first:last] for name, tensor in tensors.items()}
 
 
 def groups(sizes: Sequence[int], batch: int, min_batch: int) -> Iterator[tuple[int, int, int]]:
@@ -242,13 +218,6 @@ def _equally_many(classes: Tensor | None) -> bool:
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # one client's without a copy
-
-
-def _stacked_masks(held: Sequence[Params], params: Params) -> Params:
-    """(M, *shape) bool each, of the tensors of which a client does not have all."""
-    shapes = {name: params[name].shape[1:] for masks in held for name in masks}
-    full = {name: torch.ones((), dtype=torch.bool, device=params[name].device) for name in shapes}
-    return {name: torch.stack([m.get(name, full[name]).expand(s) for m in held]) for name, s in shapes.items()}
 
 
 def _added(server: Server, params: Params, rule: RuleContext, own: Collection[str]) -> Params:

@@ -1,6 +1,6 @@
 """Trains chunks of clients."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import inf
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsim.clients import Client, Population
 from fedsim.errors import Diverged
-from fedsim.methods import Batch, ClientContext, Method
+from fedsim.methods import ClientContext, Method
 from fedsim.params import Params, kept, moved, unflatten
 from fedsim.registry import name_of
 from fedsim.rng import numpy_rng, seed_for, torch_rng
@@ -26,6 +26,7 @@ from fedsim.training.models import Models
 from fedsim.training.optimizer import Optimizer
 from fedsim.training.private_steps import private_steps
 from fedsim.training.received import Received, received_losses
+from fedsim.training.rows import RuleInputs, TrainRows
 from fedsim.training.stack import stack_size, train_stack
 from fedsim.training.targets import Targets
 from fedsim.training.task import Task, local_rows
@@ -70,15 +71,15 @@ class TrainedStack:
     """
 
     clients: list[int]
-    rows: list[int]
+    rows: Sequence[int]
     params: Params
     unicast: Params
     losses: list[float]
     received_losses: list[float]
     optimizer: list[Params]
-    rule: list[Params]
+    rule: Sequence[Params]
     lost: list[Params]
-    held: list[Params]
+    held: Sequence[Params]
     method: Method
 
 
@@ -194,14 +195,47 @@ class Trainer:
             module.load_state_dict(constants, strict=False)
         params, optimizer = self.buffers(task, len(clients))
         optimizer.reset(task.lr(received.round))
+        inputs, lost = self._start(task, round, received, clients, params, optimizer)
+        ids = [client for client, _ in clients]
+        rows = self._train_rows(task, round, received.round, ids, rows_of)
+        if task.method.expands:
+            rows = expanded(task, module, ids, rows)
+        rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
+        method = task.on(task.device(ids[0], self.clients.trainers))  # those of a stack have the same local epochs
+        private = private_steps(task, round, ids)
+        # For modules that draw random numbers, such as dropout. vmap refuses them; a client that trains through a tower
+        # alone may draw.
+        draws = task.reference or task.method.reads.towers
+        with torch.random.fork_rng(devices=[], enabled=draws):
+            if draws:
+                torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))
+            before = [float("nan")] * len(ids)
+            if task.server.needs_loss:
+                # Targets of their own, so that training draws the same.
+                own = replace(rows, targets=self._targets(task, round, ids))
+                before = received_losses(module, params, own, task.method)
+            if task.reference:
+                with torch.enable_grad():
+                    losses = [train_client(module, optimizer, rows, method, task.server, inputs, rngs[0], private)]
+            else:
+                options = rows, method, task.server, inputs, rngs, private
+                losses = train_stack(module, params, optimizer, *options).tolist()
+        stored = range(len(ids)) if task.method.persist_optimizer else ()
+        trained = params, inputs.unicast, losses, before, [optimizer.moments(k) for k in stored]
+        return TrainedStack(ids, rows.sizes, *trained, inputs.states, lost, inputs.held, method)
+
+    def _start(
+        self, task: Task, round: int, received: Received, clients: Stored, params: Params, optimizer: Optimizer
+    ) -> tuple[RuleInputs, list[Params]]:
+        """Sets the tensors and the optimizer of a stack to those with which its clients start; returns what the rule
+        gives them, and what encoding has discarded of each client's updates before.
+        """
         for name in params:
             params[name].copy_(received.params[name])
         shared = task.select(received.params, "shared")
         common = dict(shared)  # the tensors with which all clients of the stack start alike
-        client_state = self.rule_tensors(task)[0]
-        devices = [task.device(client, self.clients.trainers) for client, _ in clients]
-        method = task.on(devices[0])  # those of a stack have the same local epochs
-        held = [task.held(shared, d, round, client) for d, (client, _) in zip(devices, clients, strict=True)]
+        trainers = self.clients.trainers
+        held = [task.held(shared, task.device(client, trainers), round, client) for client, _ in clients]
         # As they were sent: `start` may replace tensors of `params`.
         unlike = {name for own in (*held, received.unicast.get(clients[0][0], {})) for name in own}
         sent_each = {name: torch.empty_like(params[name]) for name in shared if name in unlike}
@@ -221,48 +255,30 @@ class Trainer:
                 params[name][k] *= mask
             if private.optimizer:
                 optimizer.load(k, private.optimizer)
-            states.append(private.rule or client_state)
+            states.append(private.rule or self.rule_tensors(task)[0])
             lost.append(private.lost)
-        ids = [client for client, _ in clients]
-        rows = np.concatenate([rows_of[client] for client in ids])
-        labels, attacked = poisoned(task, self.data, self.trained_classes(), self.clients.trainers, ids, rows_of)
-        x = self._inputs(task, rows, self._views(task, round, ids, rows_of), attacked)
-        y = torch.from_numpy(labels).to(self.device)
-        group = self.models.groups(task, rows)
-        sizes = [len(rows_of[client]) for client in ids]
-        rngs = [torch_rng(task.seed, "batches", round, client) for client in ids]
-        masks = task.competing(self.data, self.trained_classes(received.round), [rows_of[client] for client in ids])
-        classes = None if masks is None else torch.from_numpy(masks).to(self.device)
-        context = self._contexts(task, received.round, ids, rows_of)
-        targets, private = self._targets(task, round, ids), private_steps(task, round, ids)
-        if task.method.expands:
-            assert isinstance(x, Tensor) and group is None, "features, and groups of rows that are made are not known"
-            x, y, sizes = expanded(task, module, ids, Batch(x, y, client=context), sizes)
-        # For modules that draw random numbers, such as dropout. vmap refuses them; a client that trains through a tower
-        # alone may draw.
-        draws = task.reference or task.method.reads.towers
-        with torch.random.fork_rng(devices=[], enabled=draws):
-            if draws:
-                torch.manual_seed(seed_for(task.seed, "noise", round, ids[0]))
-            before = [float("nan")] * len(ids)
-            if task.server.needs_loss:
-                # Targets of their own, so that training draws the same.
-                rest = task.method, classes, context, self._targets(task, round, ids), group
-                before = received_losses(module, params, x, y, sizes, *rest)
-            if task.reference:
-                own = None if classes is None else classes[0]
-                options = {"shared": [*common, *sent_each], "client_state": states[0], "sent": received.sent}
-                options |= {"classes": own, "client": context and context.part(0), "targets": targets}
-                options |= {"private": private, "group": group, "held": held[0]}
-                with torch.enable_grad():
-                    losses = [train_client(module, optimizer, x, y, method, task.server, rngs[0], **options)]
-            else:
-                options = method, task.server, rngs, states, received.sent, classes, context, sent_each, targets
-                options += private, group, held
-                losses = train_stack(module, params, optimizer, common, x, y, sizes, *options).tolist()
-        stored = range(len(ids)) if task.method.persist_optimizer else ()
-        moments = [optimizer.moments(k) for k in stored]
-        return TrainedStack(ids, sizes, params, sent_each, losses, before, moments, states, lost, held, method)
+        return RuleInputs(common, sent_each, states, received.sent, held), lost
+
+    def _train_rows(self, task: Task, round: int, learning: int, clients: list[int], rows_of: Rows) -> TrainRows:
+        """The train rows of a stack of clients.
+
+        Args:
+            round: which keys what is drawn.
+            learning: the round of the parameters that the clients received.
+        """
+        own = [rows_of[client] for client in clients]
+        rows = np.concatenate(own)
+        labels, attacked = poisoned(task, self.data, self.trained_classes(), self.clients.trainers, clients, rows_of)
+        masks = task.competing(self.data, self.trained_classes(learning), own)
+        return TrainRows(
+            x=self._inputs(task, rows, self._views(task, round, clients, rows_of), attacked),
+            y=torch.from_numpy(labels).to(self.device),
+            sizes=[len(rows) for rows in own],
+            classes=None if masks is None else torch.from_numpy(masks).to(self.device),
+            client=self._contexts(task, learning, clients, rows_of),
+            targets=self._targets(task, round, clients),
+            group=self.models.groups(task, rows),
+        )
 
     def _contexts(self, task: Task, round: int, clients: list[int], rows_of: Rows) -> ClientContext | None:
         """That of a stack of clients, for methods that read it."""
