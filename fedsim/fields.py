@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
+from pydantic_core import PydanticCustomError
 
 from fedsim.errors import InputError, listing
 
@@ -32,11 +33,11 @@ def parts_of(text: str) -> list[str]:
     """The parts of a text with commas; none of an empty one.
 
     Raises:
-        InputError: a part is empty, which may be a value that was forgotten.
+        PydanticCustomError: a part is empty, which may be a value that was forgotten.
     """
     parts = [part.strip() for part in text.split(",")]
     if len(parts) > 1 and "" in parts:
-        raise InputError(f"a value is missing before or after a comma in {text!r}")
+        raise PydanticCustomError("empty_part", "a list without an empty part")
     return [part for part in parts if part]
 
 

@@ -75,7 +75,7 @@ def test_text_and_numbers_survive_being_written_and_read(tmp_path):
         ("rounds: 1:30", "rounds must be an integer, got '1:30'"),
         ("partition: {name: dirichlet, alpha: .inf}", "partition.alpha must be a finite number, got inf"),
         ("method: {lr: .nan}", "method.lr must be a finite number, got nan"),
-        ("held_out: 'ink,,oil'", "a value is missing before or after a comma in 'ink,,oil'"),
+        ("held_out: 'ink,,oil'", "held_out must be a list without an empty part, got 'ink,,oil'"),
         ("call_timeout_s: .inf", "call_timeout_s must be a finite number, got inf"),
     ],
 )

@@ -118,7 +118,7 @@ UNEQUAL = {"fleet": fleet(ranks="1,2"), "server": "hetlora"}
     [
         ({"fleet": fleet(shares="1,2", epochs="1,2,3")}, "one value for each class .* 3 in .*epochs and 2 in .*shares"),
         ({"fleet": fleet(shares="1,1e308", epochs="1,2")}, r"fleet.shares.1 must be <= 1000000, got '1e308'"),
-        ({"fleet": fleet(epochs="1,,2")}, "a value is missing before or after a comma in '1,,2'"),
+        ({"fleet": fleet(epochs="1,,2")}, "fleet.epochs must be a list without an empty part, got '1,,2'"),
         ({"fleet": fleet(epochs="1,9999999999")}, r"fleet.epochs.1 must be <= 1000000000, got '9999999999'"),
         ({"fleet": fleet(shares="1,2")}, "fleet.shares has no effect without fleet.ranks"),
         ({"fleet": fleet(blocks="1,2")}, "fleet.blocks needs a server rule .* fedra, not fedavg"),

@@ -16,7 +16,7 @@ from fedsim.training.task import Task
 def expanded(task: Task, module: nn.Module, clients: Sequence[int], rows: TrainRows) -> TrainRows:
     """The rows on which the clients of a stack train, made of those that they have."""
     assert isinstance(rows.x, Tensor) and rows.group is None, "features, and groups of rows that are made are not known"
-    xs, ys = rows.x.split(list(rows.sizes)), rows.y.split(list(rows.sizes))
+    xs, ys = rows.x.split(rows.sizes), rows.y.split(rows.sizes)
     parts = []
     for k, (client, x, y) in enumerate(zip(clients, xs, ys, strict=True)):
         own = Batch(x, y, client=rows.client and rows.client.part(k))

@@ -27,7 +27,7 @@ class TrainRows:
 
     x: Tensor | Inputs
     y: Tensor
-    sizes: Sequence[int]
+    sizes: list[int]
     classes: Tensor | None = None
     client: ClientContext | None = None
     targets: Targets | None = None

@@ -1,6 +1,6 @@
 """Trains chunks of clients."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import inf
@@ -60,26 +60,22 @@ class TrainedStack:
     Attributes:
         rows: on which each trained in a local epoch.
         params: their shared and private tensors, and those that each was sent for itself, (M, *shape).
-        unicast: the shared tensors of which each was sent its own or a part, before training, (M, *shape).
+        inputs: what the rule gave them before training.
         losses: (M,) mean over each client's local steps, in nats; nan if it took none.
         received_losses: (M,) mean over each client's train rows before training, if the rule needs it; else nan.
         optimizer: each client's optimizer state by name, if the method keeps it from round to round.
-        rule: each client's memory for the server rule, before this round.
         lost: what encoding has discarded of each client's updates before this round.
-        held: which entries of the shared tensors each client has, of the tensors of which it does not have all.
         method: the method as they have trained it, with their local epochs.
     """
 
     clients: list[int]
-    rows: Sequence[int]
+    rows: list[int]
     params: Params
-    unicast: Params
+    inputs: RuleInputs
     losses: list[float]
     received_losses: list[float]
     optimizer: list[Params]
-    rule: Sequence[Params]
     lost: list[Params]
-    held: Sequence[Params]
     method: Method
 
 
@@ -133,9 +129,9 @@ class Trainer:
                 steps = stack.method.steps(stack.rows[k]) * bool(stack.params)
                 trained = {name: stack.params[name][k] for name in shared}
                 staleness = round - 1 - version
-                old = shared | {name: tensor[k] for name, tensor in stack.unicast.items()}
+                old = shared | {name: tensor[k] for name, tensor in stack.inputs.unicast.items()}
                 trained = forged(task, self.clients.trainers, round, client, old, trained)
-                result = old, trained, stack.rule[k], received.sent, rows, steps, staleness, stack.method, lr
+                result = old, trained, stack.inputs.states[k], received.sent, rows, steps, staleness, stack.method, lr
                 update = ClientUpdate(*result, loss=stack.received_losses[k], client=contexts and contexts.part(k))
                 reply = rule.reply(update)
                 if reply.client_state.keys() != client_state.keys():
@@ -157,7 +153,7 @@ class Trainer:
                         at_server[name][k] = tensor
                 replies.append(reply)
                 stats.append((client, rows, steps, stack.losses[k], reply.weight))
-            total.add(stack.clients, at_server, replies, stack.held)
+            total.add(stack.clients, at_server, replies, stack.inputs.held)
         return total.sum(np.sort(np.array(stats, CLIENT_STATS), order="client"), round)
 
     def train_stacks(
@@ -214,15 +210,15 @@ class Trainer:
                 # Targets of their own, so that training draws the same.
                 own = replace(rows, targets=self._targets(task, round, ids))
                 before = received_losses(module, params, own, task.method)
+            what = rows, method, task.server, inputs
             if task.reference:
                 with torch.enable_grad():
-                    losses = [train_client(module, optimizer, rows, method, task.server, inputs, rngs[0], private)]
+                    losses = [train_client(module, optimizer, *what, rngs[0], private)]
             else:
-                options = rows, method, task.server, inputs, rngs, private
-                losses = train_stack(module, params, optimizer, *options).tolist()
+                losses = train_stack(module, params, optimizer, *what, rngs, private).tolist()
         stored = range(len(ids)) if task.method.persist_optimizer else ()
-        trained = params, inputs.unicast, losses, before, [optimizer.moments(k) for k in stored]
-        return TrainedStack(ids, rows.sizes, *trained, inputs.states, lost, inputs.held, method)
+        moments = [optimizer.moments(k) for k in stored]
+        return TrainedStack(ids, rows.sizes, params, inputs, losses, before, moments, lost, method)
 
     def _start(
         self, task: Task, round: int, received: Received, clients: Stored, params: Params, optimizer: Optimizer
@@ -273,7 +269,7 @@ class Trainer:
         return TrainRows(
             x=self._inputs(task, rows, self._views(task, round, clients, rows_of), attacked),
             y=torch.from_numpy(labels).to(self.device),
-            sizes=[len(rows) for rows in own],
+            sizes=[len(each) for each in own],
             classes=None if masks is None else torch.from_numpy(masks).to(self.device),
             client=self._contexts(task, learning, clients, rows_of),
             targets=self._targets(task, round, clients),
