@@ -267,7 +267,7 @@ def test_a_machine_lost_in_a_run_changes_nothing(cluster, features_dir, tmp_path
         if event.stage == "training" and event.done >= 5 and not lost and actors_of(node):
             lost.extend(lose(cluster, node))
 
-    run(Config(**fields, actors=4, address=cluster.address, out=tmp_path / "run"), lose_node)
+    run(Config(**fields, actors=2, address=cluster.address, out=tmp_path / "run"), lose_node)
     assert lost
     assert result(tmp_path / "run") == result(tmp_path / "alone")
 

@@ -71,18 +71,6 @@ def test_features_are_what_open_clip_itself_says(images, weights, features):
     assert features.class_embeddings.logit_scale == pytest.approx(model.logit_scale.exp().item())
 
 
-@pytest.mark.ray
-def test_two_actors_write_the_same_file_as_this_process(images, weights, features, tmp_path):
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        theirs = encode(images, weights, ("a picture of a {}",), tmp_path, Sizing(actors=2), quiet)
-    finally:
-        ray.shutdown()
-    assert file_of(theirs).read_bytes() == file_of(features).read_bytes()
-
-
 def test_inline_representations_need_no_file_and_share_the_memory_that_they_came_in(images, weights, tmp_path):
     few = images.take(np.arange(4))
     there = encode(few, weights, ("a picture of a {}",), tmp_path, Sizing(actors=0), quiet, ["pixels"], augment=1)

@@ -4,15 +4,22 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from threading import Event, Thread
 
+import numpy as np
 import pytest
 from conftest import run_until
 from test_bits import descendants, result
+from test_rows_in_use import drawings as drawings  # fixtures
+from test_rows_in_use import encoded_images, in_use, same_counts
+from test_rows_in_use import few as few
+from test_rows_in_use import weights as weights
 
 from fedsim import run, run_all
 from fedsim.checkpoint import NAME
 from fedsim.errors import Diverged, InputError
+from fedsim.folder import CONFIG
 
 pytestmark = pytest.mark.ray
 
@@ -55,6 +62,22 @@ def test_runs_side_by_side_give_the_bits_that_each_gives_alone(cluster, pair, tm
         assert result(config.folder()) == result(alone.folder())
         assert reports[place].experiment["seed"] == alone.seed
         assert reports[place].summary() == run(alone).summary()
+
+
+def test_the_rows_of_all_runs_are_encoded_once_and_each_is_that_of_run(cluster, few, tmp_path):
+    # The architecture of the small model is known in this process alone.
+    few = partial(few, backbone=None, pretrained=None)
+    configs = [few(partition_seed=seed, out=tmp_path / f"many-{seed}") for seed in (0, 1)]
+    (_, first), (_, second) = map(in_use, configs)
+    events = []
+    reports = dict(run_all(configs, progress=events.append))
+    assert encoded_images(events) == len(np.union1d(first, second)) > len(first)
+    for seed, report in reports.items():
+        alone = run(few(partition_seed=seed, out=tmp_path / f"alone-{seed}"))
+        same_counts(report, alone)
+        assert report.facts["features"] == alone.facts["features"]
+    assert len(run(few(partition_seed=1, out=tmp_path / "many-1", rounds=3)).rounds) == 3
+    assert (tmp_path / "many-1" / CONFIG).exists()
 
 
 def test_a_run_that_fails_is_named_when_all_others_have_ended(cluster, config, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_federation import rows
 
-from fedsim import InputError, run
+from fedsim import InputError
 from fedsim.clients import make_clients
 from fedsim.datasets import VAL
 from fedsim.registry import parse
@@ -127,25 +127,3 @@ def test_who_is_not_dealt_or_made_says_so():
         make_clients(rows(), parse("partition", "natural"), 5, (), 0)
     with pytest.raises(InputError, match=r"a train share of 0\.01 of 20 rows leaves no client a train row"):
         make_clients(synthetic(), parse("partition", "natural"), 5, (), 0, train_share=0.01)
-
-
-@pytest.mark.ray
-def test_a_cohort_from_a_hundred_thousand_clients_learns_and_is_the_same_on_actors(config, tmp_path):
-    fields = {
-        "dataset": {"name": "synthetic", "width": 32},
-        "partition": "natural",
-        "clients": 100_000,
-        "cohort": 20,
-        "eval_clients": 30,
-        "held_out": ("domain 2",),
-        "data_dir": None,
-        "method": {"name": "probe", "lr": 0.03},
-        "rounds": 8,
-    }
-    alone, spread = (config(**fields, actors=actors, out=tmp_path / str(actors)) for actors in (0, 2))
-    report = run(alone)
-    assert report.summary()["personalization"] > report.summary("zero_shot")["personalization"]
-    assert len(report.tables().trained.scores.client.unique()) == 31
-    run(spread)
-    for name in ("scores.parquet", "partition.parquet", "adapter.safetensors"):
-        assert (alone.folder() / name).read_bytes() == (spread.folder() / name).read_bytes()

@@ -1,17 +1,14 @@
 """Of a large data set of which clients have few rows, only these rows are encoded."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 
-from fedsim import Config, InputError, run, run_all
+from fedsim import Config, InputError, run
 from fedsim.clip.checkpoints import find_weights
 from fedsim.cluster.placement import Sizing
 from fedsim.data import rows_to_encode
 from fedsim.datasets.glyphs import Glyphs
 from fedsim.encoding import BLOCK, encode, feature_file
-from fedsim.folder import CONFIG
 from fedsim.prepare import encode_experiment, prepare, sizing_of
 from fedsim.simulate import simulate
 
@@ -147,29 +144,6 @@ def test_only_images_in_use_need_to_be_readable(few, drawings, tmp_path):
     finally:
         for file, content in contents.items():
             file.write_bytes(content)
-
-
-@pytest.mark.ray
-def test_runs_side_by_side_encode_the_rows_of_all_of_them_once_and_are_those_of_run(few, tmp_path):
-    import ray
-
-    # The architecture of the small model is known in this process alone.
-    few = partial(few, backbone=None, pretrained=None)
-    configs = [few(partition_seed=seed, out=tmp_path / f"many-{seed}") for seed in (0, 1)]
-    (_, first), (_, second) = map(in_use, configs)
-    events = []
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        reports = dict(run_all(configs, progress=events.append))
-    finally:
-        ray.shutdown()
-    assert encoded_images(events) == len(np.union1d(first, second)) > len(first)
-    for seed, report in reports.items():
-        alone = run(few(partition_seed=seed, out=tmp_path / f"alone-{seed}"))
-        same_counts(report, alone)
-        assert report.facts["features"] == alone.facts["features"]
-    assert len(run(few(partition_seed=1, out=tmp_path / "many-1", rounds=3)).rounds) == 3
-    assert (tmp_path / "many-1" / CONFIG).exists()
 
 
 def test_of_rows_with_scrambled_labels_the_images_that_they_show_are_encoded(few):

@@ -85,9 +85,8 @@ def test_a_private_file_that_is_gone_is_one_sentence(tmp_path):
         store.read(3, 7)
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize("server", ["fedavg", {"name": "fedbuff", "buffer": 3, "concurrency": 4}])
-def test_simulated_time_is_the_same_to_the_bit_after_a_kill_and_on_actors(server, cluster, config, tmp_path):
+def test_simulated_time_is_the_same_to_the_bit_after_a_kill(server, config, tmp_path):
     fields = {"clients": 6, "partition": "iid", "rounds": 5, "fleet": SLOW, "server": server}
     if server == "fedavg":
         fields |= {"cohort": 3, "over_selection": 0.5, "deadline_s": 60.0}
@@ -100,11 +99,9 @@ def test_simulated_time_is_the_same_to_the_bit_after_a_kill_and_on_actors(server
     ours = config(**fields, out=tmp_path / "killed")
     run_until(2, ours)
     run(ours)
-    spread = config(**fields, out=tmp_path / "actors", actors=2)
-    run(spread)
-    seconds = [pd.read_parquet(c.folder() / "rounds.parquet").drop(columns="seconds") for c in (whole, ours, spread)]
-    assert seconds[0].equals(seconds[1]) and seconds[0].equals(seconds[2])
-    assert tables(whole.folder()) == tables(ours.folder()) == tables(spread.folder())
+    seconds = [pd.read_parquet(c.folder() / "rounds.parquet").drop(columns="seconds") for c in (whole, ours)]
+    assert seconds[0].equals(seconds[1])
+    assert tables(whole.folder()) == tables(ours.folder())
 
 
 def test_a_buffer_of_stale_updates_is_trained_from_what_each_client_was_sent(config, monkeypatch):

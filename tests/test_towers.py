@@ -1,7 +1,5 @@
 """Training through CLIP's towers: what is kept, what is derived, and the engine's promises for such methods."""
 
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -9,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_until
-from test_bits import workers
 
 from fedsim import Config, InputError, Method, available, component, run
 from fedsim.checkpoint import load_checkpoint
@@ -117,26 +114,6 @@ def test_a_method_through_the_towers_gives_the_same_bits_one_by_one_and_after_a_
     for tensor in last[0]:
         torch.testing.assert_close(last[0][tensor], last[1][tensor], rtol=1e-3, atol=1e-4)
     assert single.facts["trained_parameters"] == whole.facts["trained_parameters"] > 0
-
-
-@pytest.mark.ray
-def test_actors_of_which_one_is_killed_give_the_bits_of_one_process(cluster, small, tmp_path):
-    # Both towers; and private tensors and optimizers, in files.
-    method = {"name": "lora", "towers": "both", "modules": "all", "batch_size": 8, "persist_optimizer": True}
-    server = {"name": "fedper", "prefix": "down"}
-    fields = {"method": method, "server": server, "partition": "iid", "clients": 2, "rounds": 3}
-    here = run(small(**fields, out=tmp_path / "here"))
-    killed = []
-
-    def kill_one(event):
-        if event.stage == "training" and 1 <= event.done < 3 and not killed:  # while there is something to do
-            killed.append(workers()[0])
-            os.kill(killed[0], signal.SIGKILL)
-
-    there = run(small(**fields, out=tmp_path / "there", actors=2), kill_one)
-    assert killed and killed[0] not in workers()
-    assert here.tables().scores.equals(there.tables().scores)
-    assert all(torch.equal(here.adapter[name], there.adapter[name]) for name in here.adapter)
 
 
 def test_a_frozen_clip_lies_where_it_was_put():
