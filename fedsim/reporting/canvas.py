@@ -86,7 +86,7 @@ class Canvas:
         """The figure of the next panel, in inches."""
         from matplotlib.figure import Figure
 
-        self.figures.append((Figure((width, height), layout="constrained"), []))
+        self.figures.append((Figure((width, height), dpi=150, layout="constrained"), []))
         return self.figures[-1][0]
 
     def panel(self, width: float = PANEL, height: float = 3.5, **looks: Any) -> "Axes":
@@ -136,9 +136,11 @@ def inline_svg(paint: Callable[..., str]) -> Callable[..., Plot]:
 
 def _drawing(figure: "Figure", found: list[dict[str, Any]]) -> Drawing:
     from markupsafe import Markup
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     text = StringIO()
-    figure.savefig(text, format="svg", dpi=150, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    # Not by `savefig`, which draws everything twice: first in vain, to make room for what sticks out.
+    FigureCanvasSVG(figure).print_svg(text, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = text.getvalue().partition("<svg")[2]
     # Ids are unique within a drawing only, and a page has several; those of series are classes.
     prefix = "p" + blake2b(svg.encode(), digest_size=4).hexdigest()

@@ -148,6 +148,16 @@ class Tables:
         """
         if model == TRAINED and round is None:
             round = self.chosen_round
+        if (model, round) not in self._summaries:
+            self._summaries[model, round] = self._summary(model, round)
+        return dict(self._summaries[model, round])
+
+    @cached_property
+    def _summaries(self) -> dict[tuple[str, int | None], dict[str, float]]:
+        """Those that have been asked for; a page asks for each several times."""
+        return {}
+
+    def _summary(self, model: str, round: int | None) -> dict[str, float]:
         tables = self.of(model, round)
         means = summarize(tables.scores, tables.labels, tables.calibration, self.held_out, bool(self.class_domain))
         if groups := self.facts.get("groups"):
