@@ -226,11 +226,11 @@ def together(up, laptop):
 
 @pytest.mark.hosts
 def test_a_machine_that_loses_power_in_a_run_changes_no_bit(up, laptop):
-    alone = laptop(f"uv run fedsim run {RUN} --rounds 300 --actors 0 --out ~/alone", up.start)
+    alone = laptop(f"uv run fedsim run {RUN} --rounds 150 --actors 0 --out ~/alone", up.start)
     together(up, laptop)
     output, _ = alone.communicate(timeout=WAIT_S)
     assert alone.returncode == 0, output
-    run = f"fedsim run {RUN} --rounds 300 --address auto --actors 2 --out ~/runs/across"
+    run = f"fedsim run {RUN} --rounds 150 --address auto --actors 2 --out ~/runs/across"
     across = laptop(f"uv run ray exec cluster.local.yaml {shlex.quote(run)}", up.start)
     try:
         while not (up.home("head") / "runs" / "across" / NAME).exists() and across.poll() is None:
