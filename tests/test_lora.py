@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from shown import write_drawings
 from test_finetune import CLASSES, Y, embedded, inputs, other, whole, zero_shot
 
 from fedsim import Config, InputError, run
@@ -260,10 +261,11 @@ def test_stacking_leaves_the_servers_pairs_as_they_were_and_moves_the_products_a
 @pytest.fixture(scope="module")
 def stacked(folder):
     """Makes a run of lora_stacking: 3 clients, pairs of rank 3, a handful of images each."""
+    drawings = write_drawings(folder / "drawings", ("ink",), each=8)
 
     def make(name, **fields):
-        quick = {"dataset": "glyphs", "partition": "iid", "clients": 3, "shots": 1, "actors": 0, "eval_clients": 1}
-        quick["page"] = False
+        quick = {"dataset": "folder", "data_dir": drawings, "partition": "iid", "clients": 3, "shots": 1}
+        quick |= {"actors": 0, "eval_clients": 1, "page": False}
         method = {"name": "lora", "rank": 3, "lr": 3e-3, "batch_size": 8}
         fields = quick | {"rounds": 2, "method": method, "server": "lora_stacking"} | fields
         return run(Config(**fields, out=folder / "stacked" / name)).adapter
