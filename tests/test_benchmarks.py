@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 from browser import explore
+from ray_start import started
 from shown import MOST, PACS, PROJECT, commands_in, smaller, write_drawings, write_features
 
 from fedsim.registry import parse
@@ -73,7 +74,8 @@ def ray():
     """A cluster that this process has joined, so that the scripts' runs need none each."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    options = {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    started(ray.init, address="local", **options)
     yield ray
     ray.shutdown()
 

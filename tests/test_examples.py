@@ -46,7 +46,8 @@ def executed(book, folder: Path) -> list[dict]:
 
 @pytest.mark.ray
 def test_a_notebook_that_has_started_ray_runs_twice_on_that_cluster(features_dir, tmp_path):
-    start = "import ray\nray.init('local', num_cpus=2, include_dashboard=False, log_to_driver=False)"
+    start = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nimport ray\nfrom ray_start import started"
+    start += "\nstarted(ray.init, 'local', num_cpus=2, include_dashboard=False, log_to_driver=False)"
     fields = f"dataset='features', data_dir={str(features_dir)!r}, held_out=('ink',), rounds=1, actors=1, page=False"
     runs = [f"from fedsim import Config, run\nrun(Config({fields}, seed={seed}, out='{seed}'))" for seed in (0, 1)]
     book = nbformat.v4.new_notebook(

@@ -13,6 +13,7 @@ from threading import Thread
 
 import pytest
 from filelock import FileLock
+from ray_start import started
 from test_bits import descendants, result
 
 from fedsim import Config, run
@@ -89,7 +90,7 @@ def cluster():
     config = {f"health_check_{name}": value for name, value in checks.items()}
     config["kill_worker_timeout_milliseconds"] = 500
     head = {"num_cpus": 4, "include_dashboard": False, "_system_config": config}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = started(Cluster, initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()
 

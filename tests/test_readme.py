@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from ray_start import started
 from shown import MOST, PACS, PROJECT, commands_in, smaller, write_drawings
 
 from fedsim.__main__ import main
@@ -74,7 +75,8 @@ def address():
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    head = {"num_cpus": 2, "include_dashboard": False}
+    cluster = started(Cluster, initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="fedsim")
     yield cluster.address
     ray.shutdown()

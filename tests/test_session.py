@@ -173,7 +173,8 @@ import sys
 import ray
 from fedsim import Config, InputError, run
 from fedsim.cluster.session import session
-ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+from ray_start import started
+started(ray.init, "local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 fields = {"dataset": "features", "data_dir": sys.argv[1], "held_out": "ink", "rounds": 1}
 here = ray.get_runtime_context().gcs_address
 for address in (None, "auto", here):
@@ -193,5 +194,6 @@ assert ray.is_initialized() and len(ray.nodes()) == 1
 
 def test_a_cluster_that_this_process_has_joined_is_used_and_still_joined_afterwards(features_dir, tmp_path):
     command = [sys.executable, "-c", JOINED, str(features_dir), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

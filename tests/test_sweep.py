@@ -15,6 +15,7 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 from PIL import Image
+from ray_start import started
 from test_bits import descendants
 
 from fedsim import Config, Fleet, InputError, component, run
@@ -83,7 +84,8 @@ def ray():
     from ray.cluster_utils import Cluster
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    head = {"num_cpus": 2, "include_dashboard": False}
+    cluster = started(Cluster, initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="fedsim")
     ray.test_cluster = cluster
     yield ray

@@ -1,0 +1,18 @@
+"""Ray as tests start it themselves: a second time where the first fails, as a session does.
+
+Ray gives the start of a machine 30 s, and one that other tests keep busy may need more.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def started(start: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """`start(*args, **options)`, such as `ray.init` or a `Cluster`."""
+    import ray
+
+    try:
+        return start(*args, **options)
+    except Exception:  # Ray raises a bare one
+        ray.shutdown()
+        return start(*args, **options)
