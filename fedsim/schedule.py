@@ -133,6 +133,9 @@ def _check_devices(config: Config, server: str) -> None:
             raise InputError(
                 f"fleet.{field} needs a server rule whose clients have unequal models: {rules}, not {server}"
             )
+        if config.server.unicasts or config.server.needs_deltas:
+            whole = "stores the whole models of clients" if config.server.unicasts else "needs whole deltas of clients"
+            raise InputError(f"server {server} {whole}, and with fleet.{field} they have parts; leave it out")
         if config.tune_epochs:
             raise InputError(
                 f"tune_epochs evaluates what clients have trained, and with fleet.{field} these are parts of the "

@@ -139,6 +139,22 @@ def test_what_does_not_go_with_unequal_devices_is_refused_by_the_config_alone(fi
         check(Config(**(QUICK | fields)), 4)
 
 
+@component
+class Sees(HetLora):
+    needs_deltas = True
+
+
+@component
+class Sends(HetLora):
+    unicasts = True
+
+
+@pytest.mark.parametrize(("rule", "words"), [(Sees, "needs whole deltas"), (Sends, "stores the whole models")])
+def test_a_rule_of_whole_updates_cannot_heed_unequal_devices(rule, words):
+    with pytest.raises(InputError, match=rf"{rule.__name__} {words} of clients, and with fleet\.ranks they have parts"):
+        check(Config(**(QUICK | UNEQUAL | {"server": rule()})), 4)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
