@@ -134,8 +134,10 @@ def _check_devices(config: Config, server: str) -> None:
                 f"fleet.{field} needs a server rule whose clients have unequal models: {rules}, not {server}"
             )
         if config.server.unicasts or config.server.needs_deltas:
-            whole = "stores the whole models of clients" if config.server.unicasts else "needs whole deltas of clients"
-            raise InputError(f"server {server} {whole}, and with fleet.{field} they have parts; leave it out")
+            whole = "stores each client's model" if config.server.unicasts else "needs the delta of each client"
+            raise InputError(
+                f"server {server} {whole}, but with fleet.{field} clients have parts of the model; leave it out"
+            )
         if config.tune_epochs:
             raise InputError(
                 f"tune_epochs evaluates what clients have trained, and with fleet.{field} these are parts of the "

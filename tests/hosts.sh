@@ -24,13 +24,14 @@ home=/home/researcher
 # On a disk in memory: an overlay may not lie on another, as the root of a container is.
 mount -t tmpfs -o size=6g,mode=755 tmpfs /run
 mkdir /run/{netns,bytecode}
-# What is compiled here holds there, too: the modules are the same files.
+# Bytecode that was compiled here is valid there, too: the modules are the same files.
 project=$(cd "$(dirname "$0")/.." && pwd)
 compiled() { # FOLDER NAME [TEST...]: all below a folder, by the name that it has there; tests as of `find`
     [ -d "$1" ] || return 0
     mkdir -p "/run/bytecode$2"
+    # tar ends with 1 if a file changes meanwhile, which another test may have compiled.
     (cd "$1" && find . -path '*/__pycache__/*.pyc' ! -path '*/test*/*' "${@:3}" -print0 |
-        tar -c --null -T - --transform 's,__pycache__/,,') | tar -x -C "/run/bytecode$2"
+        { tar -c --null -T - --transform 's,__pycache__/,,' || [ $? = 1 ]; }) | tar -x -C "/run/bytecode$2"
 }
 for libraries in "$project"/.venv/lib/python3*; do
     compiled "$libraries" "$home/fedsim/.venv/lib/${libraries##*/}"
@@ -96,7 +97,7 @@ machine() { # in its namespaces; becomes its sshd
         fi
         mount --bind -o ro "$path" ".$path"
     done
-    # What a site says where machines share a cache and reach no index; Python compiles any other module once for all.
+    # What a site says where machines share a cache and reach no index; Python compiles any other module once, for all machines.
     mkdir -p var/bytecode
     mount --bind /run/bytecode var/bytecode
     echo 'export PYTHONPYCACHEPREFIX=/var/bytecode UV_OFFLINE=1 UV_LINK_MODE=symlink' > etc/profile.d/site.sh

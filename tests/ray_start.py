@@ -1,6 +1,7 @@
-"""Ray as tests start it themselves: a second time where the first fails, as a session does.
+"""Ray as tests start it themselves: a second time where the first fails.
 
-Ray gives the start of a machine 30 s, and one that other tests keep busy may need more.
+Ray gives the start of a machine 30 s, and one that other tests keep busy may need more. What the first start has left
+running ends with this process.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ def started(start: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """`start(*args, **options)`, such as `ray.init` or a `Cluster`."""
     import ray
 
+    assert not ray.is_initialized()  # or the second start would follow the end of another test's cluster
     try:
         return start(*args, **options)
     except Exception:  # Ray raises a bare one

@@ -62,7 +62,7 @@ def folder(tmp_path_factory) -> Path:
     """Where all scripts write; `drawings`, `few` (half of them), `pacs` and `features` are data."""
     folder = tmp_path_factory.mktemp("benchmarks")
     write_drawings(folder / "drawings", ("clipart", "ink", "noto"))
-    # All of CLIP is trained on these.
+    # Small, since all of CLIP is trained on them.
     write_drawings(folder / "few", ("clipart", "ink", "noto"), each=1)
     write_drawings(folder / "pacs", PACS, each=1)
     write_features(folder / "features", PACS)

@@ -62,11 +62,28 @@ def alone(features_dir, tmp_path_factory):
     return fields, result(folder)
 
 
-def test_three_actors_give_the_same_bits(cluster, alone, tmp_path):  # one does below, until its driver is killed
+def test_three_actors_give_the_same_bits_though_two_are_killed(cluster, alone, tmp_path):
     from fedsim import Config
 
     fields, expected = alone
-    run(Config(**fields, actors=3, out=tmp_path))
+    killed = []
+
+    def kill_two(event):
+        if event.stage == "training" and event.done >= 5 and not killed:
+            killed.extend(workers()[:2])
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    run(Config(**fields, actors=3, out=tmp_path), kill_two)
+    assert len(killed) == 2 and not set(killed) & {*workers()}
+    assert result(tmp_path) == expected
+
+
+def test_a_single_actor_gives_the_same_bits(cluster, alone, tmp_path):
+    from fedsim import Config
+
+    fields, expected = alone
+    run(Config(**fields, actors=1, out=tmp_path))
     assert result(tmp_path) == expected
 
 

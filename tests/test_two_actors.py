@@ -1,4 +1,4 @@
-"""What two actors compute is, to the bit, what one process does; whatever the run, and though one of them is killed.
+"""What two actors compute is, to the bit, what one process does; whatever the run, even if one of them is killed.
 
 All of these runs share the two actors, since each takes a while to import torch; they aggregate in this process, as a
 driver actor would. Runs with a driver actor are in test_bits.py.
@@ -7,6 +7,7 @@ driver actor would. Runs with a driver actor are in test_bits.py.
 import os
 import signal
 from contextlib import nullcontext
+from threading import Timer
 
 import pandas as pd
 import pytest
@@ -52,25 +53,31 @@ def on_actors(config, progress=quiet):
 
 
 class Killer:
-    """Kills one of the actors once, in the first of some rounds that is reported."""
+    """Kills one of the actors once, while it works: soon after the first of some rounds has been reported."""
 
-    def __init__(self, rounds):
+    def __init__(self, rounds, delay_s):
         self.rounds, self.killed = rounds, []
+        self.timer, self.begun = Timer(delay_s, self.kill), False
 
     def __call__(self, event):
-        if event.stage == "training" and event.done in self.rounds and not self.killed:
-            self.killed.append(workers()[0])
-            os.kill(self.killed[0], signal.SIGKILL)
+        if event.stage == "training" and event.done in self.rounds and not self.begun:
+            self.begun = True
+            self.timer.start()
+
+    def kill(self):
+        self.killed.append(workers()[0])
+        os.kill(self.killed[0], signal.SIGKILL)
 
     @property
     def succeeded(self):
+        self.timer.join()
         return bool(self.killed) and self.killed[0] not in workers()
 
 
 def test_a_killed_actor_changes_nothing(config, tmp_path):
     fields = {"rounds": 40, "clients": 6, "partition": "iid", "tune_epochs": 2}
     run(config(**fields, out=tmp_path / "alone"))
-    killer = Killer(range(5, 40))
+    killer = Killer(range(5, 20), 0.02)
     on_actors(config(**fields, actors=2, out=tmp_path / "two"), killer)
     assert killer.succeeded
     assert result(tmp_path / "two") == result(tmp_path / "alone")
@@ -81,7 +88,7 @@ def test_both_towers_and_private_tensors_and_optimizers_in_files_survive_a_kille
     server = {"name": "fedper", "prefix": "down"}
     fields = {"method": method, "server": server, "partition": "iid", "clients": 2, "rounds": 3}
     here = run(small(**fields, out=tmp_path / "here"))
-    killer = Killer((1, 2))  # while there is something to do
+    killer = Killer((1,), 0.1)
     there = on_actors(small(**fields, out=tmp_path / "there", actors=2), killer)
     assert killer.succeeded
     assert here.tables().scores.equals(there.tables().scores)

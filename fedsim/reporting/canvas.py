@@ -86,6 +86,7 @@ class Canvas:
         """The figure of the next panel, in inches."""
         from matplotlib.figure import Figure
 
+        # The resolution is that of parts which are images, such as heat maps.
         self.figures.append((Figure((width, height), dpi=150, layout="constrained"), []))
         return self.figures[-1][0]
 
@@ -139,7 +140,7 @@ def _drawing(figure: "Figure", found: list[dict[str, Any]]) -> Drawing:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     text = StringIO()
-    # Not by `savefig`, which draws everything twice: first in vain, to make room for what sticks out.
+    # Not by `savefig`, which goes through the figure twice, first for the layout alone; this one lays it out as well.
     FigureCanvasSVG(figure).print_svg(text, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = text.getvalue().partition("<svg")[2]
     # Ids are unique within a drawing only, and a page has several; those of series are classes.

@@ -91,7 +91,7 @@ class Server(ABC):
     # updates are encoded, messages are then those of the decoded ones; other messages are sent as clients compute them.
     computes_messages: ClassVar[bool] = False
     # Which limits of a client's device the rule heeds in `held`: "rank" or "blocks". A fleet with others is refused.
-    # A rule with `needs_deltas` or `unicasts` can heed none: the deltas of clients and what they store are whole.
+    # With `needs_deltas` or `unicasts` a rule cannot heed any, since it then needs whole models of clients.
     heeds: ClassVar[frozenset[str]] = frozenset()
     # Whether `unicast` gives clients tensors of their own. A client then also stores its shared tensors after training,
     # and is evaluated with them. The server stores those of all clients, in memory and in each checkpoint.
