@@ -136,7 +136,8 @@ def _check_devices(config: Config, server: str) -> None:
         if config.server.unicasts or config.server.needs_deltas:
             whole = "stores each client's model" if config.server.unicasts else "needs the delta of each client"
             raise InputError(
-                f"server {server} {whole}, but with fleet.{field} clients have parts of the model; leave it out"
+                f"server {server} {whole}, but with fleet.{field} clients have parts of the model; leave fleet.{field} "
+                "out"
             )
         if config.tune_epochs:
             raise InputError(

@@ -97,7 +97,8 @@ machine() { # in its namespaces; becomes its sshd
         fi
         mount --bind -o ro "$path" ".$path"
     done
-    # What a site says where machines share a cache and reach no index; Python compiles any other module once, for all machines.
+    # What a site says where machines share a cache and reach no index. Python compiles any other module once, for all
+    # machines.
     mkdir -p var/bytecode
     mount --bind /run/bytecode var/bytecode
     echo 'export PYTHONPYCACHEPREFIX=/var/bytecode UV_OFFLINE=1 UV_LINK_MODE=symlink' > etc/profile.d/site.sh

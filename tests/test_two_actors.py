@@ -56,12 +56,10 @@ class Killer:
     """Kills one of the actors once, while it works: soon after the first of some rounds has been reported."""
 
     def __init__(self, rounds, delay_s):
-        self.rounds, self.killed = rounds, []
-        self.timer, self.begun = Timer(delay_s, self.kill), False
+        self.rounds, self.killed, self.timer = rounds, [], Timer(delay_s, self.kill)
 
     def __call__(self, event):
-        if event.stage == "training" and event.done in self.rounds and not self.begun:
-            self.begun = True
+        if event.stage == "training" and event.done in self.rounds and self.timer.ident is None:  # not started yet
             self.timer.start()
 
     def kill(self):
