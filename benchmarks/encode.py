@@ -5,15 +5,18 @@
 
 Photos of smooth noise (JPEG, 500 x 375) and models of random weights, which cost what trained ones do. The loop has the
 same model, preprocessing and batches under `torch.inference_mode`, with 0 or 2 workers that decode. fedsim is one
-process of a pool, as on a machine with one GPU: once as it is, and once with a number of decoding threads. All have one
-thread of PyTorch, take turns and are warm: model and workers are started before. Medians of images a second.
+process of a pool, as on a machine with one GPU: once as it is, and once with a number of decoding threads. Loop and
+fedsim have a process each, since fedsim sets how its process keeps memory. All have one thread of PyTorch, take turns
+and are warm: model and workers are started before. Medians of images a second.
 """
 
 import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -26,10 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from fedsim.clip.checkpoints import EMBEDDED, Weights, find_weights
 from fedsim.clip.model import Clip
+from fedsim.cluster.worker import keep_freed_memory
 from fedsim.datasets import TRAIN, Images
 from fedsim.encoding import BLOCK, Encoder
 
 PHOTO = 500, 375  # pixels, as in ImageNet
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Photos(Dataset):
@@ -62,42 +67,72 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="decoding threads of the second row of fedsim")
     args = parsed(parser, images=16, repeats=1, backbones=[EMBEDDED[0]])
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         table = pd.DataFrame([row for name in args.backbones for row in rows(name, args, Path(folder))])
     print(table.set_index("backbone").to_markdown(floatfmt=("", "", ".0f", ".2f")))
 
 
 def rows(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
-    weights, files = weights_of(name, folder), photos(folder / "photos", args.images)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    clip = Clip(weights, device)
-    zeros = np.zeros(len(files), np.int64)
-    about = {"y": zeros, "domain": zeros, "classes": ("photo",), "domains": ("noise",)}
-    images = Images(files=files, names=list(map(str, files)), split=np.full(len(files), TRAIN, np.int8), **about)
-    work = {}
-    for workers in (0, 2):
-        loader = DataLoader(Photos(files, clip.preprocess), BLOCK, num_workers=workers, persistent_workers=workers > 0)
-        work[f"plain loop, {workers} workers"] = partial(plain_loop, clip, loader)
-    work["fedsim"] = partial(by_fedsim, Encoder(images, weights, None, device))
-    threaded = Encoder(images, weights, None, device)
-    threaded.threads = args.threads
-    work[f"fedsim, {args.threads} threads decode"] = partial(by_fedsim, threaded)
-    expected = by_fedsim(threaded)
-    for call in work.values():  # warm
-        np.testing.assert_allclose(call().astype(float), expected.astype(float), rtol=0.01, atol=0.01)
-    seconds = {kind: [] for kind in work}
-    for _ in range(args.repeats):
-        for kind, call in work.items():
-            began = time.perf_counter()
-            call()
-            seconds[kind].append(time.perf_counter() - began)
-    speeds = {kind: len(files) / median(each) for kind, each in seconds.items()}
+    data = weights_of(name, folder), photos(folder / "photos", args.images)
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as loop, ProcessPoolExecutor(1, spawn) as fedsim:
+        processes = dict.fromkeys(loop.submit(start, loops, *data, 2).result(), loop)
+        processes |= dict.fromkeys(fedsim.submit(start, encoders, *data, args.threads).result(), fedsim)
+        features = [process.submit(encoded, kind).result() for kind, process in processes.items()]  # warm
+        for each in features:
+            np.testing.assert_allclose(each, features[-1], rtol=0.01, atol=0.01)
+        seconds = {kind: [] for kind in processes}
+        for _ in range(args.repeats):
+            for kind, process in processes.items():
+                seconds[kind].append(process.submit(timed, kind).result())
+    speeds = {kind: args.images / median(each) for kind, each in seconds.items()}
     first = next(iter(speeds.values()))
     return [
         {"backbone": name, "": kind, "images/s": speed, "against the loop": speed / first}
         for kind, speed in speeds.items()
     ]
+
+
+WORK: dict[str, Callable[[], np.ndarray]] = {}  # of this process: passes over the photos
+
+
+def start(make: Callable[..., dict[str, Callable[[], np.ndarray]]], *args: object) -> list[str]:
+    """The names of this process's passes, which `make` makes of `args`."""
+    torch.set_num_threads(1)
+    WORK.update(make(*args))
+    return list(WORK)
+
+
+def loops(weights: Weights, files: list[Path], workers: int) -> dict[str, Callable[[], np.ndarray]]:
+    clip = Clip(weights, DEVICE)
+    work = {}
+    for count in (0, workers):
+        loader = DataLoader(Photos(files, clip.preprocess), BLOCK, num_workers=count, persistent_workers=count > 0)
+        work[f"plain loop, {count} workers"] = partial(plain_loop, clip, loader)
+    return work
+
+
+def encoders(weights: Weights, files: list[Path], threads: int) -> dict[str, Callable[[], np.ndarray]]:
+    keep_freed_memory()  # as every pool has it
+    zeros = np.zeros(len(files), np.int64)
+    about = {"y": zeros, "domain": zeros, "classes": ("photo",), "domains": ("noise",)}
+    images = Images(files=files, names=list(map(str, files)), split=np.full(len(files), TRAIN, np.int8), **about)
+    threaded = Encoder(images, weights, None, DEVICE)
+    threaded.threads = threads
+    return {
+        "fedsim": partial(by_fedsim, Encoder(images, weights, None, DEVICE)),
+        f"fedsim, {threads} threads decode": partial(by_fedsim, threaded),
+    }
+
+
+def encoded(kind: str) -> np.ndarray:
+    return WORK[kind]().astype(float)
+
+
+def timed(kind: str) -> float:
+    began = time.perf_counter()
+    WORK[kind]()
+    return time.perf_counter() - began
 
 
 def weights_of(name: str, folder: Path) -> Weights:

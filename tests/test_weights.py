@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import warnings
+from functools import partial
 from pathlib import Path
 from shutil import copyfile
 
@@ -18,6 +19,7 @@ from torch import nn
 from fedsim import InputError
 from fedsim.clip.checkpoints import EMBEDDED, find_weights
 from fedsim.clip.model import Clip
+from fedsim.clip.unset import Unset
 
 TOWER = {
     "embed_dim": 8,
@@ -277,3 +279,37 @@ def test_an_architecture_that_needs_another_package_is_refused_before_its_weight
 
 def test_the_embedded_weights_are_found_without_a_note():
     assert find_weights(*EMBEDDED).note == ""
+
+
+def test_modules_that_are_built_without_weights_draw_none():
+    before = torch.get_rng_state()
+    with Unset():
+        for build in (partial(nn.Linear, 8, 8), partial(nn.Conv2d, 3, 8, 2), partial(nn.MultiheadAttention, 8, 2)):
+            build()
+        weight = torch.full((8, 8), 3.0)
+        draws = "normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_"
+        for draw in (torch.Tensor.normal_, torch.Tensor.uniform_, *(getattr(nn.init, name) for name in draws)):
+            assert draw(weight) is weight and (weight == 3).all()
+        nn.init.trunc_normal_(torch.empty(8))  # as ViTs of timm have
+        assert (nn.LayerNorm(8).weight == 1).all()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not (nn.init.normal_(weight) == 3).any()
+
+
+@pytest.mark.parametrize("tower", ["vit", "resnet"])
+def test_all_weights_of_a_model_are_those_of_its_file(tower, small_clip):
+    spec = small_clip("whole", tower)
+    saved = torch.load(spec["pretrained"])
+    loaded = Clip(find_weights(spec["model"], spec["pretrained"])).model.state_dict()
+    assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
+def test_weights_have_another_key_once_their_file_is_written_again(architecture, tmp_path):
+    name, file = architecture(), tmp_path / "w.safetensors"
+    keys = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        save_file(open_clip.create_model(name).state_dict(), tmp_path / "new")
+        (tmp_path / "new").replace(file)
+        keys += [find_weights(name, str(file)).key, find_weights(name, str(file)).key]
+    assert keys[0] == keys[1] == keys[4] == keys[5] != keys[2] == keys[3]

@@ -11,7 +11,6 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from fedsim.clip.architectures import ASSETS, EMBEDDED, import_open_clip, tokenizer_of
 from fedsim.clip.folders import HUB, LOCAL, find_folder, from_transformers, is_transformers
 from fedsim.clip.hub import hub_or_cache
+from fedsim.clip.key import key_of
 from fedsim.clip.precision import Precision
 from fedsim.clip.published import (
     PREPROCESSING,
@@ -31,6 +31,7 @@ from fedsim.clip.published import (
     of_repository,
     published_as,
 )
+from fedsim.clip.unset import Unset
 from fedsim.errors import InputError, first_line, listing
 
 _serialization: Any = torch.utils.serialization.config  # a module that becomes an object when it is imported
@@ -77,19 +78,19 @@ class Weights:
         return self if precision == "fp32" else replace(self, precision=precision, key=f"{self.key}-{precision}")
 
     def build(self, device: str = "cpu") -> tuple[Any, Any]:
-        """The model with random weights, and its preprocessing of images for evaluation."""
-        model, _, preprocess = import_open_clip().create_model_and_transforms(
-            # Any plain CLIP of open_clip: its whole architecture is replaced.
-            "ViT-B-32" if self.architecture else self.model,
-            load_weights=False,
-            pretrained_text=False,
-            device=device,
-            # Differs: open_clip 3 only warns when weights were trained with QuickGELU and the architecture of that
-            # name has GELU (ViT-B-32 with openai is such a pair); the features would be wrong.
-            force_quick_gelu=self.quick_gelu,
-            **self.preprocessing,
-            **self.architecture,
-        )
+        """The model before its weights are loaded, and its preprocessing of images for evaluation."""
+        with Unset():
+            model, _, preprocess = import_open_clip().create_model_and_transforms(
+                "ViT-B-32" if self.architecture else self.model,  # any plain CLIP: its architecture is replaced
+                load_weights=False,
+                pretrained_text=False,
+                device=device,
+                # Differs: open_clip 3 only warns when weights were trained with QuickGELU and the architecture has
+                # GELU (ViT-B-32 with openai is such a pair); the features would be wrong.
+                force_quick_gelu=self.quick_gelu,
+                **self.preprocessing,
+                **self.architecture,
+            )
         return model, preprocess
 
     def load(self, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -121,7 +122,7 @@ def find_weights(model: str, pretrained: str) -> Weights:
     if (model, pretrained) == EMBEDDED:
         file = ASSETS / "tiny.safetensors"
         config = json.loads((ASSETS / "tiny.json").read_text(encoding="utf-8"))
-        return Weights(model, str(file), file, _key(config, None, file))
+        return Weights(model, str(file), file, key_of(config, None, file))
     if model.startswith((HUB, LOCAL)):
         return _in_folder(model, pretrained)
     open_clip = import_open_clip()
@@ -130,7 +131,7 @@ def find_weights(model: str, pretrained: str) -> Weights:
     config, tag = open_clip.get_model_config(model), open_clip.pretrained.get_pretrained_cfg(model, pretrained)
     if tag:
         file = _download(model, pretrained, tag)
-        weights = Weights(model, pretrained, file, _key(config, tag, file), tag)
+        weights = Weights(model, pretrained, file, key_of(config, tag, file), tag)
         _check_fits(weights)
         return weights
     file = _given(model, pretrained)
@@ -141,7 +142,7 @@ def find_weights(model: str, pretrained: str) -> Weights:
     about = published.get(model) or of_repository(model, file)
     note = "" if about else assumed_activation(model, file)
     about = about or common_preprocessing(model)
-    weights = Weights(model, str(file), file, _key(config, about, file), about, note)
+    weights = Weights(model, str(file), file, key_of(config, about, file), about, note)
     _check_fits(weights)
     return weights
 
@@ -151,7 +152,7 @@ def _in_folder(backbone: str, pretrained: str) -> Weights:
         raise InputError(f"--backbone {backbone} names the weights too; remove --pretrained {pretrained}")
     folder = find_folder(backbone)
     _format(folder.file)
-    key = _key(dict(folder.config), folder.about or None, folder.file, *folder.tokenizer)
+    key = key_of(dict(folder.config), folder.about or None, folder.file, *folder.tokenizer)
     model = f"{LOCAL}{folder.path}"
     weights = Weights(model, str(folder.file), folder.file, key, folder.about, architecture=folder.architecture)
     _check_fits(weights)
@@ -332,15 +333,6 @@ def _difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
         )
     more = sorted(given.keys() - needed)
     return f"it has {len(more)} more than the {len(needed)} tensors, such as {listing(more, 1)}"
-
-
-def _key(config: dict | None, about: Mapping | None, *files: Path) -> str:
-    digest = blake2b(json.dumps([config, about], sort_keys=True, default=str).encode(), digest_size=16)
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _alike(name: str, names: Sequence[str]) -> str:

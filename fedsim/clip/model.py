@@ -156,7 +156,7 @@ class Clip:
 
         height, width = _size(self.model.visual.image_size)
         # As published prompt methods train: torchvision's random resized crop with its default scale, and a flip.
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` seeds GPUs, too, and takes longer than a view
         crop = RandomResizedCrop((height, width), interpolation=InterpolationMode.BICUBIC, antialias=True)
         return RandomHorizontalFlip()(crop(image))
 

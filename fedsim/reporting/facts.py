@@ -2,6 +2,7 @@
 
 import json
 import platform
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -25,7 +26,12 @@ PACKAGES = (
 def environment() -> dict[str, str]:
     """Versions of what the bits of a run depend on."""
     ours = {"python": platform.python_version(), "machine": platform.machine(), "fedsim": __version__}
-    return ours | {name: version(name) for name in PACKAGES}
+    return ours | _versions()
+
+
+@cache  # a tenth of a short run's time, and a process may have thousands
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
 
 
 def to_yaml(fields: dict[str, Any]) -> str:

@@ -218,7 +218,7 @@ class Task:
         Only the tensors that clients train require gradients.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(self.seed, "init"))
+            torch.default_generator.manual_seed(seed_for(self.seed, "init"))  # not those of GPUs, which are not forked
             module = masked(self.method.build(backbone))
         for name, tensor in module.named_parameters():
             tensor.requires_grad_(self.scope(name) in ("shared", "private"))
