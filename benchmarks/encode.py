@@ -5,9 +5,9 @@
 
 Photos of smooth noise (JPEG, 500 x 375) and models of random weights, which cost what trained ones do. The loop has the
 same model, preprocessing and batches under `torch.inference_mode`, with 0 or 2 workers that decode. fedsim is one
-process of a pool, as on a machine with one GPU: once as it is, and once with a number of decoding threads. Loop and
-fedsim have a process each, since fedsim sets how its process keeps memory. All have one thread of PyTorch, take turns
-and are warm: model and workers are started before. Medians of images a second.
+process of a pool, as on a machine with one GPU: once as it is, and once with a number of decoding threads. The loop
+and fedsim run in separate processes, because fedsim changes its process's allocator settings. All have one thread of
+PyTorch, take turns and are warm: model and workers are started before. Medians of images a second.
 """
 
 import argparse

@@ -131,7 +131,7 @@ def content_digests(files: Sequence[Path | bytes], cache: Path | None, notice: N
     joined = np.frombuffer(b"\0".join(map(os.fsencode, paths)), np.uint8)
     index = cache / f"{digest(joined)}.index.npy"
     now = time.time_ns()
-    stamps = np.frombuffer(b"".join(_stamp(file, now) for file in paths), np.uint8).reshape(-1, 16)
+    stamps = np.frombuffer(b"".join(stamp(file, now) for file in paths), np.uint8).reshape(-1, 16)
     known = read_array(index, notice)
     known = np.zeros((len(files), 2, 16), np.uint8) if known is None else known.copy()
     changed = np.flatnonzero((known[:, 0] != stamps).any(axis=1) | ~stamps.any(axis=1))
@@ -172,7 +172,7 @@ def _mapped(file: Path) -> np.ndarray:
     return np.asarray(np.lib.format.open_memmap(file, "r"))
 
 
-def _stamp(file: Path, now: int) -> bytes:
+def stamp(file: Path, now: int) -> bytes:
     """16 bytes that change whenever the file does; zeros if that cannot be promised."""
     try:
         stat = file.stat()

@@ -156,7 +156,7 @@ class Clip:
 
         height, width = _size(self.model.visual.image_size)
         # As published prompt methods train: torchvision's random resized crop with its default scale, and a flip.
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` seeds GPUs, too, and takes longer than a view
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed GPUs as well
         crop = RandomResizedCrop((height, width), interpolation=InterpolationMode.BICUBIC, antialias=True)
         return RandomHorizontalFlip()(crop(image))
 

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from fedsim.clip.architectures import import_open_clip
+from fedsim.clip.key import sha256_of
 
 PREPROCESSING = "mean", "std", "interpolation", "resize_mode"
 
@@ -19,17 +19,14 @@ def published_as(file: Path, whole: bool = False) -> dict[str, dict]:
     Args:
         whole: compare whole digests only, because a file whose digest has a given start can be forged.
     """
-    with file.open("rb") as stream:
-        digest = sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    digest = sha256_of(file)
     pretrained = import_open_clip().pretrained
     published = [(model, pretrained.get_pretrained_cfg(model, tag)) for model, tag in pretrained.list_pretrained()]
     stated = re.compile(r"/([0-9a-f]{64})/" if whole else r"(?:/|-)([0-9a-f]{64}|[0-9a-f]{8})(?:/|\.pth?$)")
     return {
         model: about
         for model, about in published
-        if (match := stated.search(about.get("url", ""))) and digest.hexdigest().startswith(match[1])
+        if (match := stated.search(about.get("url", ""))) and digest.startswith(match[1])
     }
 
 
