@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
     return ours | _versions()
 
 
-@cache  # a tenth of a short run's time, and a process may have thousands
+@cache  # otherwise a tenth of the time of each short run
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 

@@ -217,11 +217,8 @@ class Task:
 
         Only the tensors that clients train require gradients.
         """
-        device = backbone.class_embeddings.device
-        gpus = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(gpus):
-            # Without a GPU, `torch.manual_seed` formats a stack trace for one that may be used later.
-            (torch.manual_seed if gpus else torch.default_generator.manual_seed)(seed_for(self.seed, "init"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(self.seed, "init"))
             module = masked(self.method.build(backbone))
         for name, tensor in module.named_parameters():
             tensor.requires_grad_(self.scope(name) in ("shared", "private"))
