@@ -36,10 +36,10 @@ from fedsim.clients import Population
 from fedsim.clip.checkpoints import find_weights
 from fedsim.clip.model import Clip, Frozen
 from fedsim.cluster.placement import Sizing
-from fedsim.cluster.worker import keep_freed_memory
 from fedsim.datasets import TRAIN
 from fedsim.datasets.glyphs import Glyphs
 from fedsim.encoding import encode
+from fedsim.memory import keep_freed_memory
 from fedsim.methods import Batch
 from fedsim.methods.fed_bbpt import FedBBPT
 from fedsim.registry import parse
@@ -71,7 +71,7 @@ class Variant:
     """One line of the table.
 
     Attributes:
-        steps: of one measurement, enough for the clock.
+        steps: of one measurement by default, enough for the clock.
         tower: whether the frozen image tower is run on the batch in every step, forward only.
     """
 
@@ -204,8 +204,9 @@ def split_learning(folder: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def measured(variant: Variant, folder: Path) -> dict[str, float]:
+def measured(variant: Variant, folder: Path, steps: int | None) -> dict[str, float]:
     """CPU and wall seconds of a step, and MiB that the process took at its most."""
+    steps = steps or variant.steps
     torch.set_num_threads(1)
     keep_freed_memory()  # as in fedsim's actors
     idle = peak()
@@ -213,12 +214,12 @@ def measured(variant: Variant, folder: Path) -> dict[str, float]:
     loaded = peak()
     client.step()
     cpu, wall = time.process_time(), time.perf_counter()
-    for _ in range(variant.steps):
+    for _ in range(steps):
         client.step()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     return {
-        "cpu_s": cpu / variant.steps,
-        "wall_s": wall / variant.steps,
+        "cpu_s": cpu / steps,
+        "wall_s": wall / steps,
         "peak_mib": peak(),
         "idle_mib": idle,
         "loaded_mib": loaded - idle,
@@ -241,14 +242,15 @@ def once(folder: Path, *options: str) -> dict:
     return json.loads(said.stdout.splitlines()[-1].removeprefix("RESULT "))
 
 
-def measure(repeats: int, backbone: str, batch: int) -> tuple[dict, dict[str, list[dict]]]:
+def measure(repeats: int, steps: int | None, backbone: str, batch: int) -> tuple[dict, dict[str, list[dict]]]:
     """What was counted; and by variant what was measured."""
+    length = ["--steps", str(steps)] if steps else []
     runs: dict[str, list[dict]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
         facts = once(Path(folder), "--backbone", backbone, "--batch", str(batch))
         for repeat in range(repeats):
             for name in VARIANTS:
-                runs[name].append(run := once(Path(folder), "--step", name))
+                runs[name].append(run := once(Path(folder), "--variant", name, *length))
                 cost = f"{run['cpu_s']:.3g} s of CPU, {run['wall_s']:.3g} s a step, {run['peak_mib']:.0f} MiB"
                 print(f"{repeat + 1}/{repeats} {name}: {cost}", file=sys.stderr)
     return facts, runs
@@ -492,19 +494,22 @@ def main() -> None:
     parser.add_argument("--backbone", default=BACKBONE, help="of random weights (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=BATCH, help="images of a step (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement; 0: none")
+    parser.add_argument("--steps", type=int, help="of each measurement (default: enough for the clock)")
     parser.add_argument("--runs", type=Path, help="folder of a data set's finished runs, by fedclip_table.py")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a part's process
-    parser.add_argument("--step", choices=list(VARIANTS), help=argparse.SUPPRESS)
-    args = parsed(parser, repeats=1, backbone="ViT-S-32-alt", batch=4)
+    parser.add_argument("--variant", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    args = parsed(parser, repeats=1, steps=1, backbone="ViT-S-32-alt", batch=4)
     if args.folder:
-        step = args.step and VARIANTS[args.step]
-        found = measured(step, args.folder) if step else prepare(args.folder, args.backbone, args.batch)
+        variant = args.variant and VARIANTS[args.variant]
+        found = (
+            measured(variant, args.folder, args.steps) if variant else prepare(args.folder, args.backbone, args.batch)
+        )
         print("RESULT", json.dumps(found))
         return
     if args.runs and not args.runs.is_dir():
         parser.error(f"--runs needs a folder of runs; there is none at {args.runs}")
     if args.repeats:
-        facts, runs = measure(args.repeats, args.backbone, args.batch)
+        facts, runs = measure(args.repeats, args.steps, args.backbone, args.batch)
         print(table(facts, runs))
         print(f"\n{derived(facts, runs)}\n")
         print(split_table(facts))

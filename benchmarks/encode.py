@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fedsim.clip.checkpoints import EMBEDDED, Weights, find_weights
 from fedsim.clip.model import Clip
-from fedsim.cluster.worker import keep_freed_memory
 from fedsim.datasets import TRAIN, Images
 from fedsim.encoding import BLOCK, Encoder
+from fedsim.memory import keep_freed_memory
 
 PHOTO = 500, 375  # pixels, as in ImageNet
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

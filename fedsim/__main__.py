@@ -16,6 +16,7 @@ from fedsim.cluster.signals import signals_as_interrupts
 # What imports torch is imported in functions: it takes seconds, in which `main` already handles Ctrl-C, and some
 # commands do not need it.
 from fedsim.errors import EXPECTED, RESUMES, InputError, Stopped, code_of, listing, sentence_of
+from fedsim.memory import collect_seldom
 from fedsim.progress import plain_console, progress_bars, show_on
 from fedsim.registry import FOLDERS
 
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal of another encoding shows a name in escapes
             stream.reconfigure(errors="backslashreplace")
+    collect_seldom()
     argv = sys.argv[1:] if argv is None else argv
     with safe_streams() as (stdout, _), signals_as_interrupts():
         try:

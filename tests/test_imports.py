@@ -13,10 +13,10 @@ import fedsim
 
 # A module may import those that stand before it; a package's files, their package and those before it.
 ORDER = """
-    errors events progress files yaml_files fields cache formats shares search_space rng registry params codecs attacks
-    datasets partitions representations clip methods updates fleets servers privacy state class_tasks clients cluster
-    folder encoding counts training config data schedule ledger reporting checkpoint prepare start federation simulate
-    parallel_runs cli sweep __init__ __main__
+    errors events progress memory files yaml_files fields cache formats shares search_space rng registry params codecs
+    attacks datasets partitions representations clip methods updates fleets servers privacy state class_tasks clients
+    cluster folder encoding counts training config data schedule ledger reporting checkpoint prepare start federation
+    simulate parallel_runs cli sweep __init__ __main__
 """.split()  # noqa: SIM905
 
 # The same within fedsim/reporting: from counts to tables, and from tables to what is shown.

@@ -20,11 +20,11 @@ from job import finish
 
 from fedsim import Config, run
 from fedsim.checkpoint import load_checkpoint
-from fedsim.cluster.worker import keep_freed_memory
 from fedsim.cluster.workers import Pool
 from fedsim.datasets.synthetic import Synthetic
 from fedsim.events import Event
 from fedsim.federation import Federation
+from fedsim.memory import keep_freed_memory
 from fedsim.params import Params, flatten
 from fedsim.prepare import Experiment, prepare
 from fedsim.rng import torch_rng

@@ -9,6 +9,7 @@ from fedsim.cluster.placement import node_affinity
 from fedsim.cluster.session import HeadMonitor, joined, session
 from fedsim.errors import RESUMES, Stopped
 from fedsim.events import Event, Progress
+from fedsim.memory import collect_seldom
 
 POLL_S = 0.2  # between two looks at the progress of a run
 END_S = 5  # for an interrupted run to end
@@ -18,6 +19,7 @@ class DriverActor:
     """Runs an experiment, and keeps its events until they are fetched."""
 
     def __init__(self) -> None:
+        collect_seldom()
         self.waiting: deque[Event] = deque()
 
     def run(self, work: Callable[..., Any], args: tuple) -> Any:

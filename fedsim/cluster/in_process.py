@@ -3,8 +3,9 @@
 import torch
 
 from fedsim.cluster.placement import Sizing
-from fedsim.cluster.worker import WorkerSlot, keep_freed_memory
+from fedsim.cluster.worker import WorkerSlot
 from fedsim.cluster.workers import Pool
+from fedsim.memory import keep_freed_memory
 
 
 class InProcessPool(Pool):

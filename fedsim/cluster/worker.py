@@ -1,6 +1,5 @@
-"""What a worker runs in: its device, its memory, and the actor around it."""
+"""What a worker runs in: its device, and the actor around it."""
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from fedsim.errors import InputError
+from fedsim.memory import collect_seldom, keep_freed_memory
 
 
 class WorkerSlot:
@@ -39,6 +39,7 @@ class WorkerActor:
     def __init__(self, threads: int, gpus: float) -> None:
         torch.set_num_threads(threads)
         keep_freed_memory()
+        collect_seldom()
         self.slot = WorkerSlot(gpus)
 
     def ping(self) -> None:
@@ -75,14 +76,3 @@ def device_of(gpus: float) -> str:
     torch.backends.cudnn.allow_tf32 = False
     torch.cuda.set_per_process_memory_fraction(gpus)  # or one that takes too much would end the others on its GPU
     return "cuda"
-
-
-def keep_freed_memory() -> None:
-    """Has the C library keep up to 1 GiB of freed memory; the kernel would otherwise map large tensors at every step.
-
-    Measured: a quarter of the time of a client with 525,312 parameters, and a third of the time of encoding with the
-    embedded CLIP, whose peak memory grows by 15 percent. Only glibc has the call.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(-4, 0)  # M_MMAP_MAX: never use mmap; M_MMAP_THRESHOLD cannot exceed 32 MiB
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

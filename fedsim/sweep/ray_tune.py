@@ -13,6 +13,7 @@ from fedsim.cluster.placement import Sizing
 from fedsim.cluster.pool import Pool, open_pool
 from fedsim.errors import Diverged, InputError
 from fedsim.files import reason
+from fedsim.memory import collect_seldom
 from fedsim.prepare import Experiment
 from fedsim.sweep.trial import Trial, experiments_of
 
@@ -98,6 +99,7 @@ class TrialActor(ray.tune.Trainable):
 
     def setup(self, config: dict[str, Any], base: Experiment, seeds: Sequence[int], folder: Path, sizing: Sizing):
         """Args: those of `experiments_of` and `open_pool`."""
+        collect_seldom()
         self.base, self.seeds, self.folder, self.sizing = base, seeds, folder, sizing
         self.pool: Pool | None = None
         self.trial: Trial | None = None
