@@ -1,5 +1,6 @@
 """Small real data that several tests train on."""
 
+import gc
 import json
 import os
 import secrets
@@ -8,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+
+gc.disable()  # until all tests are collected, which makes most of a million objects that stay
 
 DOMAINS = "ink", "oil", "photo"
 CLASSES = "cat", "dog", "owl", "pig"
@@ -47,8 +50,10 @@ def features_dir(tmp_path_factory) -> Path:
 
 # Ray reads this once, when it is imported: every cluster of the tests is then open to the tests alone.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-# Nor is uv to install the project once more for the actors of clusters that the tests themselves start.
-os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+# Nor is uv to install the project once more for the actors of clusters that the tests themselves start. Figures that no
+# test reads would take a sixth of the CPU of an idle cluster.
+os.environ |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {"RAY_enable_metrics_collection": "0", "RAY_event_stats": "0"}
 
 
 # The files whose tests of Ray share a process: those that kill processes and wait, and those of sweeps. All other tests
@@ -67,6 +72,11 @@ def pytest_collection_modifyitems(items) -> None:
         if item.get_closest_marker("ray"):
             group = next((name for name, files in RAY.items() if group in files), "ray")
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -88,13 +98,28 @@ def cache(tmp_path_factory) -> None:
     os.environ["FEDSIM_CACHE_DIR"] = os.environ.get("FEDSIM_TEST_CACHE_DIR", str(shared / "cache"))
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """A private cluster that this process has joined: the runs of a module use it, and start none each."""
-    from fedsim.cluster.session import session
+@pytest.fixture(scope="session")
+def machine():
+    """A cluster of one machine with 2 CPUs, as far as Ray knows, for all tests of this process that need no other."""
+    from ray.cluster_utils import Cluster
+    from ray_start import started
 
-    with session(None) as ray:
-        yield ray
+    quiet = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+    cluster = started(Cluster, initialize_head=True, head_node_args={"num_cpus": 2} | quiet)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster(machine):
+    """Ray, once this process has joined that cluster: the runs of a module use it, and start none each."""
+    import ray
+
+    from fedsim.cluster.private_cluster import QUIET
+
+    ray.init(address=machine.address, **QUIET)
+    yield ray
+    ray.shutdown()
 
 
 @pytest.fixture

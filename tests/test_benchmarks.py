@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 from browser import explore
-from ray_start import started
 from shown import MOST, PACS, PROJECT, commands_in, smaller, write_drawings, write_features
 
 from fedsim.registry import parse
@@ -69,17 +68,6 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def ray():
-    """A cluster that this process has joined, so that the scripts' runs need none each."""
-    import ray
-
-    options = {"num_cpus": 2, "include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    started(ray.init, address="local", **options)
-    yield ray
-    ray.shutdown()
-
-
 def on_data(folder: Path, flags: list[str], held_out: str = "sketch", drawings: str = "drawings") -> list[object]:
     """Flags with data of the kind that they name, some drawings where they name none, and one domain held out."""
     if "--dataset" not in flags:
@@ -107,7 +95,7 @@ def scripts_run_by(source: str) -> set[str]:
 
 
 @pytest.mark.parametrize("flags", commands_of("choose_glyphs"), ids=" ".join)
-def test_the_grid_of_the_embedded_experiment_is_ordered_by_validation_accuracy(flags, ray, folder):
+def test_the_grid_of_the_embedded_experiment_is_ordered_by_validation_accuracy(flags, cluster, folder):
     (table,) = tables(printed("choose_glyphs", *flags, "--out", folder / "choose_glyphs"))
     assert sorted(table.index) == ["contrastive", "cross_entropy"]
     validation = table.validation.astype(float).tolist()
@@ -123,7 +111,7 @@ ON_PACS = next(flags for flags in TABLES if "pacs" in flags)
 
 
 @pytest.fixture(scope="module")
-def fedclip_runs(ray, folder) -> tuple[str, Path]:
+def fedclip_runs(cluster, folder) -> tuple[str, Path]:
     """What the paper's table prints of three clients and one round, and the folder of its runs."""
     out = folder / "fedclip_table"
     return printed("fedclip_table", *on_data(folder, ON_PACS), "--out", out), out / "pacs"
@@ -140,7 +128,7 @@ def test_the_papers_table_has_every_method_and_its_bytes(fedclip_runs):
 
 
 @pytest.mark.parametrize("flags", [flags for flags in TABLES if flags not in ([], ON_PACS)], ids=" ".join)
-def test_the_papers_table_is_made_of_other_data(flags, ray, folder):
+def test_the_papers_table_is_made_of_other_data(flags, cluster, folder):
     words = on_data(folder, flags, drawings="few")
     held_out, _, cost = tables(printed("fedclip_table", *words, "--out", folder / "fedclip_table"))
     assert list(held_out.columns) == [words[-1], "mean"]
@@ -177,7 +165,7 @@ def test_a_step_of_all_of_clip_costs_more_than_one_on_features_and_split_learnin
 
 
 @pytest.mark.parametrize("flags", commands_of("methods"), ids=" ".join)
-def test_the_table_of_methods_has_their_parameters_and_bytes(flags, ray, folder):
+def test_the_table_of_methods_has_their_parameters_and_bytes(flags, cluster, folder):
     shown, choice = tables(printed("methods", *on_data(folder, flags), "--out", folder / "methods"))
     assert list(shown.index) == ["zero-shot", "FedCLIP", "FedPGP"] and list(choice.index) == ["FedCLIP", "FedPGP"]
     assert shown["parameters"].tolist()[1:] == [f"{ADAPTER:,}", "2,624"]
@@ -259,7 +247,7 @@ def test_the_majority_class_of_a_client_is_that_of_its_train_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("flags", commands_of("real_clip"), ids=" ".join)
-def test_settings_of_fedclip_are_compared_on_features_of_the_users_own(flags, ray, folder):
+def test_settings_of_fedclip_are_compared_on_features_of_the_users_own(flags, cluster, folder):
     data = folder / "features_of_10_classes"
     if not data.exists():
         write_features(data, PACS, classes=10)
@@ -275,7 +263,7 @@ def test_settings_of_fedclip_are_compared_on_features_of_the_users_own(flags, ra
 
 
 @pytest.mark.parametrize("flags", commands_of("client_count"), ids=" ".join)
-def test_more_clients_send_more_and_what_is_done_is_not_done_again(flags, ray, folder):
+def test_more_clients_send_more_and_what_is_done_is_not_done_again(flags, cluster, folder):
     out = folder / f"client_count-{len(flags)}"
     flags = on_data(folder, flags) if "--dataset" in flags else flags
     first = printed("client_count", *flags, "--out", out)
@@ -293,7 +281,7 @@ def out_name(flags: list[object]) -> object:
 
 
 @pytest.mark.parametrize("flags", commands_of("sweep"), ids=" ".join)
-def test_a_sweep_is_timed_against_a_bare_loop(flags, ray, folder):
+def test_a_sweep_is_timed_against_a_bare_loop(flags, cluster, folder):
     (table,) = tables(printed("sweep", *on_data(folder, flags)))
     loop, sweep = (int(table.iloc[row, 0].split()[0].replace(",", "")) for row in (0, 1))
     overhead = int(table.iloc[2, 0].split()[0].replace(",", ""))

@@ -118,7 +118,10 @@ class Room:
 
     Attributes:
         inside: in front of a command line: seen from the room.
+        together: both machines of the cluster have been seen in it, and neither has been killed since.
     """
+
+    together = False
 
     def __init__(self, seen, cache):
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -128,6 +131,7 @@ class Room:
 
     def say(self, words):
         """`boot NAME` or `kill NAME`; returns when that is done."""
+        self.together = self.together and not words.startswith("kill ")
         print(words, file=self.shell.stdin, flush=True)
         assert select.select([self.shell.stdout], [], [], 30)[0], f"{words}: no answer in 30 s"
         answer = self.shell.stdout.readline()
@@ -220,8 +224,11 @@ def up(room, laptop):
 
 def together(up, laptop):
     """Waits until both machines are in the cluster, by a script of one's own."""
+    if up.together:
+        return
     up.run("w1", "until pgrep raylet; do sleep 0.2; done")  # Ray takes a while to miss a machine, and would count it
     assert "all are here: head w1" in laptop("uv run ray submit cluster.local.yaml wait.py head w1")
+    up.together = True
 
 
 @pytest.mark.hosts

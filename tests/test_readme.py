@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-from ray_start import started
 from shown import MOST, PACS, PROJECT, commands_in, smaller, write_drawings
 
 from fedsim.__main__ import main
@@ -69,18 +68,10 @@ def test_a_run_is_accepted_as_it_stands_and_runs_at_a_small_size(flags, swaps, d
     assert (tmp_path / "run" / "report.html").exists()
 
 
-@pytest.fixture(scope="module")
-def address():
-    """A cluster of 2 CPUs that this process has joined, so that all sweeps share its idle processes."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 2, "include_dashboard": False}
-    cluster = started(Cluster, initialize_head=True, head_node_args=head)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="fedsim")
-    yield cluster.address
-    ray.shutdown()
-    cluster.shutdown()
+@pytest.fixture
+def address(cluster, machine):
+    """Of a cluster that this process has joined, so that all sweeps share its idle processes."""
+    return machine.address
 
 
 def small_sweep(flags, address, swaps):

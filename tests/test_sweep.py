@@ -15,7 +15,6 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 from PIL import Image
-from ray_start import started
 from test_bits import descendants
 
 from fedsim import Config, Fleet, InputError, component, run
@@ -77,20 +76,10 @@ class Fatal(Fleet):
 
 
 @pytest.fixture(scope="module")
-def ray():
-    """A machine of 2 CPUs, as far as Ray knows; these tests stand where a sweep's driver actor would."""
-    os.environ |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    import ray
-    from ray.cluster_utils import Cluster
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    head = {"num_cpus": 2, "include_dashboard": False}
-    cluster = started(Cluster, initialize_head=True, head_node_args=head)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="fedsim")
-    ray.test_cluster = cluster
-    yield ray
-    ray.shutdown()
-    cluster.shutdown()
+def ray(cluster):
+    """These tests stand where a sweep's driver actor would."""
+    cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return cluster
 
 
 @pytest.fixture(scope="module")
@@ -545,10 +534,10 @@ def test_a_trial_whose_partition_leaves_no_validation_rows_is_refused(base, tmp_
             trial.advance()
 
 
-def test_a_killed_sweep_goes_on_to_what_it_would_have_been(ray, whole, base, mistaken, tmp_path):
+def test_a_killed_sweep_goes_on_to_what_it_would_have_been(machine, whole, base, mistaken, tmp_path):
     killed = sweep_of(base(rounds=8), tmp_path / "killed", **SAME)
     flags = ["--dataset=features", f"--data-dir={mistaken}", "--held-out=ink", "--clients=6", "--rounds=8"]
-    flags += ["--method=probe", "--method.lr=1e-6", f"--address={ray.test_cluster.address}", f"--out={killed.out}"]
+    flags += ["--method=probe", "--method.lr=1e-6", f"--address={machine.address}", f"--out={killed.out}"]
     flags += ["--trials=5", "--grace=2", "--reduction=2", "--at-once=1", "--report-seeds", "--loggers", "--search"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fedsim", "sweep", *flags, *killed.search],
