@@ -1,10 +1,13 @@
 """Every command that the benchmarks show runs at a small size, and prints a table that can be checked by hand."""
 
 import ast
+import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -330,6 +333,23 @@ def test_what_a_command_costs_is_printed_after_it():
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     peaks = dict(re.findall(r"^peak MiB, (\w+): (\d+)$", out, flags=re.MULTILINE))
     assert "done" in out and peaks.keys() == {"all", "root"}
+
+
+def test_a_process_is_watched_though_its_parent_has_ended(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    tree_of = runpy.run_path(str(FOLDER / "_measure.py"))["Tree"]
+    script = "bash -c 'sleep 600 & echo $! $$; read' && read"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(["bash", "-c", script], **pipes) as outer:
+        orphan, parent = map(int, outer.stdout.readline().split())
+        tree = tree_of(outer.pid)
+        assert tree.look() == [outer.pid, parent, orphan]
+        print(file=outer.stdin, flush=True)
+        while Path(f"/proc/{parent}").exists():
+            time.sleep(0.01)
+        assert tree.look() == [outer.pid, orphan]
+        os.kill(orphan, signal.SIGKILL)
+        outer.communicate("\n", timeout=60)
 
 
 def test_a_gpus_table_can_be_made_on_a_cpu():
