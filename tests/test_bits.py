@@ -79,14 +79,6 @@ def test_three_actors_give_the_same_bits_though_two_are_killed(cluster, alone, t
     assert result(tmp_path) == expected
 
 
-def test_a_single_actor_gives_the_same_bits(cluster, alone, tmp_path):
-    from fedsim import Config
-
-    fields, expected = alone
-    run(Config(**fields, actors=1, out=tmp_path))
-    assert result(tmp_path) == expected
-
-
 def test_a_killed_driver_stops_the_run_and_loses_no_round(cluster, alone, tmp_path):
     from fedsim import Config
 

@@ -72,7 +72,7 @@ def test_a_terminal_that_closes_does_not_end_a_detached_run(flags, config, tmp_p
     assert status(there)["ended"] is None
     assert "zero-shot CLIP" in fedsim("watch", there)  # to its end
     assert rounds_done(there) == 80
-    assert result(there) == result(tmp_path / "here")
+    assert result(there) == result(tmp_path / "here")  # of a single actor, and of no actor
     assert "fedclip, fedavg" in fedsim("watch", there)  # and afterwards
 
 
