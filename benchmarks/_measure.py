@@ -52,6 +52,10 @@ class Watch(threading.Thread):
             if self.over.wait(CPU_EVERY_S):
                 return
 
+    def stop(self) -> None:
+        self.over.set()
+        self.join()
+
     def between(self, began: float, ended: float) -> tuple[float, float]:
         """CPU seconds of the tree, and of the whole machine, between two wall times."""
         (own, all_), (own_end, all_end) = self._at(began), self._at(ended)
@@ -75,26 +79,32 @@ class Watch(threading.Thread):
 
 
 class Tree:
-    """A process and all below it, also those whose parents have ended.
+    """A process and all below it, also those whose parents have ended since they were first seen.
 
-    A process of the machine is asked for its parent when it is first seen: asking all of them each time would take up
-    to a tenth of a CPU.
+    Each process of the machine is asked for its parent only when it is first seen: asking all of them each time would
+    take up to a tenth of a CPU.
     """
 
     def __init__(self, root: int) -> None:
-        self.pids, self._seen = [root], {root}
+        self.pids = [root]
+        self._parents: dict[int, int] = {root: 0}  # of all processes of the machine, as first seen
 
     def look(self) -> list[int]:
         """Those that are there now, parents first."""
         here = {int(entry) for entry in os.listdir("/proc") if entry.isdigit()}
+        parents = {pid: parent for pid, parent in self._parents.items() if pid in here}
+        parents |= {pid: int(stat[1]) for pid in here - parents.keys() if (stat := _stat(pid)) is not None}
         children = defaultdict(list)
-        for pid in here - self._seen:
-            if (stat := _stat(pid)) is not None:
-                children[int(stat[1])].append(pid)
+        for pid, parent in parents.items():
+            children[parent].append(pid)
+        found = set(self.pids)
         for pid in self.pids:  # grows meanwhile
-            self.pids += children[pid]
+            new = [child for child in children[pid] if child not in found]
+            self.pids += new
+            found.update(new)
         self.pids = [pid for pid in self.pids if pid in here]
-        self._seen = here
+        # One whose parent has ended before it was seen is asked again: by then it has another parent.
+        self._parents = {pid: up for pid, up in parents.items() if up in parents or not up or pid in found}
         return self.pids
 
 
@@ -117,13 +127,13 @@ def watched(command: list[str], log: Path, timeout_s: float, env: dict[str, str]
         try:
             process.wait(timeout_s)
         except BaseException as error:  # an interrupt too must not leave actors behind
-            _end(process)
+            watch.stop()
+            _end(process, watch.tree)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
             return {"error": f"not done after {timeout_s:g} s, see {log.name}"}
         finally:
-            watch.over.set()
-            watch.join()
+            watch.stop()
     lines = [
         line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("RESULT ")
     ]
@@ -142,8 +152,8 @@ def median_and_range(values: Iterable[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def _end(process: subprocess.Popen) -> None:
-    for pid in reversed(Tree(process.pid).look()):
+def _end(process: subprocess.Popen, tree: Tree) -> None:
+    for pid in reversed(tree.look()):
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -189,8 +199,7 @@ def main() -> None:
     watch = Watch(process.pid)
     watch.start()
     process.wait()
-    watch.over.set()
-    watch.join()
+    watch.stop()
     print(f"CPU seconds: {watch.series[-1][1]:.1f}")
     for name, size in sorted(watch.peaks.items()):
         print(f"peak MiB, {name}: {size:.0f}")

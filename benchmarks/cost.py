@@ -39,7 +39,7 @@ from fedsim.cluster.placement import Sizing
 from fedsim.datasets import TRAIN
 from fedsim.datasets.glyphs import Glyphs
 from fedsim.encoding import encode
-from fedsim.memory import keep_freed_memory
+from fedsim.memory import collect_seldom, keep_freed_memory
 from fedsim.methods import Batch
 from fedsim.methods.fed_bbpt import FedBBPT
 from fedsim.registry import parse
@@ -208,7 +208,8 @@ def measured(variant: Variant, folder: Path, steps: int | None) -> dict[str, flo
     """CPU and wall seconds of a step, and MiB that the process took at its most."""
     steps = steps or variant.steps
     torch.set_num_threads(1)
-    keep_freed_memory()  # as in fedsim's actors
+    keep_freed_memory()  # both as in fedsim's actors
+    collect_seldom()
     idle = peak()
     client = Client(variant, folder)
     loaded = peak()
@@ -499,6 +500,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a part's process
     parser.add_argument("--variant", choices=list(VARIANTS), help=argparse.SUPPRESS)
     args = parsed(parser, repeats=1, steps=1, backbone="ViT-S-32-alt", batch=4)
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps must be 1 or more, got {args.steps}")
     if args.folder:
         variant = args.variant and VARIANTS[args.variant]
         found = (

@@ -17,6 +17,7 @@ from fedsim.config import Config
 from fedsim.data import DATA_FIELDS, EncodedData, encode_data, features_key, rows_to_encode
 from fedsim.errors import EXPECTED, InputError, listing
 from fedsim.events import Progress, Step
+from fedsim.memory import collect_seldom
 from fedsim.methods import Method
 from fedsim.prepare import Experiment, prepare, sizing_of
 from fedsim.reporting.loggers import Loggers
@@ -154,6 +155,7 @@ def _simulate(config: Config, folder: Path, method: Method, data: EncodedData, k
     Args:
         key: of the features that `run` would encode; the data may have more rows, for other experiments.
     """
+    collect_seldom()
     # The address is not written to config.yaml: `fedsim run` may find no cluster there.
     config = config.model_copy(update={"address": None})
     data = replace(data, source=replace(data.source, representations=replace(data.source.representations, key=key)))

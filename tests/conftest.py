@@ -10,8 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-gc.disable()  # until all tests are collected, which makes most of a million objects that stay
-
 DOMAINS = "ink", "oil", "photo"
 CLASSES = "cat", "dog", "owl", "pig"
 WIDTH = 24
@@ -50,9 +48,10 @@ def features_dir(tmp_path_factory) -> Path:
 
 # Ray reads this once, when it is imported: every cluster of the tests is then open to the tests alone.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-# Nor is uv to install the project once more for the actors of clusters that the tests themselves start. Figures that no
-# test reads would take a sixth of the CPU of an idle cluster.
+# Nor is uv to install the project once more for the actors of clusters that the tests themselves start.
 os.environ |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+# Nor are metrics collected that no test reads: they take a sixth of the CPU time of an idle cluster. The clusters of
+# tests/test_cluster.py are as their files say.
 os.environ |= {"RAY_enable_metrics_collection": "0", "RAY_event_stats": "0"}
 
 
@@ -74,9 +73,15 @@ def pytest_collection_modifyitems(items) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Collects tests without looking for garbage among hundreds of thousands of objects that stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -100,7 +105,11 @@ def cache(tmp_path_factory) -> None:
 
 @pytest.fixture(scope="session")
 def machine():
-    """A cluster of one machine with 2 CPUs, as far as Ray knows, for all tests of this process that need no other."""
+    """A cluster of one machine, for all tests of this process that need none of their own.
+
+    It has 2 CPUs and no GPU, as far as Ray knows: the same everywhere. It is there until the process ends, for a start
+    takes as much CPU time as minutes of waiting.
+    """
     from ray.cluster_utils import Cluster
     from ray_start import started
 
@@ -112,7 +121,7 @@ def machine():
 
 @pytest.fixture(scope="module")
 def cluster(machine):
-    """Ray, once this process has joined that cluster: the runs of a module use it, and start none each."""
+    """Ray, joined to that cluster for the tests of a module, so that their runs need not each start one."""
     import ray
 
     from fedsim.cluster.private_cluster import QUIET

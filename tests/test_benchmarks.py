@@ -335,21 +335,23 @@ def test_what_a_command_costs_is_printed_after_it():
     assert "done" in out and peaks.keys() == {"all", "root"}
 
 
-def test_a_process_is_watched_though_its_parent_has_ended(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
+def test_a_process_is_watched_though_its_parent_has_ended():
     tree_of = runpy.run_path(str(FOLDER / "_measure.py"))["Tree"]
     script = "bash -c 'sleep 600 & echo $! $$; read' && read"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(["bash", "-c", script], **pipes) as outer:
         orphan, parent = map(int, outer.stdout.readline().split())
-        tree = tree_of(outer.pid)
-        assert tree.look() == [outer.pid, parent, orphan]
-        print(file=outer.stdin, flush=True)
-        while Path(f"/proc/{parent}").exists():
-            time.sleep(0.01)
-        assert tree.look() == [outer.pid, orphan]
-        os.kill(orphan, signal.SIGKILL)
-        outer.communicate("\n", timeout=60)
+        try:
+            tree = tree_of(outer.pid)
+            assert tree.look() == [outer.pid, parent, orphan]
+            print(file=outer.stdin, flush=True)
+            deadline = time.monotonic() + 60
+            while Path(f"/proc/{parent}").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert tree.look() == [outer.pid, orphan]
+        finally:
+            os.kill(orphan, signal.SIGKILL)
+            outer.communicate("\n", timeout=60)
 
 
 def test_a_gpus_table_can_be_made_on_a_cpu():

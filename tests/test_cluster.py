@@ -118,7 +118,7 @@ class Room:
 
     Attributes:
         inside: in front of a command line: seen from the room.
-        together: both machines of the cluster have been seen in it, and neither has been killed since.
+        together: both machines of the cluster have been seen in it, and none has been killed since.
     """
 
     together = False
@@ -299,5 +299,6 @@ def test_a_job_of_the_head_sweeps_on_another_machine_that_has_come_back_though_t
 
 @pytest.mark.hosts
 def test_down_ends_the_head(up, laptop):
+    up.together = False
     laptop("uv run ray down -y cluster.local.yaml")
     assert up.run("head", "pgrep -c raylet || true").strip() == "0"

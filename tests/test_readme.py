@@ -70,7 +70,7 @@ def test_a_run_is_accepted_as_it_stands_and_runs_at_a_small_size(flags, swaps, d
 
 @pytest.fixture
 def address(cluster, machine):
-    """Of a cluster that this process has joined, so that all sweeps share its idle processes."""
+    """The address of a cluster that this process has joined, so that all sweeps share its idle processes."""
     return machine.address
 
 

@@ -24,7 +24,7 @@ from fedsim.cluster.workers import Pool
 from fedsim.datasets.synthetic import Synthetic
 from fedsim.events import Event
 from fedsim.federation import Federation
-from fedsim.memory import keep_freed_memory
+from fedsim.memory import collect_seldom, keep_freed_memory
 from fedsim.params import Params, flatten
 from fedsim.prepare import Experiment, prepare
 from fedsim.rng import torch_rng
@@ -178,7 +178,8 @@ class _Processes(Pool):
 def _start(factory, *args) -> None:
     global worker
     torch.set_num_threads(1)
-    keep_freed_memory()  # as in fedsim's actors
+    keep_freed_memory()  # both as in fedsim's actors
+    collect_seldom()
     worker = factory(*args, "cpu")
 
 
