@@ -81,8 +81,7 @@ class Watch(threading.Thread):
 class Tree:
     """A process and all below it, also those whose parents have ended since they were first seen.
 
-    Each process of the machine is asked for its parent only when it is first seen: asking all of them each time would
-    take up to a tenth of a CPU.
+    Each process of the machine is asked for its parent only when it is first seen: a busy machine has hundreds.
     """
 
     def __init__(self, root: int) -> None:
@@ -104,7 +103,7 @@ class Tree:
             found.update(new)
         self.pids = [pid for pid in self.pids if pid in here]
         # One whose parent has ended before it was seen is asked again: by then it has another parent.
-        self._parents = {pid: up for pid, up in parents.items() if up in parents or not up or pid in found}
+        self._parents = {pid: up for pid, up in parents.items() if up in parents or pid in found}
         return self.pids
 
 

@@ -83,7 +83,6 @@ def folder(tmp_path):
 @pytest.fixture(scope="module")
 def cluster():
     """A machine of 4 CPUs, as far as Ray knows, that gives up on a hanging process sooner than by default."""
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # as a session does
     from ray.cluster_utils import Cluster
 
     checks = {"initial_delay_ms": 500, "period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3}
