@@ -47,6 +47,12 @@ BAD = {
     "a partition": (["run", "--partition", "x"], f"no partition 'x'; available: {names('partition')}"),
     "a data set": (["run", "--dataset", "x"], f"no dataset 'x'; available: {names('dataset')}"),
     "a field of another": (["run", "--method.gamma", "1"], "no flag --method.gamma"),
+    "a name as a field": (["run", "--method.name", "probe"], "no flag --method.name"),
+    "no name of a field": (["run", "--method.__dataclass_self__", "1"], "no flag --method.__dataclass_self__"),
+    "a flag before a config": (
+        ["run", "--config", "nowhere.yaml", "--method.lrr", "1"],
+        "no flag --method.lrr; did you mean --method.lr",
+    ),
     "a field of a component": (
         ["run", "--method", "probe", "--method.objective", "contrastive"],
         "no field 'objective' in Probe; available: optimizer, lr",
@@ -132,11 +138,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(case, tmp_path, capsys, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_exit_code_reaches_the_shell_and_ray_is_not_imported(tmp_path):
-    code = (
-        "import sys; from fedsim.__main__ import main; code = main(); assert 'ray' not in sys.modules; sys.exit(code)"
-    )
-    command = [sys.executable, "-c", code, "run", "--cohort", "40"]
+def test_the_exit_code_reaches_the_shell_and_neither_ray_nor_other_components_are_imported(tmp_path):
+    others = "ray", "fedsim.methods.fedotp", "fedsim.servers.fedavgm", "fedsim.datasets.vlcs"
+    code = "import sys; from fedsim.__main__ import main; code = main()\n"
+    code += f"assert not {{*sys.modules}} & {{*{others}}}, 'imported'; sys.exit(code)"
+    command = [sys.executable, "-c", code, "run", "--cohort", "40", "--method.lr", "0.1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "cohort of 40 from 4 clients; it can be at most 4" in done.stderr
 

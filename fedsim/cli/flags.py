@@ -44,10 +44,19 @@ def parse_run(
     """
     from fedsim.config import Config, merged
 
-    flags = _parse_flags(argv, command, other_flags)
-    file = flags.pop("config", None)
-    fields, origin = base or _base(file, flags)
-    return Config(**merged(fields, flags)), origin
+    words = with_dashes(argv)
+    try:
+        args, unknown = _parser(_component_fields(words)).parse_known_args(words)
+        if unknown:
+            raise InputError(f"no flag {unknown[0]}")
+        flags = _nested(vars(args))
+        file = flags.pop("config", None)
+        fields, origin = base or _base(file, flags)
+        return Config(**merged(fields, flags)), origin
+    except Exception:
+        # An unknown flag may be the cause: only now are all components imported, to find out.
+        _check_flags(words, command, other_flags)
+        raise
 
 
 def _base(file: str | None, flags: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -67,7 +76,13 @@ def _base(file: str | None, flags: dict[str, Any]) -> tuple[dict[str, Any], str]
 
 
 def run_parser() -> argparse.ArgumentParser:
-    """The parser of `fedsim run`."""
+    """The parser of `fedsim run`, with the flags of all components; imports each of them, which takes a second."""
+    components = ((kind, find(kind, name)) for kind in KINDS for name in available(kind))
+    return _parser(f"{kind}.{field}" for kind, component in components for field in component.__pydantic_fields__)
+
+
+def _parser(component_fields: Iterable[str]) -> argparse.ArgumentParser:
+    """The parser of `fedsim run`, with flags of these fields of components: `method.lr`."""
     from fedsim.config import Config
 
     parser = _RunParser(prog="fedsim run", allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -76,10 +91,8 @@ def run_parser() -> argparse.ArgumentParser:
     for name, field in Config.model_fields.items():
         switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
         parser.add_argument(flag(name), dest=name, **switch)
-    for kind in KINDS:
-        fields = {field for name in available(kind) for field in find(kind, name).__pydantic_fields__}
-        for field in sorted(fields):
-            parser.add_argument(flag(f"{kind}.{field}"), dest=f"{kind}.{field}")
+    for name in sorted({*component_fields}):
+        parser.add_argument(flag(name), dest=name)
     return parser
 
 
@@ -97,20 +110,32 @@ def with_dashes(argv: Sequence[str]) -> list[str]:
     ]
 
 
-def _parse_flags(argv: Sequence[str], command: str, other_flags: Iterable[str]) -> dict[str, Any]:
-    """Flags as nested fields: `--method fedclip --method.lr 1e-3` -> {"method": {"name": "fedclip", "lr": "1e-3"}}."""
+def _component_fields(words: Sequence[str]) -> set[str]:
+    """The fields of components that flags name, such as `method.lr`; they may not exist."""
+    names = (word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--"))
+    parts = ((name, *name.partition(".")[::2]) for name in names)
+    return {name for name, kind, field in parts if kind in KINDS and field.isidentifier() and field != "name"}
+
+
+def _check_flags(words: Sequence[str], command: str, other_flags: Iterable[str]) -> None:
+    """Raises InputError for the first flag that neither Config nor any component has."""
     parser = run_parser()
-    args, unknown = parser.parse_known_args(with_dashes(argv))
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        kind, _, field = name.removeprefix("--").replace("-", "_").rpartition(".")
-        if current := RENAMED.get(field):
-            raise InputError(f"no flag {name}; it is now called {flag(f'{kind}.{current}' if kind else current)}")
-        close = get_close_matches(name, [*other_flags, *parser._option_string_actions], n=3)
-        hint = f"did you mean {listing(close)}?" if close else f"fedsim {command} --help lists all"
-        raise InputError(f"no flag {name}; {hint}")
+    _, unknown = parser.parse_known_args(words)
+    if not unknown:
+        return
+    name = unknown[0].partition("=")[0]
+    kind, _, field = name.removeprefix("--").replace("-", "_").rpartition(".")
+    if current := RENAMED.get(field):
+        raise InputError(f"no flag {name}; it is now called {flag(f'{kind}.{current}' if kind else current)}")
+    close = get_close_matches(name, [*other_flags, *parser._option_string_actions], n=3)
+    hint = f"did you mean {listing(close)}?" if close else f"fedsim {command} --help lists all"
+    raise InputError(f"no flag {name}; {hint}")
+
+
+def _nested(args: dict[str, Any]) -> dict[str, Any]:
+    """Flags as nested fields: `--method fedclip --method.lr 1e-3` -> {"method": {"name": "fedclip", "lr": "1e-3"}}."""
     fields: dict[str, Any] = {}
-    for name, value in vars(args).items():
+    for name, value in args.items():
         kind, _, field = name.partition(".")
         # A domain may be called none: only fields that can be empty take the word.
         if value.lower() in ("none", "null") and (field or _may_be_none(name)):
