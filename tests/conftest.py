@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import secrets
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -61,16 +62,27 @@ RAY = {
     "ray-processes": ("test_cluster", "test_faults", "test_session", "test_watch"),
     "ray-sweeps": ("test_readme", "test_sweep"),
 }
+LONGEST = "ray-sweeps", "test_benchmarks", "ray-processes", "ray"
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items) -> None:
-    """Files run in parallel, each in one process; tests of Ray in three, since much of their time is spent waiting."""
+    """Files run in parallel, each in one process; tests of Ray in three, since much of their time is spent waiting.
+
+    The longest groups come first, then those with most tests, so that all processes end at about the same time.
+    """
     for item in items:
         group = item.path.stem
         if item.get_closest_marker("ray"):
             group = next((name for name, files in RAY.items() if group in files), "ray")
         item.add_marker(pytest.mark.xdist_group(group))
+    sizes = Counter(map(group_of, items))
+    order = [*LONGEST, *(group for group, _ in sizes.most_common() if group not in LONGEST)]
+    items.sort(key=lambda item: order.index(group_of(item)))
+
+
+def group_of(item) -> str:
+    return item.get_closest_marker("xdist_group").args[0]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -103,20 +115,36 @@ def cache(tmp_path_factory) -> None:
     os.environ["FEDSIM_CACHE_DIR"] = os.environ.get("FEDSIM_TEST_CACHE_DIR", str(shared / "cache"))
 
 
-@pytest.fixture(scope="session")
-def machine():
-    """A cluster of one machine, for all tests of this process that need none of their own.
+MACHINE = pytest.StashKey()
 
-    It has 2 CPUs and no GPU, as far as Ray knows: the same everywhere. It is there until the process ends, for a start
-    takes as much CPU time as minutes of waiting.
+
+@pytest.fixture(scope="module")
+def machine(pytestconfig):
+    """A cluster of one machine, for all tests of a group that need none of their own.
+
+    It has 2 CPUs and no GPU, as far as Ray knows: the same everywhere. Modules of a group share it, since a start takes
+    as much CPU time as minutes of waiting.
     """
     from ray.cluster_utils import Cluster
-    from ray_start import started
+    from ray_start import QUIET, started
 
-    quiet = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-    cluster = started(Cluster, initialize_head=True, head_node_args={"num_cpus": 2} | quiet)
-    yield cluster
-    cluster.shutdown()
+    if MACHINE not in pytestconfig.stash:
+        quiet = {"num_cpus": 2} | QUIET
+        pytestconfig.stash[MACHINE] = started(Cluster, initialize_head=True, head_node_args=quiet)
+    return pytestconfig.stash[MACHINE]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Ends that cluster after its group, once its module has left it: a cluster uses CPU time even while it is idle."""
+    try:
+        return (yield)
+    finally:
+        last = nextitem is None or (group_of(nextitem) != group_of(item) and nextitem.path != item.path)
+        if last and MACHINE in item.config.stash:
+            cluster = item.config.stash[MACHINE]
+            del item.config.stash[MACHINE]
+            cluster.shutdown()
 
 
 @pytest.fixture(scope="module")

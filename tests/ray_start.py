@@ -7,6 +7,9 @@ running ends with this process.
 from collections.abc import Callable
 from typing import Any
 
+# Options of a `Cluster` that skip processes which no test needs. Each uses CPU time to start, and while it is idle.
+QUIET = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+
 
 def started(start: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """`start(*args, **options)`, such as `ray.init` or a `Cluster`."""

@@ -13,7 +13,7 @@ from threading import Thread
 
 import pytest
 from filelock import FileLock
-from ray_start import started
+from ray_start import QUIET, started
 from test_bits import descendants, result
 
 from fedsim import Config, run
@@ -88,7 +88,7 @@ def cluster():
     checks = {"initial_delay_ms": 500, "period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3}
     config = {f"health_check_{name}": value for name, value in checks.items()}
     config["kill_worker_timeout_milliseconds"] = 500
-    head = {"num_cpus": 4, "include_dashboard": False, "_system_config": config}
+    head = {"num_cpus": 4, "_system_config": config} | QUIET
     cluster = started(Cluster, initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()
@@ -133,34 +133,10 @@ def homes(workers, count: int, lost: set[int] = frozenset()) -> dict[int, int]:
     return found
 
 
-def test_the_calls_of_a_stopped_actor_are_done_by_another(joined, folder):
-    (folder / "stop-5").write_text("1")
-    with open_pool(Sizing(actors=2, call_timeout_s=SOON), 2) as pool:
-        workers = pool.workers(Squarer, folder)
-        assert squares(workers) == SQUARES
-        assert (folder / "stop-5").read_text() == "0"
-        assert squares(workers) == SQUARES  # without the one that is stopped, or is being restarted
-
-
 def test_a_single_stopped_actor_is_restarted(joined, folder):
     (folder / "stop-5").write_text("1")
     with open_pool(Sizing(actors=1, call_timeout_s=SOON), 2) as pool:
         workers = pool.workers(Squarer, folder)
-        assert squares(workers) == SQUARES
-
-
-def test_the_first_answer_counts_and_that_of_a_slow_actor_is_dropped(joined, folder):
-    (folder / "meet-5").write_text("1")
-    with open_pool(Sizing(actors=2, call_timeout_s=SOON), 2) as pool:
-        workers = pool.workers(Squarer, folder)
-        meeting = Thread(target=(folder / "here").read_text)
-        meeting.start()
-        answers = workers.map("square", ITEMS)
-        assert [next(answers) for _ in ITEMS[:6]] == SQUARES[:6]
-        meeting.join()
-        # In vain, and then for ever, where it has been restarted by now.
-        Thread(target=(folder / "go").write_text, args=["on"], daemon=True).start()
-        assert list(answers) == SQUARES[6:]
         assert squares(workers) == SQUARES
 
 
@@ -307,12 +283,20 @@ def test_a_signal_ends_a_run_and_leaves_nothing_behind(number, to_all, code, fea
         assert (tmp_path / NAME).exists()
 
 
-# One pool of two actors for all that follow, since each actor takes a while to import torch.
+# Two pools of two actors for all that follow, since each actor takes a while to import torch. They have all CPUs until
+# the module ends, so tests that open other pools come before.
 
 
 @pytest.fixture(scope="module")
 def two_actors(joined):
     with open_pool(Sizing(actors=2), 2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def hasty(joined):
+    """Two actors with a short call timeout."""
+    with open_pool(Sizing(actors=2, call_timeout_s=SOON), 2) as pool:
         yield pool
 
 
@@ -323,6 +307,28 @@ def pool(request):
     else:
         with open_pool(Sizing(actors=0), 2) as here:
             yield here
+
+
+def test_the_calls_of_a_stopped_actor_are_done_by_another(hasty, folder):
+    (folder / "stop-5").write_text("1")
+    workers = hasty.workers(Squarer, folder)
+    assert squares(workers) == SQUARES
+    assert (folder / "stop-5").read_text() == "0"
+    assert squares(workers) == SQUARES  # without the one that is stopped, or is being restarted
+
+
+def test_the_first_answer_counts_and_that_of_a_slow_actor_is_dropped(hasty, folder):
+    (folder / "meet-5").write_text("1")
+    workers = hasty.workers(Squarer, folder)
+    meeting = Thread(target=(folder / "here").read_text)
+    meeting.start()
+    answers = workers.map("square", ITEMS)
+    assert [next(answers) for _ in ITEMS[:6]] == SQUARES[:6]
+    meeting.join()
+    # In vain, and then for ever, where it has been restarted by now.
+    Thread(target=(folder / "go").write_text, args=["on"], daemon=True).start()
+    assert list(answers) == SQUARES[6:]
+    assert squares(workers) == SQUARES
 
 
 def test_a_call_whose_actor_is_killed_is_done_again(two_actors, folder):
