@@ -48,7 +48,7 @@ BAD = {
     "a data set": (["run", "--dataset", "x"], f"no dataset 'x'; available: {names('dataset')}"),
     "a field of another": (["run", "--method.gamma", "1"], "no flag --method.gamma"),
     "a name as a field": (["run", "--method.name", "probe"], "no flag --method.name"),
-    "no name of a field": (["run", "--method.__dataclass_self__", "1"], "no flag --method.__dataclass_self__"),
+    "no name of a field": (["run", "--method.__dataclass_self__", "1"], "no flag --method.--dataclass-self--"),
     "a flag before a config": (
         ["run", "--config", "nowhere.yaml", "--method.lrr", "1"],
         "no flag --method.lrr; did you mean --method.lr",
